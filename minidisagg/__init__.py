@@ -1,0 +1,27 @@
+"""minidisagg: a compact engine to understand, measure and improve disaggregated LLM inference.
+
+    from minidisagg import LLM, SamplingParams, Policy
+
+Importing the package is cheap: torch is imported by the worker processes only.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from minidisagg.core.messages import SamplingParams
+from minidisagg.core.policy import Policy
+
+if TYPE_CHECKING:
+    from minidisagg.runtime.llm import LLM
+
+__all__ = ["LLM", "Policy", "SamplingParams"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "LLM":
+        from minidisagg.runtime.llm import LLM
+
+        return LLM
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

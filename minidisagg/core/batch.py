@@ -1,0 +1,95 @@
+"""Fills one step. The builder owns every account (tokens, sequences, pages, preemption); a policy only asks it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from minidisagg.core.plan import PlanItem, SeqInit
+from minidisagg.core.request import Request, State
+
+if TYPE_CHECKING:
+    from minidisagg.core.engine import EngineCore
+
+
+class BatchBuilder:
+    """One step under construction."""
+
+    def __init__(self, core: EngineCore) -> None:
+        self._core = core
+        options = core.options
+        self.tokens_left = options.max_num_batched_tokens
+        self.seqs_left = options.max_num_seqs
+        self.running: Sequence[Request] = tuple(core.running)  # stable while requests are added and preempted
+        self.waiting: Sequence[Request] = tuple(core.waiting)
+        self.items: list[PlanItem] = []
+        self.new: list[SeqInit] = []
+        self.members: set[tuple[str, int]] = set()
+
+    @property
+    def empty(self) -> bool:
+        """Nothing is in the step yet."""
+        return not self.items
+
+    def add(self, request: Request, limit: int | None = None) -> int:
+        """Put up to `limit` tokens of the request (default: all that remain) into the step.
+
+        Returns how many went in: 0 where it does not fit, has nothing to compute, or is in the step already.
+        """
+        if request.state not in (State.QUEUED, State.RUNNING) or request.key in self.members:
+            return 0
+        if not self.seqs_left or not self.tokens_left:
+            return 0
+        if limit is not None and limit <= 0:
+            return 0
+        if request.state is State.QUEUED:
+            running = len(self._core.running)
+            if running >= self._core.options.max_num_seqs or not self._core.admit(request, spare=running):
+                return 0
+        elif not request.is_prefill and (request.exhausted or request.leaves):
+            return 0
+        count = min(request.remaining, self.tokens_left)
+        if limit is not None:
+            count = min(count, limit)
+        if request.is_prefill and self._core.options.chunk:
+            count = min(count, self._core.options.chunk)
+        if count <= 0 or not self._room(request, request.num_scheduled + count):
+            return 0
+        self._append(request, count)
+        return count
+
+    def _append(self, request: Request, count: int) -> None:
+        core, start = self._core, request.num_scheduled
+        end = start + count
+        samples = end == request.num_tokens
+        if not request.introduced:
+            request.introduced = True
+            self.new.append(SeqInit(
+                request.request_id, request.incarnation, request.prompt, list(request.output), request.sampling
+            ))  # fmt: skip
+        self.items.append(PlanItem(
+            request.request_id, request.incarnation, start, count, request.tokens(start, end), request.pages,
+            samples, len(request.output) + request.pending,
+        ))  # fmt: skip
+        self.members.add(request.key)
+        self.tokens_left -= count
+        self.seqs_left -= 1
+        core.scheduled(request, count, samples)
+
+    def _room(self, request: Request, end: int) -> bool:
+        """Pages for positions [0, end); preempts for them where a decode would else stand still."""
+        core = self._core
+        missing = -(-end // core.page_size) - len(request.pages)
+        while missing > 0:
+            pages = core.pool.allocate(missing)
+            if pages is not None:
+                request.pages.extend(pages)
+                break
+            candidates = [r for r in core.running if not r.inflight and r.key not in self.members]
+            victim = core.policy.evict(core, candidates)
+            if victim is None:
+                return False  # pending: what is in flight will free pages
+            core.preempt(victim.request)
+            if victim.request is request:
+                return False
+        return True

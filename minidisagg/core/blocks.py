@@ -1,0 +1,185 @@
+"""Who owns which page of the KV cache: five states, reference counts, and the prefix cache by chained hashes.
+
+    FREE ──allocate──▶ LIVE ──last drop──▶ CACHED (if published) or FREE
+    FREE ──reserve───▶ INFLIGHT ──land──▶ LIVE
+                          │ └──────cancel──▶ FREE         the peer said that it stopped
+                          └──quarantine──▶ QUARANTINED ──release──▶ FREE   its link's abort is confirmed
+
+A page that a peer may still write to is INFLIGHT or QUARANTINED and is never handed out; only a finished transfer or
+a confirmed abort ends that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from enum import IntEnum
+
+
+class PageState(IntEnum):
+    """A page is in exactly one of these."""
+
+    FREE = 0
+    LIVE = 1
+    CACHED = 2
+    INFLIGHT = 3
+    QUARANTINED = 4
+
+
+class IntegrityError(AssertionError):
+    """An invariant of the accounting is broken; always a bug, never a user's mistake."""
+
+
+def prefix_root(fingerprint: str, salt: str) -> bytes:
+    """The parent hash of a request's first page: model, layout and codec, and the tenant."""
+    return hashlib.sha256(f"{fingerprint}\0{salt}".encode()).digest()
+
+
+def page_hash(parent: bytes, tokens: Sequence[int]) -> bytes:
+    """SHA-256 over the parent's hash and the ids of one full page, so that equal hashes mean equal prefixes."""
+    return hashlib.sha256(parent + array("q", tokens).tobytes()).digest()
+
+
+class BlockPool:
+    """Accounts for `num_pages` pages of one worker's KV cache; knows nothing of requests or tensors."""
+
+    def __init__(self, num_pages: int) -> None:
+        if num_pages < 1:
+            raise ValueError(f"a KV cache needs at least one page, not {num_pages}")
+        self.num_pages = num_pages
+        self.state = [PageState.FREE] * num_pages
+        self.refs = [0] * num_pages
+        self.counts = [num_pages, 0, 0, 0, 0]  # pages by state
+        self._hash_of: list[bytes | None] = [None] * num_pages
+        self._by_hash: dict[bytes, int] = {}
+        # A heap hands out the lowest page first: a prompt's pages then mostly form one run, which moves faster.
+        self._free = list(range(num_pages))
+        self._lru: OrderedDict[int, None] = OrderedDict()
+
+    @property
+    def available(self) -> int:
+        """Pages that an allocation can have: FREE, and CACHED ones that it may evict."""
+        return self.counts[PageState.FREE] + self.counts[PageState.CACHED]
+
+    def allocate(self, count: int) -> list[int] | None:
+        """`count` pages, LIVE with one reference each, or None and no change."""
+        return self._take(count, PageState.LIVE, 1)
+
+    def reserve(self, count: int) -> list[int] | None:
+        """`count` pages for a peer to write into (INFLIGHT), or None and no change."""
+        return self._take(count, PageState.INFLIGHT, 0)
+
+    def land(self, pages: Iterable[int]) -> None:
+        """A transfer into these pages is complete: INFLIGHT becomes LIVE with one reference."""
+        for page in pages:
+            self._move(page, PageState.INFLIGHT, PageState.LIVE)
+            self.refs[page] = 1
+
+    def cancel(self, pages: Iterable[int]) -> None:
+        """The peer has said that it will not write here (any more): INFLIGHT becomes FREE."""
+        for page in pages:
+            self._move(page, PageState.INFLIGHT, PageState.FREE)
+            heapq.heappush(self._free, page)
+
+    def quarantine(self, pages: Iterable[int]) -> None:
+        """Nobody knows whether the peer still writes here."""
+        for page in pages:
+            self._move(page, PageState.INFLIGHT, PageState.QUARANTINED)
+
+    def release(self, pages: Iterable[int]) -> None:
+        """The abort of the link is confirmed: QUARANTINED becomes FREE."""
+        for page in pages:
+            self._move(page, PageState.QUARANTINED, PageState.FREE)
+            heapq.heappush(self._free, page)
+
+    def hold(self, pages: Iterable[int]) -> None:
+        """One more reference on pages that are LIVE or CACHED."""
+        for page in pages:
+            if self.state[page] is PageState.CACHED:
+                del self._lru[page]
+                self._move(page, PageState.CACHED, PageState.LIVE)
+            elif self.state[page] is not PageState.LIVE:
+                raise IntegrityError(f"page {page} is {self.state[page].name} and cannot be held")
+            self.refs[page] += 1
+
+    def drop(self, pages: Sequence[int]) -> None:
+        """One reference less; the last one sends a published page to the prefix cache, another to FREE.
+
+        Pages are dropped last first, so that the tail of a prefix is evicted before its head.
+        """
+        for page in reversed(pages):
+            if self.state[page] is not PageState.LIVE or self.refs[page] < 1:
+                raise IntegrityError(f"page {page} is {self.state[page].name} with {self.refs[page]} references")
+            self.refs[page] -= 1
+            if self.refs[page] == 0:
+                if self._hash_of[page] is None:
+                    self._move(page, PageState.LIVE, PageState.FREE)
+                    heapq.heappush(self._free, page)
+                else:
+                    self._move(page, PageState.LIVE, PageState.CACHED)
+                    self._lru[page] = None
+
+    def publish(self, page: int, digest: bytes) -> None:
+        """Page holds the valid, complete KV of the prefix `digest`; others may share it from now on."""
+        if self.state[page] is not PageState.LIVE:
+            raise IntegrityError(f"page {page} is {self.state[page].name} and cannot be published")
+        if self._hash_of[page] is None and digest not in self._by_hash:
+            self._hash_of[page] = digest
+            self._by_hash[digest] = page
+
+    def match(self, hashes: Iterable[bytes]) -> list[int]:
+        """The pages of the longest cached prefix; takes no reference, so `hold` them before any allocation."""
+        pages = []
+        for digest in hashes:
+            page = self._by_hash.get(digest)
+            if page is None:
+                break
+            pages.append(page)
+        return pages
+
+    def check_integrity(self) -> None:
+        """Every page in one state, sums equal the pool, references only on LIVE pages, hashes one to one."""
+        for state in PageState:
+            if self.counts[state] != self.state.count(state):
+                raise IntegrityError(f"{state.name} counts {self.counts[state]}, but {self.state.count(state)} are")
+        free = sorted(self._free)
+        if free != [page for page, state in enumerate(self.state) if state is PageState.FREE]:
+            raise IntegrityError("the free list and the page states disagree")
+        if set(self._lru) != {page for page, state in enumerate(self.state) if state is PageState.CACHED}:
+            raise IntegrityError("the LRU list and the page states disagree")
+        for page, state in enumerate(self.state):
+            if (self.refs[page] > 0) != (state is PageState.LIVE):
+                raise IntegrityError(f"page {page} is {state.name} with {self.refs[page]} references")
+            digest = self._hash_of[page]
+            shareable = state in (PageState.LIVE, PageState.CACHED)
+            if digest is not None and not (shareable and self._by_hash[digest] == page):
+                raise IntegrityError(f"page {page} is {state.name} and published")
+        if len(self._by_hash) != sum(digest is not None for digest in self._hash_of):
+            raise IntegrityError("a prefix hash names a page that does not carry it")
+
+    def _take(self, count: int, state: PageState, refs: int) -> list[int] | None:
+        if count > self.available:
+            return None
+        while len(self._free) < count:
+            page, _ = self._lru.popitem(last=False)
+            digest = self._hash_of[page]
+            assert digest is not None
+            del self._by_hash[digest]
+            self._hash_of[page] = None
+            self._move(page, PageState.CACHED, PageState.FREE)
+            heapq.heappush(self._free, page)
+        pages = [heapq.heappop(self._free) for _ in range(count)]
+        for page in pages:
+            self._move(page, PageState.FREE, state)
+            self.refs[page] = refs
+        return pages
+
+    def _move(self, page: int, old: PageState, new: PageState) -> None:
+        if self.state[page] is not old:
+            raise IntegrityError(f"page {page} is {self.state[page].name}, not {old.name}")
+        self.state[page] = new
+        self.counts[old] -= 1
+        self.counts[new] += 1

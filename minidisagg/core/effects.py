@@ -1,0 +1,40 @@
+"""What a core asks of its driver besides running a step: send, move bytes, open or give up a link, kill."""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from minidisagg.core.messages import AnyMessage
+from minidisagg.core.plan import TransferOp
+
+
+class Send(Struct, frozen=True, array_like=True):
+    """Put this message on the channel to `dest` (a worker's name or the router); FIFO per pair."""
+
+    dest: str
+    body: AnyMessage
+
+
+class OpenLink(Struct, frozen=True, array_like=True):
+    """Source: set up the link to `peer` under this epoch; transfers that are started meanwhile wait for it."""
+
+    peer: str
+    link_epoch: int
+
+
+class StartTransfer(Struct, frozen=True, array_like=True):
+    """Start this piece; its `Completion` comes back through `on_transfer_done`."""
+
+    op: TransferOp
+
+
+class AbortLink(Struct, frozen=True, array_like=True):
+    """Give the link up; `on_link_aborted` says when nothing of it can touch this worker's pages any more."""
+
+    peer: str
+    link_epoch: int
+    outgoing: bool
+    peer_dead: bool
+
+
+Effect = Send | OpenLink | StartTransfer | AbortLink

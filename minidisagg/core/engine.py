@@ -1,0 +1,535 @@
+"""One worker's brain, and the way of a request through it.
+
+    on_message   Submit → QUEUED; KVOffer → waits for pages, then WAIT_KV
+    schedule     the policy fills a step through the BatchBuilder; QUEUED → RUNNING
+    on_step_done sampled tokens go to the router; after prefill RUNNING → HELD if decode is elsewhere
+    on_transfer_done / on_link_aborted   pieces of KV have moved, or never will
+    on_tick      leases, deadlines, statistics
+
+Sans-IO: time comes in as an argument, effects go out through `outbox`, so that the same code runs under the worker's
+event loop and under the simulator's virtual clock. `schedule` may run a step ahead of `on_step_done`. What makes that
+safe: a request keeps its pages while any step carries it, plans carry the incarnation, and computed lengths are
+assigned from the plan and never added up.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from minidisagg.core.batch import BatchBuilder
+from minidisagg.core.blocks import BlockPool, IntegrityError, PageState
+from minidisagg.core.effects import Effect, Send
+from minidisagg.core.handoff import Receiver, Sender
+from minidisagg.core.messages import (
+    ROUTER,
+    Abort,
+    AnyMessage,
+    Drain,
+    Envelope,
+    KVAck,
+    KVCancel,
+    KVChunk,
+    KVDone,
+    KVFailed,
+    KVGrant,
+    KVOffer,
+    LinkAborted,
+    Migrate,
+    PeerDown,
+    PeerUp,
+    Released,
+    Role,
+    SetRole,
+    Stats,
+    StepOutput,
+    Submit,
+    TokenOut,
+)
+from minidisagg.core.plan import Completion, SeqKey, StepPlan
+from minidisagg.core.policy import Policy, Stage, WorkerOptions
+from minidisagg.core.request import Request, State
+
+FENCED = 65536  # ended requests whose incarnation is still remembered
+
+
+class StalledError(RuntimeError):
+    """Work is queued, nothing is in flight, and the policy plans nothing: it would wait for ever."""
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What an engine is built from; the same values and inputs give the same plans."""
+
+    name: str
+    epoch: int
+    role: Role
+    num_pages: int
+    page_size: int
+    num_layers: int
+    fingerprint: str
+    one_sided_links: bool = False
+    prefix_caching: bool = True
+    lease: float = 30.0  # seconds that a side of a handoff waits for the other
+    link_timeout: float = 10.0  # seconds for one piece on a link
+    options: WorkerOptions = field(default_factory=WorkerOptions)
+
+
+class EngineCore:
+    """Schedules one worker. Also the `WorkerView` of its policy."""
+
+    def __init__(self, spec: EngineSpec, policy: Policy) -> None:
+        self.spec = spec
+        self.policy = policy
+        self.name = spec.name
+        self.role = spec.role
+        self.options = spec.options
+        self.page_size = spec.page_size
+        self.num_pages = spec.num_pages
+        self.now = 0.0
+        self.outbox: list[Effect] = []
+        self.pool = BlockPool(spec.num_pages)
+        self.requests: dict[SeqKey, Request] = {}
+        self.waiting: list[Request] = []  # QUEUED, by the policy's order
+        self.running: list[Request] = []  # RUNNING, in order of admission
+        self.offers: list[tuple[str, KVOffer, Request]] = []  # by the policy's order
+        self.plans: dict[int, StepPlan] = {}  # steps in flight
+        self.peers: dict[str, int] = {}  # epochs of the live workers
+        self.draining = False
+        self.steps = 0
+        self.preemptions = 0
+        self.prefix_queries = 0
+        self.prefix_hits = 0
+        self._dropped: list[SeqKey] = []  # sequences that the executor may forget
+        self._fence: OrderedDict[str, int] = OrderedDict()  # highest incarnation that is over, or was aborted
+        emit = self.outbox.append
+        self.sender = Sender(
+            spec.epoch, spec.page_size, spec.num_layers, spec.one_sided_links, spec.lease, spec.link_timeout, emit,
+            self._handoff_ended,
+        )  # fmt: skip
+        self.receiver = Receiver(
+            self.pool, spec.lease, spec.link_timeout, emit, self._handoff_ready, self._handoff_gone
+        )
+        self._handlers: dict[type[AnyMessage], Callable[[Envelope], None]] = {
+            Submit: self._on_submit, Abort: self._on_abort, Migrate: self._on_migrate, SetRole: self._on_set_role,
+            Drain: self._on_drain, PeerUp: self._on_peer_up, PeerDown: self._on_peer_down, KVOffer: self._on_offer,
+            KVGrant: self._on_grant, KVChunk: self._on_chunk, KVDone: self._on_done, KVAck: self._on_ack,
+            KVCancel: self._on_cancel, KVFailed: self._on_failed, LinkAborted: self._on_link_aborted_by_peer,
+        }  # fmt: skip
+
+    # ------------------------------------------------------------ what drivers call
+
+    def on_message(self, envelope: Envelope, now: float) -> None:
+        """A message from the router or a peer. One of a dead epoch of a peer changes nothing."""
+        self.now = now
+        if envelope.source != ROUTER and envelope.epoch < self.peers.get(envelope.source, 0):
+            return
+        self._handlers[type(envelope.body)](envelope)
+
+    def schedule(self, now: float) -> StepPlan | None:
+        """The next step, or None if there is nothing to compute."""
+        self.now = now
+        self._grant_offers()
+        if self.policy.dynamic_order:
+            for request in self.waiting:
+                request.sort_key["prefill"] = self.policy.order(request, "prefill", self)
+            self.waiting.sort(key=lambda r: r.sort_key["prefill"])
+        batch = BatchBuilder(self)
+        self.policy.compose(batch, self)
+        if not batch.items:
+            if not (self.plans or self.sender.busy or self.receiver.busy or self.held):
+                if self.waiting or self.running:
+                    raise StalledError(
+                        f"worker {self.name}: {len(self.waiting)} requests wait, {len(self.running)} run, "
+                        f"{self.free_pages} pages are free, and policy {type(self.policy).__name__} plans nothing"
+                    )
+            return None
+        self.steps += 1
+        plan = StepPlan(self.steps, batch.items, batch.new, self._dropped)
+        self._dropped = []
+        self.plans[plan.step_id] = plan
+        return plan
+
+    def on_step_done(self, step_id: int, tokens: list[int], seconds: float, now: float) -> None:
+        """The step's sampled tokens, one per sampling item, in the order of the items."""
+        self.now = now
+        plan = self.plans.pop(step_id)
+        sampled = iter(tokens)
+        out: list[TokenOut] = []
+        prefill = decode = context = 0
+        for item in plan.items:
+            token = next(sampled) if item.sample else -1
+            request = self.requests[item.request_id, item.incarnation]
+            request.inflight -= 1
+            context += item.start + item.count
+            if item.start + item.count <= request.prefill_len:
+                prefill += item.count
+            else:
+                decode += item.count
+            if request.state is not State.RUNNING:
+                self._retire_if_settled(request)
+                continue
+            request.num_computed = item.start + item.count
+            if item.sample:
+                request.pending -= 1
+                out.append(self._on_token(request, token, seconds))
+            self._publish(request)
+            self._after_step(request)
+        self._send(ROUTER, StepOutput(step_id, out, seconds, prefill, decode, context))
+
+    def on_transfer_done(self, completion: Completion, now: float) -> None:
+        """A piece of KV has left or landed, or its link is broken."""
+        self.now = now
+        (self.sender if completion.send else self.receiver).on_completion(completion, now)
+
+    def on_link_aborted(self, peer: str, link_epoch: int, outgoing: bool, now: float) -> None:
+        """Confirmed: nothing of this link can touch this worker's pages any more."""
+        self.now = now
+        (self.sender if outgoing else self.receiver).on_aborted(peer, link_epoch)
+
+    def on_tick(self, now: float) -> None:
+        """Leases and deadlines; the driver calls it a few times a second."""
+        self.now = now
+        for request in self.sender.on_tick(now):
+            self._give_back(request, "the decode worker granted no pages in time", failure=False)
+        for request in self.held:
+            if request.key not in self.sender.transfers and now > request.ready_at + self.spec.lease:
+                self._give_back(request, "held for too long", failure=False)
+        self.receiver.on_tick(now)
+
+    def stats(self) -> Stats:
+        """The engine's share of a `Stats` message; the driver adds what it measures."""
+        count = self.pool.counts
+        prompts = [*self.waiting, *(request for request in self.running if request.is_prefill)]
+        return Stats(
+            role=self.role, steps=self.steps, running=len(self.running), waiting=len(self.waiting),
+            held=len(self.held), offers=len(self.offers),
+            queued_tokens=sum(request.remaining for request in prompts),
+            pages_free=count[PageState.FREE], pages_live=count[PageState.LIVE], pages_cached=count[PageState.CACHED],
+            pages_inflight=count[PageState.INFLIGHT], pages_quarantined=count[PageState.QUARANTINED],
+            preemptions=self.preemptions, prefix_queries=self.prefix_queries, prefix_hits=self.prefix_hits,
+        )  # fmt: skip
+
+    @property
+    def idle(self) -> bool:
+        """No request, no step, no transfer."""
+        return not self.requests and not self.plans and not self.offers
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that an allocation can have."""
+        return self.pool.available
+
+    @property
+    def expected(self) -> int:
+        """Requests whose KV is on its way here."""
+        return len(self.receiver.transfers)
+
+    @property
+    def held(self) -> list[Request]:
+        """Requests computed here that wait for their decode worker."""
+        return [request for request in self.requests.values() if request.state is State.HELD]
+
+    def check_integrity(self) -> None:
+        """The pool's invariants, and that its references are exactly what the requests hold."""
+        self.pool.check_integrity()
+        holders = [0] * self.num_pages
+        for request in self.requests.values():
+            reserved: list[int] = []
+            if request.state is State.WAIT_KV:
+                reserved = [p for p in request.pages if self.pool.state[p] > PageState.CACHED]
+            for page in request.pages:
+                holders[page] += page not in reserved
+        if holders != self.pool.refs:
+            wrong = [page for page in range(self.num_pages) if holders[page] != self.pool.refs[page]]
+            raise IntegrityError(f"pages {wrong[:8]} have other references than holders")
+
+    # ------------------------------------------------------------ what the builder calls
+
+    def admit(self, request: Request, spare: int) -> bool:
+        """QUEUED → RUNNING with pages for all known tokens, so that a prompt once begun never waits for memory.
+
+        `spare` pages must stay: one for each running request, or their next tokens would preempt right away.
+        """
+        hashes = request.extend_hashes(self.page_size) if self.spec.prefix_caching else []
+        cached = self.pool.match(hashes[: (request.num_tokens - 1) // self.page_size])  # one token must be computed
+        need = -(-request.num_tokens // self.page_size) - len(cached)
+        self.pool.hold(cached)
+        pages = self.pool.allocate(need) if self.pool.available >= need + spare else None
+        if pages is None:
+            self.pool.drop(cached)
+            return False
+        self.waiting.remove(request)
+        self.running.append(request)
+        request.state = State.RUNNING
+        request.pages = cached + pages
+        request.published = len(cached)
+        request.num_scheduled = request.num_computed = request.cached_tokens = len(cached) * self.page_size
+        self.prefix_queries += request.num_tokens
+        self.prefix_hits += request.cached_tokens
+        return True
+
+    def scheduled(self, request: Request, count: int, samples: bool) -> None:
+        """`count` tokens of the request are in the step being built."""
+        request.num_scheduled += count
+        request.inflight += 1
+        request.pending += samples
+        if request.first_scheduled_at < 0:
+            request.first_scheduled_at = self.now
+            if request.decode:
+                self.sender.offer(request, request.decode, self.now, self.spec.fingerprint)
+
+    def preempt(self, request: Request) -> None:
+        """Give its pages back; the router places the recomputation."""
+        self.preemptions += 1
+        self._give_back(request, "preempted", failure=False)
+
+    # ------------------------------------------------------------ messages
+
+    def _on_submit(self, envelope: Envelope) -> None:
+        message: Submit = envelope.body  # type: ignore[assignment]
+        if self._stale(message.request_id, message.incarnation):
+            return
+        request = Request(message, self.spec.fingerprint, self.now)
+        self.requests[request.key] = request
+        self._enqueue(request)
+
+    def _on_abort(self, envelope: Envelope) -> None:
+        message: Abort = envelope.body  # type: ignore[assignment]
+        self._close(message.request_id, message.incarnation)
+        for request in [r for r in self.requests.values() if r.request_id == message.request_id]:
+            if request.incarnation <= message.incarnation:
+                self._end(request, State.DONE_INFLIGHT)
+
+    def _on_migrate(self, envelope: Envelope) -> None:
+        message: Migrate = envelope.body  # type: ignore[assignment]
+        request = self.requests.get((message.request_id, message.incarnation))
+        if request is None or request.state is not State.HELD or request.key in self.sender.transfers:
+            return
+        if message.dest == self.name:
+            request.state = State.RUNNING
+            request.decode, request.hold = "", False
+            self.running.append(request)
+        else:
+            self.sender.offer(request, message.dest, self.now, self.spec.fingerprint)
+            self.sender.finish_prefill(request, request.output[-1], self.now)
+
+    def _on_set_role(self, envelope: Envelope) -> None:
+        self.role = envelope.body.role  # type: ignore[union-attr]
+        self._send(ROUTER, self.stats())
+
+    def _on_drain(self, envelope: Envelope) -> None:
+        self.draining = True
+
+    def _on_peer_up(self, envelope: Envelope) -> None:
+        message: PeerUp = envelope.body  # type: ignore[assignment]
+        self.peers[message.worker] = max(message.epoch, self.peers.get(message.worker, 0))
+
+    def _on_peer_down(self, envelope: Envelope) -> None:
+        message: PeerDown = envelope.body  # type: ignore[assignment]
+        self.peers[message.worker] = max(message.epoch + 1, self.peers.get(message.worker, 0))
+        self.offers = [offer for offer in self.offers if offer[0] != message.worker]
+        self.sender.abort_link(message.worker, peer_dead=True)
+        self.receiver.on_peer_down(message.worker, message.epoch, self.now)
+
+    def _on_offer(self, envelope: Envelope) -> None:
+        offer: KVOffer = envelope.body  # type: ignore[assignment]
+        key = offer.request_id, offer.incarnation
+        if any(waiting.request_id == key[0] and waiting.incarnation == key[1] for _, waiting, _ in self.offers):
+            return
+        if self._stale(*key):
+            return
+        request = Request(offer, self.spec.fingerprint, self.now)
+        refusal = ""
+        if offer.fingerprint != self.spec.fingerprint:
+            refusal = "another model, cache layout or codec"
+        elif -(-request.prefill_len // self.page_size) > self.num_pages:
+            refusal = "the prompt exceeds the decode worker's KV cache"
+        elif self.receiver.is_dead(envelope.source, offer.link_epoch):
+            refusal = "the link has been given up"
+        if refusal:
+            self._send(envelope.source, KVFailed(*key, refusal))
+            return
+        request.sort_key["transfer"] = self.policy.order(request, "transfer", self)
+        bisect.insort(self.offers, (envelope.source, offer, request), key=lambda o: o[2].sort_key["transfer"])
+        self._grant_offers()
+
+    def _on_grant(self, envelope: Envelope) -> None:
+        self.sender.on_grant(envelope.source, envelope.body, self.now)  # type: ignore[arg-type]
+
+    def _on_chunk(self, envelope: Envelope) -> None:
+        self.receiver.on_chunk(envelope.source, envelope.body, self.now)  # type: ignore[arg-type]
+
+    def _on_done(self, envelope: Envelope) -> None:
+        self.receiver.on_done(envelope.source, envelope.body)  # type: ignore[arg-type]
+
+    def _on_ack(self, envelope: Envelope) -> None:
+        self.sender.on_ack(envelope.source, envelope.body)  # type: ignore[arg-type]
+
+    def _on_cancel(self, envelope: Envelope) -> None:
+        message: KVCancel = envelope.body  # type: ignore[assignment]
+        key = message.request_id, message.incarnation
+        self.offers = [offer for offer in self.offers if offer[2].key != key]
+        if key not in self.requests:
+            self._close(*key)  # it may have overtaken the offer
+        self.receiver.on_cancel(envelope.source, message)
+
+    def _on_failed(self, envelope: Envelope) -> None:
+        message: KVFailed = envelope.body  # type: ignore[assignment]
+        request = self.requests.get((message.request_id, message.incarnation))
+        reason = self.sender.on_failed(envelope.source, message)
+        if reason is not None and request is not None:
+            self._give_back(request, reason, failure=True)
+
+    def _on_link_aborted_by_peer(self, envelope: Envelope) -> None:
+        message: LinkAborted = envelope.body  # type: ignore[assignment]
+        if message.outgoing:
+            self.receiver.on_peer_aborted(envelope.source, message.link_epoch, self.now)
+        else:
+            self.sender.on_peer_aborted(envelope.source, message.link_epoch)
+
+    # ------------------------------------------------------------ tokens
+
+    def _on_token(self, request: Request, token: int, seconds: float) -> TokenOut:
+        first = len(request.output) == request.prefill_len - len(request.prompt)
+        request.output.append(token)
+        finish = request.finish_reason()
+        now = self.now
+        out = TokenOut(
+            request.request_id, request.incarnation, len(request.output) - 1, token, finish,
+            queue_s=request.first_scheduled_at - request.queued_at if first else 0.0,
+            prefill_s=now - request.first_scheduled_at if first else 0.0,
+            wait_s=max(0.0, request.first_scheduled_at - request.ready_at) if request.ready_at >= 0 else 0.0,
+            step_s=now - request.first_scheduled_at if request.ready_at >= 0 else 0.0,
+            cached_tokens=request.cached_tokens if first else 0,
+        )  # fmt: skip
+        request.ready_at = -1.0
+        if finish:
+            self._end(request, State.DONE_INFLIGHT)
+        elif first and request.leaves:
+            self.running.remove(request)
+            request.state = State.HELD
+            request.ready_at = now
+            if request.decode:
+                self.sender.finish_prefill(request, token, now)
+        return out
+
+    def _after_step(self, request: Request) -> None:
+        if request.state is State.DONE_INFLIGHT:
+            self._retire_if_settled(request)
+        elif request.state is State.RUNNING and request.key in self.sender.transfers:
+            self.sender.advance(request, self.now)
+
+    def _publish(self, request: Request) -> None:
+        """Offer the pages that have become full and confirmed to the prefix cache."""
+        full = request.num_computed // self.page_size
+        if full > request.published and request.pages and self.spec.prefix_caching:
+            hashes = request.extend_hashes(self.page_size)
+            for index in range(request.published, full):
+                self.pool.publish(request.pages[index], hashes[index])
+            request.published = full
+
+    # ------------------------------------------------------------ handoffs
+
+    def _grant_offers(self) -> None:
+        """Answer the offers that fit, in the policy's order; the first that does not holds up the rest."""
+        while self.offers and self.policy.accept(self.offers[0][1], self):
+            source, offer, request = self.offers[0]
+            hashes = request.extend_hashes(self.page_size) if self.spec.prefix_caching else []
+            cached = self.pool.match(hashes)
+            need = -(-request.prefill_len // self.page_size) - len(cached)
+            self.pool.hold(cached)
+            fits = self.pool.available >= need + len(self.running)  # a page each for what is running
+            reserved = self.pool.reserve(need) if fits else None
+            if reserved is None:
+                self.pool.drop(cached)
+                return
+            del self.offers[0]
+            request.state = State.WAIT_KV
+            request.peer = source
+            request.pages = cached + reserved
+            request.published = len(cached)
+            request.cached_tokens = len(cached) * self.page_size
+            self.requests[request.key] = request
+            self.receiver.grant(request, source, offer.link_epoch, len(cached), reserved, self.now)
+
+    def _handoff_ready(self, request: Request, first_token: int) -> None:
+        request.num_scheduled = request.num_computed = request.prefill_len
+        request.output.append(first_token)
+        request.state = State.RUNNING
+        request.ready_at = self.now
+        self.running.append(request)
+        self._publish(request)
+
+    def _handoff_gone(self, request: Request) -> None:
+        self._end(request, State.DONE_INFLIGHT)
+
+    def _handoff_ended(self, request: Request, failure: str) -> None:
+        if request.state in (State.DONE_INFLIGHT, State.PREEMPTED):
+            self._retire_if_settled(request)
+        elif failure:
+            self._give_back(request, failure, failure=True)
+        else:
+            self._end(request, State.DONE_INFLIGHT)
+
+    # ------------------------------------------------------------ ends
+
+    def _give_back(self, request: Request, reason: str, failure: bool) -> None:
+        if request.state in (State.DONE_INFLIGHT, State.PREEMPTED, State.DONE):
+            return
+        self._end(request, State.PREEMPTED)
+        self._send(ROUTER, Released(request.request_id, request.incarnation, reason, failure))
+
+    def _end(self, request: Request, state: State) -> None:
+        """Out of every queue at once; the pages go when no step and no peer can touch them any more."""
+        if request.state is State.QUEUED:
+            self.waiting.remove(request)
+        elif request.state is State.RUNNING:
+            self.running.remove(request)
+        elif request.state is State.WAIT_KV and request.pages:
+            if request.key in self.receiver.transfers:
+                self.receiver.drop(request, "aborted")
+            return  # the receiver says when its pages are settled
+        elif request.state in (State.DONE_INFLIGHT, State.PREEMPTED, State.DONE):
+            return
+        request.state = state
+        if request.key in self.sender.transfers:
+            self.sender.stop(request)
+        self._retire_if_settled(request)
+
+    def _retire_if_settled(self, request: Request) -> None:
+        if request.state is State.DONE or request.inflight or request.key in self.sender.transfers:
+            return
+        request.state = State.DONE
+        self.pool.drop(request.pages)
+        request.pages = []
+        if request.introduced:
+            self._dropped.append(request.key)
+        del self.requests[request.key]
+        self._close(request.request_id, request.incarnation)
+
+    def _close(self, request_id: str, incarnation: int) -> None:
+        """Remember that this incarnation is over, so that a late message cannot revive it."""
+        self._fence[request_id] = max(incarnation, self._fence.pop(request_id, -1))
+        if len(self._fence) > FENCED:
+            self._fence.popitem(last=False)
+
+    def _stale(self, request_id: str, incarnation: int) -> bool:
+        """Over, aborted, or here already; a newer incarnation ends an older one that is still here."""
+        if incarnation <= self._fence.get(request_id, -1) or (request_id, incarnation) in self.requests:
+            return True
+        for request in [r for r in self.requests.values() if r.request_id == request_id]:
+            if request.incarnation > incarnation:
+                return True
+            self._end(request, State.DONE_INFLIGHT)
+        return False
+
+    def _enqueue(self, request: Request) -> None:
+        stage: Stage = "prefill"
+        request.sort_key[stage] = self.policy.order(request, stage, self)
+        bisect.insort(self.waiting, request, key=lambda r: r.sort_key[stage])
+
+    def _send(self, dest: str, body: AnyMessage) -> None:
+        self.outbox.append(Send(dest, body))

@@ -1,0 +1,367 @@
+"""Everything that crosses a process boundary, in one file.
+
+Each message is a `msgspec.Struct`, sent as msgpack inside an `Envelope` that names the sender and its epoch.
+A request is fenced by `(request_id, incarnation)`: the incarnation grows with every preemption, migration and
+resubmission, and a message about an older one changes nothing. A worker is fenced by its epoch, which grows with
+every restart. Times are seconds; workers send durations only, so that every instant is on the router's clock.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta, Struct
+
+ROUTER = "router"  # the address of the front-end process, beside the workers' names
+
+NonNegative = Annotated[int, Meta(ge=0)]
+TokenId = Annotated[int, Meta(ge=0)]
+
+
+class Role(IntEnum):
+    """What the router sends a worker; a soft attribute that can change while the worker runs."""
+
+    PREFILL = 1
+    DECODE = 2
+    BOTH = 3
+
+
+class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """How tokens are chosen. Temperature 0 is greedy; randomness is keyed by (seed, position), so a retry repeats it.
+
+    `stop` strings are matched by the front end; a worker knows `stop_token_ids` only, into which the front end has
+    put the model's end-of-sequence ids unless `ignore_eos` is set.
+    """
+
+    max_tokens: Annotated[int, Meta(ge=1)] = 128
+    min_tokens: NonNegative = 0
+    temperature: Annotated[float, Meta(ge=0.0, le=10.0)] = 1.0
+    top_k: Annotated[int, Meta(ge=0)] = 0  # 0: off
+    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
+    min_p: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
+    presence_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
+    frequency_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
+    repetition_penalty: Annotated[float, Meta(gt=0.0, le=10.0)] = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+class Message(Struct, frozen=True, tag=True, array_like=True):
+    """Base of all messages; the class name is the tag on the wire."""
+
+
+# ---------------------------------------------------------------- front end -> worker
+
+
+class Submit(Message, frozen=True):
+    """Compute this request: prefill `prompt + emitted`, then hand over to `decode`, or stay where that is empty.
+
+    `emitted` are tokens that the client already has (non-empty after a failure); they stay apart from the prompt
+    because penalties, limits and usage need the split. With `hold`, the worker keeps the blocks after prefill until
+    a `Migrate` names the decode worker (late binding).
+    """
+
+    request_id: str
+    incarnation: int
+    prompt: list[TokenId]
+    emitted: list[TokenId]
+    sampling: SamplingParams
+    arrival: float  # seconds on the router's clock; orders requests, never compared with a worker's clock
+    decode: str = ""
+    hold: bool = False
+    salt: str = ""  # separates prefix caches of different tenants
+    priority: int = 0
+
+
+class Abort(Message, frozen=True):
+    """Forget every incarnation of the request up to this one; it may overtake the offer, so it leaves a tombstone."""
+
+    request_id: str
+    incarnation: int
+
+
+class SetRole(Message, frozen=True):
+    """Take this role; the router sends it once the worker has finished what its old role brought it."""
+
+    role: Role
+
+
+class Migrate(Message, frozen=True):
+    """Hand the request's KV over to the worker `dest`."""
+
+    request_id: str
+    incarnation: int
+    dest: str
+
+
+class Drain(Message, frozen=True):
+    """Finish what is there, then exit."""
+
+
+class PeerUp(Message, frozen=True):
+    """A worker is there, under this epoch, and its channel listens at `address`."""
+
+    worker: str
+    epoch: int
+    address: str
+
+
+class PeerDown(Message, frozen=True):
+    """The worker's process is dead (its parent has waited for it): it will never write again."""
+
+    worker: str
+    epoch: int
+
+
+# ---------------------------------------------------------------- worker -> front end
+
+
+class Hello(Message, frozen=True):
+    """A worker's first message: what it is and what it holds."""
+
+    role: Role
+    num_pages: int
+    page_size: int  # tokens
+    max_model_len: int
+    fingerprint: str
+    address: str
+    pid: int
+    kv_bytes_per_token: int
+    info: dict[str, str | int | float] = {}
+
+
+class TokenOut(Struct, frozen=True, array_like=True):
+    """One sampled token. `index` counts the request's output from 0, over all incarnations and workers.
+
+    Durations, on the worker's clock and only where they end with this token, else 0: `queue_s` and `prefill_s` with
+    the first token of an incarnation, `wait_s` (KV complete to first scheduled) and `step_s` (that first step) with
+    the first token after a handoff.
+    """
+
+    request_id: str
+    incarnation: int
+    index: int
+    token: int
+    finish: str = ""  # "stop" or "length" with the last token
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    wait_s: float = 0.0
+    step_s: float = 0.0
+    cached_tokens: int = 0  # with the first token: how many prompt tokens were prefix hits
+
+
+class StepOutput(Message, frozen=True):
+    """What one step did: its tokens, how long it took, and what was in it."""
+
+    step_id: int
+    tokens: list[TokenOut]
+    seconds: float = 0.0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    context_tokens: int = 0  # KV tokens read by the step's sequences
+
+
+class Released(Message, frozen=True):
+    """The worker gave the request's blocks up without finishing it; the router places it anew.
+
+    `failure` is False for a preemption: only failures count towards the limit that stops a poison request.
+    """
+
+    request_id: str
+    incarnation: int
+    reason: str
+    failure: bool = False
+
+
+class Stats(Message, frozen=True):
+    """A worker's state, sent on every tick; `steps` lets the router tell a live thread from a live device."""
+
+    role: Role
+    steps: int
+    running: int
+    waiting: int
+    held: int
+    offers: int
+    queued_tokens: int
+    pages_free: int
+    pages_live: int
+    pages_cached: int
+    pages_inflight: int
+    pages_quarantined: int
+    preemptions: int = 0
+    prefix_queries: int = 0  # tokens looked up
+    prefix_hits: int = 0  # tokens found
+    transfer_backlog: int = 0  # bytes started and not finished
+    transfer_bytes: int = 0
+    transfer_seconds: float = 0.0
+    transfer_failures: int = 0
+    busy_seconds: float = 0.0
+    flops: float = 0.0  # floating-point operations of all steps, linears and attention
+    bytes_read: float = 0.0  # weight and KV bytes that all steps had to read
+    cpu_seconds: float = 0.0
+    clock: float = 0.0  # the worker's monotonic clock when it sent this
+
+
+class Fatal(Message, frozen=True):
+    """A worker must be killed: the sender itself cannot go on, or a peer does not let go of a link."""
+
+    reason: str
+    worker: str
+    epoch: int
+
+
+# ---------------------------------------------------------------- worker <-> worker
+
+
+class KVOffer(Message, frozen=True):
+    """Source to destination: I am computing these tokens; give me pages for their KV.
+
+    It carries all that the destination needs to go on with the request.
+    """
+
+    request_id: str
+    incarnation: int
+    prompt: list[TokenId]
+    emitted: list[TokenId]
+    sampling: SamplingParams
+    arrival: float
+    salt: str
+    priority: int
+    fingerprint: str
+    link_epoch: int  # the link that will carry it
+
+
+class KVGrant(Message, frozen=True):
+    """Destination to source: write into these pages. The first `skip` pages of the request are held already.
+
+    The handle (worker, epoch, request, incarnation, pages) is checked at every boundary; the worker and its epoch
+    are the envelope's.
+    """
+
+    request_id: str
+    incarnation: int
+    pages: list[int]
+    skip: int
+
+
+class KVChunk(Message, frozen=True):
+    """Source to destination: piece `seq` of the link carries these pages of the request.
+
+    Two-sided links announce a piece before its bytes, one-sided links after them (`checksum` is then set).
+    """
+
+    request_id: str
+    incarnation: int
+    link_epoch: int
+    seq: int
+    first: int  # index of the first page in the request's block table
+    count: int  # pages
+    layers: tuple[int, int]  # half-open
+    checksum: int = 0
+
+
+class KVDone(Message, frozen=True):
+    """Source to destination: all is sent, in `chunks` pieces; the request goes on with `first_token`."""
+
+    request_id: str
+    incarnation: int
+    chunks: int
+    first_token: int
+
+
+class KVAck(Message, frozen=True):
+    """Destination to source: the KV is complete and mine; release yours."""
+
+    request_id: str
+    incarnation: int
+
+
+class KVCancel(Message, frozen=True):
+    """Source to destination: I have stopped, after `chunks` pieces; nothing more will be written."""
+
+    request_id: str
+    incarnation: int
+    chunks: int
+
+
+class KVFailed(Message, frozen=True):
+    """Destination to source: stop; answer with `KVCancel` so that I may reuse the pages."""
+
+    request_id: str
+    incarnation: int
+    reason: str
+
+
+class LinkOpen(Message, frozen=True):
+    """Source to destination: open your end of the link of this kind and epoch, and tell me where it is."""
+
+    kind: str
+    codec: str
+    link_epoch: int
+
+
+class LinkReady(Message, frozen=True):
+    """Destination to source: my end listens at `endpoint` (opaque to all but the link), or `error` says why not."""
+
+    link_epoch: int
+    endpoint: str
+    error: str = ""
+
+
+class LinkAborted(Message, frozen=True):
+    """The sender has given this link epoch up (`outgoing`: it was the link's source) and will not touch it again."""
+
+    link_epoch: int
+    outgoing: bool
+
+
+AnyMessage = (
+    Submit
+    | Abort
+    | SetRole
+    | Migrate
+    | Drain
+    | PeerUp
+    | PeerDown
+    | Hello
+    | StepOutput
+    | Released
+    | Stats
+    | Fatal
+    | KVOffer
+    | KVGrant
+    | KVChunk
+    | KVDone
+    | KVAck
+    | KVCancel
+    | KVFailed
+    | LinkOpen
+    | LinkReady
+    | LinkAborted
+)
+
+
+class Envelope(Struct, frozen=True, array_like=True):
+    """A message with its sender's name and epoch."""
+
+    source: str
+    epoch: int
+    body: AnyMessage
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Envelope)
+
+
+def encode(envelope: Envelope) -> bytes:
+    """One frame's payload."""
+    return _encoder.encode(envelope)
+
+
+def decode(data: bytes | bytearray | memoryview) -> Envelope:
+    """Raises `msgspec.MsgspecError` on anything that is not a well-formed message."""
+    return _decoder.decode(data)

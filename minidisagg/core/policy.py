@@ -1,0 +1,214 @@
+"""A scheduling policy: seven hooks, each with a working default, over read-only views.
+
+The defaults are first come first served, placed on the least loaded worker. A policy overrides what it wants to
+change; it asks the `BatchBuilder` and the views, and never touches the accounting. Each worker and the router have an
+instance of their own: what `place` sets cannot be read in `compose` except through the request.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from minidisagg.core.messages import KVOffer, Role
+
+if TYPE_CHECKING:
+    from minidisagg.core.batch import BatchBuilder
+    from minidisagg.core.request import Request
+
+Stage = Literal["prefill", "transfer", "decode"]
+
+
+@dataclass(frozen=True)
+class Accept:
+    """Take the request in."""
+
+
+@dataclass(frozen=True)
+class Reject:
+    """Turn it away; the client may come back after `retry_after` seconds."""
+
+    retry_after: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a request runs. `decode=None` leaves that open until prefill ends; `decode == prefill` is colocated."""
+
+    prefill: str
+    decode: str | None
+
+
+@dataclass(frozen=True)
+class Victim:
+    """Whose pages are to be freed, and how. "recompute" sends it back through the router."""
+
+    request: Request
+    how: Literal["recompute"] = "recompute"
+
+
+@dataclass(frozen=True)
+class RoleChange:
+    """`rebalance` asks for it: finish what is there, then flip."""
+
+    worker: str
+    role: Role
+
+
+@dataclass
+class WorkerOptions:
+    """What can be set per worker, and so per role."""
+
+    max_num_seqs: int = 32  # sequences in one step
+    max_num_batched_tokens: int = 2048  # tokens in one step
+    chunk: int = 0  # most prompt tokens of one request in one step; 0: no limit but the budget
+
+
+class RequestView(Protocol):
+    """What `admit` and `place` see of a request."""
+
+    @property
+    def request_id(self) -> str: ...
+    @property
+    def arrival(self) -> float: ...
+    @property
+    def priority(self) -> int: ...
+    @property
+    def prefill_len(self) -> int: ...
+    @property
+    def max_tokens(self) -> int: ...
+
+
+@dataclass
+class WorkerStatus:
+    """The router's picture of one worker. What it placed itself it knows at once, the rest is as old as `stats_at`."""
+
+    name: str
+    epoch: int
+    role: Role
+    num_pages: int
+    page_size: int
+    queued_tokens: int = 0  # prompt tokens placed there whose first token has not come
+    decoding: int = 0  # requests placed there for decode that have not ended
+    context_tokens: int = 0  # their KV tokens
+    pages_free: int = 0  # FREE or CACHED, by its last Stats
+    transfer_backlog: int = 0  # bytes, by its last Stats
+    stats_at: float = 0.0
+    t_prefill_token: float = 0.0  # seconds per prompt token, smoothed over its steps; 0 until it was seen
+    t_decode_step: float = 0.0  # seconds per pure decode step, smoothed
+    flipping: Role | None = None  # takes nothing new until it has taken this role
+
+    def takes(self, role: Role) -> bool:
+        """The router may send it work of this role."""
+        return self.flipping is None and bool(self.role & role)
+
+
+@dataclass
+class ClusterView:
+    """What the router's hooks see."""
+
+    now: float
+    workers: dict[str, WorkerStatus]
+    waiting: int = 0  # requests without a first token
+    waiting_tokens: int = 0  # and their prompt tokens
+    max_waiting: int = 1024
+    max_waiting_tokens: int = 1 << 20
+    rng: random.Random = field(default_factory=lambda: random.Random(0))
+
+    def candidates(self, role: Role) -> list[WorkerStatus]:
+        """Live workers that take work of this role."""
+        return [worker for worker in self.workers.values() if worker.takes(role)]
+
+    def t_prefill(self, tokens: int, worker: WorkerStatus) -> float:
+        """Estimated seconds to prefill `tokens` behind what is queued there."""
+        return (worker.queued_tokens + tokens) * worker.t_prefill_token
+
+
+class WorkerView(Protocol):
+    """What a worker's hooks see of it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def role(self) -> Role: ...
+    @property
+    def now(self) -> float: ...
+    @property
+    def options(self) -> WorkerOptions: ...
+    @property
+    def page_size(self) -> int: ...
+    @property
+    def num_pages(self) -> int: ...
+    @property
+    def free_pages(self) -> int: ...
+    @property
+    def running(self) -> Sequence[Request]: ...
+    @property
+    def waiting(self) -> Sequence[Request]: ...
+    @property
+    def expected(self) -> int:
+        """Requests whose KV is on its way here."""
+        ...
+
+
+class Policy:
+    """First come, first served. Subclass it and override what you study."""
+
+    dynamic_order = False  # True: sort keys change over time and are computed anew for each step
+
+    def __init__(self, **settings: Any) -> None:
+        """`settings` come from the command line (`--policy sarathi:chunk=64`)."""
+        if settings:
+            raise ValueError(f"policy {type(self).__name__} has no setting {', '.join(sorted(settings))}")
+
+    # ------------------------------------------------------------ the router's hooks
+
+    def admit(self, request: RequestView, cluster: ClusterView) -> Accept | Reject:
+        """Take it in while the waiting requests and their prompt tokens are within bounds."""
+        if cluster.waiting >= cluster.max_waiting:
+            return Reject(1.0, f"{cluster.waiting} requests are waiting already")
+        if cluster.waiting_tokens + request.prefill_len > cluster.max_waiting_tokens:
+            return Reject(1.0, f"{cluster.waiting_tokens} prompt tokens are waiting already")
+        return Accept()
+
+    def place(self, request: RequestView, cluster: ClusterView) -> Placement | Reject:
+        """The worker with the fewest queued tokens prefills; it decodes too if it may, else the emptiest one does."""
+        prefill = cluster.candidates(Role.PREFILL)
+        if not prefill:
+            return Reject(1.0, "no worker takes prefill")
+        first = min(prefill, key=lambda w: (w.queued_tokens, w.decoding))
+        if first.takes(Role.DECODE):
+            return Placement(first.name, first.name)
+        decode = cluster.candidates(Role.DECODE)
+        if not decode:
+            return Reject(1.0, "no worker takes decode")
+        return Placement(first.name, min(decode, key=lambda w: (w.decoding, w.context_tokens)).name)
+
+    def rebalance(self, cluster: ClusterView) -> list[RoleChange]:
+        """Change roles; called on every tick."""
+        return []
+
+    # ------------------------------------------------------------ a worker's hooks
+
+    def accept(self, offer: KVOffer, worker: WorkerView) -> bool:
+        """Grant now, if there are pages, or let the offer wait."""
+        return len(worker.running) + worker.expected < worker.options.max_num_seqs
+
+    def order(self, request: Request, stage: Stage, worker: WorkerView) -> Any:
+        """Sort key within one stage."""
+        return (-request.priority, request.arrival)
+
+    def compose(self, batch: BatchBuilder, worker: WorkerView) -> None:
+        """Fill one step: whatever is running, then whole prompts in order, fused into the same step."""
+        for request in batch.running:
+            batch.add(request)
+        for request in batch.waiting:
+            if not batch.add(request):
+                break
+
+    def evict(self, worker: WorkerView, candidates: Sequence[Request]) -> Victim | None:
+        """Whose pages to free for a decode that needs one; `candidates` are neither in flight nor in the batch."""
+        return Victim(max(candidates, key=lambda r: (-r.priority, r.arrival))) if candidates else None

@@ -1,0 +1,125 @@
+"""A request as one worker sees it: tokens still to compute, and the pages that hold what is computed."""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+from typing import Any
+
+from minidisagg.core.blocks import page_hash, prefix_root
+from minidisagg.core.messages import KVOffer, SamplingParams, Submit
+from minidisagg.core.plan import SeqKey
+
+
+class State(Enum):
+    """Where a request is in its life on this worker.
+
+    QUEUED ──first chunk──▶ RUNNING ──last token──▶ DONE_INFLIGHT ──its last step lands──▶ DONE
+    WAIT_KV ──KV complete──▶ RUNNING ──no pages──▶ PREEMPTED ──its last step lands──▶ DONE
+                             RUNNING ──prefill ends, decode is elsewhere──▶ HELD ──acknowledged──▶ DONE
+    """
+
+    QUEUED = auto()  # nothing computed, no pages
+    WAIT_KV = auto()  # pages granted, KV on its way from a peer
+    RUNNING = auto()  # in the batch: a prompt begun, or decoding
+    HELD = auto()  # computed here, kept until the decode worker has it
+    PREEMPTED = auto()  # given back to the router, a step still flies
+    DONE_INFLIGHT = auto()  # the end is known, a step still flies
+    DONE = auto()  # no pages, no step: forgotten
+
+
+class Request:
+    """One incarnation of a request on one worker.
+
+    Two counters keep a step ahead honest: `num_scheduled` positions are in plans, `num_computed` of them are
+    confirmed; `pending` sampled tokens are in flight, their values unknown.
+    """
+
+    __slots__ = (
+        "arrival", "cached_tokens", "decode", "first_scheduled_at", "hashes", "hold", "incarnation", "inflight",
+        "introduced", "num_computed", "num_scheduled", "output", "pages", "peer", "pending", "prefill_len", "priority",
+        "prompt", "published", "queued_at", "ready_at", "request_id", "root", "salt", "sampling", "sort_key", "state",
+    )  # fmt: skip
+
+    def __init__(self, source: Submit | KVOffer, fingerprint: str, now: float) -> None:
+        self.request_id = source.request_id
+        self.incarnation = source.incarnation
+        self.prompt = source.prompt
+        self.output = list(source.emitted)
+        self.sampling: SamplingParams = source.sampling
+        self.arrival = source.arrival
+        self.priority = source.priority
+        self.salt = source.salt
+        self.decode = source.decode if isinstance(source, Submit) else ""
+        self.hold = source.hold if isinstance(source, Submit) else False
+        self.peer = ""  # where its KV comes from, while WAIT_KV
+        self.state = State.QUEUED
+        self.pages: list[int] = []
+        self.root = prefix_root(fingerprint, source.salt)
+        self.hashes: list[bytes] = []
+        self.published = 0  # pages considered for the prefix cache so far
+        self.prefill_len = len(source.prompt) + len(source.emitted)
+        self.num_scheduled = 0
+        self.num_computed = 0
+        self.pending = 0
+        self.inflight = 0  # steps that carry this request
+        self.introduced = False  # the executor knows its sampling state
+        self.cached_tokens = 0
+        self.queued_at = now
+        self.first_scheduled_at = -1.0
+        self.ready_at = -1.0  # KV complete after a handoff, until its first token here
+        self.sort_key: dict[str, Any] = {}  # by stage
+
+    @property
+    def key(self) -> SeqKey:
+        """(request_id, incarnation)."""
+        return self.request_id, self.incarnation
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose value is known or in flight."""
+        return len(self.prompt) + len(self.output) + self.pending
+
+    @property
+    def remaining(self) -> int:
+        """Positions still to schedule: a prompt's rest, or 1 for a decode step."""
+        return self.num_tokens - self.num_scheduled
+
+    @property
+    def is_prefill(self) -> bool:
+        """Still computing tokens that it did not sample here."""
+        return self.num_scheduled < self.prefill_len
+
+    @property
+    def exhausted(self) -> bool:
+        """`max_tokens` are sampled or in flight: nothing more to schedule."""
+        return len(self.output) + self.pending >= self.sampling.max_tokens
+
+    @property
+    def leaves(self) -> bool:
+        """It decodes elsewhere: nothing is planned here past its first token."""
+        return bool(self.decode) or self.hold
+
+    def tokens(self, start: int, end: int) -> list[int]:
+        """Known token ids of positions [start, end); shorter than asked where the last one is in flight."""
+        split = len(self.prompt)
+        if end <= split:
+            return self.prompt[start:end]
+        if start >= split:
+            return self.output[start - split : end - split]
+        return self.prompt[start:] + self.output[: end - split]
+
+    def extend_hashes(self, page_size: int) -> list[bytes]:
+        """Chained hashes of all full pages of known tokens; appends what has become full."""
+        known = len(self.prompt) + len(self.output)
+        while (len(self.hashes) + 1) * page_size <= known:
+            start = len(self.hashes) * page_size
+            parent = self.hashes[-1] if self.hashes else self.root
+            self.hashes.append(page_hash(parent, self.tokens(start, start + page_size)))
+        return self.hashes
+
+    def finish_reason(self) -> str:
+        """"stop" or "length" if the last output token ends the request, else ""."""
+        sampling = self.sampling
+        if len(self.output) > sampling.min_tokens and self.output[-1] in sampling.stop_token_ids:
+            return "stop"
+        return "length" if len(self.output) >= sampling.max_tokens else ""

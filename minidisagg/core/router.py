@@ -1,0 +1,486 @@
+"""The cluster's brain, in the front-end process: it places requests, and its log is the only durable truth of them.
+
+    on_request       admit → place → Submit (or reject, or wait for a worker)
+    on_message       tokens, in the order of their index; stage times; what a worker gave back is placed anew
+    on_worker_down   every request that needed the worker is resubmitted: prompt and emitted tokens, incarnation + 1
+    on_tick          deadlines, lost heartbeats, role flips
+
+Recovery is one path for every failure and for preemption: forget the incarnation everywhere, submit the next one.
+Sans-IO like the engine: effects go out through `outbox`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from msgspec import Struct
+
+from minidisagg.core.effects import Send
+from minidisagg.core.messages import (
+    Abort,
+    Envelope,
+    Fatal,
+    Hello,
+    Migrate,
+    PeerDown,
+    PeerUp,
+    Released,
+    Role,
+    SamplingParams,
+    SetRole,
+    Stats,
+    StepOutput,
+    Submit,
+    TokenOut,
+)
+from minidisagg.core.policy import ClusterView, Policy, Reject, RoleChange, WorkerStatus
+
+MAX_FAILURES = 3  # a request that was there when this many workers failed ends in an error
+SMOOTHING = 0.2  # weight of the newest step in the running means
+
+
+class StageTimes(Struct, frozen=True):
+    """Where a request's time went, in seconds on the router's clock; the five stages add up to `e2e` exactly.
+
+    `queue` is all before the last prefill began (its channel hop too), `transfer` what the handoff added between
+    the first and the second token beside waiting for a place in the batch.
+    """
+
+    queue: float
+    prefill: float
+    transfer: float
+    decode_wait: float
+    decode: float
+    e2e: float
+
+
+class Emit(Struct, frozen=True):
+    """News for the client: tokens from output index `index` on, and the end if `finish` is set.
+
+    `finish` is "stop", "length", "abort", "reject" or "error" (`error` then says why, and for "reject" `retry_after`).
+    """
+
+    request_id: str
+    index: int = 0
+    tokens: tuple[int, ...] = ()
+    finish: str = ""
+    error: str = ""
+    retry_after: float = 0.0
+    times: StageTimes | None = None
+    handoff: bool = False  # the gap before these tokens holds a handoff or a resubmission
+    cached_tokens: int = 0
+
+
+class Kill(Struct, frozen=True):
+    """The supervisor must kill this worker's process and wait for it."""
+
+    worker: str
+    epoch: int
+    reason: str
+
+
+RouterEffect = Send | Emit | Kill
+
+
+@dataclass
+class Tracked:
+    """One accepted request: the log entry, and where it is."""
+
+    request_id: str
+    prompt: list[int]
+    sampling: SamplingParams
+    arrival: float
+    deadline: float
+    salt: str = ""
+    priority: int = 0
+    emitted: list[int] = field(default_factory=list)
+    incarnation: int = 0
+    failures: int = 0
+    prefill: str = ""  # worker; empty while the request waits for one
+    decode: str = ""  # worker; empty while left open
+    prefilling: bool = True  # the first token of this incarnation has not come
+    moving: bool = False  # its KV is on its way to another worker
+    moved: bool = False  # the next token ends a gap with a handoff or a resubmission
+    charged: int = 0  # tokens counted on the prefill worker
+    early: dict[int, TokenOut] = field(default_factory=dict)  # tokens that came before their predecessor
+    cached_tokens: int = 0
+    prefill_s: float = 0.0
+    wait_s: float = 0.0
+    step_s: float = 0.0
+    first_at: float = -1.0
+    second_at: float = -1.0
+    workers: list[str] = field(default_factory=list)  # where it was, in order
+
+    @property
+    def prefill_len(self) -> int:
+        """Tokens that the next prefill computes."""
+        return len(self.prompt) + len(self.emitted)
+
+    @property
+    def max_tokens(self) -> int:
+        """Output limit; the upper bound of its length."""
+        return self.sampling.max_tokens
+
+
+@dataclass
+class Heartbeat:
+    """What the router knows of a worker's liveness."""
+
+    heard_at: float
+    steps: int = 0
+    stepped_at: float = 0.0
+    busy: bool = False
+
+
+@dataclass(frozen=True)
+class RouterSpec:
+    """Limits of the router."""
+
+    max_waiting: int = 1024
+    max_waiting_tokens: int = 1 << 20
+    request_timeout: float = 600.0  # seconds from arrival to the last token
+    lost_after: float = 10.0  # seconds without a word from a worker
+    stuck_after: float = 60.0  # seconds without a step while there is work
+    seed: int = 0
+
+
+class Router:
+    """Places requests on workers and follows them to their end."""
+
+    def __init__(self, spec: RouterSpec, policy: Policy) -> None:
+        self.spec = spec
+        self.policy = policy
+        self.outbox: list[RouterEffect] = []
+        self.requests: dict[str, Tracked] = {}
+        self.parked: list[str] = []  # accepted, and no worker can take them now
+        self.hellos: dict[str, Hello] = {}
+        self.stats: dict[str, Stats] = {}
+        self.heartbeats: dict[str, Heartbeat] = {}
+        self.paused = False  # admission is paused: new requests are parked
+        self.view = ClusterView(
+            0.0, {}, max_waiting=spec.max_waiting, max_waiting_tokens=spec.max_waiting_tokens,
+            rng=random.Random(spec.seed),
+        )  # fmt: skip
+
+    # ------------------------------------------------------------ clients
+
+    def on_request(
+        self, request_id: str, prompt: list[int], sampling: SamplingParams, now: float, arrival: float | None = None,
+        salt: str = "", priority: int = 0,
+    ) -> None:  # fmt: skip
+        """A client's request; its fate is told through `Emit`. `arrival` may lie before `now` (open-loop load)."""
+        self.view.now = now
+        if request_id in self.requests:
+            self.outbox.append(Emit(request_id, finish="error", error="a request of this id is running"))
+            return
+        request = Tracked(
+            request_id, prompt, sampling, now if arrival is None else arrival, now + self.spec.request_timeout,
+            salt, priority,
+        )  # fmt: skip
+        verdict = self.policy.admit(request, self.view)
+        if isinstance(verdict, Reject):
+            self._reject(request_id, verdict)
+            return
+        self.requests[request_id] = request
+        self.view.waiting += 1
+        self.view.waiting_tokens += len(prompt)
+        self._place(request, new=True)
+
+    def on_abort(self, request_id: str, now: float, reason: str = "") -> None:
+        """The client left."""
+        self.view.now = now
+        request = self.requests.get(request_id)
+        if request is not None:
+            self._abandon(request)
+            self._finish(request, "abort" if not reason else "error", error=reason)
+
+    # ------------------------------------------------------------ workers
+
+    def on_message(self, envelope: Envelope, now: float) -> None:
+        """A worker's message; one of a dead epoch changes nothing."""
+        self.view.now = now
+        name, body = envelope.source, envelope.body
+        status = self.view.workers.get(name)
+        if isinstance(body, Hello):
+            self._on_hello(name, envelope.epoch, body)
+            return
+        if status is None or status.epoch != envelope.epoch:
+            return
+        self.heartbeats[name].heard_at = now
+        if isinstance(body, StepOutput):
+            self._on_step(status, body)
+        elif isinstance(body, Stats):
+            self._on_stats(status, body)
+        elif isinstance(body, Released):
+            request = self.requests.get(body.request_id)
+            if request is not None and request.incarnation == body.incarnation:
+                self._resubmit(request, body.reason, body.failure)
+        elif isinstance(body, Fatal):
+            target = self.view.workers.get(body.worker)
+            if target is not None and target.epoch == body.epoch:
+                self.outbox.append(Kill(target.name, target.epoch, body.reason))
+
+    def on_worker_down(self, name: str, epoch: int, now: float) -> None:
+        """The worker's process is dead (waited for): tell its peers, resubmit what needed it."""
+        self.view.now = now
+        status = self.view.workers.get(name)
+        if status is None or status.epoch != epoch:
+            return
+        del self.view.workers[name], self.hellos[name], self.heartbeats[name]
+        self.stats.pop(name, None)
+        for other in self.view.workers:
+            self._send(other, PeerDown(name, epoch))
+        for request in list(self.requests.values()):
+            if self._uses(request, name):
+                self._resubmit(request, f"worker {name} failed", failure=True)
+
+    def on_tick(self, now: float) -> None:
+        """Call a few times a second."""
+        self.view.now = now
+        for request in list(self.requests.values()):
+            if now > request.deadline:
+                self.on_abort(request.request_id, now, reason="the request's deadline has passed")
+        for name, beat in list(self.heartbeats.items()):
+            stuck = beat.busy and now - max(beat.stepped_at, 0.0) > self.spec.stuck_after
+            if now - beat.heard_at > self.spec.lost_after or stuck:
+                beat.heard_at = beat.stepped_at = now
+                reason = "makes no progress" if stuck else "does not answer"
+                self.outbox.append(Kill(name, self.view.workers[name].epoch, reason))
+        for change in self.policy.rebalance(self.view):
+            self.set_role(change, now)
+        for status in self.view.workers.values():
+            if status.flipping is not None and not any(self._uses(r, status.name) for r in self.requests.values()):
+                self._send(status.name, SetRole(status.flipping))
+        self.place_parked(now)
+
+    def set_role(self, change: RoleChange, now: float) -> None:
+        """Finish-then-flip: the worker gets nothing new from now on, and the new role once it is empty."""
+        status = self.view.workers[change.worker]
+        status.flipping = change.role if change.role != status.role else None
+
+    def place_parked(self, now: float) -> None:
+        """Try again what found no worker."""
+        self.view.now = now
+        parked, self.parked = self.parked, []
+        for request_id in parked:
+            request = self.requests.get(request_id)
+            if request is not None and not request.prefill:
+                self._place(request, new=False)
+
+    def check_integrity(self) -> None:
+        """The counters that hooks see equal what the log says."""
+        waiting = [r for r in self.requests.values() if not r.emitted]
+        assert self.view.waiting == len(waiting), (self.view.waiting, len(waiting))
+        assert self.view.waiting_tokens == sum(len(r.prompt) for r in waiting)
+        for name, status in self.view.workers.items():
+            queued = sum(r.charged for r in self.requests.values() if r.prefill == name and r.prefilling)
+            assert status.queued_tokens == queued, (name, status.queued_tokens, queued)
+            decoding = sum(r.decode == name for r in self.requests.values())
+            assert status.decoding == decoding, (name, status.decoding, decoding)
+
+    # ------------------------------------------------------------ placing
+
+    def _place(self, request: Tracked, new: bool) -> None:
+        view = self.view
+        if self.paused or not view.candidates(Role.PREFILL) or not view.candidates(Role.DECODE):
+            self.parked.append(request.request_id)
+            return
+        placement = self.policy.place(request, view)
+        if isinstance(placement, Reject):
+            if new:
+                del self.requests[request.request_id]
+                view.waiting -= 1
+                view.waiting_tokens -= len(request.prompt)
+                self._reject(request.request_id, placement)
+            else:  # accepted once: it is not turned away any more
+                self.parked.append(request.request_id)
+            return
+        request.prefill, request.prefilling = placement.prefill, True
+        request.charged = request.prefill_len
+        view.workers[placement.prefill].queued_tokens += request.charged
+        self._bind(request, placement.decode or "")
+        request.workers.append(placement.prefill)
+        self._send(placement.prefill, Submit(
+            request.request_id, request.incarnation, request.prompt, list(request.emitted), request.sampling,
+            request.arrival, decode="" if placement.decode == placement.prefill else placement.decode or "",
+            hold=placement.decode is None, salt=request.salt, priority=request.priority,
+        ))  # fmt: skip
+
+    def _bind(self, request: Tracked, decode: str) -> None:
+        request.decode = decode
+        if decode:
+            status = self.view.workers[decode]
+            status.decoding += 1
+            status.context_tokens += request.charged
+            if decode != request.prefill:
+                request.moving = True
+
+    def _bind_late(self, request: Tracked) -> None:
+        placement = self.policy.place(request, self.view)
+        if isinstance(placement, Reject) or placement.decode is None:
+            self._resubmit(request, "no worker takes decode", failure=False)
+            return
+        self._bind(request, placement.decode)
+        request.moved = request.moving
+        self._send(request.prefill, Migrate(request.request_id, request.incarnation, placement.decode))
+
+    def _unplace(self, request: Tracked) -> None:
+        """Take the request off the workers' accounts."""
+        prefill, decode = self.view.workers.get(request.prefill), self.view.workers.get(request.decode)
+        if prefill is not None and request.prefilling:
+            prefill.queued_tokens -= request.charged
+        if decode is not None:
+            decode.decoding -= 1
+            decode.context_tokens -= request.charged
+        request.prefill = request.decode = ""
+        request.moving = False
+
+    def _abandon(self, request: Tracked) -> None:
+        """Abort this incarnation wherever it may be."""
+        for name in {request.prefill, request.decode}:
+            if name in self.view.workers:
+                self._send(name, Abort(request.request_id, request.incarnation))
+        self._unplace(request)
+
+    def _resubmit(self, request: Tracked, reason: str, failure: bool) -> None:
+        self._abandon(request)
+        request.failures += failure
+        if request.failures >= MAX_FAILURES:
+            self._finish(request, "error", error=f"failed {request.failures} times, last: {reason}")
+            return
+        request.incarnation += 1
+        request.early.clear()
+        request.prefilling = request.moved = True
+        self._place(request, new=False)
+
+    # ------------------------------------------------------------ messages
+
+    def _on_hello(self, name: str, epoch: int, hello: Hello) -> None:
+        old = self.view.workers.get(name)
+        if old is not None and old.epoch >= epoch:
+            return
+        for other, peer in self.hellos.items():
+            self._send(other, PeerUp(name, epoch, hello.address))
+            self._send(name, PeerUp(other, self.view.workers[other].epoch, peer.address))
+        self.view.workers[name] = WorkerStatus(
+            name, epoch, hello.role, hello.num_pages, hello.page_size, pages_free=hello.num_pages,
+            stats_at=self.view.now,
+        )  # fmt: skip
+        self.hellos[name] = hello
+        self.heartbeats[name] = Heartbeat(self.view.now, stepped_at=self.view.now)
+        self.place_parked(self.view.now)
+
+    def _on_stats(self, status: WorkerStatus, stats: Stats) -> None:
+        self.stats[status.name] = stats
+        beat = self.heartbeats[status.name]
+        beat.busy = stats.running + stats.waiting > 0
+        if stats.steps != beat.steps or not beat.busy:
+            beat.steps, beat.stepped_at = stats.steps, self.view.now
+        status.role = stats.role
+        if status.flipping == stats.role:
+            status.flipping = None
+        status.pages_free = stats.pages_free + stats.pages_cached
+        status.transfer_backlog = stats.transfer_backlog
+        status.stats_at = self.view.now
+
+    def _on_step(self, status: WorkerStatus, step: StepOutput) -> None:
+        if step.prefill_tokens and not step.decode_tokens:
+            status.t_prefill_token = _smooth(status.t_prefill_token, step.seconds / step.prefill_tokens)
+        elif step.decode_tokens and not step.prefill_tokens:
+            status.t_decode_step = _smooth(status.t_decode_step, step.seconds)
+        for out in step.tokens:
+            request = self.requests.get(out.request_id)
+            if request is None or request.incarnation != out.incarnation or out.index < len(request.emitted):
+                continue
+            request.early[out.index] = out
+            while (next_out := request.early.pop(len(request.emitted), None)) is not None:
+                self._on_token(request, next_out)
+
+    def _on_token(self, request: Tracked, out: TokenOut) -> None:
+        now, first = self.view.now, request.prefilling
+        if not request.emitted:
+            request.first_at = now
+            self.view.waiting -= 1
+            self.view.waiting_tokens -= len(request.prompt)
+        elif len(request.emitted) == 1:
+            request.second_at = now
+        handoff, request.moved = request.moved, False
+        if first:
+            status = self.view.workers.get(request.prefill)
+            if status is not None:
+                status.queued_tokens -= request.charged
+            request.prefilling = False
+            request.moved = request.moving
+            if not request.emitted:
+                request.prefill_s = out.prefill_s
+                request.cached_tokens = out.cached_tokens
+        elif request.moving:
+            request.moving = False
+            if request.decode and request.workers[-1] != request.decode:
+                request.workers.append(request.decode)
+            if len(request.emitted) == 1:
+                request.wait_s, request.step_s = out.wait_s, out.step_s
+        request.emitted.append(out.token)
+        if out.finish:
+            self._finish(request, out.finish, (out.token,), out.index, handoff)
+            return
+        self.outbox.append(Emit(
+            request.request_id, out.index, (out.token,), handoff=handoff, cached_tokens=request.cached_tokens
+        ))  # fmt: skip
+        if first and not request.decode:
+            self._bind_late(request)
+
+    # ------------------------------------------------------------ ends
+
+    def _finish(
+        self, request: Tracked, reason: str, tokens: tuple[int, ...] = (), index: int = 0, handoff: bool = False,
+        error: str = "",
+    ) -> None:  # fmt: skip
+        if not request.emitted:
+            self.view.waiting -= 1
+            self.view.waiting_tokens -= len(request.prompt)
+        if request.moving and not request.prefilling:
+            # The end came with the token that prefill sampled: the decode worker may still hold an offer or a grant.
+            if request.decode in self.view.workers:
+                self._send(request.decode, Abort(request.request_id, request.incarnation))
+        self._unplace(request)
+        del self.requests[request.request_id]
+        self.outbox.append(Emit(
+            request.request_id, index, tokens, reason, error, times=self._times(request), handoff=handoff,
+            cached_tokens=request.cached_tokens,
+        ))  # fmt: skip
+
+    def _times(self, request: Tracked) -> StageTimes:
+        """Residuals make the stages add up: workers report durations, this clock the two ends."""
+        now, e2e = self.view.now, self.view.now - request.arrival
+        if request.first_at < 0:
+            return StageTimes(e2e, 0.0, 0.0, 0.0, 0.0, e2e)
+        queue = max(0.0, request.first_at - request.arrival - request.prefill_s)
+        prefill = request.first_at - request.arrival - queue
+        transfer = wait = 0.0
+        if request.step_s > 0:
+            wait = request.wait_s
+            transfer = max(0.0, request.second_at - request.first_at - wait - request.step_s)
+        return StageTimes(queue, prefill, transfer, wait, now - request.first_at - transfer - wait, e2e)
+
+    def _reject(self, request_id: str, verdict: Reject) -> None:
+        self.outbox.append(Emit(request_id, finish="reject", error=verdict.reason, retry_after=verdict.retry_after))
+
+    def _uses(self, request: Tracked, name: str) -> bool:
+        return name == request.decode or (name == request.prefill and (request.prefilling or request.moving))
+
+    def _send(self, dest: str, body: PeerUp | PeerDown | Submit | Abort | Migrate | SetRole) -> None:
+        self.outbox.append(Send(dest, body))
+
+
+def _smooth(mean: float, value: float) -> float:
+    return value if mean == 0.0 else mean + SMOOTHING * (value - mean)
+
+
+def drain_outbox(router: Router) -> Iterable[RouterEffect]:
+    """Take the effects out, those that handling them adds included."""
+    while router.outbox:
+        effects, router.outbox = router.outbox, []
+        yield from effects

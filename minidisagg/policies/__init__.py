@@ -1,0 +1,70 @@
+"""Published policies, one file each, and how a name on the command line becomes a `Policy`.
+
+    --policy sarathi            a file of this package
+    --policy sarathi:chunk=64   with a setting
+    --policy ./mine.py:Mine     a class in a file of yours; settings follow another colon
+    an entry point in the group `minidisagg.policies`
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pkgutil
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from minidisagg.core.policy import Policy
+
+
+def names() -> list[str]:
+    """All policies that a bare name can mean."""
+    mine = [module.name for module in pkgutil.iter_modules(__path__)]
+    return sorted({*mine, *(point.name for point in entry_points(group="minidisagg.policies"))})
+
+
+def load_policy(spec: str) -> Policy:
+    """A new instance of the policy that `spec` names; raises `ValueError` in one line if there is none."""
+    name, _, rest = spec.partition(":")
+    if name.endswith(".py"):
+        class_name, _, rest = rest.partition(":")
+        found = _from_file(Path(name), class_name)
+    elif name in [module.name for module in pkgutil.iter_modules(__path__)]:
+        found = importlib.import_module(f"{__name__}.{name}").POLICY
+    else:
+        points = [point for point in entry_points(group="minidisagg.policies") if point.name == name]
+        if not points:
+            raise ValueError(f"unknown policy {name!r}; there are {', '.join(names())}, or FILE.py:CLASS")
+        found = points[0].load()
+    settings = dict(_setting(part, spec) for part in rest.split(",") if part)
+    policy = found(**settings)
+    if not isinstance(policy, Policy):
+        raise ValueError(f"policy {spec!r} is not a minidisagg.Policy")
+    return policy
+
+
+def _from_file(path: Path, class_name: str) -> type[Policy]:
+    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    if not path.is_file() or module_spec is None or module_spec.loader is None:
+        raise ValueError(f"policy file {path} does not exist")
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's file raises is told in one line
+        raise ValueError(f"policy file {path} fails: {type(error).__name__}: {error}") from error
+    found = getattr(module, class_name, None)
+    if not (isinstance(found, type) and issubclass(found, Policy)):
+        raise ValueError(f"policy file {path} has no subclass of minidisagg.Policy named {class_name or '(none given)'}")
+    return found
+
+
+def _setting(part: str, spec: str) -> tuple[str, int | float | str]:
+    key, equals, value = part.partition("=")
+    if not equals:
+        raise ValueError(f"policy {spec!r}: expected KEY=VALUE, not {part!r}")
+    for number in (int, float):
+        try:
+            return key, number(value)
+        except ValueError:
+            continue
+    return key, value

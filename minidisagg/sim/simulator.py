@@ -1,0 +1,384 @@
+"""The second driver of the core: a heap, a virtual clock, and workers whose device is a cost model.
+
+It runs the production `Router` and `EngineCore`; only time, messages and bytes are simulated. The simulated KV cache
+holds a hash chain instead of tensors: each slot is computed from the slot before it and its token, and a sampled token
+from all slots that its page table names. So a token depends on every slot that attention would read, and any page
+that was reused, overwritten or never written shows in the output.
+
+Faults are calls, made by whoever drives the run: `kill`, `stall`, `abort`; `Chaos` reorders and duplicates messages,
+breaks transfers and delays the confirmation of an abort.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from minidisagg.core.effects import AbortLink, OpenLink, Send, StartTransfer
+from minidisagg.core.engine import EngineCore, EngineSpec
+from minidisagg.core.messages import ROUTER, AnyMessage, Envelope, Hello, SamplingParams
+from minidisagg.core.plan import Completion, SeqKey, StepPlan, TransferOp
+from minidisagg.core.policy import Policy
+from minidisagg.core.router import Emit, Kill, Router, RouterSpec, StageTimes, drain_outbox
+from minidisagg.sim.cost_model import LinearCost
+
+MASK = (1 << 64) - 1
+TICK = 0.25  # seconds between ticks
+
+
+def chain(previous: int, token: int) -> int:
+    """The content of one KV slot, from the slot before it and the token at its position."""
+    return ((previous ^ token) * 6364136223846793005 + 1442695040888963407) & MASK
+
+
+def sample(slots: list[int], vocab: int) -> int:
+    """The token that follows these slots."""
+    mixed = (sum(slots) * 0x9E3779B97F4A7C15) & MASK
+    return (mixed >> 32) % vocab
+
+
+def oracle(prompt: list[int], sampling: SamplingParams, vocab: int) -> list[int]:
+    """The output that an undisturbed run gives."""
+    slots: list[int] = []
+    for token in prompt:
+        slots.append(chain(slots[-1] if slots else 0, token))
+    output: list[int] = []
+    while len(output) < sampling.max_tokens:
+        output.append(sample(slots, vocab))
+        if output[-1] in sampling.stop_token_ids and len(output) > sampling.min_tokens:
+            break
+        slots.append(chain(slots[-1], output[-1]))
+    return output
+
+
+@dataclass(frozen=True)
+class Chaos:
+    """Probabilities and delays of what a network and a scheduler may do."""
+
+    reorder: float = 0.0  # a message is delayed by up to 20 ms, past others
+    duplicate: float = 0.0  # a message arrives twice
+    break_transfer: float = 0.0  # a piece fails (checksum, reset)
+    abort_delay: float = 0.0  # up to so many seconds until an abort is confirmed; writes may land until then
+
+
+@dataclass
+class Outcome:
+    """What the client saw of one request."""
+
+    prompt: list[int]
+    sampling: SamplingParams
+    arrival: float
+    tokens: list[int] = field(default_factory=list)
+    token_times: list[float] = field(default_factory=list)
+    finish: str = ""
+    error: str = ""
+    times: StageTimes | None = None
+
+
+class SimWorker:
+    """One simulated process: an engine core, its memory, and the step it is computing."""
+
+    def __init__(self, core: EngineCore) -> None:
+        self.core = core
+        self.memory = [[0] * core.page_size for _ in range(core.num_pages)]
+        self.last: dict[SeqKey, int] = {}  # last sampled token per sequence, as an executor keeps it
+        self.stalled_until = 0.0
+        self.alive = True
+        self.running_steps = 0
+        self.device_free_at = 0.0
+
+
+class Simulator:
+    """A cluster on a virtual clock."""
+
+    def __init__(
+        self, specs: list[EngineSpec], make_policy: Callable[[], Policy], cost: LinearCost | None = None,
+        router: RouterSpec | None = None, chaos: Chaos | None = None, seed: int = 0, vocab: int = 1 << 16,
+        depth: int = 0, check: bool = True, restart_after: float = 0.5,
+    ) -> None:  # fmt: skip
+        """`depth` steps may be planned ahead; with `check`, invariants are proved after every event."""
+        self.now = 0.0
+        self.rng = random.Random(seed)
+        self.cost = cost or LinearCost()
+        self.chaos = chaos or Chaos()
+        self.vocab = vocab
+        self.depth = depth
+        self.check = check
+        self.restart_after = restart_after
+        self.make_policy = make_policy
+        self.router = Router(router or RouterSpec(), make_policy())
+        self.workers: dict[str, SimWorker] = {}
+        self.outcomes: dict[str, Outcome] = {}
+        self.one_sided = any(spec.one_sided_links for spec in specs)
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._count = itertools.count()
+        self._outside = 0  # arrivals and faults still to come
+        self._last_delivery: dict[tuple[str, str], float] = {}
+        self._posted: dict[tuple[str, str, int, int], dict[bool, TransferOp]] = {}  # by pair, link epoch, seq
+        self._dead_ends: set[tuple[str, str, int, bool]] = set()  # (owner, peer, link epoch, outgoing)
+        for spec in specs:
+            self._start(spec)
+        self.at(TICK, self._tick)
+
+    # ------------------------------------------------------------ what the test or the planner calls
+
+    def plan(self, time: float, action: Callable[[], None]) -> None:
+        """Something from outside happens at this virtual time: an arrival, a fault. The run goes on until then."""
+        self._outside += 1
+
+        def happen() -> None:
+            self._outside -= 1
+            action()
+
+        self.at(time, happen)
+
+    def at(self, time: float, action: Callable[[], None]) -> None:
+        """Run `action` at this virtual time."""
+        heapq.heappush(self._events, (max(time, self.now), next(self._count), action))
+
+    def submit(self, request_id: str, prompt: list[int], sampling: SamplingParams, at: float, salt: str = "") -> None:
+        """A client sends this request."""
+
+        def arrive() -> None:
+            self.outcomes[request_id] = Outcome(prompt, sampling, self.now)
+            self.router.on_request(request_id, prompt, sampling, self.now, salt=salt)
+            self._drain_router()
+
+        self.plan(at, arrive)
+
+    def abort(self, request_id: str) -> None:
+        """The client of this request leaves, now."""
+        self.router.on_abort(request_id, self.now)
+        self._drain_router()
+
+    def kill(self, name: str) -> None:
+        """SIGKILL: the process is gone at once, its parent notices soon, a new one starts later."""
+        worker = self.workers[name]
+        if worker.alive:
+            worker.alive = False
+            spec = worker.core.spec
+            self.at(self.now + 0.005, lambda: self._reaped(spec))
+
+    def stall(self, name: str, seconds: float) -> None:
+        """SIGSTOP, and SIGCONT after `seconds`: everything it should have done happens then, in order."""
+        self.workers[name].stalled_until = max(self.workers[name].stalled_until, self.now + seconds)
+
+    def run(self, until: float = 1e9) -> None:
+        """Process events until all is over and quiet for a second, or the clock passes `until`."""
+        quiet_since = self.now
+        while self._events and self.now <= until:
+            if self._outside or not self.settled:
+                quiet_since = self.now
+            elif self.now > quiet_since + 1.0:
+                return
+            time, _, action = heapq.heappop(self._events)
+            self.now = time
+            action()
+            if self.check:
+                self.check_integrity()
+
+    def check_integrity(self) -> None:
+        """Invariants of the router and every living worker."""
+        self.router.check_integrity()
+        for worker in self.workers.values():
+            if worker.alive:
+                worker.core.check_integrity()
+
+    @property
+    def settled(self) -> bool:
+        """No request and no transfer is under way."""
+        return not self.router.requests and all(w.core.idle for w in self.workers.values() if w.alive)
+
+    # ------------------------------------------------------------ processes
+
+    def _start(self, spec: EngineSpec) -> None:
+        worker = SimWorker(EngineCore(spec, self.make_policy()))
+        self.workers[spec.name] = worker
+        self._send(worker, ROUTER, Hello(
+            spec.role, spec.num_pages, spec.page_size, 1 << 20, spec.fingerprint, f"sim:{spec.name}", 0, 1
+        ))  # fmt: skip
+
+    def _reaped(self, spec: EngineSpec) -> None:
+        self.router.on_worker_down(spec.name, spec.epoch, self.now)
+        self._drain_router()
+        self.at(self.now + self.restart_after, lambda: self._start(replace(spec, epoch=spec.epoch + 1)))
+
+    def _tick(self) -> None:
+        self.router.on_tick(self.now)
+        self._drain_router()
+        for worker in self.workers.values():
+            self._inside(worker, lambda w=worker: self._worker_tick(w))  # type: ignore[misc]
+        self.at(self.now + TICK, self._tick)
+
+    def _worker_tick(self, worker: SimWorker) -> None:
+        worker.core.on_tick(self.now)
+        self._send(worker, ROUTER, worker.core.stats())
+
+    def _inside(self, worker: SimWorker, action: Callable[[], None]) -> None:
+        """Run in the worker's process: never once it is dead, later while it is stopped."""
+        if not worker.alive:
+            return
+        if self.now < worker.stalled_until:
+            self.at(worker.stalled_until, lambda: self._inside(worker, action))
+            return
+        action()
+        self._drain_worker(worker)
+        self._schedule(worker)
+
+    # ------------------------------------------------------------ messages
+
+    def _send(self, sender: SimWorker, dest: str, body: AnyMessage) -> None:
+        self._post(Envelope(sender.core.name, sender.core.spec.epoch, body), dest, None)
+
+    def _post(self, envelope: Envelope, dest: str, target: SimWorker | None) -> None:
+        """FIFO per pair, unless chaos has its way. A frame goes to the process to which its channel leads."""
+        target = self.workers.get(dest) if target is None else target
+        pair = envelope.source, dest
+        when = max(self.now + self.cost.message, self._last_delivery.get(pair, 0.0))
+        if self.rng.random() < self.chaos.reorder and not isinstance(envelope.body, Hello):
+            when += self.rng.random() * 0.02
+        else:
+            self._last_delivery[pair] = when
+        times = [when]
+        if self.rng.random() < self.chaos.duplicate:
+            times.append(when + self.rng.random() * 0.02)
+        for time in times:
+            self.at(time, lambda: self._deliver(envelope, dest, target))
+
+    def _deliver(self, envelope: Envelope, dest: str, target: SimWorker | None) -> None:
+        if dest == ROUTER:
+            self.router.on_message(envelope, self.now)
+            self._drain_router()
+        elif target is not None:
+            self._inside(target, lambda: target.core.on_message(envelope, self.now))
+
+    def _drain_router(self) -> None:
+        for effect in drain_outbox(self.router):
+            if isinstance(effect, Send):
+                self._post(Envelope(ROUTER, 0, effect.body), effect.dest, None)
+            elif isinstance(effect, Emit):
+                self._on_emit(effect)
+            elif isinstance(effect, Kill):
+                if self.workers[effect.worker].core.spec.epoch == effect.epoch:
+                    self.kill(effect.worker)
+
+    def _on_emit(self, emit: Emit) -> None:
+        outcome = self.outcomes[emit.request_id]
+        if outcome.finish:
+            raise AssertionError(f"{emit.request_id} emits after its end")
+        if emit.tokens and emit.index != len(outcome.tokens):
+            raise AssertionError(f"{emit.request_id} emits index {emit.index} after {len(outcome.tokens)} tokens")
+        outcome.tokens.extend(emit.tokens)
+        outcome.token_times.extend(self.now for _ in emit.tokens)
+        outcome.finish, outcome.error, outcome.times = emit.finish, emit.error, emit.times
+
+    # ------------------------------------------------------------ a worker's device and links
+
+    def _drain_worker(self, worker: SimWorker) -> None:
+        while worker.core.outbox:
+            for effect in worker.core.outbox[:]:
+                worker.core.outbox.remove(effect)
+                if isinstance(effect, Send):
+                    self._send(worker, effect.dest, effect.body)
+                elif isinstance(effect, StartTransfer):
+                    self._start_transfer(worker, effect.op)
+                elif isinstance(effect, AbortLink):
+                    self._abort_link(worker, effect)
+                else:
+                    assert isinstance(effect, OpenLink)  # a simulated link is always there
+
+    def _schedule(self, worker: SimWorker) -> None:
+        while worker.running_steps <= self.depth:
+            plan = worker.core.schedule(self.now)
+            self._drain_worker(worker)
+            if plan is None:
+                return
+            worker.running_steps += 1
+            seconds = self.cost.step_seconds(plan)
+            worker.device_free_at = max(worker.device_free_at, self.now) + seconds
+            self.at(worker.device_free_at, lambda p=plan, s=seconds: self._finish_step(worker, p, s))  # type: ignore[misc]
+
+    def _finish_step(self, worker: SimWorker, plan: StepPlan, seconds: float) -> None:
+        def finish() -> None:
+            tokens = self._compute(worker, plan)
+            worker.running_steps -= 1
+            worker.core.on_step_done(plan.step_id, tokens, seconds, self.now)
+
+        self._inside(worker, finish)
+
+    def _compute(self, worker: SimWorker, plan: StepPlan) -> list[int]:
+        size, memory = worker.core.page_size, worker.memory
+        for key in plan.dropped:
+            worker.last.pop(key, None)
+        tokens = []
+        for item in plan.items:
+            key = item.request_id, item.incarnation
+            known = item.tokens if len(item.tokens) == item.count else [*item.tokens, worker.last[key]]
+            for position, token in enumerate(known, item.start):
+                before = memory[item.pages[(position - 1) // size]][(position - 1) % size] if position else 0
+                memory[item.pages[position // size]][position % size] = chain(before, token)
+            if item.sample:
+                end = item.start + item.count
+                slots = [memory[item.pages[i // size]][i % size] for i in range(end)]
+                worker.last[key] = sample(slots, self.vocab)
+                tokens.append(worker.last[key])
+        return tokens
+
+    def _start_transfer(self, worker: SimWorker, op: TransferOp) -> None:
+        """Two-sided: the bytes move once both ends have started it. One-sided: when the source has."""
+        name = worker.core.name
+        source, dest = (name, op.peer) if op.send else (op.peer, name)
+        posted = self._posted.setdefault((source, dest, op.link_epoch, op.seq), {})
+        posted[op.send] = op
+        if self.one_sided:
+            receiver = self.workers.get(op.peer)
+            seconds = self.cost.transfer_seconds(op.count) if op.send else 0.0
+            self.at(self.now + seconds, lambda: self._finish_transfer(worker, receiver, op))
+        elif len(posted) == 2:
+            sender, receiver = self.workers[source], self.workers[dest]
+            done = self.now + self.cost.transfer_seconds(op.count)
+            ok = self.rng.random() >= self.chaos.break_transfer
+            self.at(done, lambda: self._land(sender, receiver, posted[True], posted[False], ok))
+
+    def _finish_transfer(self, worker: SimWorker, receiver: SimWorker | None, op: TransferOp) -> None:
+        """One-sided: the source writes into the destination's memory, whatever that thinks of it by now."""
+
+        def finish() -> None:
+            if (worker.core.name, op.peer, op.link_epoch, op.send) in self._dead_ends:
+                return
+            ok = not op.send or self.rng.random() >= self.chaos.break_transfer
+            if op.send and receiver is not None:
+                for mine, theirs in zip(op.pages, op.remote, strict=True):
+                    receiver.memory[theirs] = list(worker.memory[mine])
+            worker.core.on_transfer_done(Completion(op.peer, op.link_epoch, op.seq, op.send, ok), self.now)
+
+        self._inside(worker, finish)
+
+    def _land(self, sender: SimWorker, receiver: SimWorker, send: TransferOp, receive: TransferOp, ok: bool) -> None:
+        if sender.alive and receiver.alive and self.now < sender.stalled_until:
+            self.at(sender.stalled_until, lambda: self._land(sender, receiver, send, receive, ok))
+            return
+        names = sender.core.name, receiver.core.name
+        receiving = receiver.alive and (names[1], names[0], send.link_epoch, False) not in self._dead_ends
+        sending = sender.alive and (names[0], names[1], send.link_epoch, True) not in self._dead_ends
+        if receiving and sending:
+            for mine, theirs in zip(send.pages, receive.pages, strict=False):
+                receiver.memory[theirs] = list(sender.memory[mine])
+        for worker, op, there in ((sender, send, sending), (receiver, receive, receiving)):
+            if there:
+                completion = Completion(op.peer, op.link_epoch, op.seq, op.send, ok and sending and receiving)
+                self._inside(worker, lambda w=worker, c=completion: w.core.on_transfer_done(c, self.now))  # type: ignore[misc]
+
+    def _abort_link(self, worker: SimWorker, effect: AbortLink) -> None:
+        """Confirmed after a while; a one-sided destination only if the source has stopped."""
+        if self.one_sided and not effect.outgoing and not effect.peer_dead:
+            return
+
+        def confirm() -> None:
+            self._dead_ends.add((worker.core.name, effect.peer, effect.link_epoch, effect.outgoing))
+            worker.core.on_link_aborted(effect.peer, effect.link_epoch, effect.outgoing, self.now)
+
+        self.at(self.now + self.rng.random() * self.chaos.abort_delay, lambda: self._inside(worker, confirm))

@@ -1,0 +1,103 @@
+"""The core under faults, and bugs planted into it: a check that cannot fail proves nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from simfuzz import run_seeds
+
+from minidisagg.core.blocks import BlockPool
+from minidisagg.core.engine import EngineCore
+from minidisagg.core.handoff import Incoming, Receiver
+from minidisagg.core.request import Request, State
+
+SEEDS = 400
+
+
+def test_faults_lose_nothing() -> None:
+    failures, ends = run_seeds(0, SEEDS)
+    assert not failures
+    assert ends["length"] > 5 * SEEDS and ends["stop"] > SEEDS and ends["preempted"] > SEEDS
+
+
+def free_at_end_with_a_step_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
+    settle = EngineCore._retire_if_settled
+
+    def early(self: EngineCore, request: Request) -> None:
+        if request.state is not State.DONE and request.inflight and request.pages:
+            self.pool.drop(request.pages)
+            request.pages = []
+        settle(self, request)
+
+    monkeypatch.setattr(EngineCore, "_retire_if_settled", early)
+
+
+def ignore_the_incarnation(monkeypatch: pytest.MonkeyPatch) -> None:
+    def any_incarnation(self: Receiver, peer: str, request_id: str, incarnation: int) -> Incoming | None:
+        found = [t for t in self.transfers.values() if t.request.request_id == request_id and t.source == peer]
+        return found[0] if found else None
+
+    monkeypatch.setattr(Receiver, "_find", any_incarnation)
+
+
+def reuse_before_the_abort_is_confirmed(monkeypatch: pytest.MonkeyPatch) -> None:
+    abort = Receiver.abort_link
+
+    def hasty(self: Receiver, peer: str, link_epoch: int, peer_dead: bool, now: float) -> None:
+        abort(self, peer, link_epoch, peer_dead, now)
+        self.on_aborted(peer, link_epoch)
+
+    monkeypatch.setattr(Receiver, "abort_link", hasty)
+
+
+def free_granted_pages_when_the_client_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    drop = Receiver.drop
+
+    def hasty(self: Receiver, request: Request, reason: str) -> None:
+        self.transfers[request.key].expected = 0
+        drop(self, request, reason)
+
+    monkeypatch.setattr(Receiver, "drop", hasty)
+
+
+def forget_to_release_a_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    drop = BlockPool.drop
+
+    def leaky(self: BlockPool, pages: Any) -> None:
+        drop(self, pages[:-1] if len(pages) > 6 else pages)
+
+    monkeypatch.setattr(BlockPool, "drop", leaky)
+
+
+def publish_before_it_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduled = EngineCore.scheduled
+
+    def hasty(self: EngineCore, request: Request, count: int, samples: bool) -> None:
+        scheduled(self, request, count, samples)
+        known = min(request.num_scheduled, len(request.prompt) + len(request.output))
+        confirmed, request.num_computed = request.num_computed, known
+        self._publish(request)
+        request.num_computed = confirmed
+
+    monkeypatch.setattr(EngineCore, "scheduled", hasty)
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        free_at_end_with_a_step_in_flight,
+        ignore_the_incarnation,
+        reuse_before_the_abort_is_confirmed,
+        free_granted_pages_when_the_client_leaves,
+        forget_to_release_a_prefix,
+        publish_before_it_is_computed,
+    ],
+)
+def test_planted_bug_is_caught(plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch)
+    for first in range(0, SEEDS, 20):
+        if run_seeds(first, first + 20)[0]:
+            return
+    pytest.fail(f"{SEEDS} seeds did not notice")
