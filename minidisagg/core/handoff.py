@@ -327,9 +327,7 @@ class Receiver:
         """This link epoch has been given up, or an epoch after it has."""
         return link_epoch < self._oldest.get(source, 0)
 
-    def grant(
-        self, request: Request, source: str, link_epoch: int, skip: int, reserved: list[int], now: float
-    ) -> None:
+    def grant(self, request: Request, source: str, link_epoch: int, skip: int, reserved: list[int], now: float) -> None:
         """Tell the source where to write; `reserved` are this request's INFLIGHT pages after the `skip` it holds."""
         self.transfers[request.key] = Incoming(request, source, link_epoch, reserved, now + self.lease)
         self._emit(Send(source, KVGrant(*request.key, request.pages, skip)))

@@ -118,7 +118,7 @@ class Request:
         return self.hashes
 
     def finish_reason(self) -> str:
-        """"stop" or "length" if the last output token ends the request, else ""."""
+        """ "stop" or "length" if the last output token ends the request, else ""."""
         sampling = self.sampling
         if len(self.output) > sampling.min_tokens and self.output[-1] in sampling.stop_token_ids:
             return "stop"

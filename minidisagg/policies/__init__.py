@@ -1,9 +1,9 @@
 """Published policies, one file each, and how a name on the command line becomes a `Policy`.
 
-    --policy sarathi            a file of this package
-    --policy sarathi:chunk=64   with a setting
-    --policy ./mine.py:Mine     a class in a file of yours; settings follow another colon
-    an entry point in the group `minidisagg.policies`
+--policy sarathi            a file of this package
+--policy sarathi:chunk=64   with a setting
+--policy ./mine.py:Mine     a class in a file of yours; settings follow another colon
+an entry point in the group `minidisagg.policies`
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def _from_file(path: Path, class_name: str) -> type[Policy]:
         raise ValueError(f"policy file {path} fails: {type(error).__name__}: {error}") from error
     found = getattr(module, class_name, None)
     if not (isinstance(found, type) and issubclass(found, Policy)):
-        raise ValueError(f"policy file {path} has no subclass of minidisagg.Policy named {class_name or '(none given)'}")
+        raise ValueError(
+            f"policy file {path} has no subclass of minidisagg.Policy named {class_name or '(none given)'}"
+        )
     return found
 
 

@@ -1,0 +1,182 @@
+"""What a run is made of: a few small frozen structs, read from flags once and sent to each worker as JSON."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+import msgspec
+from msgspec import Struct
+
+from minidisagg.core.messages import Role
+from minidisagg.core.policy import WorkerOptions
+
+DEFAULT_MODEL = "smollm2-135m"
+Mode = Literal["colocated", "disagg"]
+MODES: tuple[Mode, ...] = ("colocated", "disagg")
+STAGES = ("queue", "prefill", "transfer", "decode_wait", "decode")
+UNITS = {"k": 10, "m": 20, "g": 30, "t": 40}
+
+
+class ModelSettings(Struct, frozen=True, kw_only=True):
+    """What is served."""
+
+    model: str = DEFAULT_MODEL
+    max_model_len: int = 0  # tokens of prompt and output; 0: the model's own limit, or what the cache holds
+    block_size: int = 64  # tokens of a KV page
+    prefix_caching: bool = True
+
+
+class WorkerSettings(Struct, frozen=True, kw_only=True):
+    """What can be set for a worker, and so per role with `--prefill KEY=VAL,…` and `--decode KEY=VAL,…`."""
+
+    cpus: str = ""  # "0-3+8": the cores that are this worker's device; empty: an equal share
+    device: str = "cpu"
+    dtype: str = "auto"
+    max_num_seqs: int = 32
+    max_num_batched_tokens: int = 2048
+    chunk: int = 0
+    kv_cache_memory: int = 512 << 20  # bytes
+
+    def options(self) -> WorkerOptions:
+        """The part that the scheduler sees."""
+        return WorkerOptions(self.max_num_seqs, self.max_num_batched_tokens, self.chunk)
+
+
+class ClusterSettings(Struct, frozen=True, kw_only=True):
+    """How many workers there are, what they do, and how KV moves between them."""
+
+    mode: Mode = "colocated"
+    prefill_workers: int = 1
+    decode_workers: int = 1
+    prefill: WorkerSettings = WorkerSettings()
+    decode: WorkerSettings = WorkerSettings()
+    policy: str = "fcfs"
+    link: str = "auto"
+    kv_codec: str = "raw"
+
+    def roles(self) -> list[tuple[str, Role, WorkerSettings]]:
+        """Name, role and settings of each worker; colocated mode has as many workers, and each does both."""
+        colocated = self.mode == "colocated"
+        prefill = [
+            (f"worker-{i}" if colocated else f"prefill-{i}", Role.BOTH if colocated else Role.PREFILL, self.prefill)
+            for i in range(self.prefill_workers)
+        ]
+        decode = [
+            (f"worker-{i + self.prefill_workers}", Role.BOTH, self.decode)
+            if colocated
+            else (f"decode-{i}", Role.DECODE, self.decode)
+            for i in range(self.decode_workers)
+        ]
+        return prefill + decode
+
+
+class RunSettings(Struct, frozen=True, kw_only=True):
+    """What a run adds: seed, records, injected delays."""
+
+    seed: int = 0
+    record_dir: str = ""  # write each worker's input log here
+    delays: dict[str, float] = {}  # seconds added to a stage of each request
+    step_ahead: int = -1  # steps planned ahead; -1: 1 on a GPU, 0 on a CPU
+    link_timeout: float = 10.0
+    lease: float = 30.0
+
+
+class WorkerConfig(Struct, frozen=True, kw_only=True):
+    """All that a worker process needs to know at its start."""
+
+    name: str
+    epoch: int
+    role: Role
+    model: ModelSettings
+    settings: WorkerSettings
+    cluster: ClusterSettings
+    run: RunSettings
+    run_dir: str
+
+
+def parse_size(text: str) -> int:
+    """ "512M", "1.5GiB", "4096" → bytes."""
+    digits = text.strip().lower().removesuffix("b").removesuffix("i")
+    unit = UNITS.get(digits[-1:], 0)
+    try:
+        size = int(float(digits[:-1] if unit else digits) * (1 << unit))
+    except ValueError:
+        raise ValueError(f"{text!r} is not a size; write 512M or 1.5GiB") from None
+    if size <= 0:
+        raise ValueError(f"a size must be positive, not {text!r}")
+    return size
+
+
+def parse_cpus(text: str) -> list[int]:
+    """ "0-3+8" → [0, 1, 2, 3, 8]."""
+    cpus: set[int] = set()
+    for part in text.split("+"):
+        first, _, last = part.partition("-")
+        if not first.isdigit() or (last and not last.isdigit()):
+            raise ValueError(f"cpus={text!r}: write a core, a range 0-3, or several joined by +")
+        cpus.update(range(int(first), int(last or first) + 1))
+    return sorted(cpus)
+
+
+def parse_worker(text: str, base: WorkerSettings) -> WorkerSettings:
+    """`KEY=VAL,KEY=VAL` over `base`; raises `ValueError` naming the key that is unknown or out of range."""
+    known = {field.name: field.type for field in msgspec.structs.fields(WorkerSettings)}
+    changes: dict[str, str | int] = {}
+    for part in filter(None, text.split(",")):
+        key, equals, value = part.partition("=")
+        key = key.strip().replace("-", "_")
+        if key not in known or not equals:
+            raise ValueError(f"{part!r}: expected KEY=VAL with a key of {', '.join(known)}")
+        if key == "kv_cache_memory":
+            changes[key] = parse_size(value)
+        elif known[key] is int:
+            if not value.isdigit():
+                raise ValueError(f"{part!r}: expected a whole number")
+            changes[key] = int(value)
+        else:
+            changes[key] = value
+    return check_worker(msgspec.structs.replace(base, **changes))
+
+
+def check_worker(settings: WorkerSettings) -> WorkerSettings:
+    """Ranges that no type says; raises `ValueError`."""
+    if settings.max_num_seqs < 1:
+        raise ValueError("max_num_seqs must be at least 1")
+    if settings.max_num_batched_tokens < 1:
+        raise ValueError("max_num_batched_tokens must be at least 1")
+    if settings.dtype not in ("auto", "float32", "bfloat16", "float16", "float64"):
+        raise ValueError(f"dtype {settings.dtype!r} is not one of auto, float32, bfloat16, float16, float64")
+    if settings.device != "cpu" and not settings.device.startswith("cuda"):
+        raise ValueError(f"device {settings.device!r} is neither cpu nor cuda[:N]")
+    return settings
+
+
+def assign_cpus(cluster: ClusterSettings) -> list[list[int]]:
+    """The cores of each worker, in the order of `roles()`: what was asked for, else equal shares of the rest.
+
+    On a CPU a worker's cores are its device, so no two share one. Raises `ValueError` if there are too few.
+    """
+    available = (
+        sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    )
+    workers = cluster.roles()
+    asked = [parse_cpus(settings.cpus) if settings.cpus else [] for _, _, settings in workers]
+    taken: set[int] = set()
+    for (name, _, settings), cpus in zip(workers, asked, strict=True):
+        if missing := [cpu for cpu in cpus if cpu not in available]:
+            raise ValueError(f"{name} asks for core {missing[0]}, but this process may use {available}")
+        if settings.device == "cpu" and taken & set(cpus):
+            raise ValueError(f"{name} asks for core {min(taken & set(cpus))}, which another worker has")
+        taken |= set(cpus)
+    free = [cpu for cpu in available if cpu not in taken]
+    open_workers = [i for i, (_, _, s) in enumerate(workers) if not asked[i] and s.device == "cpu"]
+    if len(open_workers) > len(free):
+        raise ValueError(
+            f"{len(workers)} workers need a core each, and this process may use {len(available)}; "
+            "start fewer with --prefill-workers and --decode-workers"
+        )
+    share = len(free) // len(open_workers) if open_workers else 0
+    for turn, index in enumerate(open_workers):
+        asked[index] = free[turn * share : (turn + 1) * share]
+    return [cpus or available for cpus in asked]

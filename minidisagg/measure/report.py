@@ -1,0 +1,266 @@
+"""A `Comparison` as tables for a terminal, and as a run directory."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from minidisagg.measure.comparison import (
+    TIMES,
+    Comparison,
+    Side,
+    better,
+    milliseconds,
+    number,
+    ratio_text,
+    share,
+    worker_usage,
+)
+from minidisagg.measure.intervals import STATISTICS, Ratio
+from minidisagg.measure.records import STAGES
+from minidisagg.measure.stats import LATENCIES, RATES
+
+LATENCY_TITLES = ("TTFT", "2nd token", "TPOT", "ITL, no handoffs", "handoff gap", "max ITL", "E2E")
+RATE_TITLES = ("requests/s", "output tok/s", "total tok/s", "goodput req/s")
+UNKNOWN = Ratio(math.nan, math.nan, math.nan, math.nan, math.nan)
+
+
+# ---------------------------------------------------------------- tables
+
+
+def _table(title: str, caption: str = "") -> Table:
+    return Table(
+        title=title,
+        caption=caption or None,
+        box=box.SIMPLE_HEAD,
+        title_style="bold",
+        title_justify="left",
+        caption_justify="left",
+        caption_style="dim",
+        pad_edge=False,
+        show_edge=False,
+        header_style="bold",
+    )
+
+
+def main_table(comparison: Comparison) -> Table:
+    """Latencies, throughput and goodput, with B / A and which of them is better; one side alone is drawn compactly."""
+    a, b = comparison.a, comparison.b
+    if b is None:
+        return _single_table(a)
+    table = _table("Latency (ms) and throughput", "=: no difference at 95 %; ?: one at 95 % but not at 98 %, no winner")
+    table.add_column("", no_wrap=True)
+    table.add_column("", style="dim", no_wrap=True)
+    for side in (a, b):
+        table.add_column(side.label, justify="right", overflow="ellipsis", no_wrap=True, min_width=7)
+    table.add_column("B / A  [95 %]", justify="right", no_wrap=True)
+    table.add_column("better", no_wrap=True, overflow="ellipsis")
+
+    def add(title: str, kind: str, statistic: str, write: Callable[[float | None], str], last: bool = False) -> None:
+        ratio = comparison.ratios.get(statistic, UNKNOWN)
+        known = not math.isnan(ratio.ratio)
+        name, style = ("=", "dim") if known else ("", "")
+        if ratio.differs:
+            name, style = (a.label, "cyan") if better(statistic, ratio) == "a" else (b.label, "green")
+            name, style = (name, style) if ratio.clear else (f"? {name}", "dim")
+        table.add_row(
+            Text(title, style="bold"),
+            kind,
+            write(a.values.get(statistic)),
+            write(b.values.get(statistic)),
+            ratio_text(ratio) if known else "",
+            Text(name, style=style),
+            end_section=last,
+        )
+
+    for title, metric in zip(LATENCY_TITLES, LATENCIES, strict=True):
+        if f"mean_{metric}" in a.values or f"mean_{metric}" in b.values:
+            for kind in STATISTICS:
+                add(title if kind == "mean" else "", kind, f"{kind}_{metric}", milliseconds, kind == STATISTICS[-1])
+    for title, rate in zip(RATE_TITLES, RATES, strict=True):
+        if rate in a.values:
+            add(title, "", rate, number)
+    if "attainment" in a.values:
+        add("SLO attainment", "", "attainment", share)
+    return table
+
+
+def _single_table(side: Side) -> Table:
+    table = _table(f"{side.label}: latency (ms) and throughput")
+    for head in ("", *STATISTICS):
+        table.add_column(head, justify="right" if head else "left", no_wrap=True)
+    for title, metric in zip(LATENCY_TITLES, LATENCIES, strict=True):
+        if f"mean_{metric}" in side.values:
+            cells = [milliseconds(side.values.get(f"{kind}_{metric}")) for kind in STATISTICS]
+            table.add_row(Text(title, style="bold"), *cells, end_section=metric == LATENCIES[-1])
+    for title, rate in zip(RATE_TITLES, RATES, strict=True):
+        if rate in side.values:
+            table.add_row(Text(title, style="bold"), number(side.values[rate]))
+    if "attainment" in side.values:
+        table.add_row(Text("SLO attainment", style="bold"), share(side.values["attainment"]))
+    return table
+
+
+def stage_table(comparison: Comparison) -> Table | None:
+    """Where the time of a request went; None if no run has stage times."""
+    table = _table("Stages of a request (ms)", "%: share of the mean end-to-end time")
+    table.add_column("", no_wrap=True)
+    for side in comparison.sides:
+        for head in (f"{side.label}\nmean", "\np50", "\np99", "\n%"):
+            table.add_column(head, justify="right", no_wrap=True, overflow="ellipsis")
+    rows = 0
+    for stage in STAGES:
+        if not any(f"mean_stage_{stage}" in side.values for side in comparison.sides):
+            continue
+        cells = []
+        for side in comparison.sides:
+            mean, whole = (side.values.get(f"mean_{name}", math.nan) for name in (f"stage_{stage}", "e2el"))
+            cells += [
+                milliseconds(mean),
+                *(milliseconds(side.values.get(f"{q}_stage_{stage}")) for q in ("p50", "p99")),
+            ]
+            cells.append(f"{100 * mean / whole:.0f}" if whole and not math.isnan(mean) else "")
+        table.add_row(Text(stage.replace("_", " "), style="bold"), *cells)
+        rows += 1
+    return table if rows else None
+
+
+def worker_table(comparison: Comparison) -> Table | None:
+    """What each worker made of its device: a phase wastes whichever resource it is not using, in numbers."""
+    table = _table(
+        "Workers", "compute, bandwidth: share of the measured ceilings, while busy; wastes: the less used of the two"
+    )
+    for head in ("", "role"):
+        table.add_column(head, no_wrap=True, overflow="ellipsis")
+    for head in ("busy", "CPU", "compute", "bandwidth"):
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("wastes", no_wrap=True)
+    for side in comparison.sides:
+        rows = worker_usage(side.runs)
+        if rows:
+            table.add_row(Text(side.label, style="bold"))
+        for row in rows:
+            used = {"compute": row.compute, "bandwidth": row.bandwidth}
+            known = not any(math.isnan(value) for value in used.values())
+            least = min(used, key=lambda name: used[name])
+            waste = f"{1 - used[least]:.0%} of {least}" if known else ""
+            cells = [f"{value:.0%}" if not math.isnan(value) else "" for value in (row.busy, row.cpu, *used.values())]
+            table.add_row(f"  {row.name}", row.role, *cells, waste, end_section=row is rows[-1])
+    return table if table.row_count else None
+
+
+def link_table(comparison: Comparison) -> Table | None:
+    """KV bytes and time on the wire per link, over all repetitions; None if nothing was transferred."""
+    table = _table("KV on the wire")
+    for head in ("", "kind"):
+        table.add_column(head, no_wrap=True, overflow="ellipsis")
+    for head in ("count", "MB", "seconds", "GB/s", "of wall", "fails"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for side in comparison.sides:
+        pairs = dict.fromkeys((link.source, link.dest, link.kind) for run in side.runs for link in run.links)
+        if pairs:
+            table.add_row(Text(side.label, style="bold"))
+        for source, dest, kind in pairs:
+            key = (source, dest, kind)
+            links = [k for run in side.runs for k in run.links if (k.source, k.dest, k.kind) == key]
+            moved, seconds = sum(link.bytes for link in links), sum(link.seconds for link in links)
+            wall = sum(run.wall_s for run in side.runs)
+            table.add_row(
+                f"  {source} → {dest}",
+                kind,
+                f"{sum(link.transfers for link in links):,}",
+                number(moved / 1e6),
+                number(seconds),
+                number(moved / seconds / 1e9 if seconds else None),
+                share(seconds / wall if wall else None),
+                str(sum(link.failures for link in links)),
+            )
+    return table if table.row_count else None
+
+
+def marks_text(comparison: Comparison) -> Text | None:
+    """Remarks that limit what the numbers may be used for; None if there are none."""
+    lines = [(f"void: {reason}", "bold red") for reason in comparison.void]
+    lines += [(f"note: {mark}", "yellow") for mark in comparison.marks]
+    return Text("\n").join(Text(line, style=style) for line, style in lines) if lines else None
+
+
+def head_text(comparison: Comparison) -> Text:
+    """What was compared, in a few lines."""
+    run, n = comparison.a.runs[0], len(comparison.a.runs)
+    what = ", ".join(
+        part for part in (run.model, run.workload, f"rate {run.request_rate}/s", f"seed {run.seed}") if part
+    )
+    lines = [f"{len(run.requests)} requests {TIMES} {n} repetition{'s' * (n > 1)}: {what}"]
+    lines += [
+        f"{letter}: {side.label}{f' ({side.runs[0].policy})' if side.runs[0].policy else ''}"
+        for letter, side in zip("AB", comparison.sides, strict=False)
+    ]
+    if "slo" in comparison.a.results[0]:
+        lines.append(f"SLO (ms): {comparison.a.results[0]['slo']}")
+    return Text("\n".join(lines))
+
+
+def render(comparison: Comparison) -> Group:
+    """The whole report, for a rich console."""
+    parts: list[RenderableType] = [head_text(comparison)]
+    for draw in (main_table, stage_table, worker_table, link_table, marks_text):
+        if (drawn := draw(comparison)) is not None:
+            parts += [Text(""), drawn]
+    return Group(*parts, Text(""), Text(comparison.verdict, style="bold"))
+
+
+def to_text(comparison: Comparison, width: int = 100) -> str:
+    """The report without colours."""
+    console = Console(width=width, file=io.StringIO(), record=True, color_system=None)
+    console.print(render(comparison))
+    return console.export_text()
+
+
+# ---------------------------------------------------------------- files
+
+
+def to_dict(comparison: Comparison) -> dict[str, object]:
+    """The report as plain data. A result's keys are vLLM's; with two sides, each has its own list of results."""
+    sides = {
+        side.label: {
+            "repetitions": side.results,
+            "workers": [msgspec.to_builtins(usage) for usage in worker_usage(side.runs)],
+            "links": [[msgspec.to_builtins(link) for link in run.links] for run in side.runs],
+        }
+        for side in comparison.sides
+    }
+    return {
+        "verdict": comparison.verdict,
+        "void": comparison.void,
+        "marks": comparison.marks,
+        "sides": sides,
+        "ratios": {name: msgspec.to_builtins(ratio) for name, ratio in comparison.ratios.items()},
+    }
+
+
+def write_run_directory(directory: str | Path, comparison: Comparison) -> Path:
+    """Write result.json and requests.jsonl (one line per request of every run); returns the directory.
+
+    The first level of result.json has the first run's vLLM keys where one mode ran alone. Raises OSError.
+    """
+    path = Path(directory)
+    path.mkdir(parents=True, exist_ok=True)
+    flat = comparison.a.results[0] if comparison.b is None else {}
+    result = msgspec.json.encode({**flat, **to_dict(comparison)})
+    (path / "result.json").write_bytes(msgspec.json.format(result, indent=2) + b"\n")
+    with (path / "requests.jsonl").open("wb") as file:
+        for letter, side in zip("AB", comparison.sides, strict=False):
+            for run in side.runs:
+                head = {"side": letter, "label": run.label, "repetition": run.repetition}
+                for request in run.requests:
+                    file.write(msgspec.json.encode({**head, **msgspec.to_builtins(request)}) + b"\n")
+    return path

@@ -1,0 +1,226 @@
+"""From records to numbers: latencies, throughput, the result dictionary, and whether a run may be used at all.
+
+Definitions (seconds inside, milliseconds in results):
+- TTFT = first token - *scheduled* arrival: a client that sends late does not flatter the server. TTST = the same for
+  the second token, which is where a KV transfer shows. E2EL = last token - scheduled arrival.
+- TPOT = (last - first) / (n - 1) of a request. ITL = all gaps between tokens of all requests, pooled, without the
+  handoff gaps, which are pooled apart. Max ITL = the largest gap of a request, of either kind: what its client felt.
+
+Warm-up and drain: a run starts on an empty system and ends on an emptying one; neither is the load that was asked
+for. With requests in order of schedule, the first max(num_warmups, 5 %) and the last 5 % are left out of latencies
+and attainment. The cut goes by schedule, never by outcome, so both sides of a comparison keep the same requests.
+Rates count what happened between the first kept arrival and the first one of the drain: tokens emitted, by whichever
+request, requests finished, prompts begun. When all arrive at once there is no steady state: then only `num_warmups`
+are dropped and the rates' window ends with the last token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+from msgspec import Struct
+from numpy.typing import NDArray
+
+from minidisagg.measure.goodput import SLO
+from minidisagg.measure.records import STAGES, RequestRecord, RunRecord
+
+Array = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+TRIM = 0.05  # of the requests, at each end
+MAX_SEND_LAG = 0.05  # p99 send lag, of the TTFT limit
+MAX_FRONTEND_SHARE = 0.20  # of one core
+LATENCIES = ("ttft", "ttst", "tpot", "itl", "handoff", "max_itl", "e2el")
+RATES = ("request_throughput", "output_throughput", "total_token_throughput", "request_goodput")
+QUANTILES = (50, 90, 99)
+
+
+class Window(Struct, frozen=True):
+    """Which part of a run is measured: requests [first, last) by schedule, and seconds [start, end)."""
+
+    first: int
+    last: int
+    start: float
+    end: float
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.start
+
+
+class Sample(Struct, frozen=True):
+    """Values of one metric, and for each the position (by schedule) of the request that it belongs to.
+
+    With `seconds` the metric is a rate, the sum of the values over that time, else it is the values' distribution.
+    `half` is half a request in the metric's unit: added before a logarithm is taken of a share that can be 0.
+    """
+
+    values: Array
+    owner: Ints
+    seconds: float = 0.0
+    half: float = 0.0
+
+
+class Samples(Struct, frozen=True):
+    """All of a run's metrics by name, before any statistic is taken."""
+
+    window: Window
+    schedule: list[tuple[int, float, int, int]]  # (index, arrival after the first, prompt, output) of every request
+    metrics: dict[str, Sample]
+
+
+def by_schedule(run: RunRecord) -> list[RequestRecord]:
+    """The run's requests in the order in which they should have been sent."""
+    return sorted(run.requests, key=lambda r: (r.scheduled, r.index))
+
+
+def window_of(run: RunRecord, trim: float = TRIM) -> Window:
+    """The measured window of a run (see the module's text). Raises ValueError where nothing is left to measure."""
+    requests = by_schedule(run)
+    n = len(requests)
+    if n <= run.num_warmups:
+        raise ValueError(f"{run.label}: {n} requests, of which {run.num_warmups} are warm-up: nothing to measure")
+    last_token = max(
+        (r.token_times[-1] for r in requests if r.token_times), default=requests[-1].scheduled + run.wall_s
+    )
+    at_once = requests[0].scheduled == requests[-1].scheduled
+    cut = 0 if at_once else math.ceil(trim * n)
+    first, last = max(run.num_warmups, cut), n - cut
+    if first >= last:
+        raise ValueError(
+            f"{run.label}: {n} requests are too few to leave out {first} at the start and {cut} at the end"
+        )
+    end = requests[last].scheduled if last < n else last_token
+    return Window(first, last, requests[first].scheduled, end)
+
+
+def samples_of(run: RunRecord, slo: SLO | None = None, trim: float = TRIM) -> Samples:
+    """Every metric of a run. Latencies and attainment are of the kept requests, rates of the window."""
+    window = window_of(run, trim)
+    requests = by_schedule(run)
+    pools: dict[str, tuple[list[float], list[int]]] = {}
+
+    def put(name: str, position: int, *values: float) -> None:
+        pool = pools.setdefault(name, ([], []))
+        pool[0].extend(values)
+        pool[1].extend([position] * len(values))
+
+    closed = window.end if window.last < len(requests) else math.inf  # without a drain the last token is inside
+    for position, request in enumerate(requests):
+        tokens = np.asarray(request.token_times)
+        inside = int(((tokens >= window.start) & (tokens < closed)).sum())
+        began = bool(len(tokens)) and window.start <= tokens[0] < closed
+        done = request.ok and window.start <= tokens[-1] < closed
+        put("request_throughput", position, float(done))
+        put("output_throughput", position, float(inside))
+        put("total_token_throughput", position, float(inside + (request.prompt_len if began else 0)))
+        if not window.first <= position < window.last:
+            continue
+        if slo is not None:
+            met = float(slo.met_by(request))
+            put("attainment", position, met)
+            put("request_goodput", position, met)
+        if request.ok:
+            for name, values in _latencies(request, tokens).items():
+                put(name, position, *values)
+    kept = window.last - window.first
+    metrics = {}
+    for name, (values, owner) in pools.items():
+        seconds = window.seconds if name in RATES else 0.0
+        half = {"attainment": 0.5 / kept, "request_goodput": 0.5 / window.seconds if window.seconds else 0.0}
+        metrics[name] = Sample(np.array(values), np.array(owner, dtype=np.int64), seconds, half.get(name, 0.0))
+    origin = requests[0].scheduled
+    schedule = [(r.index, round(r.scheduled - origin, 6), r.prompt_len, r.output_len) for r in requests]
+    return Samples(window, schedule, metrics)
+
+
+def _latencies(request: RequestRecord, tokens: Array) -> dict[str, list[float]]:
+    gaps = np.diff(tokens)
+    is_handoff = np.zeros(len(gaps), dtype=bool)
+    is_handoff[[i for i in request.handoffs if i < len(gaps)]] = True
+    found: dict[str, list[float]] = {
+        "ttft": [tokens[0] - request.scheduled],
+        "e2el": [tokens[-1] - request.scheduled],
+        **{f"stage_{stage}": [request.stages[stage]] for stage in STAGES if stage in request.stages},
+    }
+    if len(gaps):
+        found["ttst"] = [tokens[1] - request.scheduled]
+        found["tpot"] = [(tokens[-1] - tokens[0]) / len(gaps)]
+        found["max_itl"] = [gaps.max()]
+        found["itl"] = gaps[~is_handoff].tolist()
+        found["handoff"] = gaps[is_handoff].tolist()
+    return found
+
+
+def value_of(sample: Sample | None, statistic: str = "mean") -> float:
+    """`mean`, `std` or `p50` … of a distribution, or a rate per second (whatever `statistic`); nan if it is empty."""
+    if sample is None or not len(sample.values):
+        return math.nan
+    if sample.seconds:
+        return float(sample.values.sum() / sample.seconds)
+    if statistic == "mean":
+        return float(sample.values.mean())
+    if statistic == "std":
+        return float(sample.values.std())
+    return float(np.percentile(sample.values, float(statistic.removeprefix("p"))))
+
+
+def summarize(run: RunRecord, slo: SLO | None = None, trim: float = TRIM) -> dict[str, object]:
+    """The result dictionary of one run, under vLLM's keys where it has them; counts and totals are of the window.
+
+    Latencies are in milliseconds. Where a metric has no values (no handoff in colocated mode) its keys are absent.
+    """
+    samples = samples_of(run, slo, trim)
+    metrics, window = samples.metrics, samples.window
+    output = float(metrics["output_throughput"].values.sum())
+    result: dict[str, object] = {
+        "label": run.label,
+        "mode": run.mode,
+        "policy": run.policy,
+        "model_id": run.model,
+        "workload": run.workload,
+        "seed": run.seed,
+        "repetition": run.repetition,
+        "num_prompts": len(run.requests),
+        "request_rate": run.request_rate,
+        "burstiness": run.burstiness,
+        "max_concurrency": run.max_concurrency,
+        "measured": window.last - window.first,
+        "completed": int(metrics["request_throughput"].values.sum()),
+        "failed": sum(not r.ok and not r.rejected for r in run.requests),
+        "rejected": sum(r.rejected for r in run.requests),
+        "duration": window.seconds,
+        "wall": run.wall_s,
+        "total_input_tokens": int(metrics["total_token_throughput"].values.sum() - output),
+        "total_output_tokens": int(output),
+        **{name: value_of(metrics[name]) for name in RATES if name in metrics},
+    }
+    if slo is not None:
+        result |= {"slo": str(slo), "slo_attainment": value_of(metrics["attainment"])}
+    for name, sample in metrics.items():
+        if name in RATES or name == "attainment" or not len(sample.values):
+            continue
+        result |= {f"{kind}_{name}_ms": value_of(sample, kind) * 1000 for kind in ("mean", "std", "p50", "p90", "p99")}
+        result[f"median_{name}_ms"] = result[f"p50_{name}_ms"]
+    result |= {"p99_send_lag_ms": send_lag(run.requests) * 1000, "frontend_cpu_share": run.frontend_cpu_share}
+    return result
+
+
+def send_lag(requests: Iterable[RequestRecord], quantile: float = 99.0) -> float:
+    """How late the client sent, in seconds: a percentile of sent - scheduled."""
+    lags = [r.sent - r.scheduled for r in requests]
+    return float(np.percentile(lags, quantile)) if lags else 0.0
+
+
+def void_reasons(run: RunRecord, slo: SLO | None = None) -> list[str]:
+    """Why the run must not be used, one line each; empty where it may be."""
+    reasons = []
+    lag_ms = send_lag(run.requests) * 1000
+    if slo is not None and slo.ttft is not None and lag_ms > MAX_SEND_LAG * slo.ttft:
+        share = lag_ms / slo.ttft
+        reasons.append(f"p99 send lag {lag_ms:.1f} ms is {share:.0%} of the TTFT SLO (limit {MAX_SEND_LAG:.0%})")
+    if run.frontend_cpu_share > MAX_FRONTEND_SHARE:
+        reasons.append(f"the front end took {run.frontend_cpu_share:.0%} of a core (limit {MAX_FRONTEND_SHARE:.0%})")
+    return reasons

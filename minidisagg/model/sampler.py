@@ -1,0 +1,115 @@
+"""From logits to tokens.
+
+Order: min_tokens, penalties, temperature, top-k, top-p, min-p, draw. Every filter is a threshold on the logits (ties
+at the threshold stay), so that a row's outcome depends on nothing but the row; and the draw's randomness is a hash of
+(seed, output index), so that a token is the same in any batch, on any worker and after any retry.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from minidisagg.core.messages import SamplingParams
+
+_CANDIDATES = 1024  # top-p seldom needs more, and selecting them is far cheaper than sorting a vocabulary
+_MASK64 = (1 << 64) - 1
+
+
+@dataclass
+class SequenceSampling:
+    """What sampling remembers of one sequence."""
+
+    sampling: SamplingParams
+    prompt: frozenset[int] = frozenset()
+    output: Counter[int] = field(default_factory=Counter)
+
+
+@torch.inference_mode()
+def sample(logits_SV: Tensor, rows: Sequence[tuple[SequenceSampling, int]]) -> list[int]:
+    """One token per row; `rows` holds each row's sequence and the output index of the token. Modifies the logits."""
+    for row, (sequence, index) in enumerate(rows):
+        _adjust(logits_SV[row], sequence, index)
+    random = [row for row, (sequence, _) in enumerate(rows) if sequence.sampling.temperature > 0]
+    tokens: list[int] = logits_SV.argmax(-1).tolist()
+    if random:
+        params = [rows[row][0].sampling for row in random]
+        draws = [uniform(p.seed or 0, rows[row][1]) for row, p in zip(random, params, strict=True)]
+        drawn = _draw(logits_SV if len(random) == len(rows) else logits_SV[random], params, draws)
+        for row, token in zip(random, drawn, strict=True):
+            tokens[row] = token
+    return tokens
+
+
+def uniform(seed: int, index: int) -> float:
+    """A number in [0, 1) that depends on (seed, index) only: two rounds of SplitMix64 (Steele et al. 2014)."""
+    return (_mix(_mix(seed & _MASK64) ^ (index & _MASK64)) >> 12) / (1 << 52)
+
+
+def _mix(state: int) -> int:
+    state = (state + 0x9E3779B97F4A7C15) & _MASK64
+    state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & _MASK64
+    state = (state ^ (state >> 27)) * 0x94D049BB133111EB & _MASK64
+    return state ^ (state >> 31)
+
+
+def _adjust(logits_V: Tensor, sequence: SequenceSampling, index: int) -> None:
+    """min_tokens and penalties, in place. Only repetition (Keskar et al. 2019, CTRL) counts the prompt too."""
+    params = sequence.sampling
+    if params.repetition_penalty != 1.0 and (seen := sequence.prompt | sequence.output.keys()):
+        ids = torch.tensor(sorted(seen), device=logits_V.device)
+        values = logits_V[ids]
+        logits_V[ids] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+    if (params.presence_penalty or params.frequency_penalty) and sequence.output:
+        ids = torch.tensor(list(sequence.output), device=logits_V.device)
+        counts = torch.tensor(list(sequence.output.values()), device=logits_V.device, dtype=logits_V.dtype)
+        logits_V[ids] -= params.presence_penalty + params.frequency_penalty * counts
+    if index < params.min_tokens and params.stop_token_ids:
+        stops = [token for token in params.stop_token_ids if token < logits_V.shape[0]]
+        logits_V[stops] = -math.inf
+
+
+def _draw(logits_RV: Tensor, params: Sequence[SamplingParams], draws: Sequence[float]) -> list[int]:
+    """Inverse-CDF sampling in float64, so that a draw lands on the same token whatever the vocabulary's size."""
+    temperature_R1 = torch.tensor([p.temperature for p in params], dtype=torch.float64, device=logits_RV.device)[
+        :, None
+    ]
+    scaled_RV = logits_RV.double() / temperature_R1
+    keep_RV = scaled_RV >= _threshold(scaled_RV, params)[:, None]
+    cdf_RV = scaled_RV.masked_fill_(~keep_RV, -math.inf).softmax(-1).cumsum(-1)
+    target_R1 = torch.tensor(draws, dtype=torch.float64, device=logits_RV.device)[:, None] * cdf_RV[:, -1:]
+    # right=True: the first token whose cumulative probability exceeds the target, so never one of probability 0
+    drawn: list[int] = torch.searchsorted(cdf_RV, target_R1, right=True)[:, 0].tolist()
+    return drawn
+
+
+def _threshold(scaled_RV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """The smallest logit of each row that top-k, top-p and min-p (Nguyen et al. 2024) keep."""
+    threshold_R = torch.full_like(scaled_RV[:, 0], -math.inf)
+    for row, p in enumerate(params):
+        kept_C = scaled_RV[row]
+        if 0 < p.top_k < kept_C.shape[0]:
+            threshold_R[row] = kept_C.topk(p.top_k).values[-1]
+            kept_C = kept_C[kept_C >= threshold_R[row]]
+        if p.top_p < 1.0:
+            threshold_R[row] = _nucleus(kept_C, p.top_p)
+        if p.min_p > 0.0:
+            threshold_R[row].clamp_(min=scaled_RV[row].max() + math.log(p.min_p))
+    return threshold_R
+
+
+def _nucleus(logits_C: Tensor, top_p: float) -> Tensor:
+    """The smallest logit among the most probable ones that together reach `top_p` (Holtzman et al. 2020)."""
+    total = logits_C.logsumexp(0)
+    for width in (_CANDIDATES, logits_C.shape[0]):
+        top_W = logits_C.topk(min(width, logits_C.shape[0])).values
+        mass_W = (top_W - total).exp().cumsum(0)
+        if mass_W[-1] >= top_p:
+            break
+    last = int((mass_W < top_p).sum())
+    return top_W[min(last, top_W.shape[0] - 1)]

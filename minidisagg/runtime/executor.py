@@ -1,0 +1,109 @@
+"""Carries out step plans: resolves tokens, runs the model, samples, and says what the step had to do."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+
+from minidisagg.core.plan import PlanItem, SeqKey, StepPlan
+from minidisagg.model.attention import build_batch
+from minidisagg.model.config import ModelConfig
+from minidisagg.model.sampler import SequenceSampling, sample
+from minidisagg.model.transformer import OnLayer, Transformer
+from minidisagg.runtime.kv_cache import KVCache
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """`tokens`: one per item with `sample`, in item order. `flops` and `bytes_read`: see `step_work`."""
+
+    tokens: list[int]
+    seconds: float
+    flops: float
+    bytes_read: float
+
+
+class Executor:
+    """One model and one cache. Keeps, per sequence of the plans, what sampling needs and the last token sampled."""
+
+    def __init__(self, model: Transformer, cache: KVCache) -> None:
+        self.model, self.cache = model, cache
+        self.sequences: dict[SeqKey, SequenceSampling] = {}
+        self.last_token: dict[SeqKey, int] = {}
+
+    def execute(self, plan: StepPlan, on_layer: OnLayer | None = None) -> StepResult:
+        """Compute the plan's items; `on_layer(i)` is called when layer i's new KV is in the cache.
+
+        Raises ValueError on a plan that names an unknown sequence or lacks tokens or pages.
+        """
+        start = time.perf_counter()
+        for key in plan.dropped:
+            self.sequences.pop(key, None)
+            self.last_token.pop(key, None)
+        for new in plan.new:
+            key = (new.request_id, new.incarnation)
+            self.sequences[key] = SequenceSampling(new.sampling, frozenset(new.prompt), Counter(new.output))
+        if not plan.items:
+            return StepResult([], time.perf_counter() - start, 0.0, 0.0)
+
+        model, cache = self.model, self.cache
+        batch = build_batch(plan.items, [self._tokens(item) for item in plan.items], cache, model.dtype, model.device)
+        cache.clear(pages_begun(plan.items, cache.page_size))
+        logits_SV = model.forward(batch, cache, on_layer)
+        sampling = [item for item in plan.items if item.sample]
+        tokens = sample(logits_SV, [(self._sequence(item), item.index) for item in sampling]) if sampling else []
+        for item, token in zip(sampling, tokens, strict=True):
+            self._sequence(item).output[token] += 1
+            self.last_token[item.request_id, item.incarnation] = token
+        if model.device.type == "cuda":  # a step without a sample has nothing else that waits for the device
+            torch.cuda.synchronize(model.device)
+        flops, bytes_read = step_work(plan, model.config, model.dtype.itemsize)
+        return StepResult(tokens, time.perf_counter() - start, flops, bytes_read)
+
+    def _sequence(self, item: PlanItem) -> SequenceSampling:
+        sequence = self.sequences.get((item.request_id, item.incarnation))
+        if sequence is None:
+            raise ValueError(f"request {item.request_id}, incarnation {item.incarnation}: in no earlier plan's `new`")
+        return sequence
+
+    def _tokens(self, item: PlanItem) -> list[int]:
+        last = self.last_token.get((item.request_id, item.incarnation))
+        if len(item.tokens) == item.count - 1 and last is not None:
+            return [*item.tokens, last]
+        return item.tokens
+
+
+def pages_begun(items: list[PlanItem], page_size: int) -> list[int]:
+    """Pages whose first token the step writes but whose last it does not: their ends hold an earlier owner's KV."""
+    begun = []
+    for item in items:
+        end = item.start + item.count
+        if end % page_size and item.start <= end - end % page_size:
+            begun.append(item.pages[end // page_size])
+    return begun
+
+
+def step_work(plan: StepPlan, config: ModelConfig, itemsize: int) -> tuple[float, float]:
+    """(flops, bytes read) that the step cannot do without.
+
+    Flops: 2 per weight and token (the head's only for sampled tokens), and 4 * H * D per layer for each pair of a
+    token and a position that it attends to. Bytes: every weight once, and the KV of every sequence's context once.
+    """
+    head = config.vocab_size * config.hidden_size
+    tokens = sum(item.count for item in plan.items)
+    sampled = sum(item.sample for item in plan.items)
+    # token i of an item attends to start + i + 1 positions
+    pairs = sum(item.count * item.start + item.count * (item.count + 1) // 2 for item in plan.items)
+    context = sum(item.start + item.count for item in plan.items)
+    flops = 2.0 * (config.num_parameters - head) * tokens + 2.0 * head * sampled
+    flops += 4.0 * config.num_layers * config.num_heads * config.head_dim * pairs
+    return flops, float(config.num_parameters * itemsize + context * config.kv_bytes_per_token(itemsize))
+
+
+def floor_seconds(flops: float, bytes_read: float, ceilings: tuple[float, float]) -> float:
+    """The least time that a step of this work can take on a device with these (bytes/s, flop/s)."""
+    bytes_per_s, flops_per_s = ceilings
+    return max(bytes_read / bytes_per_s, flops / flops_per_s)

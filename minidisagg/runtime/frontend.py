@@ -1,0 +1,233 @@
+"""The front-end process: the router, the supervisor, and the workers' channels on one event loop.
+
+    submit ──▶ Router.on_request ──Send──▶ channel ──▶ worker
+    worker ──StepOutput──▶ Router.on_message ──Emit──▶ the request's callback (on the same turn of the loop)
+
+`bench`, `LLM`, `chat` and the server all use this one object.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import shutil
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import msgspec
+
+from minidisagg.config import ClusterSettings, ModelSettings, RunSettings
+from minidisagg.core.effects import Send
+from minidisagg.core.messages import ROUTER, Envelope, Fatal, Hello, SamplingParams, Stats
+from minidisagg.core.router import Emit, Kill, Router, RouterSpec, drain_outbox
+from minidisagg.policies import load_policy
+from minidisagg.runtime.channel import Channel, ChannelError, listen
+from minidisagg.runtime.launch import Supervisor
+
+TICK = 0.25
+START_TIMEOUT = 300.0  # seconds for all workers to load their weights
+OnEmit = Callable[[Emit, float], None]
+
+
+class StartError(RuntimeError):
+    """The cluster did not come up; one line for the user."""
+
+
+class Frontend:
+    """A running cluster. `await Frontend.start(...)`, then `submit` or `generate`, then `await stop()`."""
+
+    def __init__(
+        self, model: ModelSettings, cluster: ClusterSettings, run: RunSettings, router: RouterSpec | None = None
+    ) -> None:
+        self.model = model
+        self.cluster = cluster
+        self.run = run
+        self.loop = asyncio.get_running_loop()
+        self.run_dir = Path(tempfile.mkdtemp(prefix="minidisagg-"))  # mode 0700
+        self.router = Router(router or RouterSpec(seed=run.seed), load_policy(cluster.policy))
+        self.channels: dict[str, Channel] = {}
+        self.restarted: list[tuple[float, str]] = []  # when a worker died, and which
+        self.error = ""
+        self._ids = itertools.count()
+        self._callbacks: dict[str, OnEmit] = {}
+        self._ready = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._server: asyncio.Server | None = None
+        try:
+            self.supervisor = Supervisor(model, cluster, run, self.run_dir, self._on_worker_down)
+        except BaseException:
+            shutil.rmtree(self.run_dir)
+            raise
+
+    @classmethod
+    async def start(
+        cls, model: ModelSettings, cluster: ClusterSettings, run: RunSettings, router: RouterSpec | None = None
+    ) -> Frontend:
+        """Start the workers and wait for all of them. Raises `StartError` or `ValueError` in one line."""
+        frontend = cls(model, cluster, run, router)
+        try:
+            path = str(frontend.run_dir / "frontend.sock")
+            frontend._server = await listen(path, frontend._serve_worker)
+            await frontend.supervisor.start()
+            await asyncio.wait_for(frontend._ready.wait(), START_TIMEOUT)
+            if frontend.error:
+                raise StartError(frontend.error)
+        except TimeoutError:
+            await frontend.stop()
+            raise StartError(f"the workers did not come up within {START_TIMEOUT:.0f} s") from None
+        except BaseException:
+            await frontend.stop()
+            raise
+        task = frontend.loop.create_task(frontend._tick())
+        frontend._tasks.add(task)
+        return frontend
+
+    async def stop(self) -> None:
+        """Stop the workers, close the sockets, remove the run directory."""
+        for task in self._tasks:
+            task.cancel()
+        for request_id in list(self._callbacks):
+            self._emit(Emit(request_id, finish="error", error="the engine is stopping"))
+        for channel in self.channels.values():
+            channel.close()
+        await self.supervisor.stop()
+        if self._server is not None:
+            self._server.close()
+        await asyncio.to_thread(shutil.rmtree, self.run_dir, True)
+
+    async def __aenter__(self) -> Frontend:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    # ------------------------------------------------------------ what users call
+
+    @property
+    def hellos(self) -> dict[str, Hello]:
+        """What each live worker said of itself."""
+        return self.router.hellos
+
+    @property
+    def stats(self) -> dict[str, Stats]:
+        """The last `Stats` of each live worker."""
+        return self.router.stats
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of prompt and output that every worker can hold."""
+        return min((hello.max_model_len for hello in self.hellos.values()), default=0)
+
+    @property
+    def vocab_size(self) -> int:
+        """Of the model."""
+        return int(next(iter(self.hellos.values())).info["vocab_size"])
+
+    def check(self, prompt: list[int], sampling: SamplingParams) -> None:
+        """Raises `ValueError` if no worker could ever finish this request."""
+        limit = self.max_model_len
+        if not prompt:
+            raise ValueError("the prompt is empty")
+        if len(prompt) + sampling.max_tokens > limit:
+            raise ValueError(
+                f"the prompt has {len(prompt)} tokens and max_tokens is {sampling.max_tokens}: "
+                f"together more than the limit of {limit}"
+            )
+        if not 0 <= min(prompt) <= max(prompt) < self.vocab_size:
+            raise ValueError(f"token ids must be below the vocabulary's size of {self.vocab_size}")
+
+    def submit(
+        self, prompt: list[int], sampling: SamplingParams, on_emit: OnEmit, arrival: float | None = None,
+        salt: str = "", priority: int = 0,
+    ) -> str:  # fmt: skip
+        """Send a request and return its id; `on_emit(emit, time.monotonic())` is called with its tokens and its end."""
+        self.check(prompt, sampling)
+        number = next(self._ids)
+        request_id = f"{number:08d}"  # never reused: workers remember the ids of what is over
+        if sampling.seed is None:
+            sampling = msgspec.structs.replace(sampling, seed=(self.run.seed << 32) + number)
+        self._callbacks[request_id] = on_emit
+        self.router.on_request(request_id, prompt, sampling, time.monotonic(), arrival, salt, priority)
+        self._drain()
+        return request_id
+
+    def abort(self, request_id: str) -> None:
+        """The client left; its callback hears of the end."""
+        self.router.on_abort(request_id, time.monotonic())
+        self._drain()
+
+    async def generate(self, prompt: list[int], sampling: SamplingParams) -> AsyncIterator[Emit]:
+        """Tokens as they come, the end last. Leaving the iteration aborts the request."""
+        news: asyncio.Queue[Emit] = asyncio.Queue()  # bounded by max_tokens
+        request_id = self.submit(prompt, sampling, lambda emit, _: news.put_nowait(emit))
+        try:
+            while True:
+                emit = await news.get()
+                yield emit
+                if emit.finish:
+                    return
+        finally:
+            self.abort(request_id)
+
+    async def fresh_stats(self) -> dict[str, Stats]:
+        """Wait until every live worker has reported anew, so that its counters cover all that has happened."""
+        before = {name: stats.clock for name, stats in self.stats.items()}
+        deadline = time.monotonic() + 5.0
+        while time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+            if all(stats.clock > before.get(name, 0.0) for name, stats in self.stats.items()):
+                break
+        return dict(self.stats)
+
+    # ------------------------------------------------------------ inside
+
+    async def _serve_worker(self, channel: Channel) -> None:
+        try:
+            async for envelope in channel:
+                if isinstance(envelope.body, Hello):
+                    self.supervisor.greeted.add((envelope.source, envelope.epoch))
+                    self.channels[envelope.source] = channel
+                elif isinstance(envelope.body, Fatal) and envelope.source not in self.channels:
+                    self.error = f"{envelope.source}: {envelope.body.reason}"
+                    self._ready.set()
+                self.router.on_message(envelope, time.monotonic())
+                self._drain()
+                if len(self.channels) == len(self.supervisor.names):
+                    self._ready.set()
+        except ChannelError as error:
+            self.error = str(error)
+
+    def _on_worker_down(self, name: str, epoch: int, early: bool) -> None:
+        if early and not self.error:
+            self.error = f"{name} did not start: {self.supervisor.log_tail(name) or 'no message'}"
+        if early:
+            self._ready.set()
+        self.channels.pop(name, None)
+        self.restarted.append((time.monotonic(), name))
+        self.router.on_worker_down(name, epoch, time.monotonic())
+        self._drain()
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK)
+            self.router.on_tick(time.monotonic())
+            self._drain()
+
+    def _drain(self) -> None:
+        for effect in drain_outbox(self.router):
+            if isinstance(effect, Send):
+                channel = self.channels.get(effect.dest)
+                if channel is not None:  # else its process is dying, and `_on_worker_down` follows
+                    channel.send(Envelope(ROUTER, 0, effect.body))
+            elif isinstance(effect, Emit):
+                self._emit(effect)
+            elif isinstance(effect, Kill):
+                self.supervisor.kill(effect.worker, effect.epoch)
+
+    def _emit(self, emit: Emit) -> None:
+        callback = self._callbacks[emit.request_id]
+        if emit.finish:
+            del self._callbacks[emit.request_id]
+        callback(emit, time.monotonic())

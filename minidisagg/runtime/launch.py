@@ -1,0 +1,134 @@
+"""Starts worker processes, waits for them, and starts a dead one again under the next epoch.
+
+The supervisor is the workers' parent: only it knows for certain that a process is dead, because it has waited for it.
+That knowledge is what frees pages that a dead peer might have written to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from minidisagg.config import ClusterSettings, ModelSettings, RunSettings, WorkerConfig, assign_cpus
+from minidisagg.core.messages import Role
+from minidisagg.model.loader import load_config
+
+BACKOFF = (0.1, 0.5, 2.0, 5.0)  # seconds before each further restart of a worker that keeps dying
+STOP_GRACE = 3.0  # seconds between asking a worker to stop and killing it
+logger = logging.getLogger("minidisagg")
+
+
+class Supervisor:
+    """The parent of all worker processes of one front end."""
+
+    def __init__(
+        self, model: ModelSettings, cluster: ClusterSettings, run: RunSettings, run_dir: Path,
+        on_down: Callable[[str, int, bool], None],
+    ) -> None:  # fmt: skip
+        """`on_down(name, epoch, early)` is called once the process has been waited for; `early`: before its Hello."""
+        load_config(model.model)  # a wrong name or a broken config is told before any process is started
+        self.run_dir = run_dir
+        self._on_down = on_down
+        self._configs: dict[str, WorkerConfig] = {}
+        for (name, role, settings), cpus in zip(cluster.roles(), assign_cpus(cluster), strict=True):
+            pinned = msgspec.structs.replace(settings, cpus="+".join(map(str, cpus)))
+            self._configs[name] = WorkerConfig(
+                name=name, epoch=0, role=role, model=model, settings=pinned, cluster=cluster, run=run,
+                run_dir=str(run_dir),
+            )  # fmt: skip
+        self.processes: dict[str, asyncio.subprocess.Process] = {}
+        self.greeted: set[tuple[str, int]] = set()  # workers that said hello
+        self.restarts = dict.fromkeys(self._configs, 0)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stopping = False
+
+    @property
+    def names(self) -> list[str]:
+        """All workers, dead or alive."""
+        return list(self._configs)
+
+    async def start(self) -> None:
+        """Start every worker; they report to the front end by themselves."""
+        for name in self._configs:
+            await self._start(name)
+
+    def kill(self, name: str, epoch: int) -> None:
+        """SIGKILL, if that epoch still runs."""
+        process = self.processes.get(name)
+        if process is not None and process.returncode is None and self._configs[name].epoch == epoch:
+            process.kill()
+
+    def log_tail(self, name: str) -> str:
+        """The last line that the worker wrote to its log, for an error message."""
+        path = self.run_dir / f"{name}.log"
+        lines = path.read_text(errors="replace").strip().splitlines() if path.exists() else []
+        return lines[-1] if lines else ""
+
+    async def stop(self) -> None:
+        """Terminate all workers and wait for them; nothing of them is left."""
+        self._stopping = True
+        for task in self._tasks:
+            task.cancel()
+        alive = [process for process in self.processes.values() if process.returncode is None]
+        for process in alive:
+            process.send_signal(signal.SIGCONT)  # a stopped one would not even notice
+        waiting = [asyncio.ensure_future(process.wait()) for process in alive]
+        if waiting:
+            _, late = await asyncio.wait(waiting, timeout=STOP_GRACE)
+            if late:
+                for process in alive:
+                    if process.returncode is None:
+                        process.kill()
+                await asyncio.wait(waiting)
+
+    async def _start(self, name: str) -> None:
+        config = msgspec.structs.replace(self._configs[name], epoch=self._configs[name].epoch + 1)
+        self._configs[name] = config
+        with (self.run_dir / f"{name}.log").open("ab") as log:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "minidisagg.runtime.worker", msgspec.json.encode(config).decode(),
+                stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, env=_environment(config),
+            )  # fmt: skip
+        self.processes[name] = process
+        task = asyncio.get_running_loop().create_task(self._watch(name, config.epoch, process))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _watch(self, name: str, epoch: int, process: asyncio.subprocess.Process) -> None:
+        code = await process.wait()
+        if self._stopping:
+            return
+        how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+        early = (name, epoch) not in self.greeted
+        logger.warning("worker %s (epoch %d) is dead: %s %s", name, epoch, how, self.log_tail(name))
+        self._on_down(name, epoch, early)
+        if early:
+            return  # it never came up; trying again would fail again
+        await asyncio.sleep(BACKOFF[min(self.restarts[name], len(BACKOFF) - 1)])
+        self.restarts[name] += 1
+        await self._start(name)
+
+
+def role_name(role: Role) -> str:
+    """ "prefill", "decode" or "both"."""
+    return role.name.lower()
+
+
+def _environment(config: WorkerConfig) -> dict[str, str]:
+    cpus = config.settings.cpus
+    threads = len(cpus.split("+")) if config.settings.device == "cpu" else 4
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",  # the flight recorder's dump holds an abort up for a minute
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    }

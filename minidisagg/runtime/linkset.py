@@ -1,0 +1,184 @@
+"""A worker's links: opened on the core's word, fed with its operations, given up on its word.
+
+The destination makes its end first and tells the source where it is (`LinkOpen` → `LinkReady`); operations that the
+core starts meanwhile wait. All that blocks (connecting, aborting) runs in threads; the core hears of the end of an
+operation through `on_completion`, and of a confirmed abort through `on_aborted`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from minidisagg.core.effects import AbortLink, Send
+from minidisagg.core.messages import LinkOpen, LinkReady
+from minidisagg.core.plan import Completion, TransferOp
+from minidisagg.runtime.kv_cache import KVCache
+from minidisagg.transfer.emulate import EmulatedLink, Emulation
+from minidisagg.transfer.links import Link, LinkError, make_link
+
+LinkKey = tuple[str, int, bool]  # peer, link epoch, outgoing
+
+
+@dataclass
+class Entry:
+    """One end of one link epoch."""
+
+    link: Link | None = None
+    connected: bool = False
+    closing: bool = False
+    waiting: list[TransferOp] = field(default_factory=list)  # started before the link was there
+    flying: int = 0
+    nbytes: int = 0
+
+
+class LinkSet:
+    """All links of one worker."""
+
+    def __init__(
+        self, name: str, cache: KVCache, kind: str, codec: str, run_dir: Path, timeout: float, latency: float,
+        send: Callable[[Send], None], on_completion: Callable[[Completion], None],
+        on_aborted: Callable[[str, int, bool], None],
+    ) -> None:  # fmt: skip
+        """`latency`: seconds added to each piece that this worker sends (an injected delay)."""
+        self.name = name
+        self.cache = cache
+        self.kind = kind
+        self.codec = codec
+        self.run_dir = run_dir
+        self.timeout = timeout
+        self.latency = latency
+        self._send = send
+        self._on_completion = on_completion
+        self._on_aborted = on_aborted
+        self._loop = asyncio.get_running_loop()
+        self._entries: dict[LinkKey, Entry] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.backlog = 0  # operations started and not finished
+        self.nbytes = 0
+        self.seconds = 0.0
+        self.failures = 0
+
+    def open(self, peer: str, link_epoch: int) -> None:
+        """Source: ask the destination for its end."""
+        self._entries[peer, link_epoch, True] = Entry()
+        self._send(Send(peer, LinkOpen(self.kind, self.codec, link_epoch)))
+
+    def on_link_open(self, peer: str, message: LinkOpen) -> None:
+        """Destination: make this end, tell the source, and wait for it."""
+        key = peer, message.link_epoch, False
+        entry = self._entries.setdefault(key, Entry())
+        try:
+            if (message.kind, message.codec) != (self.kind, self.codec):
+                raise LinkError(f"{self.name} speaks {self.kind}/{self.codec}, not {message.kind}/{message.codec}")
+            entry.link = self._make(peer, message.link_epoch, source=False)
+            endpoint = entry.link.endpoint()
+        except (LinkError, OSError, ValueError, RuntimeError) as error:
+            self._send(Send(peer, LinkReady(message.link_epoch, "", str(error))))
+            return
+        self._send(Send(peer, LinkReady(message.link_epoch, endpoint)))
+        self._spawn(self._connect(key, entry, endpoint))
+
+    def on_link_ready(self, peer: str, message: LinkReady) -> None:
+        """Source: the destination's end is there; reach it."""
+        key = peer, message.link_epoch, True
+        entry = self._entries.get(key)
+        if entry is None or entry.closing:
+            return
+        if message.error:
+            self._fail(key, entry, message.error)
+            return
+        entry.link = self._make(peer, message.link_epoch, source=True)
+        self._spawn(self._connect(key, entry, message.endpoint))
+
+    def start(self, op: TransferOp) -> None:
+        """Start one piece, or let it wait for the link."""
+        entry = self._entries.setdefault((op.peer, op.link_epoch, op.send), Entry())
+        self.backlog += 1
+        if entry.connected and entry.link is not None and not entry.closing:
+            entry.link.start(op)
+        else:
+            entry.waiting.append(op)
+
+    def abort(self, effect: AbortLink) -> None:
+        """Give the link up; `on_aborted` is called once nothing of it can touch this worker's pages."""
+        key = effect.peer, effect.link_epoch, effect.outgoing
+        entry = self._entries.setdefault(key, Entry())
+        entry.closing = True
+        self._spawn(self._abort(key, entry, effect.peer_dead))
+
+    def poll(self) -> None:
+        """Hand finished operations to the core; called when a link wakes the loop."""
+        for key, entry in list(self._entries.items()):
+            for completion in entry.link.poll() if entry.link is not None else ():
+                self.backlog -= 1
+                if completion.ok:
+                    self.nbytes += completion.nbytes
+                    self.seconds += completion.seconds
+                else:
+                    self.failures += 1
+                if not (entry.closing and key[2] is completion.send):
+                    self._on_completion(completion)
+
+    async def close(self) -> None:
+        """Give up all links; for the end of the process."""
+        for key, entry in list(self._entries.items()):
+            entry.closing = True
+            self._spawn(self._abort(key, entry, peer_dead=True))
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=1.0)
+
+    def _make(self, peer: str, link_epoch: int, source: bool) -> Link:
+        pair = f"{self.name}-{peer}" if source else f"{peer}-{self.name}"
+        link = make_link(
+            self.kind, source=source, pair=pair, link_epoch=link_epoch, kv=self.cache.data, kv_fd=self.cache.fd,
+            codec=self.codec, run_dir=self.run_dir, wake=self._wake,
+            timeout=self.timeout,
+        )  # fmt: skip
+        return EmulatedLink(link, Emulation(latency=self.latency)) if source and self.latency else link
+
+    def _wake(self) -> None:
+        self._loop.call_soon_threadsafe(self.poll)
+
+    async def _connect(self, key: LinkKey, entry: Entry, endpoint: str) -> None:
+        assert entry.link is not None
+        try:
+            await asyncio.to_thread(entry.link.connect, endpoint)
+        except (LinkError, OSError, RuntimeError) as error:
+            self._fail(key, entry, str(error).partition("\n")[0])
+            return
+        entry.connected = True
+        waiting, entry.waiting = entry.waiting, []
+        for op in waiting:
+            entry.link.start(op)
+
+    async def _abort(self, key: LinkKey, entry: Entry, peer_dead: bool) -> None:
+        confirmed = True  # a link that was never made cannot write
+        if entry.link is not None:
+            confirmed = await asyncio.to_thread(entry.link.abort, peer_dead)
+        self.poll()
+        self.backlog -= len(entry.waiting)
+        entry.waiting = []
+        if confirmed and self._entries.pop(key, None) is not None:
+            self._on_aborted(*key)
+
+    def _fail(self, key: LinkKey, entry: Entry, error: str) -> None:
+        """The link never came about: whatever waited for it fails, which makes the core give it up."""
+        waiting, entry.waiting = entry.waiting, []
+        peer, link_epoch, outgoing = key
+        self.backlog -= len(waiting)
+        self.failures += 1
+        for seq in [op.seq for op in waiting] or [0]:
+            self._on_completion(Completion(peer, link_epoch, seq, outgoing, ok=False, error=error))
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._loop.call_exception_handler({"message": "a link task failed", "exception": error})

@@ -1,0 +1,150 @@
+"""The offline API: `LLM(...).generate(prompts, SamplingParams(...))`."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import msgspec
+
+from minidisagg.config import DEFAULT_MODEL, ClusterSettings, ModelSettings, RunSettings
+from minidisagg.core.messages import SamplingParams
+from minidisagg.core.router import StageTimes
+from minidisagg.model.pull import ensure
+from minidisagg.model.tokenizer import IncrementalDetokenizer, StopChecker, Tokenizer
+from minidisagg.runtime.frontend import Frontend
+
+T = TypeVar("T")
+Prompt = str | list[int]
+OnText = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Output:
+    """What came of one prompt. `finish_reason` is "stop" or "length"; anything else raises instead."""
+
+    text: str
+    token_ids: list[int]
+    prompt_token_ids: list[int]
+    finish_reason: str
+    times: StageTimes | None
+
+
+class GenerationError(RuntimeError):
+    """The engine could not finish a request; one line."""
+
+
+async def complete(
+    frontend: Frontend, tokenizer: Tokenizer, prompt: Prompt, sampling: SamplingParams, on_text: OnText | None = None
+) -> Output:
+    """One request to its end; `on_text` hears each piece of text as soon as it is final."""
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    if not sampling.ignore_eos:
+        stops = (*sampling.stop_token_ids, *tokenizer.eos_token_ids)
+        sampling = msgspec.structs.replace(sampling, stop_token_ids=tuple(dict.fromkeys(stops)))
+    detokenizer, checker = IncrementalDetokenizer(tokenizer), StopChecker(sampling.stop)
+    tokens: list[int] = []
+    pieces: list[str] = []
+
+    def add(text: str) -> None:
+        if text:
+            pieces.append(text)
+            if on_text is not None:
+                on_text(text)
+
+    finish, times = "", None
+    stream = frontend.generate(ids, sampling)
+    try:
+        async for emit in stream:
+            for token in emit.tokens:
+                tokens.append(token)
+                text, stopped = checker.push(detokenizer.push(token))
+                add(text)
+                if stopped:
+                    finish = "stop"
+                    break
+            if finish:
+                break
+            if emit.finish:
+                finish, times = emit.finish, emit.times
+                if finish not in ("stop", "length"):
+                    raise GenerationError(emit.error or finish)
+                text, _ = checker.push(detokenizer.flush())
+                add(text + checker.flush())
+    finally:
+        await stream.aclose()  # type: ignore[attr-defined]
+    return Output("".join(pieces), tokens, ids, finish, times)
+
+
+class LLM:
+    """A cluster of workers behind a blocking interface.
+
+        with LLM("smollm2-135m", mode="disagg") as llm:
+            for output in llm.generate(["The capital of France is"], SamplingParams(temperature=0.0, max_tokens=8)):
+                ...
+
+    `settings` are the fields of `ClusterSettings` (mode, prefill_workers, prefill, link, policy, …) and of
+    `ModelSettings` (max_model_len, block_size, …). Raises `ValueError` or `StartError` in one line.
+    """
+
+    def __init__(self, model: str = DEFAULT_MODEL, *, seed: int = 0, **settings: Any) -> None:
+        ensure(model)
+        model_fields = {field.name for field in msgspec.structs.fields(ModelSettings)}
+        of_model = {key: value for key, value in settings.items() if key in model_fields}
+        of_cluster = {key: value for key, value in settings.items() if key not in model_fields}
+        self.tokenizer = Tokenizer.load(model)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="minidisagg-llm", daemon=True)
+        self._thread.start()
+        try:
+            cluster = ClusterSettings(
+                **(
+                    {"prefill_workers": 1, "decode_workers": 0} | of_cluster
+                    if of_cluster.get("mode", "colocated") == "colocated"
+                    else of_cluster
+                )
+            )
+            self.frontend = self._run(
+                Frontend.start(ModelSettings(model=model, **of_model), cluster, RunSettings(seed=seed))
+            )
+        except BaseException:
+            self._end_loop()
+            raise
+
+    def generate(self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | None = None) -> list[Output]:
+        """All prompts (text or token ids) at once, continuously batched; outputs in the order of the prompts."""
+        batch = [prompts] if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)) else prompts
+        params = sampling or SamplingParams()
+
+        async def all_of_them() -> list[Output]:
+            jobs = [complete(self.frontend, self.tokenizer, prompt, params) for prompt in batch]  # type: ignore[arg-type]
+            return await asyncio.gather(*jobs)
+
+        return self._run(all_of_them())
+
+    def stream(self, prompt: Prompt, on_text: OnText, sampling: SamplingParams | None = None) -> Output:
+        """One prompt; `on_text` is called from the engine's thread with each piece of text."""
+        return self._run(complete(self.frontend, self.tokenizer, prompt, sampling or SamplingParams(), on_text))
+
+    def close(self) -> None:
+        """Stop the workers."""
+        if self._thread.is_alive():
+            self._run(self.frontend.stop())
+            self._end_loop()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def _end_loop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()

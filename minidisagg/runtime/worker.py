@@ -1,0 +1,392 @@
+"""A worker process: one event loop that drives one `EngineCore`, and one thread that drives one device.
+
+    front end ──Submit──▶ channel ──▶ core.on_message ─┐
+    peers ──KVOffer, …──▶ channel ──▶ core.on_message ─┼─▶ _advance: carry out the outbox, plan the next step
+    device thread ──tokens──▶ core.on_step_done ───────┤      Send          → channel to the front end or a peer
+    link threads ──completions──▶ core.on_transfer_done┘      StartTransfer → LinkSet
+                                                              StepPlan      → device thread
+
+On a CPU the loop and the device share the worker's cores; the device thread runs at a lower priority, so that a
+message is answered at once even in the middle of a long prefill.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import msgspec
+import torch
+
+from minidisagg.config import WorkerConfig, parse_cpus
+from minidisagg.core.effects import AbortLink, OpenLink, Send, StartTransfer
+from minidisagg.core.engine import EngineCore, EngineSpec
+from minidisagg.core.inputlog import RecordingCore
+from minidisagg.core.messages import (
+    ROUTER,
+    AnyMessage,
+    Envelope,
+    Fatal,
+    Hello,
+    LinkOpen,
+    LinkReady,
+    PeerDown,
+    PeerUp,
+    Submit,
+)
+from minidisagg.core.plan import Completion, StepPlan
+from minidisagg.model.config import ModelConfig
+from minidisagg.model.loader import load_config, load_weights
+from minidisagg.model.transformer import Transformer
+from minidisagg.policies import load_policy
+from minidisagg.runtime.ceilings import measure_ceilings
+from minidisagg.runtime.channel import Channel, ChannelError, connect, listen
+from minidisagg.runtime.executor import Executor, StepResult
+from minidisagg.runtime.kv_cache import KVCache, num_pages_for, page_bytes
+from minidisagg.runtime.linkset import LinkSet
+from minidisagg.transfer.links import resolve_kind
+
+TICK = 0.25  # seconds between ticks and Stats
+DEVICE_NICE = 10  # priority of the device thread below the event loop's
+UNSENT = 10_000  # messages kept for a peer whose address has not come yet
+
+
+class Device:
+    """The model, its cache, and the thread in which steps run one after another."""
+
+    def __init__(self, config: WorkerConfig, model_config: ModelConfig) -> None:
+        settings = config.settings
+        self.device = torch.device(settings.device)
+        self.dtype: torch.dtype = getattr(torch, _dtype_name(settings.dtype, model_config, self.device))
+        self.delays = config.run.delays
+        model = Transformer(model_config, load_weights(config.model.model, model_config), self.dtype, self.device)
+        size = config.model.block_size
+        num_pages = num_pages_for(settings.kv_cache_memory, model_config, size, self.dtype)
+        if num_pages < 1:
+            need = page_bytes(model_config, size, self.dtype)
+            raise ValueError(f"a KV cache of {settings.kv_cache_memory} bytes holds no page; one needs {need} bytes")
+        self.cache = KVCache(model_config, num_pages, size, self.dtype, self.device)
+        self.executor = Executor(model, self.cache)
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="device", initializer=_lower_priority)
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """One step, with the delays that an experiment injects; blocks."""
+        with torch.inference_mode():
+            result = self.executor.execute(plan)
+        delay = 0.0
+        for item in plan.items:
+            if item.sample and item.index == 0:
+                delay = max(delay, self.delays.get("prefill", 0.0))
+            elif item.index == 2:  # the second decode step: the first one's time is told apart from waiting for it
+                delay = max(delay, self.delays.get("decode", 0.0))
+        if delay:
+            time.sleep(delay)
+        return result
+
+
+class Worker:
+    """Drives one engine core. See the module's picture."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self.config = config
+        self.loop = asyncio.get_running_loop()
+        self.done = asyncio.Event()
+        self.failure = ""
+        self.peers: dict[str, str] = {}  # addresses of the live workers
+        self.channels: dict[str, Channel] = {}
+        self.unsent: dict[str, list[AnyMessage]] = {}  # for peers that have no channel yet
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.steps_flying = 0
+        self.busy_seconds = self.flops = self.bytes_read = 0.0
+        self.decode_wait = config.run.delays.get("decode_wait", 0.0)
+
+    async def run(self) -> None:
+        """Load, say hello, serve until drained or told to stop; raises `ValueError` for what a user can mend."""
+        config = self.config
+        run_dir = Path(config.run_dir)
+        frontend = await connect(f"unix:{run_dir}/frontend.sock")
+        self.channels[ROUTER] = frontend
+        try:
+            model_config = load_config(config.model.model)
+            self.device = await asyncio.to_thread(Device, config, model_config)
+            hello = await asyncio.to_thread(self._prepare, model_config)
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            self._send(ROUTER, Fatal(reason, config.name, config.epoch))
+            await asyncio.sleep(0.2)  # let it leave
+            raise
+        server = await listen(hello.address.removeprefix("unix:"), self._serve_peer)
+        self._send(ROUTER, hello)
+        self._spawn(self._serve_frontend(frontend))
+        self._spawn(self._tick())
+        await self.done.wait()
+        server.close()
+        for task in self.tasks:
+            task.cancel()
+        await self.links.close()
+        self.device.thread.shutdown(wait=False, cancel_futures=True)
+        self.device.cache.close()
+
+    def _prepare(self, model_config: ModelConfig) -> Hello:
+        config, cache = self.config, self.device.cache
+        kind = resolve_kind(config.cluster.link, self.device.device.type)
+        bandwidth, flops = measure_ceilings(self.device.dtype, device=self.device.device)
+        spec = EngineSpec(
+            name=config.name, epoch=config.epoch, role=config.role, num_pages=cache.num_pages,
+            page_size=cache.page_size, num_layers=model_config.num_layers,
+            fingerprint=cache.fingerprint(model_config, config.cluster.kv_codec),
+            one_sided_links=kind == "shm", prefix_caching=config.model.prefix_caching, lease=config.run.lease,
+            link_timeout=config.run.link_timeout, options=config.settings.options(),
+        )  # fmt: skip
+        policy = load_policy(config.cluster.policy)
+        if config.run.record_dir:
+            path = Path(config.run.record_dir) / f"{config.name}.{config.epoch}.inputs"
+            self.core: EngineCore = RecordingCore(spec, policy, path.open("wb", buffering=1 << 16))
+        else:
+            self.core = EngineCore(spec, policy)
+        ahead = config.run.step_ahead
+        self.depth = ahead if ahead >= 0 else int(self.device.device.type == "cuda")
+        self.link_kind = kind
+        self.loop.call_soon_threadsafe(self._make_links)
+        limit = config.model.max_model_len or model_config.max_model_len
+        return Hello(
+            config.role, cache.num_pages, cache.page_size, min(limit, cache.num_pages * cache.page_size),
+            spec.fingerprint, f"unix:{config.run_dir}/{config.name}.{config.epoch}.sock", os.getpid(),
+            model_config.kv_bytes_per_token(self.device.dtype.itemsize),
+            {
+                "device": str(self.device.device), "dtype": str(self.device.dtype).removeprefix("torch."),
+                "threads": torch.get_num_threads(), "cpus": config.settings.cpus, "link": kind,
+                "bandwidth": bandwidth, "flops": flops, "parameters": model_config.num_parameters,
+                "vocab_size": model_config.vocab_size,
+            },
+        )  # fmt: skip
+
+    def _make_links(self) -> None:
+        config = self.config
+        self.links = LinkSet(
+            config.name, self.device.cache, self.link_kind, config.cluster.kv_codec, Path(config.run_dir),
+            config.run.link_timeout, config.run.delays.get("transfer", 0.0), self._carry_out, self._on_completion,
+            self._on_link_aborted,
+        )  # fmt: skip
+
+    # ------------------------------------------------------------ inputs
+
+    async def _serve_frontend(self, channel: Channel) -> None:
+        delay = self.config.run.delays.get("queue", 0.0)
+        async for envelope in channel:
+            if isinstance(envelope.body, Submit) and delay:
+                self.loop.call_later(delay, self._on_message, envelope)
+            else:
+                self._on_message(envelope)
+        self.done.set()  # the front end is gone, and a worker does not outlive it
+
+    async def _serve_peer(self, channel: Channel) -> None:
+        try:
+            async for envelope in channel:
+                self._on_message(envelope)
+        except ChannelError as error:
+            self._stop(str(error))
+
+    def _on_message(self, envelope: Envelope) -> None:
+        body = envelope.body
+        if isinstance(body, PeerUp):
+            self.peers[body.worker] = body.address
+            if body.worker in self.unsent:
+                self._spawn(self._connect_peer(body.worker))
+        elif isinstance(body, PeerDown):
+            self.peers.pop(body.worker, None)
+            self.unsent.pop(body.worker, None)
+            if (gone := self.channels.pop(body.worker, None)) is not None:
+                gone.close()
+        if isinstance(body, LinkOpen):
+            self.links.on_link_open(envelope.source, body)
+        elif isinstance(body, LinkReady):
+            self.links.on_link_ready(envelope.source, body)
+        else:
+            self.core.on_message(envelope, time.monotonic())
+        self._advance()
+
+    def _on_completion(self, completion: Completion) -> None:
+        self.core.on_transfer_done(completion, time.monotonic())
+        self._advance()
+
+    def _on_link_aborted(self, peer: str, link_epoch: int, outgoing: bool) -> None:
+        self.core.on_link_aborted(peer, link_epoch, outgoing, time.monotonic())
+        self._advance()
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK)
+            self.core.on_tick(time.monotonic())
+            self._advance()
+            self._send(ROUTER, self.stats())
+            if self.core.draining and self.core.idle:
+                self.done.set()
+
+    def stats(self) -> AnyMessage:
+        """The core's numbers with what only the process knows."""
+        return msgspec.structs.replace(
+            self.core.stats(), transfer_backlog=self.links.backlog, transfer_bytes=self.links.nbytes,
+            transfer_seconds=self.links.seconds, transfer_failures=self.links.failures,
+            busy_seconds=self.busy_seconds, flops=self.flops, bytes_read=self.bytes_read,
+            cpu_seconds=time.process_time(), clock=time.monotonic(),
+        )  # fmt: skip
+
+    # ------------------------------------------------------------ outputs
+
+    def _advance(self) -> None:
+        """Carry out what the core wants, and keep the device busy."""
+        self._drain()
+        while self.steps_flying <= self.depth and not self._waits_on_purpose():
+            plan = self.core.schedule(time.monotonic())
+            self._drain()
+            if plan is None:
+                return
+            self.steps_flying += 1
+            self._spawn(self._step(plan))
+
+    async def _step(self, plan: StepPlan) -> None:
+        result = await self.loop.run_in_executor(self.device.thread, self.device.run, plan)
+        self.steps_flying -= 1
+        self.busy_seconds += result.seconds
+        self.flops += result.flops
+        self.bytes_read += result.bytes_read
+        self.core.on_step_done(plan.step_id, result.tokens, result.seconds, time.monotonic())
+        self._advance()
+
+    def _drain(self) -> None:
+        while self.core.outbox:
+            effects = self.core.outbox[:]
+            self.core.outbox.clear()
+            for effect in effects:
+                if isinstance(effect, Send):
+                    self._carry_out(effect)
+                elif isinstance(effect, StartTransfer):
+                    self.links.start(effect.op)
+                elif isinstance(effect, OpenLink):
+                    self.links.open(effect.peer, effect.link_epoch)
+                elif isinstance(effect, AbortLink):
+                    self.links.abort(effect)
+
+    def _carry_out(self, effect: Send) -> None:
+        self._send(effect.dest, effect.body)
+
+    def _send(self, dest: str, body: AnyMessage) -> None:
+        if dest in self.channels:
+            try:
+                self.channels[dest].send(Envelope(self.config.name, self.config.epoch, body))
+            except ChannelError as error:
+                self._stop(f"{dest}: {error}")
+            return
+        first = dest not in self.unsent
+        waiting = self.unsent.setdefault(dest, [])
+        waiting.append(body)
+        if len(waiting) > UNSENT:
+            self._stop(f"{dest} cannot be reached")
+        elif first and dest in self.peers:
+            self._spawn(self._connect_peer(dest))
+
+    async def _connect_peer(self, peer: str) -> None:
+        try:
+            channel = await connect(self.peers[peer])
+        except OSError:
+            self.unsent.pop(peer, None)  # it died; its parent will say so
+            return
+        self.channels[peer] = channel
+        for body in self.unsent.pop(peer, []):
+            self._send(peer, body)
+
+    def _waits_on_purpose(self) -> bool:
+        """An injected delay between a request's KV being complete and its first decode step."""
+        if not self.decode_wait:
+            return False
+        now = time.monotonic()
+        for request in self.core.running:
+            left = request.ready_at + self.decode_wait - now
+            if request.ready_at >= 0 and not request.introduced and left > 0:
+                self.loop.call_later(left, self._advance)
+                return True
+        return False
+
+    # ------------------------------------------------------------ tasks
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = self.loop.create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        """Crash-only: an error in any task ends the process, and its supervisor starts the next."""
+        self.tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._stop(f"{type(error).__name__}: {error}", error)
+
+    def _stop(self, reason: str, error: BaseException | None = None) -> None:
+        if not self.failure:
+            self.failure = reason
+            if error is not None:
+                sys.excepthook(type(error), error, error.__traceback__)  # into the worker's log file
+        self.done.set()
+
+
+def _dtype_name(asked: str, config: ModelConfig, device: torch.device) -> str:
+    if asked != "auto":
+        return asked
+    return "bfloat16" if config.dtype == "float16" and device.type == "cpu" else config.dtype
+
+
+def _lower_priority() -> None:
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), DEVICE_NICE)
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def main() -> None:
+    """`python -m minidisagg.runtime.worker CONFIG`, where CONFIG is a `WorkerConfig` as JSON."""
+    _die_with_parent()
+    config = msgspec.json.decode(sys.argv[1], type=WorkerConfig)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the front end's to handle
+    if config.settings.device == "cpu":
+        cpus = parse_cpus(config.settings.cpus)
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, cpus)
+        torch.set_num_threads(len(cpus))
+    runner: contextlib.AbstractContextManager[asyncio.Runner]
+    try:
+        import uvloop
+
+        runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
+    except ImportError:  # it has no build for this platform
+        runner = asyncio.Runner()
+    with runner as active:
+        failure = active.run(_serve(config))
+    # Daemon threads may still block in a link; nothing that matters is left to do.
+    os._exit(1 if failure else 0)
+
+
+async def _serve(config: WorkerConfig) -> str:
+    worker = Worker(config)
+    try:
+        await worker.run()
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        sys.stderr.write(f"{error}\n")
+        return str(error)
+    return worker.failure
+
+
+if __name__ == "__main__":
+    main()

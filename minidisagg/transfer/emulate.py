@@ -1,0 +1,105 @@
+"""A slower and worse link than the one at hand: to draw "when does it pay" curves, and to inject faults.
+
+Only the source's end is wrapped. Each operation takes its turn on an emulated wire of a given bandwidth, travels for
+the latency and a jitter, and is then started on the real link, which adds its own (small) time. Order is kept.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections import deque
+
+import msgspec
+
+from minidisagg.core.plan import Completion, TransferOp
+from minidisagg.transfer.links import MAX_OUTSTANDING, LinkError, ThreadLink
+
+
+class Emulation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The wire's properties, and the share of operations that suffer a fault.
+
+    A dropped operation is never sent, though the source believes so; a corrupt one arrives with a wrong bit, a delayed
+    one `delay_s` late. Which ones is decided by the seed, the link's epoch and the sequence number.
+    """
+
+    bandwidth: float = 0.0  # bytes per second; 0: as fast as the real link
+    latency: float = 0.0  # seconds
+    jitter: float = 0.0  # seconds: uniform in [0, jitter] on top
+    drop: float = 0.0  # probability
+    corrupt: float = 0.0  # probability
+    delay: float = 0.0  # probability
+    delay_s: float = 1.0  # seconds
+    seed: int = 0
+
+
+class EmulatedLink:
+    """A `Link` around another one's source end."""
+
+    def __init__(self, inner: ThreadLink, emulation: Emulation) -> None:
+        self.one_sided = inner.one_sided
+        self._inner, self._emulation = inner, emulation
+        self._wire_free = 0.0  # when the emulated wire has taken all that was started
+        self._arrival = 0.0  # of the last operation
+        self._held: deque[tuple[float, TransferOp]] = deque()
+        self._added: dict[int, float] = {}  # sequence number -> seconds on the emulated wire
+        self._changed = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._release, name="emulated-wire", daemon=True)
+        self._thread.start()
+
+    def endpoint(self) -> str:
+        """See `Link.endpoint`."""
+        return self._inner.endpoint()
+
+    def connect(self, endpoint: str) -> None:
+        """See `Link.connect`."""
+        self._inner.connect(endpoint)
+
+    def start(self, op: TransferOp) -> None:
+        """Put the operation on the emulated wire."""
+        wire, now = self._emulation, time.monotonic()
+        dice = random.Random(f"{wire.seed}/{op.link_epoch}/{op.seq}")
+        travel = wire.latency + dice.uniform(0.0, wire.jitter)
+        drop, corrupt, late = (dice.random() < share for share in (wire.drop, wire.corrupt, wire.delay))
+        if drop or corrupt:
+            self._inner.damage[op.seq] = "drop" if drop else "corrupt"
+        if late:
+            travel += wire.delay_s
+        sending = self._inner.wire_bytes(op) / wire.bandwidth if wire.bandwidth else 0.0
+        with self._changed:
+            if len(self._added) >= MAX_OUTSTANDING:
+                raise LinkError(f"more than {MAX_OUTSTANDING} operations on one link")
+            self._wire_free = max(now, self._wire_free) + sending
+            self._arrival = max(self._arrival, self._wire_free + travel)
+            self._added[op.seq] = sending + travel
+            self._held.append((self._arrival, op))
+            self._changed.notify()
+
+    def poll(self) -> list[Completion]:
+        """See `Link.poll`; `seconds` includes the time on the emulated wire."""
+        done = self._inner.poll()
+        return [msgspec.structs.replace(c, seconds=c.seconds + self._added.pop(c.seq, 0.0)) for c in done]
+
+    def abort(self, peer_dead: bool) -> bool:
+        """See `Link.abort`; what is still on the emulated wire completes as failed."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join()
+        stopped = self._inner.abort(peer_dead)
+        while self._held:
+            self._inner.start(self._held.popleft()[1])
+        return stopped
+
+    def _release(self) -> None:
+        """Start each operation on the real link when it arrives."""
+        with self._changed:
+            while not self._closing:
+                if not self._held:
+                    self._changed.wait()
+                elif (early := self._held[0][0] - time.monotonic()) > 0:
+                    self._changed.wait(early)
+                else:
+                    self._inner.start(self._held.popleft()[1])

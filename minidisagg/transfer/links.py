@@ -1,0 +1,296 @@
+"""The one interface of all links, the thread that drives each of them, and the factory.
+
+A `Link` is one direction of one (source, destination) pair under its own epoch. It moves bytes of whole KV pages and
+decides nothing: offers, grants, sequence numbers and deadlines are `core/handoff.py`. Each link has one thread, which
+takes the started operations in order and blocks on them; `wake` tells the event loop that `poll` has something.
+
+The cache is one tensor [num_layers, 2, num_pages, num_kv_heads, page_size, head_dim], contiguous.
+"""
+
+from __future__ import annotations
+
+import queue
+import struct
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from minidisagg.core.plan import Completion, TransferOp
+from minidisagg.transfer.codec import make_codec
+
+KINDS = ("gloo", "nccl", "shm", "tcp", "unix")
+MAX_OUTSTANDING = 4096  # operations started and not yet polled: the core keeps far fewer
+
+Wake = Callable[[], None]
+
+
+class LinkError(RuntimeError):
+    """An operation failed and nothing after it on this link can be trusted; one line for a person."""
+
+
+class CorruptError(LinkError):
+    """The bytes of one operation are wrong, but the link is still in step."""
+
+
+class Link(Protocol):
+    """One direction of one pair. All methods but `connect` and `abort` return at once."""
+
+    one_sided: bool
+
+    def endpoint(self) -> str:
+        """Destination only: where the source finds this end. Opaque to everyone else."""
+        ...
+
+    def connect(self, endpoint: str) -> None:
+        """Source: reach the destination's end. Destination: wait for the source (`endpoint` is its own). Blocks.
+
+        Raises `OSError` or `LinkError` when the peer does not come within the timeout; the link is then to be aborted.
+        """
+        ...
+
+    def start(self, op: TransferOp) -> None:
+        """Queue one piece. Pieces are carried out in the order in which they were started, once connected.
+
+        A source's pages must be complete by then: on a GPU, computed and not merely launched.
+        After `abort`, or after a failure that left the link out of step, it completes at once as failed.
+        """
+        ...
+
+    def poll(self) -> list[Completion]:
+        """Completions since the last call, in order: one for each started operation."""
+        ...
+
+    def abort(self, peer_dead: bool) -> bool:
+        """Give the link up and block until nothing of it can touch this end's pages any more.
+
+        Returns True when that is certain. A one-sided destination cannot know it of a living source and returns
+        False unless `peer_dead`; it is then certain as soon as the source says so or is dead.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class LinkSetup:
+    """What every link is made from.
+
+    `kv_fd` is the memfd whose bytes from 0 on are `kv`'s; `timeout` (seconds) bounds each single wait for the peer.
+    """
+
+    kind: str
+    source: bool
+    pair: str
+    link_epoch: int
+    kv: Tensor
+    kv_fd: int | None
+    codec: str
+    run_dir: Path
+    wake: Wake
+    timeout: float
+
+
+class ThreadLink(ABC):
+    """A link's queue, its thread, its completions. A family implements the opening, one operation, and the fence."""
+
+    one_sided = False
+
+    def __init__(self, setup: LinkSetup) -> None:
+        self.setup = setup
+        self.codec = make_codec(setup.codec, setup.kv)
+        self.damage: dict[int, str] = {}  # sequence number of a send -> "drop" | "corrupt": injected faults
+        self.patience = setup.timeout + 2.0  # how long `abort` waits: one wait for the peer, and the thread's own work
+        self.closing = False
+        self._broken = ""  # why nothing more can be carried
+        self._met = threading.Event()  # connected, failed to, or aborted
+        self._opening = threading.Lock()  # held by `connect`, so that `abort` cannot overtake it
+        self._lock = threading.Lock()
+        self._outstanding = 0
+        self._ops: queue.SimpleQueue[TransferOp | None] = queue.SimpleQueue()
+        self._done: deque[Completion] = deque()
+        self._thread = threading.Thread(target=self._run, name=f"link-{setup.pair}", daemon=True)
+        self._thread.start()
+
+    @abstractmethod
+    def endpoint(self) -> str:
+        """Destination only: where the source finds this end."""
+
+    @abstractmethod
+    def _open(self, endpoint: str) -> None:
+        """Meet the peer, or raise within the timeout."""
+
+    @abstractmethod
+    def _carry(self, op: TransferOp) -> int:
+        """Do one operation and return its checksum; raise `CorruptError` if its bytes are wrong, else anything."""
+
+    @abstractmethod
+    def _interrupt(self) -> None:
+        """Release the thread from a wait, where the family can."""
+
+    @abstractmethod
+    def _drop(self) -> None:
+        """Let go of everything shared with the peer; the thread has ended."""
+
+    def connect(self, endpoint: str) -> None:
+        """See `Link.connect`."""
+        with self._opening:
+            if self.closing:
+                raise LinkError("the link was aborted")
+            try:
+                self._open(endpoint)
+            except Exception as failure:
+                self._broken = f"the link was not connected: {failure}"
+                raise
+            finally:
+                self._met.set()
+
+    def wire_bytes(self, op: TransferOp) -> int:
+        """Payload bytes of this operation on the wire."""
+        return self.codec.wire_bytes((op.layers[1] - op.layers[0]) * 2 * op.count)
+
+    def start(self, op: TransferOp) -> None:
+        """See `Link.start`."""
+        with self._lock:
+            if self._outstanding >= MAX_OUTSTANDING:
+                raise LinkError(f"more than {MAX_OUTSTANDING} operations on one link")
+            self._outstanding += 1
+            if not self.closing:
+                self._ops.put(op)
+                return
+        self._complete(op, "the link was aborted")
+
+    def poll(self) -> list[Completion]:
+        """See `Link.poll`."""
+        done = [self._done.popleft() for _ in range(len(self._done))]
+        with self._lock:
+            self._outstanding -= len(done)
+        return done
+
+    def abort(self, peer_dead: bool) -> bool:
+        """See `Link.abort`. Takes at most two timeouts and a little; may be called again."""
+        with self._lock:
+            self.closing = True
+            self._ops.put(None)
+        self._met.set()
+        self._interrupt()
+        if not self._opening.acquire(timeout=self.patience):
+            return False
+        try:
+            self._thread.join(self.patience)
+            if self._thread.is_alive():
+                return False
+            self._drop()
+        finally:
+            self._opening.release()
+        return self._fenced(peer_dead)
+
+    def _fenced(self, peer_dead: bool) -> bool:
+        """Whether, the thread gone and all dropped, the peer cannot write here either."""
+        return True
+
+    def _run(self) -> None:
+        while (op := self._ops.get()) is not None:
+            # the peer's first piece can be announced before this end's `connect` has returned
+            if not self._met.wait(self.setup.timeout):
+                self._broken = "the peer did not connect in time"
+            began, checksum, error = time.perf_counter(), 0, "the link was aborted" if self.closing else self._broken
+            if not error:
+                try:
+                    self._check(op)
+                    checksum = self._carry(op)
+                except CorruptError as failure:
+                    error = str(failure)
+                except Exception as failure:  # whatever it was, it is reported, and the order on the link is lost
+                    error = self._broken = str(failure).partition("\n")[0] or repr(failure)
+            self._complete(op, error, time.perf_counter() - began, checksum)
+
+    def _check(self, op: TransferOp) -> None:
+        layers, _, pages = self.codec.rows.shape[:3]
+        if not 0 <= op.layers[0] < op.layers[1] <= layers:
+            raise LinkError(f"layers {op.layers} of {layers}")
+        if op.pages and (len(op.pages) != op.count or not 0 <= min(op.pages) <= max(op.pages) < pages):
+            raise LinkError(f"pages are not {op.count} of this cache's {pages}")
+        if op.send != self.setup.source or (op.send and not op.pages):
+            raise LinkError("a source sends pages, a destination receives them")
+
+    def _complete(self, op: TransferOp, error: str, seconds: float = 0.0, checksum: int = 0) -> None:
+        nbytes = 0 if error else self.wire_bytes(op)
+        done = Completion(op.peer, op.link_epoch, op.seq, op.send, not error, seconds, nbytes, checksum, error)
+        self._done.append(done)
+        self.setup.wake()
+
+
+class Trailer:
+    """What follows the rows of each operation on a two-sided link, so that one skipped send cannot shift all others."""
+
+    _FORMAT = struct.Struct("<QQQQ")  # sequence number, request, payload bytes, checksum
+    SIZE = _FORMAT.size
+
+    @classmethod
+    def pack(cls, op: TransferOp, nbytes: int, checksum: int) -> bytes:
+        """The trailer of `op`."""
+        request = blake2b(f"{op.request_id}/{op.incarnation}".encode(), digest_size=8).digest()
+        return cls._FORMAT.pack(op.seq, int.from_bytes(request, "little"), nbytes, checksum)
+
+    @classmethod
+    def verify(cls, data: bytes, op: TransferOp, nbytes: int, checksum: int) -> None:
+        """Raise `LinkError` if it belongs to another operation, `CorruptError` if only the checksum differs."""
+        if data == cls.pack(op, nbytes, checksum):
+            return
+        seq, _, size, _ = cls._FORMAT.unpack(data)
+        if data[:24] == cls.pack(op, nbytes, checksum)[:24]:
+            raise CorruptError(f"checksum mismatch in piece {op.seq}")
+        raise LinkError(f"out of step: expected piece {op.seq} of {nbytes} bytes, got piece {seq} of {size}")
+
+
+def resolve_kind(kind: str, *device_types: str) -> str:
+    """The kind of link between caches on these device types ("cpu", "cuda"): `auto` is nccl between GPUs, else gloo.
+
+    Raises `ValueError` for an unknown kind and for one that cannot reach these devices.
+    """
+    if kind == "auto":
+        return "nccl" if device_types and all(device == "cuda" for device in device_types) else "gloo"
+    if kind not in KINDS:
+        raise ValueError(f"unknown link {kind!r}; known: auto, {', '.join(KINDS)}")
+    wanted = "cuda" if kind == "nccl" else "cpu"
+    if kind != "gloo" and any(device != wanted for device in device_types):
+        raise ValueError(f"link {kind!r} needs caches on {wanted}, not {', '.join(device_types)}")
+    return kind
+
+
+def make_link(
+    kind: str,
+    *,
+    source: bool,
+    pair: str,
+    link_epoch: int,
+    kv: Tensor,
+    kv_fd: int | None,
+    codec: str,
+    run_dir: Path,
+    wake: Wake,
+    timeout: float,
+) -> ThreadLink:
+    """One end of a link of a resolved `kind`. The destination makes its end first and tells the source its `endpoint`.
+
+    Raises `ValueError` for an unknown kind or codec and for a cache that the kind cannot serve.
+    """
+    setup = LinkSetup(kind, source, pair, link_epoch, kv, kv_fd, codec, run_dir, wake, timeout)
+    kind = resolve_kind(kind, kv.device.type)
+    if kind in ("gloo", "nccl"):
+        from minidisagg.transfer.dist import DistLink
+
+        return DistLink(setup)
+    if kind == "shm":
+        from minidisagg.transfer.mapped import ShmLink
+
+        return ShmLink(setup)
+    from minidisagg.transfer.stream import StreamLink
+
+    return StreamLink(setup)

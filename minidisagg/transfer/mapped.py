@@ -1,0 +1,153 @@
+"""`shm`: one-sided. The source maps the destination's cache and writes its pages straight into the granted ones.
+
+The cache lies in a memfd, whose descriptor the destination passes over a Unix socket: there is no name in the file
+system that could be left behind, and the memory goes with its last user. The destination moves nothing; told that
+a piece is there, it verifies the checksum that the source announced.
+
+A mapping cannot be taken back: only the source's word that it has stopped, or its death, ends its access.
+"""
+
+from __future__ import annotations
+
+import array
+import mmap
+import os
+import socket
+
+import msgspec
+import torch
+from torch import Tensor
+
+from minidisagg.core.plan import TransferOp
+from minidisagg.transfer.codec import Checksum, cache_rows, cut, runs, window
+from minidisagg.transfer.links import CorruptError, LinkError, LinkSetup, ThreadLink
+from minidisagg.transfer.stream import UnixListener
+
+BLOCK_BYTES = 4 << 20  # what was summed is still in the last-level cache when it is copied
+DESCRIPTION_BYTES = 4096
+
+
+class CacheDescription(msgspec.Struct, frozen=True):
+    """What the destination says of the memory whose descriptor comes with it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    link_epoch: int
+
+
+class MappedLink(ThreadLink):
+    """Writes into another process's cache; `_map` is how it gets there."""
+
+    one_sided = True
+
+    def __init__(self, setup: LinkSetup) -> None:
+        self._remote: Tensor | None = None  # the destination's rows [layers, 2, pages, words]
+        super().__init__(setup)
+
+    def _carry(self, op: TransferOp) -> int:
+        return self._write(op) if op.send else self._verify(op)
+
+    def _write(self, op: TransferOp) -> int:
+        remote = self._remote
+        if remote is None:
+            raise LinkError("the link is not connected")
+        if len(op.remote) != op.count or not 0 <= min(op.remote) <= max(op.remote) < remote.shape[2]:
+            raise LinkError(f"remote pages are not {op.count} of the peer's {remote.shape[2]}")
+        checksum, fault = Checksum(op, self.setup.kv.device), self.damage.pop(op.seq, "")
+        for block in cut(op.layers[1] - op.layers[0], op.count, self.codec.row_bytes, BLOCK_BYTES):
+            here, there = op.pages[block.pages], op.remote[block.pages]
+            layers = slice(op.layers[0] + block.layers.start, op.layers[0] + block.layers.stop)
+            for run in runs(here, there):
+                pages = run.stop - run.start
+                rows = window(self.codec.rows, layers, block.kinds, here[run.start], pages)
+                part = slice(block.pages.start + run.start, block.pages.start + run.stop)
+                checksum.add(block._replace(pages=part), rows)
+                if fault != "drop":
+                    window(remote, layers, block.kinds, there[run.start], pages).copy_(rows)
+        if fault == "corrupt":
+            remote[op.layers[0], 0, op.remote[0], 0] ^= 1
+        return checksum.value()
+
+    def _verify(self, op: TransferOp) -> int:
+        checksum = Checksum(op, self.setup.kv.device)
+        if not op.pages:
+            return 0  # nothing is on a wire
+        for block in cut(op.layers[1] - op.layers[0], op.count, self.codec.row_bytes, BLOCK_BYTES):
+            for part, view in self.codec.run_views(block, op.layers[0], op.pages):
+                checksum.add(part, view)
+        if checksum.value() != op.checksum:
+            raise CorruptError(f"checksum mismatch in piece {op.seq}")
+        return checksum.value()
+
+    def _drop(self) -> None:
+        self._remote = None  # the last reference: this unmaps
+
+    def _fenced(self, peer_dead: bool) -> bool:
+        return self.setup.source or peer_dead
+
+
+class ShmLink(MappedLink):
+    """The destination's cache lies in a memfd."""
+
+    def __init__(self, setup: LinkSetup) -> None:
+        if setup.kv_fd is None:
+            raise ValueError("link 'shm' needs a cache in a memfd")
+        self._kv_fd = setup.kv_fd
+        self._listener = None if setup.source else UnixListener(setup)
+        super().__init__(setup)
+
+    def endpoint(self) -> str:
+        """The path of the socket that passes the descriptor."""
+        if self._listener is None:
+            raise LinkError("only the destination's end has an endpoint")
+        return str(self._listener.path)
+
+    def _open(self, endpoint: str) -> None:
+        if self._listener is not None:
+            self._give(self._listener)
+            return
+        with socket.socket(socket.AF_UNIX) as peer:
+            peer.settimeout(self.setup.timeout)
+            peer.connect(endpoint)
+            self._remote = self._map(peer)
+
+    def _give(self, listener: UnixListener) -> None:
+        kv = self.setup.kv
+        description = CacheDescription(tuple(kv.shape), str(kv.dtype), self.setup.link_epoch)
+        with listener.accept() as peer:
+            peer.settimeout(self.setup.timeout)
+            rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [self._kv_fd]))
+            peer.sendmsg([msgspec.msgpack.encode(description)], [rights])
+            if peer.recv(1) != b"+":  # the source has mapped it
+                raise LinkError("the source did not map the cache")
+
+    def _map(self, peer: socket.socket) -> Tensor:
+        """The destination's rows [layers, 2, pages, words], after a check that its cache is like ours."""
+        data, fds, _, _ = socket.recv_fds(peer, DESCRIPTION_BYTES, 1)
+        try:
+            theirs = msgspec.msgpack.decode(data, type=CacheDescription)
+            kv = self.setup.kv
+            alike = (theirs.shape[:2], theirs.shape[3:], theirs.dtype) == (
+                tuple(kv.shape[:2]),
+                tuple(kv.shape[3:]),
+                str(kv.dtype),
+            )
+            if not alike or theirs.link_epoch != self.setup.link_epoch or len(fds) != 1:
+                raise LinkError(f"the destination's cache is {theirs.shape} {theirs.dtype}, not like this one")
+            nbytes = kv[:, :, :1].nbytes * theirs.shape[2]
+            populate = getattr(mmap, "MAP_POPULATE", 0)
+            memory = mmap.mmap(fds[0], nbytes, flags=mmap.MAP_SHARED | populate)
+        finally:
+            for fd in fds:
+                os.close(fd)
+        peer.sendall(b"+")
+        return cache_rows(torch.frombuffer(memory, dtype=kv.dtype).view(theirs.shape))
+
+    def _interrupt(self) -> None:
+        if self._listener is not None:
+            self._listener.release()
+
+    def _drop(self) -> None:
+        super()._drop()
+        if self._listener is not None:
+            self._listener.close()

@@ -1,0 +1,134 @@
+"""Rows, runs, blocks, the raw codec and the checksum, in one process."""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+import pytest
+import torch
+
+from minidisagg.core.plan import TransferOp
+from minidisagg.transfer.codec import Block, Checksum, RawCodec, cache_rows, cut, make_codec, runs
+
+LAYERS, PAGES = 3, 10
+WHOLE = Block(slice(0, LAYERS), slice(0, 2), slice(0, PAGES))
+
+
+def random_cache(dtype: torch.dtype = torch.float32, tail: tuple[int, ...] = (2, 4, 8)) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(LAYERS, 2, PAGES, *tail, generator=generator).to(dtype)
+
+
+def op(pages: list[int], layers: tuple[int, int] = (0, LAYERS)) -> TransferOp:
+    return TransferOp("peer", 1, 0, True, "r", 1, pages, [], len(pages), layers)
+
+
+def checksum(rows: torch.Tensor) -> int:
+    total = Checksum(op(list(range(PAGES))), torch.device("cpu"))
+    total.add(WHOLE, rows)
+    return total.value()
+
+
+@pytest.mark.parametrize(
+    ("lists", "expected"),
+    [
+        (([4, 5, 6, 9],), [(0, 3), (3, 4)]),
+        (([1],), [(0, 1)]),
+        (([],), []),
+        (([3, 2, 1],), [(0, 1), (1, 2), (2, 3)]),
+        (([0, 1, 2, 3], [7, 8, 4, 5]), [(0, 2), (2, 4)]),
+    ],
+)
+def test_runs_are_maximal_in_all_lists(lists: tuple[list[int], ...], expected: list[tuple[int, int]]) -> None:
+    assert [(run.start, run.stop) for run in runs(*lists)] == expected
+
+
+@pytest.mark.parametrize(("layers", "count", "limit"), [(3, 5, 1), (3, 5, 400), (3, 5, 1000), (3, 5, 2500), (1, 1, 9)])
+def test_blocks_cover_every_row_once_within_the_limit(layers: int, count: int, limit: int) -> None:
+    seen = torch.zeros(layers, 2, count, dtype=torch.int64)
+    for block in cut(layers, count, 100, limit):
+        part = seen[block.layers, block.kinds, block.pages]
+        assert part.shape == block.shape
+        assert part.numel() * 100 <= limit or part.numel() == 1
+        part += 1
+    assert bool((seen == 1).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("limit", [1, 3000, 1 << 20])
+@pytest.mark.parametrize("pages", [[2, 3, 4, 5], [7, 0, 9, 4]])
+def test_raw_moves_pages_bit_for_bit(dtype: torch.dtype, limit: int, pages: list[int]) -> None:
+    source, dest = random_cache(dtype), torch.zeros(LAYERS, 2, PAGES, 2, 4, 8, dtype=dtype)
+    sender, receiver, there = RawCodec(source), RawCodec(dest), [1, 8, 5, 6]
+    for block in cut(2, 4, sender.row_bytes, limit):
+        out = torch.empty(*block.shape, sender.rows.shape[-1], dtype=torch.int64)
+        receiver.decode(sender.encode(block, 1, pages, out).clone(), block, 1, there)
+    assert torch.equal(dest[1:, :, there], source[1:, :, pages])
+    assert not dest[0].any() and not dest[:, :, [0, 2, 3, 4, 7, 9]].any()
+
+
+def test_one_run_of_one_slab_is_sent_from_the_cache_itself() -> None:
+    codec = RawCodec(random_cache())
+    block = Block(slice(0, 1), slice(1, 2), slice(0, 3))
+    out = torch.empty(1, 1, 3, codec.rows.shape[-1], dtype=torch.int64)
+    assert codec.encode(block, 1, [4, 5, 6], out).data_ptr() == codec.rows[1, 1, 4].data_ptr()
+    assert codec.encode(block, 1, [4, 6, 5], out).data_ptr() == out.data_ptr()
+
+
+def test_checksum_sees_bits_swaps_and_shifts() -> None:
+    rows = cache_rows(random_cache()).clone()
+    good = checksum(rows)
+    for word, bit in itertools.product((0, 7, rows.shape[-1] - 1), (0, 31, 63)):
+        damaged = rows.clone()
+        damaged[1, 1, 3, word] ^= -(1 << 63) if bit == 63 else 1 << bit
+        assert checksum(damaged) != good
+    for dim, (a, b) in itertools.product(range(3), [(0, 1)]):
+        order = list(range(rows.shape[dim]))
+        order[a], order[b] = b, a
+        assert checksum(rows.index_select(dim, torch.tensor(order))) != good
+    assert checksum(rows.view(-1).roll(1).view_as(rows)) != good
+    assert checksum(torch.zeros_like(rows)) not in (0, good)
+
+
+def test_checksum_does_not_depend_on_blocks_or_pages() -> None:
+    kv = random_cache()
+    pages, moved = [1, 2, 6], [9, 3, 4]
+    other = torch.zeros_like(kv)
+    other[:, :, moved] = kv[:, :, pages]
+    values = set()
+    for (cache, here), limit in itertools.product([(kv, pages), (other, moved)], [1, 2000, 1 << 20]):
+        codec, total = RawCodec(cache), Checksum(op(here), torch.device("cpu"))
+        for block in cut(LAYERS, 3, codec.row_bytes, limit):
+            for part, view in codec.run_views(block, 0, here):
+                total.add(part, view)
+        values.add(total.value())
+    assert len(values) == 1
+
+
+def test_rows_of_odd_size_are_bytes() -> None:
+    kv = random_cache(torch.bfloat16, (1, 1, 3))
+    rows = cache_rows(kv)
+    assert rows.dtype == torch.uint8 and rows.shape == (LAYERS, 2, PAGES, 6)
+    assert checksum(rows) == checksum(rows.clone()) != checksum(rows.flip(2))
+
+
+def test_checksum_is_faster_than_five_gigabytes_per_second() -> None:
+    rows = torch.randint(-(1 << 62), 1 << 62, (LAYERS, 2, PAGES, 64 << 10), dtype=torch.int64)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        checksum(rows)
+        times.append(time.perf_counter() - start)
+    assert rows.nbytes / min(times) > 5e9
+
+
+def test_what_a_link_cannot_carry_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown codec 'zip'; known: raw"):
+        make_codec("zip", random_cache())
+    with pytest.raises(ValueError, match="contiguous"):
+        cache_rows(random_cache().transpose(0, 1))
+
+
+def test_wire_bytes() -> None:
+    assert RawCodec(random_cache(torch.bfloat16)).wire_bytes(6) == 6 * 2 * 4 * 8 * 2
