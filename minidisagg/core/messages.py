@@ -177,6 +177,18 @@ class Released(Message, frozen=True):
     failure: bool = False
 
 
+class LinkStats(Struct, frozen=True, array_like=True):
+    """What one worker has sent to one peer, over all epochs of their link."""
+
+    peer: str
+    kind: str
+    transfers: int = 0  # pieces that have left
+    bytes: int = 0
+    seconds: float = 0.0  # summed over pieces, from start of sending to its end
+    failures: int = 0
+    backlog: int = 0  # pieces started and not finished
+
+
 class Stats(Message, frozen=True):
     """A worker's state, sent on every tick; `steps` lets the router tell a live thread from a live device."""
 
@@ -195,10 +207,7 @@ class Stats(Message, frozen=True):
     preemptions: int = 0
     prefix_queries: int = 0  # tokens looked up
     prefix_hits: int = 0  # tokens found
-    transfer_backlog: int = 0  # bytes started and not finished
-    transfer_bytes: int = 0
-    transfer_seconds: float = 0.0
-    transfer_failures: int = 0
+    links: list[LinkStats] = []  # this worker's outgoing links
     busy_seconds: float = 0.0
     flops: float = 0.0  # floating-point operations of all steps, linears and attention
     bytes_read: float = 0.0  # weight and KV bytes that all steps had to read

@@ -95,7 +95,7 @@ class WorkerStatus:
     decoding: int = 0  # requests placed there for decode that have not ended
     context_tokens: int = 0  # their KV tokens
     pages_free: int = 0  # FREE or CACHED, by its last Stats
-    transfer_backlog: int = 0  # bytes, by its last Stats
+    transfer_backlog: int = 0  # pieces on its outgoing links, by its last Stats
     stats_at: float = 0.0
     t_prefill_token: float = 0.0  # seconds per prompt token, smoothed over its steps; 0 until it was seen
     t_decode_step: float = 0.0  # seconds per pure decode step, smoothed

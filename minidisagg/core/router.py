@@ -382,7 +382,7 @@ class Router:
         if status.flipping == stats.role:
             status.flipping = None
         status.pages_free = stats.pages_free + stats.pages_cached
-        status.transfer_backlog = stats.transfer_backlog
+        status.transfer_backlog = sum(link.backlog for link in stats.links)
         status.stats_at = self.view.now
 
     def _on_step(self, status: WorkerStatus, step: StepOutput) -> None:

@@ -12,8 +12,10 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from minidisagg.core.effects import AbortLink, Send
-from minidisagg.core.messages import LinkOpen, LinkReady
+from minidisagg.core.messages import LinkOpen, LinkReady, LinkStats
 from minidisagg.core.plan import Completion, TransferOp
 from minidisagg.runtime.kv_cache import KVCache
 from minidisagg.transfer.emulate import EmulatedLink, Emulation
@@ -56,10 +58,7 @@ class LinkSet:
         self._loop = asyncio.get_running_loop()
         self._entries: dict[LinkKey, Entry] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self.backlog = 0  # operations started and not finished
-        self.nbytes = 0
-        self.seconds = 0.0
-        self.failures = 0
+        self._stats: dict[str, LinkStats] = {}  # of outgoing links, by peer
 
     def open(self, peer: str, link_epoch: int) -> None:
         """Source: ask the destination for its end."""
@@ -96,7 +95,8 @@ class LinkSet:
     def start(self, op: TransferOp) -> None:
         """Start one piece, or let it wait for the link."""
         entry = self._entries.setdefault((op.peer, op.link_epoch, op.send), Entry())
-        self.backlog += 1
+        if op.send:
+            self._count(op.peer, backlog=1)
         if entry.connected and entry.link is not None and not entry.closing:
             entry.link.start(op)
         else:
@@ -113,12 +113,8 @@ class LinkSet:
         """Hand finished operations to the core; called when a link wakes the loop."""
         for key, entry in list(self._entries.items()):
             for completion in entry.link.poll() if entry.link is not None else ():
-                self.backlog -= 1
-                if completion.ok:
-                    self.nbytes += completion.nbytes
-                    self.seconds += completion.seconds
-                else:
-                    self.failures += 1
+                if completion.send:
+                    self._settle(completion)
                 if not (entry.closing and key[2] is completion.send):
                     self._on_completion(completion)
 
@@ -138,6 +134,20 @@ class LinkSet:
             timeout=self.timeout,
         )  # fmt: skip
         return EmulatedLink(link, Emulation(latency=self.latency)) if source and self.latency else link
+
+    def stats(self) -> list[LinkStats]:
+        """What went out, by peer."""
+        return list(self._stats.values())
+
+    def _settle(self, done: Completion) -> None:
+        if done.ok:
+            self._count(done.peer, transfers=1, bytes=done.nbytes, seconds=done.seconds, backlog=-1)
+        else:
+            self._count(done.peer, failures=1, backlog=-1)
+
+    def _count(self, peer: str, **more: float) -> None:
+        old = self._stats.get(peer, LinkStats(peer, self.kind))
+        self._stats[peer] = replace(old, **{name: getattr(old, name) + value for name, value in more.items()})
 
     def _wake(self) -> None:
         self._loop.call_soon_threadsafe(self.poll)
@@ -159,7 +169,8 @@ class LinkSet:
         if entry.link is not None:
             confirmed = await asyncio.to_thread(entry.link.abort, peer_dead)
         self.poll()
-        self.backlog -= len(entry.waiting)
+        if key[2]:
+            self._count(key[0], backlog=-len(entry.waiting))
         entry.waiting = []
         if confirmed and self._entries.pop(key, None) is not None:
             self._on_aborted(*key)
@@ -168,8 +179,8 @@ class LinkSet:
         """The link never came about: whatever waited for it fails, which makes the core give it up."""
         waiting, entry.waiting = entry.waiting, []
         peer, link_epoch, outgoing = key
-        self.backlog -= len(waiting)
-        self.failures += 1
+        if outgoing:
+            self._count(peer, backlog=-len(waiting), failures=1)
         for seq in [op.seq for op in waiting] or [0]:
             self._on_completion(Completion(peer, link_epoch, seq, outgoing, ok=False, error=error))
 

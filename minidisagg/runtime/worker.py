@@ -235,10 +235,8 @@ class Worker:
     def stats(self) -> AnyMessage:
         """The core's numbers with what only the process knows."""
         return msgspec.structs.replace(
-            self.core.stats(), transfer_backlog=self.links.backlog, transfer_bytes=self.links.nbytes,
-            transfer_seconds=self.links.seconds, transfer_failures=self.links.failures,
-            busy_seconds=self.busy_seconds, flops=self.flops, bytes_read=self.bytes_read,
-            cpu_seconds=time.process_time(), clock=time.monotonic(),
+            self.core.stats(), links=self.links.stats(), busy_seconds=self.busy_seconds, flops=self.flops,
+            bytes_read=self.bytes_read, cpu_seconds=time.process_time(), clock=time.monotonic(),
         )  # fmt: skip
 
     # ------------------------------------------------------------ outputs

@@ -1,0 +1,340 @@
+"""`minidisagg bench`: the same arrivals on one or two clusters, interleaved, and what the difference is.
+
+    calibrate   a few requests one at a time: unloaded prefill and step time → capacity, default SLOs
+    measure     for each repetition: a workload of its own; both sides run it, A B B A …
+    report      tables, verdict, run directory
+
+All clusters stay up for the whole benchmark, each worker pinned to its cores; the one that is not measured sleeps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from minidisagg.bench.client import Load, worker_records
+from minidisagg.bench.options import BenchOptions, Workload, apply_preset
+from minidisagg.measure.comparison import TIMES, Comparison, compare_runs
+from minidisagg.measure.goodput import SLO, attainment, find_goodput_async, parse_slo
+from minidisagg.measure.records import RunRecord
+from minidisagg.measure.report import render, to_dict, write_run_directory
+from minidisagg.model.pull import ensure
+from minidisagg.model.tokenizer import Tokenizer
+from minidisagg.runtime.frontend import Frontend
+from minidisagg.workload.arrivals import arrival_times
+from minidisagg.workload.lengths import WorkItem, random_items, text_items, with_arrivals, with_prompts
+from minidisagg.workload.traces import load_trace
+
+CALIBRATION = 6  # requests one at a time, after two to warm up
+TTFT_SLO, TPOT_SLO = 8.0, 2.0  # times the unloaded prefill and decode step
+QUICK_SECONDS = 18.0  # of arrivals per run under the quick preset
+REPEAT_SEED = 1_000_003  # repetition r of seed s draws its workload from s + r · this
+
+
+class Unloaded(Struct, frozen=True):
+    """One request alone: medians over the calibration."""
+
+    prefill: float  # seconds
+    step: float  # seconds per decode step
+
+    @property
+    def capacity(self) -> float:
+        """Requests per second that one prefill worker sustains."""
+        return 1.0 / self.prefill
+
+
+class Bench:
+    """One benchmark under way."""
+
+    def __init__(self, options: BenchOptions, console: Console) -> None:
+        self.options = options
+        self.console = console
+        self.tokenizer = Tokenizer.load(options.model.model)
+        self.clusters: list[Frontend] = []
+        self.unloaded = Unloaded(0.0, 0.0)
+        self.slo = SLO()
+        self.progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TimeRemainingColumn(), console=console, transient=True,
+        )  # fmt: skip
+
+    # ------------------------------------------------------------ set-up
+
+    async def start(self, stack: AsyncExitStack) -> None:
+        """Bring up one cluster per side, one after the other, and calibrate."""
+        for side in self.options.sides:
+            cluster = replace(self.options.cluster, mode=side.mode, policy=side.policy)
+            self.console.print(f"starting {side.label}: {_describe(cluster.roles())} …", style="dim", highlight=False)
+            frontend = await Frontend.start(self.options.model, cluster, self.options.run)
+            self.clusters.append(await stack.enter_async_context(frontend))
+        hello = next(iter(self.clusters[0].hellos.values()))
+        self.console.print(
+            f"link {hello.info['link']}, {hello.info['dtype']}, {hello.info['threads']} thread(s) a worker; "
+            f"ceilings {hello.info['bandwidth'] / 1e9:.1f} GB/s and {hello.info['flops'] / 1e9:.0f} GFLOP/s",  # type: ignore[operator]
+            style="dim", highlight=False,
+        )  # fmt: skip
+        await self._calibrate()
+        given, alone = self.options.slo, self.unloaded
+        derived = (f"ttft:{TTFT_SLO * alone.prefill * 1e3:.0f}", f"tpot:{TPOT_SLO * alone.step * 1e3:.0f}")
+        self.slo = parse_slo(given or derived)
+        self.console.print(
+            f"unloaded: prefill {alone.prefill * 1e3:.0f} ms, decode step {alone.step * 1e3:.1f} ms, "
+            f"so one prefill worker sustains {alone.capacity:.2f} requests/s; "
+            f"SLO {' '.join(given or derived)}{'' if given else ' (derived)'}",
+            style="dim", highlight=False,
+        )  # fmt: skip
+
+    async def _calibrate(self) -> None:
+        """Requests like the workload's, one at a time; the other clusters are warmed up with two as well."""
+        items = self._items(-1, CALIBRATION + 2)
+        for frontend in reversed(self.clusters):
+            count = len(items) if frontend is self.clusters[0] else 2
+            short = [replace(item, output_len=min(item.output_len, 17), salt="calibration") for item in items[:count]]
+            records = (await Load(frontend, short, 0, None).run(1))[2:]
+        prefill = statistics.median(record.token_times[0] - record.sent for record in records)
+        steps = [
+            (r.token_times[-1] - r.token_times[1]) / (len(r.token_times) - 2) for r in records if len(r.token_times) > 2
+        ]
+        self.unloaded = Unloaded(prefill, statistics.median(steps) if steps else prefill)
+
+    # ------------------------------------------------------------ measuring
+
+    def _items(self, repetition: int, count: int | None = None) -> list[WorkItem]:
+        workload, seed = self.options.workload, self.options.run.seed + REPEAT_SEED * repetition
+        number = count or workload.num_prompts
+        vocab = self.tokenizer.vocab_size
+        items = build_items(workload, number, seed, self.tokenizer.encode, self.clusters[0].max_model_len)
+        if not items:
+            raise ValueError(f"{workload.dataset_path}: no request fits into {self.clusters[0].max_model_len} tokens")
+        # A salt of its own keeps the prefix cache of an earlier repetition out of this one.
+        salted = [replace(item, salt=f"{item.salt}#{repetition}") for item in items]
+        return with_prompts(salted, vocab, seed)
+
+    async def one_run(
+        self, side: int, repetition: int, rate: float, concurrency: int | None, on_done: Callable[[int], None] | None
+    ) -> RunRecord:
+        """One side, one repetition."""
+        options, frontend = self.options, self.clusters[side]
+        items = self._items(repetition)
+        if not math.isnan(rate) and concurrency is None:
+            seed = options.run.seed + REPEAT_SEED * repetition
+            items = with_arrivals(items, arrival_times(len(items), rate, options.offered.burstiness, seed))
+        before = await frontend.fresh_stats()
+        cpu, started = time.process_time(), time.monotonic()
+        requests = await Load(frontend, items, options.run.seed, on_done).run(concurrency)
+        wall, cpu = time.monotonic() - started, time.process_time() - cpu
+        workers, links = worker_records(frontend.hellos, before, await frontend.fresh_stats())
+        spec = options.sides[side]
+        return RunRecord(
+            label=spec.label, mode=spec.mode, policy=spec.policy, model=options.model.model,
+            workload=describe_workload(options.workload), request_rate=_plain(rate),
+            burstiness=options.offered.burstiness, max_concurrency=concurrency, seed=options.run.seed,
+            repetition=repetition, num_warmups=options.offered.num_warmups, requests=requests, workers=workers,
+            links=links, frontend_cpu_share=cpu / wall, wall_s=wall,
+            marks=["quick preset, not for publication"] if options.preset == "quick" else [],
+        )  # fmt: skip
+
+    async def interleaved(self, rate: float, concurrency: int | None = None) -> Comparison:
+        """All repetitions of all sides, A B B A …, as one comparison."""
+        runs: list[list[RunRecord]] = [[] for _ in self.clusters]
+        what = f"{concurrency} at a time" if concurrency else f"{rate:.2f} req/s"
+        with self.progress as progress:
+            for repetition in range(self.options.repeats):
+                order = range(len(self.clusters)) if repetition % 2 == 0 else reversed(range(len(self.clusters)))
+                for side in order:
+                    label = f"{self.options.sides[side].label} {repetition + 1}/{self.options.repeats}, {what}"
+                    task = progress.add_task(label, total=self.options.workload.num_prompts)
+                    advance = partial(progress.advance, task)
+                    runs[side].append(await self.one_run(side, repetition, rate, concurrency, advance))
+                    progress.remove_task(task)
+        return await asyncio.to_thread(
+            compare_runs, runs[0], runs[1] if len(runs) > 1 else (), self.slo, seed=self.options.run.seed
+        )
+
+
+def build_items(
+    workload: Workload, count: int, seed: int, encode: Callable[[str], list[int]], max_model_len: int
+) -> list[WorkItem]:
+    """The workload's requests; traces bring their own arrival times."""
+    if workload.dataset == "random":
+        return random_items(count, workload.input_len, workload.output_len, workload.range_ratio, seed)
+    if workload.dataset == "text":
+        return text_items(count, workload.output_len, encode, seed)
+    items, report = load_trace(
+        workload.dataset, workload.dataset_path, count=count, speedup=workload.trace_speedup,
+        scale_len=workload.trace_scale_len, max_model_len=max_model_len, encode=encode,
+    )  # fmt: skip
+    if seed == 0:
+        sys.stderr.write(f"{report}\n")
+    return items
+
+
+def describe_workload(workload: Workload) -> str:
+    """One line for a person."""
+    if workload.dataset == "random":
+        spread = f" ± {workload.range_ratio:.0%}" if workload.range_ratio else ""
+        return f"random {workload.input_len} in, {workload.output_len} out{spread}"
+    if workload.dataset == "text":
+        return f"English text, {workload.output_len} out"
+    return f"{workload.dataset} trace {Path(workload.dataset_path).name}"
+
+
+def has_arrivals(workload: Workload) -> bool:
+    """The data set says itself when its requests arrive."""
+    return workload.dataset in ("azure", "mooncake", "burstgpt")
+
+
+# ---------------------------------------------------------------- the three kinds of benchmark
+
+
+async def at_one_rate(bench: Bench) -> Comparison:
+    """The usual benchmark: one offered load."""
+    options = bench.options
+    rate = math.nan if has_arrivals(options.workload) else options.offered.rate.resolve(bench.unloaded.capacity)
+    if options.preset == "quick" and math.isfinite(rate):
+        fewer = replace(options.workload, num_prompts=max(20, min(60, round(rate * QUICK_SECONDS))))
+        bench.options = replace(options, workload=fewer)
+    return await bench.interleaved(rate)
+
+
+async def goodput(bench: Bench) -> dict[str, object]:
+    """The highest rate at 90 % attainment, per side."""
+    options, found = bench.options, {}
+    table = Table(title=f"Goodput: highest rate with 90 % of requests within {bench.slo}", title_justify="left")
+    for head in ("", "requests/s", "fails from", "attainment", "runs"):
+        table.add_column(head, justify="right" if head else "left")
+    for index, side in enumerate(options.sides):
+        repetition = 0
+
+        async def attained(rate: float, index: int = index) -> float:
+            nonlocal repetition
+            repetition += 1
+            run = await bench.one_run(index, repetition, rate, None, None)
+            share = attainment(run.requests, bench.slo)
+            bench.console.print(f"{run.label} at {rate:.2f}/s: {share:.1%}", style="dim", highlight=False)
+            return share
+
+        result = await find_goodput_async(attained, options.offered.rate.resolve(bench.unloaded.capacity))
+        found[f"{index}: {side.label}"] = result
+        cells = f"{result.rate:.2f}", f"{result.upper:.2f}", f"{result.attainment:.1%}", str(len(result.trials))
+        table.add_row(side.label, *cells)
+    bench.console.print(table)
+    rates = [result.rate for result in found.values()]
+    if len(rates) == 2 and rates[0]:
+        verdict = f"goodput of {options.sides[1].label} / {options.sides[0].label}: {rates[1] / rates[0]:.2f}{TIMES}"
+        bench.console.print(verdict, style="bold", highlight=False)
+    return {"goodput": {name: msgspec.to_builtins(result) for name, result in found.items()}}
+
+
+async def sweep(bench: Bench) -> list[tuple[int, Comparison]]:
+    """A handful of users: closed loop, so many requests at a time."""
+    return [(n, await bench.interleaved(math.nan, n)) for n in bench.options.offered.concurrencies]
+
+
+def sweep_table(comparisons: list[tuple[int, Comparison]]) -> Table:
+    """One line per concurrency."""
+    table = Table(title="A handful of users (closed loop)", title_justify="left")
+    first = comparisons[0][1]
+    table.add_column("at a time", justify="right")
+    metrics = (
+        ("p50 TTFT ms", "p50_ttft", 1e3),
+        ("TPOT ms", "mean_tpot", 1e3),
+        ("output tok/s", "output_throughput", 1.0),
+    )
+    for title, _, _ in metrics:
+        for side in first.sides:
+            table.add_column(f"{title}\n{side.label}", justify="right")
+        if first.b is not None:
+            table.add_column("B / A [95 %]", justify="right")
+    for concurrency, comparison in comparisons:
+        cells = [str(concurrency)]
+        for _, name, scale in metrics:
+            cells += [f"{side.values.get(name, math.nan) * scale:.1f}" for side in comparison.sides]
+            if comparison.b is not None:
+                ratio = comparison.ratios[name]
+                cells.append(f"{ratio.ratio:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]")
+        table.add_row(*cells)
+    return table
+
+
+# ---------------------------------------------------------------- entry
+
+
+def run(options: BenchOptions) -> int:
+    """Carry the benchmark out; returns the exit status. Raises `ValueError`, `OSError` or `StartError` in one line."""
+    options = apply_preset(options)
+    console = Console(stderr=options.json)
+    if options.dry_run:
+        console.print(_dry_run(options), highlight=False)
+        return 0
+    ensure(options.model.model, lambda line: console.print(line, style="dim", highlight=False))
+    return asyncio.run(_run(options, console))
+
+
+async def _run(options: BenchOptions, console: Console) -> int:
+    async with AsyncExitStack() as stack:
+        bench = Bench(options, console)
+        await bench.start(stack)
+        directory = Path(options.result_dir) / datetime.now().strftime("%Y%m%d-%H%M%S")
+        if options.find_goodput:
+            result = await goodput(bench)
+            _write(directory, options, result)
+        elif options.offered.concurrencies:
+            comparisons = await sweep(bench)
+            console.print(sweep_table(comparisons))
+            for concurrency, comparison in comparisons:
+                write_run_directory(directory / f"concurrency-{concurrency}", comparison)
+            result = {str(n): to_dict(comparison) for n, comparison in comparisons}
+            _write(directory, options, result)
+        else:
+            comparison = await at_one_rate(bench)
+            console.print(render(comparison))
+            write_run_directory(directory, comparison)
+            result = to_dict(comparison)
+            _write(directory, options, {})
+        console.print(f"report: {directory}", highlight=False)
+        if options.json:
+            sys.stdout.buffer.write(msgspec.json.encode(result) + b"\n")
+        return 0
+
+
+def _write(directory: Path, options: BenchOptions, result: dict[str, object]) -> None:
+    """The exact question beside the answer; and the answer, where `write_run_directory` has not written it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "options.json").write_bytes(msgspec.json.format(msgspec.json.encode(options), indent=2))
+    if result:
+        (directory / "result.json").write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2))
+
+
+def _dry_run(options: BenchOptions) -> str:
+    count, repeats = options.workload.num_prompts, options.repeats
+    lines = [f"would run {describe_workload(options.workload)}, {count} requests {TIMES} {repeats} on"]
+    lines += [
+        f"  {side.label}: {_describe(replace(options.cluster, mode=side.mode).roles())}" for side in options.sides
+    ]
+    return "\n".join(lines)
+
+
+def _describe(roles: Sequence[tuple[str, object, object]]) -> str:
+    return ", ".join(name for name, _, _ in roles)
+
+
+def _plain(rate: float) -> float | str:
+    return "trace" if math.isnan(rate) else "inf" if math.isinf(rate) else round(rate, 4)
+
+

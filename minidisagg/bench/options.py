@@ -1,0 +1,106 @@
+"""What `minidisagg bench` is asked to do: structs that the command line fills in and `compare.run` carries out."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from minidisagg.config import MODES, ClusterSettings, ModelSettings, RunSettings
+from minidisagg.measure.goodput import SLO
+
+Dataset = Literal["random", "text", "sharegpt", "azure", "mooncake", "burstgpt"]
+DATASETS: tuple[Dataset, ...] = ("random", "text", "sharegpt", "azure", "mooncake", "burstgpt")
+TRACES = ("sharegpt", "azure", "mooncake", "burstgpt")  # data sets that are a file
+
+
+class Workload(Struct, frozen=True, kw_only=True):
+    """What is sent. `trace_*` are for data sets that are a file: times divided by, lengths multiplied by."""
+
+    dataset_name: Dataset = "random"
+    dataset_path: str = ""
+    num_prompts: int = 128
+    input_len: int = 256
+    output_len: int = 64
+    range_ratio: float = 0.0
+    trace_speedup: float = 1.0
+    trace_scale_len: float = 1.0
+
+
+class Arrivals(Struct, frozen=True, kw_only=True):
+    """When it is sent. With `max_concurrency` (one value, or several for a sweep) the loop is closed instead.
+
+    `relative`: `request_rate` counts in capacities of one prefill worker, measured before the runs. A rate of 0 means
+    the times in the trace.
+    """
+
+    request_rate: float = 0.5
+    relative: bool = True
+    burstiness: float = 1.0
+    max_concurrency: tuple[int, ...] = ()
+    num_warmups: int = 8
+
+
+class Trials(Struct, frozen=True, kw_only=True):
+    """How often, and what is looked for."""
+
+    repeats: int = 3
+    find_goodput: bool = False
+    slo: SLO | None = None
+    preset: str = ""
+
+
+class Output(Struct, frozen=True, kw_only=True):
+    """Where the results go. A dry run only says what would be done; `json` puts result.json on stdout, not a table."""
+
+    directory: str
+    json: bool = False
+    dry_run: bool = False
+
+
+class BenchOptions(Struct, frozen=True, kw_only=True):
+    """A whole benchmark. `sides` are one cluster, or two: the baseline A, then B, on as many workers each."""
+
+    model: ModelSettings
+    sides: tuple[ClusterSettings, ...]
+    run: RunSettings
+    workload: Workload
+    arrivals: Arrivals
+    trials: Trials
+    output: Output
+
+
+# What a preset sets where no flag does. quick: both modes within four minutes on two cores.
+PRESETS: dict[str, dict[str, int]] = {"quick": {"num_prompts": 48, "repeats": 2, "num_warmups": 4}}
+
+
+def make_sides(mode: str, against: str, cluster: ClusterSettings) -> tuple[ClusterSettings, ...]:
+    """The clusters of `--mode` and `--against MODE[:POLICY]`; `both` is disagg against colocated. Raises ValueError."""
+    if mode == "both":
+        if against:
+            raise ValueError(
+                "--mode both is disagg against colocated already; with --against give the one mode to test"
+            )
+        mode, against = "disagg", "colocated"
+    b = replace(cluster, mode=mode)
+    if not against:
+        return (b,)
+    other, _, policy = against.partition(":")
+    if other not in MODES:
+        raise ValueError(f"--against {against}: expected MODE or MODE:POLICY with a mode of {', '.join(MODES)}")
+    return replace(cluster, mode=other, policy=policy or cluster.policy), b
+
+
+def parse_rate(text: str) -> tuple[float, bool]:
+    """`2.5` and `inf` are requests per second; `0.5x` is half of a prefill worker's capacity. (rate, relative)."""
+    relative = text.endswith("x")
+    try:
+        rate = float(text.removesuffix("x"))
+    except ValueError:
+        rate = 0.0
+    if not rate > 0.0 or (relative and rate == float("inf")):
+        raise ValueError(
+            f"request rate {text!r}: write requests per second, inf, or 0.5x of one prefill worker's capacity"
+        )
+    return rate, relative

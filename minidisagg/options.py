@@ -1,0 +1,189 @@
+"""The engine's options, shared by all commands: click options in, the config structs out. Flags follow vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import click
+import msgspec
+
+from minidisagg.config import (
+    DEFAULT_MODEL,
+    MODES,
+    STAGES,
+    ClusterSettings,
+    ModelSettings,
+    RunSettings,
+    WorkerSettings,
+    check_worker,
+    parse_size,
+    parse_worker,
+)
+from minidisagg.core.messages import SamplingParams
+
+LINKS = ("auto", "gloo", "nccl", "shm", "tcp", "unix")  # `transfer.links.KINDS`, which needs torch, and auto
+KV_CODECS = ("raw",)  # `transfer.codec.CODECS`
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+MODEL, CLUSTER, WORKER = ModelSettings(), ClusterSettings(), WorkerSettings()
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class Engine(NamedTuple):
+    """All that `Frontend.start` wants."""
+
+    model: ModelSettings
+    cluster: ClusterSettings
+    run: RunSettings
+
+
+class Size(click.ParamType[int]):
+    """Bytes: 512M, 1.5GiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return value if isinstance(value, int) else parse_size(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def _stack(options: Iterable[Callable[[Command], Command]]) -> Callable[[Command], Command]:
+    def decorate(command: Command) -> Command:
+        for option in reversed(list(options)):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+positive = click.IntRange(min=1)
+model_argument = click.argument("model", default=DEFAULT_MODEL)
+mode_option = click.option(
+    "--mode", type=click.Choice(MODES), default=CLUSTER.mode, show_default=True,
+    help="Prefill and decode on the same workers, or on separate ones.",
+)  # fmt: skip
+# The defaults of the numbers of workers are the command's: see `read_engine`.
+engine_options = _stack(
+    [
+        click.option("--prefill-workers", type=click.IntRange(min=0), metavar="N", help="Workers that prefill."),
+        click.option(
+            "--decode-workers", type=click.IntRange(min=0), metavar="N",
+            help="Workers that decode. In colocated mode the two numbers are added, and each worker does both.",
+        ),
+        click.option("--dtype", type=click.Choice(DTYPES), default=WORKER.dtype, show_default=True),
+        click.option("--device", default=WORKER.device, show_default=True, help="cpu, cuda or cuda:N"),
+        click.option("--max-model-len", type=positive, help="Tokens of prompt and output.  [default: the model's]"),
+        click.option("--block-size", type=positive, default=MODEL.block_size, show_default=True, help="Tokens of a KV page."),
+        click.option("--kv-cache-memory", type=Size(), default="512M", show_default=True, help="Of each worker."),
+        click.option("--max-num-seqs", type=positive, default=WORKER.max_num_seqs, show_default=True, help="Requests in a step."),
+        click.option(
+            "--max-num-batched-tokens", type=positive, default=WORKER.max_num_batched_tokens, show_default=True,
+            help="Tokens in a step.",
+        ),
+        click.option(
+            "--policy", default=CLUSTER.policy, show_default=True, metavar="NAME[:KEY=VAL,…]",
+            help="Scheduling policy: a name, or FILE.py:CLASS.",
+        ),
+        click.option("--link", type=click.Choice(LINKS), default=CLUSTER.link, show_default=True, help="How KV moves."),
+        click.option("--kv-codec", type=click.Choice(KV_CODECS), default=CLUSTER.kv_codec, show_default=True, help="KV on the wire."),
+        click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True),
+        click.option("--no-prefix-caching", is_flag=True, help="Compute every prompt in full."),
+        click.option("--prefill", default="", metavar="KEY=VAL,…", help="Settings of the prefill workers alone."),
+        click.option(
+            "--decode", default="", metavar="KEY=VAL,…",
+            help=f"Settings of the decode workers alone; keys: {', '.join(WORKER.__struct_fields__)}.",
+        ),
+        click.option(
+            "--inject-delay", multiple=True, metavar="STAGE=MS",
+            help=f"Make a stage of each request slower: {', '.join(STAGES)}. Repeatable.",
+        ),
+        click.option("--record", type=click.Path(file_okay=False, path_type=Path), help="Write each worker's input log into this directory."),
+    ]
+)  # fmt: skip
+
+
+def read_engine(model: str, flags: dict[str, Any], mode: str, one_worker: bool = False) -> Engine:
+    """Takes the engine's flags out of `flags`; what is left there is the command's own.
+
+    `one_worker`: colocated mode starts a single worker where no number is given. Raises `ValueError`.
+    """
+    numbers = {key: flags.pop(key) for key in ("prefill_workers", "decode_workers")}
+    if one_worker and mode == "colocated" and set(numbers.values()) == {None}:
+        numbers = {"prefill_workers": 1, "decode_workers": 0}
+    of_worker = {key: flags.pop(key) for key in WORKER.__struct_fields__ if key in flags}
+    worker = check_worker(WorkerSettings(**of_worker))
+    cluster = ClusterSettings(
+        mode=mode,  # type: ignore[arg-type]
+        prefill=parse_worker(flags.pop("prefill"), worker),
+        decode=parse_worker(flags.pop("decode"), worker),
+        **{key: flags.pop(key) for key in ("policy", "link", "kv_codec")},
+        **{key: number for key, number in numbers.items() if number is not None},
+    )
+    if mode == "disagg" and not (cluster.prefill_workers and cluster.decode_workers):
+        raise ValueError("disagg mode needs at least one prefill worker and one decode worker")
+    if not cluster.roles():
+        raise ValueError("there must be at least one worker")
+    settings = ModelSettings(
+        model=model,
+        max_model_len=flags.pop("max_model_len") or 0,
+        block_size=flags.pop("block_size"),
+        prefix_caching=not flags.pop("no_prefix_caching"),
+    )
+    delays = dict(_delay(text) for text in flags.pop("inject_delay"))
+    return Engine(
+        settings, cluster, RunSettings(seed=flags.pop("seed"), record_dir=_made(flags.pop("record")), delays=delays)
+    )
+
+
+def _delay(text: str) -> tuple[str, float]:
+    stage, _, value = text.partition("=")
+    stage = stage.replace("-", "_")
+    try:
+        seconds = float(value) / 1000
+    except ValueError:
+        seconds = -1.0
+    if stage not in STAGES or not 0 <= seconds < 3600:
+        raise ValueError(f"--inject-delay {text!r}: expected STAGE=MS with a stage of {', '.join(STAGES)}")
+    return stage, seconds
+
+
+def _made(directory: Path | None) -> str:
+    if directory is None:
+        return ""
+    directory.mkdir(parents=True, exist_ok=True)
+    return str(directory.resolve())
+
+
+# ---------------------------------------------------------------- sampling
+
+
+def sampling_options(temperature: float, max_tokens: int) -> Callable[[Command], Command]:
+    """The fields of `SamplingParams` as flags, with a command's own defaults; ranges are checked in `read_sampling`."""
+    return _stack(
+        [
+            click.option("--max-tokens", type=int, default=max_tokens, show_default=True, help="Tokens of an answer."),
+            click.option("--temperature", type=float, default=temperature, show_default=True, help="0 is greedy."),
+            click.option("--top-k", type=int, default=0, show_default=True, help="0 is off."),
+            click.option("--top-p", type=float, default=1.0, show_default=True),
+            click.option("--min-p", type=float, default=0.0, show_default=True),
+            click.option("--presence-penalty", type=float, default=0.0, show_default=True),
+            click.option("--frequency-penalty", type=float, default=0.0, show_default=True),
+            click.option("--repetition-penalty", type=float, default=1.0, show_default=True),
+            click.option("--min-tokens", type=int, default=0, show_default=True),
+            click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. Repeatable."),
+            click.option("--ignore-eos", is_flag=True, help="Go on to --max-tokens."),
+        ]
+    )
+
+
+def read_sampling(flags: dict[str, Any]) -> SamplingParams:
+    """Takes the sampling flags out of `flags`; the struct's declared ranges are the check. Raises `ValueError`."""
+    given = {key: flags.pop(key) for key in SamplingParams.__struct_fields__ if key in flags}
+    try:
+        return msgspec.convert(given, SamplingParams)
+    except msgspec.ValidationError as error:
+        reason, _, field = str(error).replace("`", "").partition(" - at $.")
+        raise ValueError(f"--{field.replace('_', '-')}: {reason[0].lower()}{reason[1:]}") from None
