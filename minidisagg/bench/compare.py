@@ -14,7 +14,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from datetime import datetime
 from functools import partial
@@ -28,9 +28,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from minidisagg.bench.client import Load, worker_records
-from minidisagg.bench.options import BenchOptions, Workload, apply_preset
+from minidisagg.bench.options import TRACES, BenchOptions, Workload
+from minidisagg.config import ClusterSettings
 from minidisagg.measure.comparison import TIMES, Comparison, compare_runs
-from minidisagg.measure.goodput import SLO, attainment, find_goodput_async, parse_slo
+from minidisagg.measure.goodput import SLO, attainment, find_goodput_async
 from minidisagg.measure.records import RunRecord
 from minidisagg.measure.report import render, to_dict, write_run_directory
 from minidisagg.model.pull import ensure
@@ -78,9 +79,8 @@ class Bench:
     async def start(self, stack: AsyncExitStack) -> None:
         """Bring up one cluster per side, one after the other, and calibrate."""
         for side in self.options.sides:
-            cluster = replace(self.options.cluster, mode=side.mode, policy=side.policy)
-            self.console.print(f"starting {side.label}: {_describe(cluster.roles())} …", style="dim", highlight=False)
-            frontend = await Frontend.start(self.options.model, cluster, self.options.run)
+            self.console.print(f"starting {label_of(side)}: {_workers(side)} …", style="dim", highlight=False)
+            frontend = await Frontend.start(self.options.model, side, self.options.run)
             self.clusters.append(await stack.enter_async_context(frontend))
         hello = next(iter(self.clusters[0].hellos.values()))
         self.console.print(
@@ -89,13 +89,12 @@ class Bench:
             style="dim", highlight=False,
         )  # fmt: skip
         await self._calibrate()
-        given, alone = self.options.slo, self.unloaded
-        derived = (f"ttft:{TTFT_SLO * alone.prefill * 1e3:.0f}", f"tpot:{TPOT_SLO * alone.step * 1e3:.0f}")
-        self.slo = parse_slo(given or derived)
+        given, alone = self.options.trials.slo, self.unloaded
+        self.slo = given or SLO(ttft=round(TTFT_SLO * alone.prefill * 1e3), tpot=round(TPOT_SLO * alone.step * 1e3))
         self.console.print(
             f"unloaded: prefill {alone.prefill * 1e3:.0f} ms, decode step {alone.step * 1e3:.1f} ms, "
             f"so one prefill worker sustains {alone.capacity:.2f} requests/s; "
-            f"SLO {' '.join(given or derived)}{'' if given else ' (derived)'}",
+            f"SLO {self.slo}{'' if given else ' (derived)'}",
             style="dim", highlight=False,
         )  # fmt: skip
 
@@ -114,16 +113,23 @@ class Bench:
 
     # ------------------------------------------------------------ measuring
 
+    @property
+    def rate(self) -> float:
+        """Requests per second; nan where the trace says when its requests arrive."""
+        arrivals = self.options.arrivals
+        if has_arrivals(self.options.workload) and (arrivals.relative or not arrivals.request_rate):
+            return math.nan
+        return arrivals.request_rate * (self.unloaded.capacity if arrivals.relative else 1.0)
+
     def _items(self, repetition: int, count: int | None = None) -> list[WorkItem]:
         workload, seed = self.options.workload, self.options.run.seed + REPEAT_SEED * repetition
-        number = count or workload.num_prompts
-        vocab = self.tokenizer.vocab_size
-        items = build_items(workload, number, seed, self.tokenizer.encode, self.clusters[0].max_model_len)
+        limit = self.clusters[0].max_model_len
+        items = build_items(workload, count or workload.num_prompts, seed, self.tokenizer.encode, limit)
         if not items:
-            raise ValueError(f"{workload.dataset_path}: no request fits into {self.clusters[0].max_model_len} tokens")
+            raise ValueError(f"{workload.dataset_path}: no request fits into {limit} tokens")
         # A salt of its own keeps the prefix cache of an earlier repetition out of this one.
         salted = [replace(item, salt=f"{item.salt}#{repetition}") for item in items]
-        return with_prompts(salted, vocab, seed)
+        return with_prompts(salted, self.tokenizer.vocab_size, seed)
 
     async def one_run(
         self, side: int, repetition: int, rate: float, concurrency: int | None, on_done: Callable[[int], None] | None
@@ -133,7 +139,7 @@ class Bench:
         items = self._items(repetition)
         if not math.isnan(rate) and concurrency is None:
             seed = options.run.seed + REPEAT_SEED * repetition
-            items = with_arrivals(items, arrival_times(len(items), rate, options.offered.burstiness, seed))
+            items = with_arrivals(items, arrival_times(len(items), rate, options.arrivals.burstiness, seed))
         before = await frontend.fresh_stats()
         cpu, started = time.process_time(), time.monotonic()
         requests = await Load(frontend, items, options.run.seed, on_done).run(concurrency)
@@ -141,12 +147,12 @@ class Bench:
         workers, links = worker_records(frontend.hellos, before, await frontend.fresh_stats())
         spec = options.sides[side]
         return RunRecord(
-            label=spec.label, mode=spec.mode, policy=spec.policy, model=options.model.model,
+            label=label_of(spec), mode=spec.mode, policy=spec.policy, model=options.model.model,
             workload=describe_workload(options.workload), request_rate=_plain(rate),
-            burstiness=options.offered.burstiness, max_concurrency=concurrency, seed=options.run.seed,
-            repetition=repetition, num_warmups=options.offered.num_warmups, requests=requests, workers=workers,
+            burstiness=options.arrivals.burstiness, max_concurrency=concurrency, seed=options.run.seed,
+            repetition=repetition, num_warmups=options.arrivals.num_warmups, requests=requests, workers=workers,
             links=links, frontend_cpu_share=cpu / wall, wall_s=wall,
-            marks=["quick preset, not for publication"] if options.preset == "quick" else [],
+            marks=["quick preset, not for publication"] if options.trials.preset == "quick" else [],
         )  # fmt: skip
 
     async def interleaved(self, rate: float, concurrency: int | None = None) -> Comparison:
@@ -154,10 +160,11 @@ class Bench:
         runs: list[list[RunRecord]] = [[] for _ in self.clusters]
         what = f"{concurrency} at a time" if concurrency else f"{rate:.2f} req/s"
         with self.progress as progress:
-            for repetition in range(self.options.repeats):
+            for repetition in range(self.options.trials.repeats):
                 order = range(len(self.clusters)) if repetition % 2 == 0 else reversed(range(len(self.clusters)))
                 for side in order:
-                    label = f"{self.options.sides[side].label} {repetition + 1}/{self.options.repeats}, {what}"
+                    name = label_of(self.options.sides[side])
+                    label = f"{name} {repetition + 1}/{self.options.trials.repeats}, {what}"
                     task = progress.add_task(label, total=self.options.workload.num_prompts)
                     advance = partial(progress.advance, task)
                     runs[side].append(await self.one_run(side, repetition, rate, concurrency, advance))
@@ -171,12 +178,12 @@ def build_items(
     workload: Workload, count: int, seed: int, encode: Callable[[str], list[int]], max_model_len: int
 ) -> list[WorkItem]:
     """The workload's requests; traces bring their own arrival times."""
-    if workload.dataset == "random":
+    if workload.dataset_name == "random":
         return random_items(count, workload.input_len, workload.output_len, workload.range_ratio, seed)
-    if workload.dataset == "text":
+    if workload.dataset_name == "text":
         return text_items(count, workload.output_len, encode, seed)
     items, report = load_trace(
-        workload.dataset, workload.dataset_path, count=count, speedup=workload.trace_speedup,
+        workload.dataset_name, workload.dataset_path, count=count, speedup=workload.trace_speedup,
         scale_len=workload.trace_scale_len, max_model_len=max_model_len, encode=encode,
     )  # fmt: skip
     if seed == 0:
@@ -186,17 +193,17 @@ def build_items(
 
 def describe_workload(workload: Workload) -> str:
     """One line for a person."""
-    if workload.dataset == "random":
+    if workload.dataset_name == "random":
         spread = f" ± {workload.range_ratio:.0%}" if workload.range_ratio else ""
         return f"random {workload.input_len} in, {workload.output_len} out{spread}"
-    if workload.dataset == "text":
+    if workload.dataset_name == "text":
         return f"English text, {workload.output_len} out"
-    return f"{workload.dataset} trace {Path(workload.dataset_path).name}"
+    return f"{workload.dataset_name} trace {Path(workload.dataset_path).name}"
 
 
 def has_arrivals(workload: Workload) -> bool:
     """The data set says itself when its requests arrive."""
-    return workload.dataset in ("azure", "mooncake", "burstgpt")
+    return workload.dataset_name in TRACES and workload.dataset_name != "sharegpt"
 
 
 # ---------------------------------------------------------------- the three kinds of benchmark
@@ -205,8 +212,8 @@ def has_arrivals(workload: Workload) -> bool:
 async def at_one_rate(bench: Bench) -> Comparison:
     """The usual benchmark: one offered load."""
     options = bench.options
-    rate = math.nan if has_arrivals(options.workload) else options.offered.rate.resolve(bench.unloaded.capacity)
-    if options.preset == "quick" and math.isfinite(rate):
+    rate = bench.rate
+    if options.trials.preset == "quick" and math.isfinite(rate):
         fewer = replace(options.workload, num_prompts=max(20, min(60, round(rate * QUICK_SECONDS))))
         bench.options = replace(options, workload=fewer)
     return await bench.interleaved(rate)
@@ -229,21 +236,22 @@ async def goodput(bench: Bench) -> dict[str, object]:
             bench.console.print(f"{run.label} at {rate:.2f}/s: {share:.1%}", style="dim", highlight=False)
             return share
 
-        result = await find_goodput_async(attained, options.offered.rate.resolve(bench.unloaded.capacity))
-        found[f"{index}: {side.label}"] = result
+        result = await find_goodput_async(attained, bench.rate)
+        found[f"{index}: {label_of(side)}"] = result
         cells = f"{result.rate:.2f}", f"{result.upper:.2f}", f"{result.attainment:.1%}", str(len(result.trials))
-        table.add_row(side.label, *cells)
+        table.add_row(label_of(side), *cells)
     bench.console.print(table)
     rates = [result.rate for result in found.values()]
     if len(rates) == 2 and rates[0]:
-        verdict = f"goodput of {options.sides[1].label} / {options.sides[0].label}: {rates[1] / rates[0]:.2f}{TIMES}"
+        names = " / ".join(label_of(side) for side in reversed(options.sides))
+        verdict = f"goodput of {names}: {rates[1] / rates[0]:.2f}{TIMES}"
         bench.console.print(verdict, style="bold", highlight=False)
     return {"goodput": {name: msgspec.to_builtins(result) for name, result in found.items()}}
 
 
 async def sweep(bench: Bench) -> list[tuple[int, Comparison]]:
     """A handful of users: closed loop, so many requests at a time."""
-    return [(n, await bench.interleaved(math.nan, n)) for n in bench.options.offered.concurrencies]
+    return [(n, await bench.interleaved(math.nan, n)) for n in bench.options.arrivals.max_concurrency]
 
 
 def sweep_table(comparisons: list[tuple[int, Comparison]]) -> Table:
@@ -278,8 +286,8 @@ def sweep_table(comparisons: list[tuple[int, Comparison]]) -> Table:
 def run(options: BenchOptions) -> int:
     """Carry the benchmark out; returns the exit status. Raises `ValueError`, `OSError` or `StartError` in one line."""
     options = apply_preset(options)
-    console = Console(stderr=options.json)
-    if options.dry_run:
+    console = Console(stderr=options.output.json)
+    if options.output.dry_run:
         console.print(_dry_run(options), highlight=False)
         return 0
     ensure(options.model.model, lambda line: console.print(line, style="dim", highlight=False))
@@ -290,11 +298,11 @@ async def _run(options: BenchOptions, console: Console) -> int:
     async with AsyncExitStack() as stack:
         bench = Bench(options, console)
         await bench.start(stack)
-        directory = Path(options.result_dir) / datetime.now().strftime("%Y%m%d-%H%M%S")
-        if options.find_goodput:
+        directory = Path(options.output.directory) / datetime.now().strftime("%Y%m%d-%H%M%S")
+        if options.trials.find_goodput:
             result = await goodput(bench)
             _write(directory, options, result)
-        elif options.offered.concurrencies:
+        elif options.arrivals.max_concurrency:
             comparisons = await sweep(bench)
             console.print(sweep_table(comparisons))
             for concurrency, comparison in comparisons:
@@ -308,7 +316,7 @@ async def _run(options: BenchOptions, console: Console) -> int:
             result = to_dict(comparison)
             _write(directory, options, {})
         console.print(f"report: {directory}", highlight=False)
-        if options.json:
+        if options.output.json:
             sys.stdout.buffer.write(msgspec.json.encode(result) + b"\n")
         return 0
 
@@ -316,22 +324,25 @@ async def _run(options: BenchOptions, console: Console) -> int:
 def _write(directory: Path, options: BenchOptions, result: dict[str, object]) -> None:
     """The exact question beside the answer; and the answer, where `write_run_directory` has not written it."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "options.json").write_bytes(msgspec.json.format(msgspec.json.encode(options), indent=2))
+    (directory / "options.output.json").write_bytes(msgspec.json.format(msgspec.json.encode(options), indent=2))
     if result:
         (directory / "result.json").write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2))
 
 
 def _dry_run(options: BenchOptions) -> str:
-    count, repeats = options.workload.num_prompts, options.repeats
-    lines = [f"would run {describe_workload(options.workload)}, {count} requests {TIMES} {repeats} on"]
-    lines += [
-        f"  {side.label}: {_describe(replace(options.cluster, mode=side.mode).roles())}" for side in options.sides
-    ]
+    count, repeats = options.workload.num_prompts, options.trials.repeats
+    lines = [f"would run {describe_workload(options.workload)}, {count} requests {TIMES} {repeats}, on"]
+    lines += [f"  {label_of(side)}: {_workers(side)}" for side in options.sides]
     return "\n".join(lines)
 
 
-def _describe(roles: Sequence[tuple[str, object, object]]) -> str:
-    return ", ".join(name for name, _, _ in roles)
+def label_of(side: ClusterSettings) -> str:
+    """A side's name in tables."""
+    return side.mode if side.policy == "fcfs" else f"{side.mode} {side.policy}"
+
+
+def _workers(side: ClusterSettings) -> str:
+    return ", ".join(name for name, _, _ in side.roles())
 
 
 def _plain(rate: float) -> float | str:

@@ -1,0 +1,237 @@
+"""Greedy tokens are the same in every mode, over every link, after every fault; and this check is able to fail.
+
+In float64 rounding does not depend on the batch's shape in practice, so tokens are compared exactly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from cluster import (
+    MODEL,
+    PAGE,
+    Load,
+    all_up,
+    assert_clean,
+    cluster,
+    greedy,
+    needs_two_cores,
+    prompts,
+    run_to_end,
+    send_signal,
+    settings,
+)
+from torch import Tensor
+from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
+
+from minidisagg.config import RunSettings
+from minidisagg.core.inputlog import Entry, Scheduled, read_log, replay
+from minidisagg.core.plan import PlanItem, SeqInit, StepPlan
+from minidisagg.model.loader import load_config, load_weights
+from minidisagg.model.transformer import Transformer
+from minidisagg.policies import load_policy
+from minidisagg.runtime.executor import Executor
+from minidisagg.runtime.kv_cache import KVCache
+
+PROMPTS = prompts(200)
+OUTPUT = 64
+POOL = 72  # pages: the longest request needs 36, and some ten requests run at a time
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Run:
+    """What one run of all prompts gave."""
+
+    tokens: list[list[int]]
+    preemptions: int
+    prefix_hits: int
+    logs: Path
+
+
+async def measure(mode: str, link: str, logs: Path) -> Run:
+    shape = settings("colocated" if mode == "colocated" else "disagg", link, POOL)
+    async with cluster(shape, RunSettings(record_dir=str(logs))) as frontend:
+        tokens = await run_to_end(frontend, PROMPTS, greedy(OUTPUT))
+        stats = await frontend.fresh_stats()
+        await assert_clean(frontend)
+    hits = sum(s.prefix_hits for s in stats.values())
+    return Run(tokens, sum(s.preemptions for s in stats.values()), hits, logs)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def colocated(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return asyncio.run(measure("colocated", "auto", tmp_path_factory.mktemp("colocated")))
+
+
+# ---------------------------------------------------------------- references
+
+
+class Dense:
+    """The model in a dozen lines: no cache, no pages, no batch."""
+
+    def __init__(self) -> None:
+        self.config = load_config(MODEL.model)
+        self.weights = {k: w.double() for k, w in load_weights(MODEL.model, self.config).items()}
+
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        return x @ self.weights[name + ".weight"].T
+
+    def norm(self, x: Tensor, name: str) -> Tensor:
+        return rms_norm(x, x.shape[-1:], self.weights[name + ".weight"], self.config.rms_norm_eps)
+
+    def logits(self, tokens: list[int]) -> Tensor:
+        """[T] → [T, vocabulary]"""
+        c, T = self.config, len(tokens)
+        half = c.head_dim // 2
+        angle = torch.arange(T).double()[:, None] * c.rope.theta ** (-torch.arange(half).double() / half)
+        cos, sin = angle.cos(), angle.sin()
+
+        def rotate(x_HTD: Tensor) -> Tensor:
+            a, b = x_HTD.chunk(2, -1)
+            return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+        def heads(x: Tensor, name: str, count: int) -> Tensor:
+            return self.linear(x, name).view(T, count, c.head_dim).transpose(0, 1)
+
+        x = self.weights["model.embed_tokens.weight"][tokens]
+        for layer in range(c.num_layers):
+            p = f"model.layers.{layer}."
+            h = self.norm(x, p + "input_layernorm")
+            q, k = (
+                rotate(heads(h, f"{p}self_attn.{n}_proj", m)) for n, m in (("q", c.num_heads), ("k", c.num_kv_heads))
+            )
+            v = heads(h, p + "self_attn.v_proj", c.num_kv_heads)
+            k, v = (t.repeat_interleave(c.num_heads // c.num_kv_heads, 0) for t in (k, v))
+            out = scaled_dot_product_attention(q, k, v, is_causal=True).transpose(0, 1).reshape(T, -1)
+            x = x + self.linear(out, p + "self_attn.o_proj")
+            h = self.norm(x, p + "post_attention_layernorm")
+            x = x + self.linear(
+                silu(self.linear(h, p + "mlp.gate_proj")) * self.linear(h, p + "mlp.up_proj"), p + "mlp.down_proj"
+            )
+        return self.linear(self.norm(x, "model.norm"), "lm_head")
+
+
+def batch_of_one(prompt: list[int], count: int) -> list[int]:
+    """The whole prompt in one step, then a token a step, in pages 0, 1, 2, … of an executor of its own."""
+    config = load_config(MODEL.model)
+    model = Transformer(config, load_weights(MODEL.model, config), torch.float64, CPU)
+    executor = Executor(model, KVCache(config, 40, PAGE, torch.float64, CPU))
+    ids, start = list(prompt), 0
+    with torch.inference_mode():
+        for index in range(count):
+            pages = list(range(math.ceil(len(ids) / PAGE)))
+            item = PlanItem("r", 0, start, len(ids) - start, ids[start:], pages, True, index)
+            new = [] if index else [SeqInit("r", 0, prompt, [], greedy(count))]
+            start = len(ids)
+            ids += executor.execute(StepPlan(index, [item], new, [])).tokens
+    return ids[len(prompt) :]
+
+
+def chunks_of_prompts(log: Path) -> Counter[str]:
+    """In how many steps each request's first prefill was computed."""
+    decoder = msgspec.msgpack.Decoder(Entry)
+    length = {f"{index:08d}": len(prompt) for index, prompt in enumerate(PROMPTS)}
+    counts: Counter[str] = Counter()
+    with log.open("rb") as file:
+        for record in list(read_log(file))[1:]:
+            entry = decoder.decode(record)
+            if isinstance(entry, Scheduled) and entry.plan is not None:
+                counts.update(
+                    item.request_id
+                    for item in entry.plan.items
+                    if item.incarnation == 0 and item.start < length[item.request_id]
+                )
+    return counts
+
+
+# ---------------------------------------------------------------- the oracle
+
+
+def test_colocated_equals_batch_of_one(colocated: Run) -> None:
+    assert min(len(set(tokens[:32])) for tokens in colocated.tokens) >= 16  # no loop could hide a wrong cache
+    assert all(len(tokens) == OUTPUT for tokens in colocated.tokens)
+    assert 8 <= min(map(len, PROMPTS)) and max(map(len, PROMPTS)) > 500
+    assert colocated.preemptions >= 50
+    assert colocated.prefix_hits > 0
+    chunks = chunks_of_prompts(colocated.logs / "worker-0.1.inputs")
+    assert chunks.total() / len(PROMPTS) >= 3
+    # Equal to the argmax after each true prefix means, by induction, equal to greedy decoding.
+    model = Dense()
+    for prompt, tokens in zip(PROMPTS, colocated.tokens, strict=True):
+        assert model.logits(prompt + tokens[:-1])[len(prompt) - 1 :].argmax(-1).tolist() == tokens
+    for index in range(0, 200, 20):
+        assert batch_of_one(PROMPTS[index], OUTPUT) == colocated.tokens[index]
+
+
+@needs_two_cores
+@pytest.mark.parametrize("link", ["gloo", "shm", "unix", "tcp"])
+def test_disagg_equals_colocated(link: str, colocated: Run, tmp_path: Path) -> None:
+    run = asyncio.run(measure("disagg", link, tmp_path))
+    assert run.tokens == colocated.tokens
+    assert run.preemptions >= 50
+    assert chunks_of_prompts(tmp_path / "prefill-0.1.inputs").total() / len(PROMPTS) >= 3
+
+
+@needs_two_cores
+def test_recorded_inputs_replay_to_the_same_plans(colocated: Run, tmp_path: Path) -> None:
+    run = asyncio.run(measure("disagg", "shm", tmp_path))
+    logs = [
+        colocated.logs / "worker-0.1.inputs",
+        *(run.logs / f"{name}.1.inputs" for name in ("prefill-0", "decode-0")),
+    ]
+    for path in logs:
+        with path.open("rb") as log:
+            plans = list(replay(log, load_policy("fcfs")))
+        assert sum(recorded is not None for recorded, _ in plans) > 100
+        assert all(recorded == replayed for recorded, replayed in plans)
+
+
+async def with_kills(link: str, victims: list[str], delay: float, seed: int) -> tuple[list[list[int]], int]:
+    """Tokens of a run in which each victim is killed, preferably while KV is on its way; and how often it was."""
+    rng, in_transfer = random.Random(seed), 0
+    async with cluster(settings("disagg", link, POOL), RunSettings(delays={"transfer": delay})) as frontend:
+        load = Load(frontend)
+        load.submit_all(PROMPTS, greedy(OUTPUT))
+        for victim in victims:
+            await all_up(frontend)
+            seen = len(load.open)
+            some = rng.randint(3, 15)
+            await load.until(
+                lambda seen=seen, some=some: (
+                    len(load.open) <= seen - some and any(r.moving and not r.prefilling for r in load.tracked())
+                )
+            )
+            in_transfer += any(r.moving and not r.prefilling for r in load.tracked())
+            send_signal(frontend, victim, signal.SIGKILL)
+            await asyncio.sleep(0.05)
+        results = await load.finished()
+        assert {r.finish for r in results} == {"length"}, Counter((r.finish, r.error) for r in results)
+        assert len(frontend.restarted) == len(victims)
+        await assert_clean(frontend)
+    return [r.tokens for r in results], in_transfer
+
+
+@needs_two_cores
+def test_kills_change_no_token(colocated: Run) -> None:
+    tokens, in_transfer = asyncio.run(with_kills("shm", ["decode-0", "prefill-0"], 0.01, 0))
+    assert tokens == colocated.tokens
+    assert in_transfer == 2
