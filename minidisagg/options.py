@@ -38,19 +38,9 @@ class Engine(NamedTuple):
     run: RunSettings
 
 
-class Size(click.ParamType[int]):
-    """Bytes: 512M, 1.5GiB."""
+def stack(options: Iterable[Callable[[Command], Command]]) -> Callable[[Command], Command]:
+    """Several click options as one decorator; `--help` has them in this order."""
 
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        try:
-            return value if isinstance(value, int) else parse_size(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-
-
-def _stack(options: Iterable[Callable[[Command], Command]]) -> Callable[[Command], Command]:
     def decorate(command: Command) -> Command:
         for option in reversed(list(options)):
             command = option(command)
@@ -65,44 +55,40 @@ mode_option = click.option(
     "--mode", type=click.Choice(MODES), default=CLUSTER.mode, show_default=True,
     help="Prefill and decode on the same workers, or on separate ones.",
 )  # fmt: skip
-# The defaults of the numbers of workers are the command's: see `read_engine`.
-engine_options = _stack(
-    [
+# fmt: off
+engine_options = stack(
+    [  # the defaults of the numbers of workers are the command's: see `read_engine`
         click.option("--prefill-workers", type=click.IntRange(min=0), metavar="N", help="Workers that prefill."),
-        click.option(
-            "--decode-workers", type=click.IntRange(min=0), metavar="N",
-            help="Workers that decode. In colocated mode the two numbers are added, and each worker does both.",
-        ),
+        click.option("--decode-workers", type=click.IntRange(min=0), metavar="N",
+                     help="Workers that decode. In colocated mode the two numbers add up, and each worker does both."),
         click.option("--dtype", type=click.Choice(DTYPES), default=WORKER.dtype, show_default=True),
-        click.option("--device", default=WORKER.device, show_default=True, help="cpu, cuda or cuda:N"),
+        click.option("--device", default=WORKER.device, show_default=True, help="cpu, cuda or cuda:N."),
         click.option("--max-model-len", type=positive, help="Tokens of prompt and output.  [default: the model's]"),
-        click.option("--block-size", type=positive, default=MODEL.block_size, show_default=True, help="Tokens of a KV page."),
-        click.option("--kv-cache-memory", type=Size(), default="512M", show_default=True, help="Of each worker."),
-        click.option("--max-num-seqs", type=positive, default=WORKER.max_num_seqs, show_default=True, help="Requests in a step."),
-        click.option(
-            "--max-num-batched-tokens", type=positive, default=WORKER.max_num_batched_tokens, show_default=True,
-            help="Tokens in a step.",
-        ),
-        click.option(
-            "--policy", default=CLUSTER.policy, show_default=True, metavar="NAME[:KEY=VAL,…]",
-            help="Scheduling policy: a name, or FILE.py:CLASS.",
-        ),
-        click.option("--link", type=click.Choice(LINKS), default=CLUSTER.link, show_default=True, help="How KV moves."),
-        click.option("--kv-codec", type=click.Choice(KV_CODECS), default=CLUSTER.kv_codec, show_default=True, help="KV on the wire."),
+        click.option("--block-size", type=positive, default=MODEL.block_size, show_default=True,
+                     help="Tokens of a KV page."),
+        click.option("--kv-cache-memory", default="512M", show_default=True, metavar="SIZE", help="Of each worker."),
+        click.option("--max-num-seqs", type=positive, default=WORKER.max_num_seqs, show_default=True,
+                     help="Requests in a step."),
+        click.option("--max-num-batched-tokens", type=positive, default=WORKER.max_num_batched_tokens,
+                     show_default=True, help="Tokens in a step."),
+        click.option("--policy", default=CLUSTER.policy, show_default=True, metavar="NAME[:KEY=VAL,…]",
+                     help="Scheduling policy: a name, or FILE.py:CLASS."),
+        click.option("--link", type=click.Choice(LINKS), default=CLUSTER.link, show_default=True,
+                     help="How KV moves."),
+        click.option("--kv-codec", type=click.Choice(KV_CODECS), default=CLUSTER.kv_codec, show_default=True,
+                     help="How KV is written on the wire."),
         click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True),
         click.option("--no-prefix-caching", is_flag=True, help="Compute every prompt in full."),
         click.option("--prefill", default="", metavar="KEY=VAL,…", help="Settings of the prefill workers alone."),
-        click.option(
-            "--decode", default="", metavar="KEY=VAL,…",
-            help=f"Settings of the decode workers alone; keys: {', '.join(WORKER.__struct_fields__)}.",
-        ),
-        click.option(
-            "--inject-delay", multiple=True, metavar="STAGE=MS",
-            help=f"Make a stage of each request slower: {', '.join(STAGES)}. Repeatable.",
-        ),
-        click.option("--record", type=click.Path(file_okay=False, path_type=Path), help="Write each worker's input log into this directory."),
+        click.option("--decode", default="", metavar="KEY=VAL,…",
+                     help=f"Settings of the decode workers alone. Keys: {', '.join(WORKER.__struct_fields__)}."),
+        click.option("--inject-delay", multiple=True, metavar="STAGE=MS",
+                     help=f"Make a stage of each request slower: {', '.join(STAGES)}. Repeatable."),
+        click.option("--record", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
+                     help="Write each worker's input log here, to replay it."),
     ]
-)  # fmt: skip
+)
+# fmt: on
 
 
 def read_engine(model: str, flags: dict[str, Any], mode: str, one_worker: bool = False) -> Engine:
@@ -113,6 +99,7 @@ def read_engine(model: str, flags: dict[str, Any], mode: str, one_worker: bool =
     numbers = {key: flags.pop(key) for key in ("prefill_workers", "decode_workers")}
     if one_worker and mode == "colocated" and set(numbers.values()) == {None}:
         numbers = {"prefill_workers": 1, "decode_workers": 0}
+    flags["kv_cache_memory"] = parse_size(flags["kv_cache_memory"])
     of_worker = {key: flags.pop(key) for key in WORKER.__struct_fields__ if key in flags}
     worker = check_worker(WorkerSettings(**of_worker))
     cluster = ClusterSettings(
@@ -162,7 +149,7 @@ def _made(directory: Path | None) -> str:
 
 def sampling_options(temperature: float, max_tokens: int) -> Callable[[Command], Command]:
     """The fields of `SamplingParams` as flags, with a command's own defaults; ranges are checked in `read_sampling`."""
-    return _stack(
+    return stack(
         [
             click.option("--max-tokens", type=int, default=max_tokens, show_default=True, help="Tokens of an answer."),
             click.option("--temperature", type=float, default=temperature, show_default=True, help="0 is greedy."),
@@ -180,8 +167,11 @@ def sampling_options(temperature: float, max_tokens: int) -> Callable[[Command],
 
 
 def read_sampling(flags: dict[str, Any]) -> SamplingParams:
-    """Takes the sampling flags out of `flags`; the struct's declared ranges are the check. Raises `ValueError`."""
-    given = {key: flags.pop(key) for key in SamplingParams.__struct_fields__ if key in flags}
+    """Takes the sampling flags out of `flags`; the struct's declared ranges are the check. Raises `ValueError`.
+
+    `--seed` is the engine's, which gives each request a seed of its own.
+    """
+    given = {key: flags.pop(key) for key in SamplingParams.__struct_fields__ if key in flags and key != "seed"}
     try:
         return msgspec.convert(given, SamplingParams)
     except msgspec.ValidationError as error:

@@ -19,9 +19,9 @@ from minidisagg.core.messages import SamplingParams
 from minidisagg.core.router import Emit, RouterSpec, StageTimes, Tracked
 from minidisagg.runtime.frontend import Frontend
 
-PAGE = 16
+PAGE = 8
 MODEL = ModelSettings(model="dummy:tiny,std=0.15", block_size=PAGE)
-PAGE_BYTES = {"float64": 4096 * 2, "float32": 4096}  # 16 tokens of 2 layers, K and V, 2 heads of 16
+PAGE_BYTES = {"float64": 4096, "float32": 2048}  # 8 tokens of 2 layers, K and V, 2 heads of 16
 DEADLINE = 120.0  # seconds for any load in these tests
 
 needs_two_cores = pytest.mark.skipif(
@@ -37,12 +37,12 @@ def greedy(max_tokens: int) -> SamplingParams:
 
 def settings(
     mode: Mode, link: str = "auto", pages: int = 512, dtype: str = "float64", policy: str = "fcfs",
-    max_num_seqs: int = 16, chunk: int = 32,
+    max_num_seqs: int = 48, chunk: int = 32,
 ) -> ClusterSettings:  # fmt: skip
     """One worker, or a prefill and a decode worker, of one core each."""
     worker = WorkerSettings(
         dtype=dtype, kv_cache_memory=pages * PAGE_BYTES[dtype], max_num_seqs=max_num_seqs, chunk=chunk,
-        max_num_batched_tokens=256, cpus="0" if mode == "colocated" and 0 in os.sched_getaffinity(0) else "",
+        max_num_batched_tokens=512, cpus="0" if mode == "colocated" and 0 in os.sched_getaffinity(0) else "",
     )  # fmt: skip
     return ClusterSettings(
         mode=mode, prefill_workers=1, decode_workers=int(mode == "disagg"), prefill=worker, decode=worker, link=link,
@@ -118,9 +118,9 @@ class Load:
         """Send them all at once."""
         return [self.submit(prompt, sampling) for prompt in many]
 
-    async def until(self, condition: Callable[[], bool], timeout: float = DEADLINE) -> None:
+    async def until(self, condition: Callable[[], bool], within: float = DEADLINE) -> None:
         """Wait for something that a token or an end brings."""
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + within
         while not condition():
             self._changed.clear()
             left = deadline - time.monotonic()
@@ -130,9 +130,9 @@ class Load:
             except TimeoutError:
                 continue
 
-    async def finished(self, timeout: float = DEADLINE) -> list[Result]:
+    async def finished(self, within: float = DEADLINE) -> list[Result]:
         """Wait for every end, and raise what was wrong on the way."""
-        await self.until(lambda: not self.open, timeout)
+        await self.until(lambda: not self.open, within)
         assert not self.problems, self.problems[:5]
         return self.results
 
@@ -150,9 +150,9 @@ async def run_to_end(frontend: Frontend, many: Sequence[list[int]], sampling: Sa
     return [result.tokens for result in results]
 
 
-async def all_up(frontend: Frontend, timeout: float = 60.0) -> None:
+async def all_up(frontend: Frontend, within: float = 60.0) -> None:
     """Wait until every worker is there (again)."""
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + within
     while len(frontend.hellos) < len(frontend.supervisor.names):
         assert time.monotonic() < deadline, f"only {list(frontend.hellos)} came up"
         await asyncio.sleep(0.02)
@@ -205,7 +205,7 @@ async def cluster(
     run: RunSettings | None = None,
     router: RouterSpec | None = None,
     model: ModelSettings = MODEL,
-) -> AsyncIterator[Frontend]:
+) -> AsyncIterator[Frontend]:  # fmt: skip
     """A started front end; at the end no child, no shared memory, no socket and no directory of it may be left."""
     before, shared = children(), set(os.listdir("/dev/shm"))
     frontend = await Frontend.start(model, shape, run or RunSettings(), router)

@@ -5,15 +5,39 @@ from __future__ import annotations
 import random
 import sys
 from collections import Counter
+from collections.abc import Callable
 
 from minidisagg.core.engine import EngineSpec
 from minidisagg.core.messages import Role, SamplingParams
-from minidisagg.core.policy import Policy, WorkerOptions
-from minidisagg.core.router import RouterSpec
+from minidisagg.core.policy import ClusterView, Placement, Policy, Reject, RequestView, RoleChange, WorkerOptions
+from minidisagg.core.router import RouterSpec, StageTimes
+from minidisagg.policies.prefill_first import PrefillFirst
+from minidisagg.policies.sarathi import Sarathi
 from minidisagg.sim.cost_model import LinearCost
 from minidisagg.sim.simulator import Chaos, Simulator, oracle
 
-CLUSTERS = {"colocated": [3, 3], "1p1d": [1, 2], "2p1d": [1, 1, 2], "1p2d": [1, 2, 2], "mixed": [1, 2, 3]}
+CLUSTERS = {
+    "colocated": [3, 3], "1p1d": [1, 2], "2p1d": [1, 1, 2], "1p2d": [1, 2, 2], "mixed": [1, 2, 3],
+    "2p3d": [1, 1, 2, 2, 2], "both": [3, 3, 3, 3],
+}  # fmt: skip
+STAGES = ("queue", "prefill", "transfer", "decode_wait", "decode")
+
+
+class LateBinding(Policy):
+    """Names the decode worker, any of them, when prefill has ended."""
+
+    def place(self, request: RequestView, cluster: ClusterView) -> Placement | Reject:
+        """Asked a second time, the request says where it is."""
+        if not request.prefill:
+            placement = super().place(request, cluster)
+            return placement if isinstance(placement, Reject) else Placement(placement.prefill, None)
+        decode = cluster.candidates(Role.DECODE)
+        if not decode:
+            return Reject(1.0, "no worker takes decode")
+        return Placement(request.prefill, cluster.rng.choice(decode).name)
+
+
+POLICIES: list[Callable[[], Policy]] = [Policy, Policy, LateBinding, PrefillFirst, lambda: Sarathi(chunk=6)]
 
 
 def build(seed: int) -> Simulator:
@@ -21,51 +45,77 @@ def build(seed: int) -> Simulator:
     rng = random.Random(seed)
     one_sided = rng.random() < 0.5
     page_size = rng.choice([2, 4, 8])
+    roles = CLUSTERS[rng.choice(sorted(CLUSTERS))]
+    sizes = rng.choice([[6, 10], [24, 32], [24, 32, 64]])
     specs = [
         EngineSpec(
-            f"w{index}", 1, Role(role), num_pages=rng.choice([24, 32, 64]), page_size=page_size, num_layers=2,
+            f"w{index}", 1, Role(role), num_pages=rng.choice(sizes), page_size=page_size, num_layers=2,
             fingerprint="f", one_sided_links=one_sided, prefix_caching=rng.random() < 0.8,
             lease=rng.choice([1.0, 5.0]), link_timeout=0.5,
             options=WorkerOptions(rng.choice([3, 8]), rng.choice([8, 32, 128]), rng.choice([0, 4, 16])),
         )
-        for index, role in enumerate(CLUSTERS[rng.choice(sorted(CLUSTERS))])
+        for index, role in enumerate(roles)
     ]  # fmt: skip
     chaos = Chaos(
         reorder=rng.choice([0, 0, 0.1]), duplicate=rng.choice([0, 0.1]), break_transfer=rng.choice([0, 0, 0.02, 0.1]),
         abort_delay=rng.choice([0, 0.3, 1.0]),
     )  # fmt: skip
-    sim = Simulator(
-        specs, Policy, chaos=chaos, seed=seed, depth=rng.choice([0, 1]), vocab=rng.choice([8, 50]),
-        cost=LinearCost(link_page=rng.choice([0.0005, 0.02])),
-        router=RouterSpec(lost_after=rng.choice([2.0, 8.0]), stuck_after=10.0),
+    router = RouterSpec(
+        max_waiting=rng.choice([8, 1024, 1024]), request_timeout=rng.choice([4.0, 600.0, 600.0]),
+        lost_after=rng.choice([2.0, 8.0]), stuck_after=10.0,
     )  # fmt: skip
-    capacity = min(spec.num_pages for spec in specs) * page_size
+    sim = Simulator(
+        specs, rng.choice(POLICIES), chaos=chaos, seed=seed, depth=rng.choice([0, 1, 1, 2]), vocab=rng.choice([8, 50]),
+        cost=LinearCost(link_page=rng.choice([0.0005, 0.02])), router=router,
+    )  # fmt: skip
+    _load(sim, rng, min(spec.num_pages for spec in specs) * page_size, page_size)
+    _faults(sim, rng, specs)
+    return sim
+
+
+def _load(sim: Simulator, rng: random.Random, capacity: int, page_size: int) -> None:
     shared = [rng.randrange(1000) for _ in range(20)]
-    count = rng.randint(5, 25)
-    for index in range(count):
+    one_token, whole_pages = rng.random() < 0.2, rng.random() < 0.3
+    for index in range(rng.randint(5, 25)):
         length = rng.randint(1, capacity // 2)
+        if whole_pages:
+            length = max(page_size, length // page_size * page_size)
         prompt = (shared[: rng.randint(0, 20)] + [rng.randrange(1000) for _ in range(length)])[:length]
+        longest = 1 if one_token and rng.random() < 0.5 else max(1, min(30, capacity - length - 1))
         sampling = SamplingParams(
-            max_tokens=rng.randint(1, max(1, min(30, capacity - length - 1))), temperature=0.0,
+            max_tokens=rng.randint(1, longest), temperature=0.0,
             stop_token_ids=tuple(rng.sample(range(8), rng.choice([0, 1]))), min_tokens=rng.choice([0, 0, 3]),
         )  # fmt: skip
         at = rng.random()
-        sim.submit(f"r{index}", prompt, sampling, at)
+        sim.submit(f"r{index}", prompt, sampling, at, salt=rng.choice(["", "", "b"]), priority=rng.choice([0, 0, 1]))
         if rng.random() < 0.2:  # the client leaves
             sim.plan(at + rng.random() * rng.choice([0.05, 0.5]), lambda i=f"r{index}": sim.abort(i))
+
+
+def _faults(sim: Simulator, rng: random.Random, specs: list[EngineSpec]) -> None:
     for _ in range(rng.randint(0, 5)):
-        name, at = f"w{rng.randrange(len(specs))}", rng.random() * 2.0
+        name, at = rng.choice(specs).name, rng.random() * 2.0
         if rng.random() < 0.4:
             sim.plan(at, lambda n=name: sim.kill(n))
         else:
             seconds = rng.choice([0.1, 0.7, 1.2, 2.4, 9.0])
             sim.plan(at, lambda n=name, s=seconds: sim.stall(n, s))
-    return sim
+    if rng.random() < 0.3:  # roles flip under load, and all flip back
+        for _ in range(3):
+            change = RoleChange(rng.choice(specs).name, Role(rng.randint(1, 3)))
+            sim.plan(rng.random() * 2.0, lambda c=change: _set_role(sim, c))
+        for spec in specs:
+            sim.plan(2.5, lambda s=spec: _set_role(sim, RoleChange(s.name, s.role)))
+
+
+def _set_role(sim: Simulator, change: RoleChange) -> None:
+    if change.worker in sim.router.view.workers:
+        sim.router.set_role(change, sim.now)
 
 
 def check(sim: Simulator) -> list[str]:
     """Run to the end; what is wrong, if anything: no end, other tokens than the oracle's, a leaked page."""
-    sim.run(until=600.0)
+    sim.run(until=700.0)
     wrong = []
     for request_id, outcome in sim.outcomes.items():
         expected = oracle(outcome.prompt, outcome.sampling, sim.vocab)
@@ -75,17 +125,22 @@ def check(sim: Simulator) -> list[str]:
             wrong.append(f"{request_id} got {outcome.tokens}, not {expected}")
         elif outcome.tokens != expected[: len(outcome.tokens)]:
             wrong.append(f"{request_id} ended with {outcome.finish} after wrong tokens")
-        elif outcome.times is not None:
-            times = outcome.times
-            stages = times.queue + times.prefill + times.transfer + times.decode_wait + times.decode
-            if abs(stages - times.e2e) > 1e-9:
-                wrong.append(f"{request_id}: stages add up to {stages}, not {times.e2e}")
+        elif outcome.times is not None and (complaint := check_times(outcome.times)):
+            wrong.append(f"{request_id}: {complaint}")
     for name, worker in sim.workers.items():
         if worker.alive:
             free, live, cached, inflight, quarantined = worker.core.pool.counts
             if live or inflight or quarantined or free + cached != worker.core.num_pages:
                 wrong.append(f"{name} leaks: {worker.core.pool.counts}")
     return wrong
+
+
+def check_times(times: StageTimes) -> str:
+    """What is wrong with a request's stage times: one is negative, or they do not add up."""
+    stages = [getattr(times, stage) for stage in STAGES]
+    if min(stages) < -1e-9:
+        return f"a stage is negative: {times}"
+    return "" if abs(sum(stages) - times.e2e) < 1e-9 else f"stages add up to {sum(stages)}, not {times.e2e}"
 
 
 def run_seeds(first: int, last: int) -> tuple[dict[int, list[str]], Counter[str]]:

@@ -45,7 +45,7 @@ from minidisagg.runtime.kv_cache import KVCache
 
 PROMPTS = prompts(200)
 OUTPUT = 64
-POOL = 72  # pages: the longest request needs 36, and some ten requests run at a time
+POOL = 144  # pages: the longest request needs 36, and some twenty requests run at a time
 CPU = torch.device("cpu")
 
 

@@ -285,7 +285,6 @@ def sweep_table(comparisons: list[tuple[int, Comparison]]) -> Table:
 
 def run(options: BenchOptions) -> int:
     """Carry the benchmark out; returns the exit status. Raises `ValueError`, `OSError` or `StartError` in one line."""
-    options = apply_preset(options)
     console = Console(stderr=options.output.json)
     if options.output.dry_run:
         console.print(_dry_run(options), highlight=False)

@@ -25,6 +25,7 @@ class BatchBuilder:
         self.items: list[PlanItem] = []
         self.new: list[SeqInit] = []
         self.members: set[tuple[str, int]] = set()
+        self._pending = False  # pages of a victim are still being read by a link
 
     @property
     def empty(self) -> bool:
@@ -44,7 +45,8 @@ class BatchBuilder:
             return 0
         if request.state is State.QUEUED:
             running = len(self._core.running)
-            if running >= self._core.options.max_num_seqs or not self._core.admit(request, spare=running):
+            full = running + self._core.expected >= self._core.options.max_num_seqs
+            if full or not self._core.admit(request, spare=running):
                 return 0
         elif not request.is_prefill and (request.exhausted or request.leaves):
             return 0
@@ -85,11 +87,14 @@ class BatchBuilder:
             if pages is not None:
                 request.pages.extend(pages)
                 break
+            if self._pending:
+                return False
             candidates = [r for r in core.running if not r.inflight and r.key not in self.members]
             victim = core.policy.evict(core, candidates)
             if victim is None:
                 return False  # pending: what is in flight will free pages
             core.preempt(victim.request)
+            self._pending = bool(victim.request.pages)
             if victim.request is request:
                 return False
         return True

@@ -142,22 +142,23 @@ class BlockPool:
 
     def check_integrity(self) -> None:
         """Every page in one state, sums equal the pool, references only on LIVE pages, hashes one to one."""
-        for state in PageState:
-            if self.counts[state] != self.state.count(state):
-                raise IntegrityError(f"{state.name} counts {self.counts[state]}, but {self.state.count(state)} are")
-        free = sorted(self._free)
-        if free != [page for page, state in enumerate(self.state) if state is PageState.FREE]:
+        members: list[list[int]] = [[] for _ in PageState]
+        published = 0
+        for page, (state, refs, digest) in enumerate(zip(self.state, self.refs, self._hash_of, strict=True)):
+            members[state].append(page)
+            if (refs > 0) is not (state is PageState.LIVE) or refs < 0:
+                raise IntegrityError(f"page {page} is {state.name} with {refs} references")
+            if digest is not None:
+                published += 1
+                if self._by_hash.get(digest) != page or state not in (PageState.LIVE, PageState.CACHED):
+                    raise IntegrityError(f"page {page} is {state.name} and published")
+        if self.counts != [len(pages) for pages in members]:
+            raise IntegrityError(f"pages by state count {self.counts}, but {[len(pages) for pages in members]} are")
+        if sorted(self._free) != members[PageState.FREE]:
             raise IntegrityError("the free list and the page states disagree")
-        if set(self._lru) != {page for page, state in enumerate(self.state) if state is PageState.CACHED}:
+        if sorted(self._lru) != members[PageState.CACHED]:
             raise IntegrityError("the LRU list and the page states disagree")
-        for page, state in enumerate(self.state):
-            if (self.refs[page] > 0) != (state is PageState.LIVE):
-                raise IntegrityError(f"page {page} is {state.name} with {self.refs[page]} references")
-            digest = self._hash_of[page]
-            shareable = state in (PageState.LIVE, PageState.CACHED)
-            if digest is not None and not (shareable and self._by_hash[digest] == page):
-                raise IntegrityError(f"page {page} is {state.name} and published")
-        if len(self._by_hash) != sum(digest is not None for digest in self._hash_of):
+        if len(self._by_hash) != published:
             raise IntegrityError("a prefix hash names a page that does not carry it")
 
     def _take(self, count: int, state: PageState, refs: int) -> list[int] | None:

@@ -93,7 +93,7 @@ class EngineCore:
         self.pool = BlockPool(spec.num_pages)
         self.requests: dict[SeqKey, Request] = {}
         self.waiting: list[Request] = []  # QUEUED, by the policy's order
-        self.running: list[Request] = []  # RUNNING, in order of admission
+        self.running: list[Request] = []  # RUNNING, by the policy's order
         self.offers: list[tuple[str, KVOffer, Request]] = []  # by the policy's order
         self.plans: dict[int, StepPlan] = {}  # steps in flight
         self.peers: dict[str, int] = {}  # epochs of the live workers
@@ -133,9 +133,8 @@ class EngineCore:
         self.now = now
         self._grant_offers()
         if self.policy.dynamic_order:
-            for request in self.waiting:
-                request.sort_key["prefill"] = self.policy.order(request, "prefill", self)
-            self.waiting.sort(key=lambda r: r.sort_key["prefill"])
+            self._reorder(self.waiting, "prefill")
+            self._reorder(self.running, "decode")
         batch = BatchBuilder(self)
         self.policy.compose(batch, self)
         if not batch.items:
@@ -172,11 +171,12 @@ class EngineCore:
                 self._retire_if_settled(request)
                 continue
             request.num_computed = item.start + item.count
+            self._publish(request)  # before the token: a last one takes the pages away
             if item.sample:
                 request.pending -= 1
-                out.append(self._on_token(request, token, seconds))
-            self._publish(request)
-            self._after_step(request)
+                out.append(self._on_token(request, token))
+            if request.state is State.RUNNING and request.key in self.sender.transfers:
+                self.sender.advance(request, now)
         self._send(ROUTER, StepOutput(step_id, out, seconds, prefill, decode, context))
 
     def on_transfer_done(self, completion: Completion, now: float) -> None:
@@ -262,8 +262,7 @@ class EngineCore:
             self.pool.drop(cached)
             return False
         self.waiting.remove(request)
-        self.running.append(request)
-        request.state = State.RUNNING
+        self._run(request)
         request.pages = cached + pages
         request.published = len(cached)
         request.num_scheduled = request.num_computed = request.cached_tokens = len(cached) * self.page_size
@@ -294,11 +293,12 @@ class EngineCore:
             return
         request = Request(message, self.spec.fingerprint, self.now)
         self.requests[request.key] = request
-        self._enqueue(request)
+        self._insert(self.waiting, request, "prefill")
 
     def _on_abort(self, envelope: Envelope) -> None:
         message: Abort = envelope.body  # type: ignore[assignment]
         self._close(message.request_id, message.incarnation)
+        self._forget_offers(message.request_id, message.incarnation)
         for request in [r for r in self.requests.values() if r.request_id == message.request_id]:
             if request.incarnation <= message.incarnation:
                 self._end(request, State.DONE_INFLIGHT)
@@ -309,9 +309,8 @@ class EngineCore:
         if request is None or request.state is not State.HELD or request.key in self.sender.transfers:
             return
         if message.dest == self.name:
-            request.state = State.RUNNING
-            request.decode, request.hold = "", False
-            self.running.append(request)
+            request.decode, request.hold, request.ready_at = "", False, -1.0
+            self._run(request)
         else:
             self.sender.offer(request, message.dest, self.now, self.spec.fingerprint)
             self.sender.finish_prefill(request, request.output[-1], self.now)
@@ -325,14 +324,22 @@ class EngineCore:
 
     def _on_peer_up(self, envelope: Envelope) -> None:
         message: PeerUp = envelope.body  # type: ignore[assignment]
-        self.peers[message.worker] = max(message.epoch, self.peers.get(message.worker, 0))
+        if message.worker in self.peers:  # a new process says that the old one is dead
+            self._fence_peer(message.worker, message.epoch)
+        else:
+            self.peers[message.worker] = message.epoch
 
     def _on_peer_down(self, envelope: Envelope) -> None:
         message: PeerDown = envelope.body  # type: ignore[assignment]
-        self.peers[message.worker] = max(message.epoch + 1, self.peers.get(message.worker, 0))
-        self.offers = [offer for offer in self.offers if offer[0] != message.worker]
-        self.sender.abort_link(message.worker, peer_dead=True)
-        self.receiver.on_peer_down(message.worker, message.epoch, self.now)
+        self._fence_peer(message.worker, message.epoch + 1)
+
+    def _fence_peer(self, worker: str, epoch: int) -> None:
+        """All processes of this worker before `epoch` are dead; known already, it changes nothing."""
+        if epoch > self.peers.get(worker, 0):
+            self.peers[worker] = epoch
+            self.offers = [offer for offer in self.offers if offer[0] != worker]
+            self.sender.abort_link(worker, peer_dead=True)
+            self.receiver.on_peer_down(worker, epoch - 1, self.now)
 
     def _on_offer(self, envelope: Envelope) -> None:
         offer: KVOffer = envelope.body  # type: ignore[assignment]
@@ -371,7 +378,7 @@ class EngineCore:
     def _on_cancel(self, envelope: Envelope) -> None:
         message: KVCancel = envelope.body  # type: ignore[assignment]
         key = message.request_id, message.incarnation
-        self.offers = [offer for offer in self.offers if offer[2].key != key]
+        self._forget_offers(*key)
         if key not in self.requests:
             self._close(*key)  # it may have overtaken the offer
         self.receiver.on_cancel(envelope.source, message)
@@ -392,7 +399,7 @@ class EngineCore:
 
     # ------------------------------------------------------------ tokens
 
-    def _on_token(self, request: Request, token: int, seconds: float) -> TokenOut:
+    def _on_token(self, request: Request, token: int) -> TokenOut:
         first = len(request.output) == request.prefill_len - len(request.prompt)
         request.output.append(token)
         finish = request.finish_reason()
@@ -416,16 +423,10 @@ class EngineCore:
                 self.sender.finish_prefill(request, token, now)
         return out
 
-    def _after_step(self, request: Request) -> None:
-        if request.state is State.DONE_INFLIGHT:
-            self._retire_if_settled(request)
-        elif request.state is State.RUNNING and request.key in self.sender.transfers:
-            self.sender.advance(request, self.now)
-
     def _publish(self, request: Request) -> None:
         """Offer the pages that have become full and confirmed to the prefix cache."""
         full = request.num_computed // self.page_size
-        if full > request.published and request.pages and self.spec.prefix_caching:
+        if full > request.published and self.spec.prefix_caching:
             hashes = request.extend_hashes(self.page_size)
             for index in range(request.published, full):
                 self.pool.publish(request.pages[index], hashes[index])
@@ -458,9 +459,8 @@ class EngineCore:
     def _handoff_ready(self, request: Request, first_token: int) -> None:
         request.num_scheduled = request.num_computed = request.prefill_len
         request.output.append(first_token)
-        request.state = State.RUNNING
         request.ready_at = self.now
-        self.running.append(request)
+        self._run(request)
         self._publish(request)
 
     def _handoff_gone(self, request: Request) -> None:
@@ -481,6 +481,11 @@ class EngineCore:
             return
         self._end(request, State.PREEMPTED)
         self._send(ROUTER, Released(request.request_id, request.incarnation, reason, failure))
+
+    def _reorder(self, queue: list[Request], stage: Stage) -> None:
+        for request in queue:
+            request.sort_key[stage] = self.policy.order(request, stage, self)
+        queue.sort(key=lambda r: r.sort_key[stage])
 
     def _end(self, request: Request, state: State) -> None:
         """Out of every queue at once; the pages go when no step and no peer can touch them any more."""
@@ -524,12 +529,21 @@ class EngineCore:
             if request.incarnation > incarnation:
                 return True
             self._end(request, State.DONE_INFLIGHT)
+        self._forget_offers(request_id, incarnation)
         return False
 
-    def _enqueue(self, request: Request) -> None:
-        stage: Stage = "prefill"
+    def _forget_offers(self, request_id: str, incarnation: int) -> None:
+        """Offers that wait are no requests yet; their source hears of the end from the router."""
+        self.offers = [o for o in self.offers if o[2].request_id != request_id or o[2].incarnation > incarnation]
+
+    def _run(self, request: Request) -> None:
+        """Into the batch, in the policy's order: who stands in front is served, and evicts, first."""
+        request.state = State.RUNNING
+        self._insert(self.running, request, "decode")
+
+    def _insert(self, queue: list[Request], request: Request, stage: Stage) -> None:
         request.sort_key[stage] = self.policy.order(request, stage, self)
-        bisect.insort(self.waiting, request, key=lambda r: r.sort_key[stage])
+        bisect.insort(queue, request, key=lambda r: r.sort_key[stage])
 
     def _send(self, dest: str, body: AnyMessage) -> None:
         self.outbox.append(Send(dest, body))

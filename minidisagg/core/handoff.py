@@ -69,7 +69,8 @@ class Incoming:
     link_epoch: int
     reserved: list[int]
     deadline: float
-    landed: int = 0
+    posted: int = 0  # pieces whose receive has been started
+    landed: int = 0  # and has ended
     expected: int | None = None  # pieces in all, known with KVDone or KVCancel
     first_token: int | None = None
     dropped: bool = False  # nobody wants the request any more
@@ -342,14 +343,15 @@ class Receiver:
             link.early.setdefault(chunk.seq, chunk)
         while link.next_seq in link.early:
             chunk = link.early.pop(link.next_seq)
-            key = chunk.request_id, chunk.incarnation
-            transfer = self.transfers.get(key)
-            pages = transfer.request.pages[chunk.first : chunk.first + chunk.count] if transfer is not None else []
+            transfer = self._find(peer, chunk.request_id, chunk.incarnation)
+            pages: list[int] = []
             if transfer is not None:
+                pages = transfer.request.pages[chunk.first : chunk.first + chunk.count]
+                transfer.posted += 1
                 transfer.deadline = now + self.lease
             if not link.flying:
                 link.deadline = now + self.timeout
-            link.flying[chunk.seq] = key
+            link.flying[chunk.seq] = chunk.request_id, chunk.incarnation
             link.next_seq += 1
             self._emit(StartTransfer(TransferOp(
                 peer=peer, link_epoch=chunk.link_epoch, seq=chunk.seq, send=False, request_id=chunk.request_id,
@@ -430,15 +432,15 @@ class Receiver:
             self.abort_link(peer, link_epoch, True, now)
 
     def on_peer_down(self, peer: str, epoch: int, now: float) -> None:
-        """The source's process is dead; its links still have to be taken down at this end."""
+        """The source's processes up to this epoch are dead; their links still have to be taken down at this end."""
         self._dead[peer] = max(epoch, self._dead.get(peer, -1))
         for source, link_epoch in self._aborting:
-            if source == peer and link_epoch >> EPOCH_BITS == epoch:
+            if source == peer and link_epoch >> EPOCH_BITS <= epoch:
                 self._emit(AbortLink(peer, link_epoch, False, True))
         live = {link_epoch for source, link_epoch in self.links if source == peer}
         live |= {transfer.link_epoch for transfer in self.transfers.values() if transfer.source == peer}
         for link_epoch in sorted(live):
-            if link_epoch >> EPOCH_BITS == epoch:
+            if link_epoch >> EPOCH_BITS <= epoch:
                 self.abort_link(peer, link_epoch, True, now)
 
     def on_tick(self, now: float) -> None:
@@ -464,7 +466,8 @@ class Receiver:
         return transfer if transfer is not None and transfer.source == peer else None
 
     def _settle(self, transfer: Incoming) -> None:
-        if transfer.expected is None or transfer.landed < transfer.expected:
+        # A source that has forgotten the handoff counts too few: what was posted here must land in any case.
+        if transfer.expected is None or transfer.landed < max(transfer.expected, transfer.posted):
             return
         request = transfer.request
         del self.transfers[request.key]

@@ -80,6 +80,10 @@ class RequestView(Protocol):
     def prefill_len(self) -> int: ...
     @property
     def max_tokens(self) -> int: ...
+    @property
+    def prefill(self) -> str:
+        """The worker that holds its KV, where `place` is asked again because it left `decode` open; else empty."""
+        ...
 
 
 @dataclass

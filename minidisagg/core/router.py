@@ -156,6 +156,7 @@ class Router:
         self.requests: dict[str, Tracked] = {}
         self.parked: list[str] = []  # accepted, and no worker can take them now
         self.hellos: dict[str, Hello] = {}
+        self.epochs: dict[str, int] = {}  # the newest of each worker, dead ones too
         self.stats: dict[str, Stats] = {}
         self.heartbeats: dict[str, Heartbeat] = {}
         self.paused = False  # admission is paused: new requests are parked
@@ -339,7 +340,7 @@ class Router:
 
     def _abandon(self, request: Tracked) -> None:
         """Abort this incarnation wherever it may be."""
-        for name in {request.prefill, request.decode}:
+        for name in dict.fromkeys((request.prefill, request.decode)):  # a set's order differs from run to run
             if name in self.view.workers:
                 self._send(name, Abort(request.request_id, request.incarnation))
         self._unplace(request)
@@ -358,9 +359,11 @@ class Router:
     # ------------------------------------------------------------ messages
 
     def _on_hello(self, name: str, epoch: int, hello: Hello) -> None:
-        old = self.view.workers.get(name)
-        if old is not None and old.epoch >= epoch:
-            return
+        if epoch <= self.epochs.get(name, -1):
+            return  # a late copy must not bring a dead process back
+        if name in self.view.workers:  # the new process came before the news of the old one's death
+            self.on_worker_down(name, self.view.workers[name].epoch, self.view.now)
+        self.epochs[name] = epoch
         for other, peer in self.hellos.items():
             self._send(other, PeerUp(name, epoch, hello.address))
             self._send(name, PeerUp(other, self.view.workers[other].epoch, peer.address))
@@ -461,7 +464,7 @@ class Router:
         prefill = request.first_at - request.arrival - queue
         transfer = wait = 0.0
         if request.step_s > 0:
-            wait = request.wait_s
+            wait = min(request.wait_s, request.second_at - request.first_at)
             transfer = max(0.0, request.second_at - request.first_at - wait - request.step_s)
         return StageTimes(queue, prefill, transfer, wait, now - request.first_at - transfer - wait, e2e)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
+import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -37,17 +38,21 @@ def load_policy(spec: str) -> Policy:
             raise ValueError(f"unknown policy {name!r}; there are {', '.join(names())}, or FILE.py:CLASS")
         found = points[0].load()
     settings = dict(_setting(part, spec) for part in rest.split(",") if part)
-    policy = found(**settings)
+    try:
+        policy = found(**settings)
+    except TypeError as error:  # a setting that the class does not have, or of another type
+        raise ValueError(f"policy {spec!r}: {error}") from error
     if not isinstance(policy, Policy):
         raise ValueError(f"policy {spec!r} is not a minidisagg.Policy")
     return policy
 
 
 def _from_file(path: Path, class_name: str) -> type[Policy]:
-    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    module_spec = importlib.util.spec_from_file_location(f"{__name__}.file:{path}", path)
     if not path.is_file() or module_spec is None or module_spec.loader is None:
         raise ValueError(f"policy file {path} does not exist")
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # a dataclass in the file looks itself up there
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:  # whatever the user's file raises is told in one line

