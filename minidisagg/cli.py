@@ -10,7 +10,6 @@ import os
 import re
 import signal
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -68,6 +67,8 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, click.UsageError) and error.ctx is not None:
         return f"{error.format_message()} (see {error.ctx.command_path} --help)".replace("\n", " ")
     text = error.format_message() if isinstance(error, click.ClickException) else str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if not isinstance(error, click.ClickException | ValueError | OSError | RuntimeError):
         text = f"internal error, {type(error).__name__}: {text} (MINIDISAGG_DEBUG=1 shows where)"
     return " ".join(text.split()) or type(error).__name__
@@ -109,7 +110,12 @@ def pull(name: str, from_hub: bool) -> None:
 @cli.command()
 @model_argument
 @click.option("--prompt", "-p", "prompts", multiple=True, metavar="TEXT", help="Repeatable; without it: stdin.")
-@click.option("--prompt-file", type=click.Path(path_type=Path), multiple=True, help="One prompt per file. Repeatable.")
+@click.option(
+    "--prompt-file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    multiple=True,
+    help="One prompt per file. Repeatable.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per prompt and line.")
 @sampling_options(temperature=0.0, max_tokens=128)
 @mode_option
@@ -183,19 +189,19 @@ def _use_preset(ctx: click.Context, _: click.Parameter, name: str | None) -> str
 bench_options = stack(
     [
         click.option("--mode", type=click.Choice([*MODES, "both"]), default="both", show_default=True,
-                      help="What to measure; both is disagg against colocated, on as many workers."),
+                     help="What to measure; both is disagg against colocated, on as many workers."),
         click.option("--against", default="", metavar="MODE[:POLICY]", help="Compare --mode with this baseline."),
         click.option("--preset", type=click.Choice(list(PRESETS)), is_eager=True, callback=_use_preset,
-                      help="quick: a comparison in some two minutes. What a flag says holds all the same."),
+                     help="quick: a first comparison in some three minutes."),
         click.option("--find-goodput", is_flag=True, help="Search the highest rate that still meets --goodput."),
         click.option("--goodput", multiple=True, metavar="NAME:MS …", help="SLOs, as in: --goodput ttft:200 tpot:50"),
         click.option("--request-rate", metavar="RATE",
                      help="Requests per second, inf, or 0.5x: half of what one prefill worker was "
-                          f" measured to do.  [default: {ARRIVALS.request_rate}x, or the trace's own times]"),
+                         f"measured to do.  [default: {ARRIVALS.request_rate}x, or the trace's own times]"),
         click.option("--burstiness", type=float, default=ARRIVALS.burstiness, show_default=True,
-                      help="Shape of the gaps between arrivals: 1 is a Poisson process, less is burstier."),
+                     help="Shape of the gaps between arrivals: 1 is a Poisson process, less is burstier."),
         click.option("--max-concurrency", default="", metavar="N[,N…]",
-                      help="Closed loop: as many requests at a time. A list is a sweep."),
+                     help="Closed loop: as many requests at a time. A list is a sweep."),
         click.option("--num-prompts", type=positive, default=WORKLOAD.num_prompts, show_default=True),
         click.option("--num-warmups", type=click.IntRange(min=0), default=ARRIVALS.num_warmups, show_default=True),
         click.option("--repeats", type=positive, default=TRIALS.repeats, show_default=True),
@@ -204,12 +210,13 @@ bench_options = stack(
         click.option("--random-input-len", type=positive, default=WORKLOAD.input_len, show_default=True),
         click.option("--random-output-len", type=positive, default=WORKLOAD.output_len, show_default=True),
         click.option("--random-range-ratio", type=float, default=WORKLOAD.range_ratio, show_default=True,
-                      help="Lengths are uniform in [1 - r, 1 + r] of the above."),
+                     help="Lengths are uniform in [1 - r, 1 + r] of the above."),
         click.option("--trace-speedup", type=float, default=WORKLOAD.trace_speedup, show_default=True,
-                      help="Divides the trace's times."),
+                     help="Divides the trace's times."),
         click.option("--trace-scale-len", type=float, default=WORKLOAD.trace_scale_len, show_default=True,
-                      help="Multiplies the trace's lengths."),
-        click.option("--result-dir", metavar="DIR", help="[default: bench-results/DATE-TIME]"),
+                     help="Multiplies the trace's lengths."),
+        click.option("--result-dir", default="bench-results", show_default=True, metavar="DIR",
+                     help="Each run gets a directory of its own in it."),
         click.option("--dry-run", is_flag=True, help="Say what would be done, and how long it would take."),
         click.option("--json", "as_json", is_flag=True, help="The result as JSON on stdout."),
     ]
@@ -274,7 +281,7 @@ def _read_bench(model: str, mode: str, against: str, flags: dict[str, Any]) -> B
             preset=flags["preset"],
         ),
         output=Output(
-            directory=flags["result_dir"] or time.strftime("bench-results/%Y%m%d-%H%M%S"),
+            directory=flags["result_dir"],
             json=flags["as_json"],
             dry_run=flags["dry_run"],
         ),

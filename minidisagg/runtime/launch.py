@@ -77,8 +77,11 @@ class Supervisor:
         for task in self._tasks:
             task.cancel()
         alive = [process for process in self.processes.values() if process.returncode is None]
-        for process in alive:
-            process.send_signal(signal.SIGCONT)  # a stopped one would not even notice
+        for name, process in self.processes.items():
+            if process.returncode is None and (name, self._configs[name].epoch) not in self.greeted:
+                process.kill()  # it still loads, and has nothing to lose
+            elif process.returncode is None:
+                process.send_signal(signal.SIGCONT)  # a stopped one would not even notice
         waiting = [asyncio.ensure_future(process.wait()) for process in alive]
         if waiting:
             _, late = await asyncio.wait(waiting, timeout=STOP_GRACE)
@@ -107,7 +110,8 @@ class Supervisor:
             return
         how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
         early = (name, epoch) not in self.greeted
-        logger.warning("worker %s (epoch %d) is dead: %s %s", name, epoch, how, self.log_tail(name))
+        if not early:  # else the front end's error says it
+            logger.warning("worker %s (epoch %d) is dead: %s %s", name, epoch, how, self.log_tail(name))
         self._on_down(name, epoch, early)
         if early:
             return  # it never came up; trying again would fail again

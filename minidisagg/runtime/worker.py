@@ -23,6 +23,7 @@ import time
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import msgspec
 import torch
@@ -66,6 +67,8 @@ class Device:
     def __init__(self, config: WorkerConfig, model_config: ModelConfig) -> None:
         settings = config.settings
         self.device = torch.device(settings.device)
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device {settings.device!r} is asked for, but torch {torch.__version__} sees no GPU")
         self.dtype: torch.dtype = getattr(torch, _dtype_name(settings.dtype, model_config, self.device))
         self.delays = config.run.delays
         model = Transformer(model_config, load_weights(config.model.model, model_config), self.dtype, self.device)
@@ -101,6 +104,7 @@ class Worker:
         self.loop = asyncio.get_running_loop()
         self.done = asyncio.Event()
         self.failure = ""
+        self.record: BinaryIO | None = None  # the input log
         self.peers: dict[str, str] = {}  # addresses of the live workers
         self.channels: dict[str, Channel] = {}
         self.unsent: dict[str, list[AnyMessage]] = {}  # for peers that have no channel yet
@@ -135,6 +139,8 @@ class Worker:
         await self.links.close()
         self.device.thread.shutdown(wait=False, cancel_futures=True)
         self.device.cache.close()
+        if self.record is not None:
+            self.record.close()
 
     def _prepare(self, model_config: ModelConfig) -> Hello:
         config, cache = self.config, self.device.cache
@@ -150,16 +156,17 @@ class Worker:
         policy = load_policy(config.cluster.policy)
         if config.run.record_dir:
             path = Path(config.run.record_dir) / f"{config.name}.{config.epoch}.inputs"
-            self.core: EngineCore = RecordingCore(spec, policy, path.open("wb", buffering=1 << 16))
+            self.record = path.open("wb", buffering=1 << 16)
+            self.core: EngineCore = RecordingCore(spec, policy, self.record)
         else:
             self.core = EngineCore(spec, policy)
         ahead = config.run.step_ahead
         self.depth = ahead if ahead >= 0 else int(self.device.device.type == "cuda")
         self.link_kind = kind
         self.loop.call_soon_threadsafe(self._make_links)
-        limit = config.model.max_model_len or model_config.max_model_len
+        limit = _max_model_len(config, model_config, cache)
         return Hello(
-            config.role, cache.num_pages, cache.page_size, min(limit, cache.num_pages * cache.page_size),
+            config.role, cache.num_pages, cache.page_size, limit,
             spec.fingerprint, f"unix:{config.run_dir}/{config.name}.{config.epoch}.sock", os.getpid(),
             model_config.kv_bytes_per_token(self.device.dtype.itemsize),
             {
@@ -340,6 +347,20 @@ def _dtype_name(asked: str, config: ModelConfig, device: torch.device) -> str:
     if asked != "auto":
         return asked
     return "bfloat16" if config.dtype == "float16" and device.type == "cpu" else config.dtype
+
+
+def _max_model_len(config: WorkerConfig, model: ModelConfig, cache: KVCache) -> int:
+    """What was asked for, which must be possible; else the model's own limit, or what the cache holds."""
+    asked, held = config.model.max_model_len, cache.num_pages * cache.page_size
+    if asked > model.max_model_len:
+        raise ValueError(f"max_model_len is {asked}, but the model's own limit is {model.max_model_len}")
+    if asked > held:
+        need = -(-asked // cache.page_size) * cache.bytes_per_page
+        raise ValueError(
+            f"the KV cache of {config.settings.kv_cache_memory} bytes holds {held} tokens; max_model_len {asked} "
+            f"needs {need} bytes"
+        )
+    return asked or min(model.max_model_len, held)
 
 
 def _lower_priority() -> None:

@@ -3,7 +3,8 @@
 It runs the production `Router` and `EngineCore`; only time, messages and bytes are simulated. The simulated KV cache
 holds a hash chain instead of tensors: each slot is computed from the slot before it and its token, and a sampled token
 from all slots that its page table names. So a token depends on every slot that attention would read, and any page
-that was reused, overwritten or never written shows in the output.
+that was reused, overwritten or never written shows in the output. With `check`, it is an error already when a step or
+a link touches a page that is not its own, and when a request starts from KV that is not its own.
 
 Faults are calls, made by whoever drives the run: `kill`, `stall`, `abort`; `Chaos` reorders and duplicates messages,
 breaks transfers and delays the confirmation of an abort.
@@ -17,10 +18,11 @@ import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
+from minidisagg.core.blocks import IntegrityError, PageState
 from minidisagg.core.effects import AbortLink, OpenLink, Send, StartTransfer
 from minidisagg.core.engine import EngineCore, EngineSpec
 from minidisagg.core.messages import ROUTER, AnyMessage, Envelope, Hello, SamplingParams
-from minidisagg.core.plan import Completion, SeqKey, StepPlan, TransferOp
+from minidisagg.core.plan import Completion, PlanItem, SeqInit, SeqKey, StepPlan, TransferOp
 from minidisagg.core.policy import Policy
 from minidisagg.core.router import Emit, Kill, Router, RouterSpec, StageTimes, drain_outbox
 from minidisagg.sim.cost_model import LinearCost
@@ -57,8 +59,9 @@ def oracle(prompt: list[int], sampling: SamplingParams, vocab: int) -> list[int]
 class Chaos:
     """Probabilities and delays of what a network and a scheduler may do."""
 
-    reorder: float = 0.0  # a message is delayed by up to 20 ms, past others
+    reorder: float = 0.0  # a message is delayed past others
     duplicate: float = 0.0  # a message arrives twice
+    delay: float = 0.02  # by up to so many seconds
     break_transfer: float = 0.0  # a piece fails (checksum, reset)
     abort_delay: float = 0.0  # up to so many seconds until an abort is confirmed; writes may land until then
 
@@ -116,7 +119,8 @@ class Simulator:
         self._count = itertools.count()
         self._outside = 0  # arrivals and faults still to come
         self._last_delivery: dict[tuple[str, str], float] = {}
-        self._posted: dict[tuple[str, str, int, int], dict[bool, TransferOp]] = {}  # by pair, link epoch, seq
+        self._targets: dict[tuple[str, int], SimWorker] = {}  # the process that a link was opened to
+        self._posted: dict[tuple[str, int, int], dict[bool, tuple[SimWorker, TransferOp]]] = {}
         self._dead_ends: set[tuple[str, str, int, bool]] = set()  # (owner, peer, link epoch, outgoing)
         self._touched: set[str] = set()  # workers, or the router, that this event may have changed
         for spec in specs:
@@ -244,12 +248,12 @@ class Simulator:
         pair = envelope.source, dest
         when = max(self.now + self.cost.message, self._last_delivery.get(pair, 0.0))
         if self.rng.random() < self.chaos.reorder and not isinstance(envelope.body, Hello):
-            when += self.rng.random() * 0.02
+            when += self.rng.random() * self.chaos.delay
         else:
             self._last_delivery[pair] = when
         times = [when]
         if self.rng.random() < self.chaos.duplicate:
-            times.append(when + self.rng.random() * 0.02)
+            times.append(when + self.rng.random() * self.chaos.delay)
         for time in times:
             self.at(time, lambda: self._deliver(envelope, dest, target))
 
@@ -294,8 +298,8 @@ class Simulator:
                     self._start_transfer(worker, effect.op)
                 elif isinstance(effect, AbortLink):
                     self._abort_link(worker, effect)
-                else:
-                    assert isinstance(effect, OpenLink)  # a simulated link is always there
+                elif isinstance(effect, OpenLink):
+                    self._targets[worker.core.name, effect.link_epoch] = self.workers[effect.peer]
 
     def _schedule(self, worker: SimWorker) -> None:
         while worker.running_steps <= self.depth:
@@ -320,9 +324,14 @@ class Simulator:
         size, memory = worker.core.page_size, worker.memory
         for key in plan.dropped:
             worker.last.pop(key, None)
+        new = {(init.request_id, init.incarnation): init for init in plan.new}
         tokens = []
         for item in plan.items:
             key = item.request_id, item.incarnation
+            if self.check:
+                self._expect(worker, item.pages, PageState.LIVE)
+                if key in new and item.start:
+                    self._expect_kv(worker, item, new[key])
             known = item.tokens if len(item.tokens) == item.count else [*item.tokens, worker.last[key]]
             for position, token in enumerate(known, item.start):
                 before = memory[item.pages[(position - 1) // size]][(position - 1) % size] if position else 0
@@ -337,49 +346,66 @@ class Simulator:
     def _start_transfer(self, worker: SimWorker, op: TransferOp) -> None:
         """Two-sided: the bytes move once both ends have started it. One-sided: when the source has."""
         if self.one_sided:
-            receiver = self.workers.get(op.peer)
+            receiver = self._targets[worker.core.name, op.link_epoch] if op.send else worker
             seconds = self.cost.transfer_seconds(op.count) if op.send else 0.0
             self.at(self.now + seconds, lambda: self._finish_transfer(worker, receiver, op))
             return
-        name = worker.core.name
-        source, dest = (name, op.peer) if op.send else (op.peer, name)
-        posted = self._posted.setdefault((source, dest, op.link_epoch, op.seq), {})
-        posted[op.send] = op
+        piece = worker.core.name if op.send else op.peer, op.link_epoch, op.seq
+        posted = self._posted.setdefault(piece, {})
+        posted[op.send] = worker, op
         if len(posted) == 2:
-            del self._posted[source, dest, op.link_epoch, op.seq]
-            sender, receiver = self.workers[source], self.workers[dest]
+            del self._posted[piece]
             done = self.now + self.cost.transfer_seconds(op.count)
             ok = self.rng.random() >= self.chaos.break_transfer
-            self.at(done, lambda: self._land(sender, receiver, posted[True], posted[False], ok))
+            self.at(done, lambda: self._land(*posted[True], *posted[False], ok))
 
-    def _finish_transfer(self, worker: SimWorker, receiver: SimWorker | None, op: TransferOp) -> None:
+    def _finish_transfer(self, worker: SimWorker, receiver: SimWorker, op: TransferOp) -> None:
         """One-sided: the source writes into the destination's memory, whatever that thinks of it by now."""
 
         def finish() -> None:
             if (worker.core.name, op.peer, op.link_epoch, op.send) in self._dead_ends:
                 return
             ok = not op.send or self.rng.random() >= self.chaos.break_transfer
-            if op.send and receiver is not None:
-                for mine, theirs in zip(op.pages, op.remote, strict=True):
-                    receiver.memory[theirs] = list(worker.memory[mine])
+            if op.send:
+                self._copy(worker, op.pages, receiver, op.remote)
             worker.core.on_transfer_done(Completion(op.peer, op.link_epoch, op.seq, op.send, ok), self.now)
 
         self._inside(worker, finish)
 
-    def _land(self, sender: SimWorker, receiver: SimWorker, send: TransferOp, receive: TransferOp, ok: bool) -> None:
+    def _land(self, sender: SimWorker, send: TransferOp, receiver: SimWorker, receive: TransferOp, ok: bool) -> None:
         if sender.alive and receiver.alive and self.now < sender.stalled_until:
-            self.at(sender.stalled_until, lambda: self._land(sender, receiver, send, receive, ok))
+            self.at(sender.stalled_until, lambda: self._land(sender, send, receiver, receive, ok))
             return
         names = sender.core.name, receiver.core.name
         receiving = receiver.alive and (names[1], names[0], send.link_epoch, False) not in self._dead_ends
         sending = sender.alive and (names[0], names[1], send.link_epoch, True) not in self._dead_ends
-        if receiving and sending:
-            for mine, theirs in zip(send.pages, receive.pages, strict=False):
-                receiver.memory[theirs] = list(sender.memory[mine])
+        if receiving and sending and receive.pages:  # else they are thrown away
+            self._copy(sender, send.pages, receiver, receive.pages)
         for worker, op, there in ((sender, send, sending), (receiver, receive, receiving)):
             if there:
                 completion = Completion(op.peer, op.link_epoch, op.seq, op.send, ok and sending and receiving)
                 self._inside(worker, lambda w=worker, c=completion: w.core.on_transfer_done(c, self.now))  # type: ignore[misc]
+
+    def _copy(self, source: SimWorker, pages: list[int], dest: SimWorker, remote: list[int]) -> None:
+        if self.check:
+            self._expect(source, pages, PageState.LIVE)
+            self._expect(dest, remote, PageState.INFLIGHT, PageState.QUARANTINED)
+        for mine, theirs in zip(pages, remote, strict=True):
+            dest.memory[theirs] = list(source.memory[mine])
+
+    def _expect(self, worker: SimWorker, pages: list[int], *states: PageState) -> None:
+        for page in pages:
+            if worker.alive and worker.core.pool.state[page] not in states:
+                state = worker.core.pool.state[page].name
+                raise IntegrityError(f"page {page} of {worker.core.name} is in use while it is {state}")
+
+    def _expect_kv(self, worker: SimWorker, item: PlanItem, init: SeqInit) -> None:
+        slots = itertools.chain.from_iterable(worker.memory[page] for page in item.pages)
+        content = 0
+        for token, slot in zip([*init.prompt, *init.output][: item.start], slots, strict=False):
+            content = chain(content, token)
+            if slot != content:
+                raise IntegrityError(f"{item.request_id} starts from KV on {worker.core.name} that is not its own")
 
     def _abort_link(self, worker: SimWorker, effect: AbortLink) -> None:
         """Confirmed after a while; a one-sided destination only if the source has stopped."""

@@ -200,3 +200,5 @@ class DistLink(ThreadLink):
             self._stream.synchronize()  # no copy into a page is still under way
         self._group = self._store = None
         self._staging = []
+        self._group = self._store = None
+        self._staging = []
