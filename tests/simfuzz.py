@@ -57,8 +57,8 @@ def build(seed: int) -> Simulator:
         for index, role in enumerate(roles)
     ]  # fmt: skip
     chaos = Chaos(
-        reorder=rng.choice([0, 0, 0.1]), duplicate=rng.choice([0, 0.1]), break_transfer=rng.choice([0, 0, 0.02, 0.1]),
-        abort_delay=rng.choice([0, 0.3, 1.0]), delay=rng.choice([0.02, 0.5]),
+        reorder=rng.choice([0, 0, 0.1]), duplicate=rng.choice([0, 0.1, 0.3]), break_transfer=rng.choice([0, 0, 0.02, 0.1]),
+        abort_delay=rng.choice([0, 0.3, 1.0]), delay=rng.choice([0.02, 0.5, 2.0]),
     )  # fmt: skip
     router = RouterSpec(
         max_waiting=rng.choice([8, 1024, 1024]), request_timeout=rng.choice([4.0, 600.0, 600.0]),

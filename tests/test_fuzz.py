@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 from simfuzz import run_seeds
 
 from minidisagg.core.blocks import BlockPool
 from minidisagg.core.engine import EngineCore
-from minidisagg.core.handoff import Incoming, Receiver
+from minidisagg.core.handoff import Receiver, Sender
+from minidisagg.core.messages import KVGrant
 from minidisagg.core.request import Request, State
 
 SEEDS = 400
@@ -35,11 +37,16 @@ def free_at_end_with_a_step_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def ignore_the_incarnation(monkeypatch: pytest.MonkeyPatch) -> None:
-    def any_incarnation(self: Receiver, peer: str, request_id: str, incarnation: int) -> Incoming | None:
-        found = [t for t in self.transfers.values() if t.request.request_id == request_id and t.source == peer]
-        return found[0] if found else None
+    """A grant for an earlier incarnation names pages that have been given to others since."""
+    on_grant = Sender.on_grant
 
-    monkeypatch.setattr(Receiver, "_find", any_incarnation)
+    def any_incarnation(self: Sender, peer: str, message: KVGrant, now: float) -> None:
+        for request_id, incarnation in self.transfers:
+            if request_id == message.request_id:
+                message = msgspec.structs.replace(message, incarnation=incarnation)
+        on_grant(self, peer, message, now)
+
+    monkeypatch.setattr(Sender, "on_grant", any_incarnation)
 
 
 def reuse_before_the_abort_is_confirmed(monkeypatch: pytest.MonkeyPatch) -> None:

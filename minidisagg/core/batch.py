@@ -24,7 +24,7 @@ class BatchBuilder:
         self.waiting: Sequence[Request] = tuple(core.waiting)
         self.items: list[PlanItem] = []
         self.new: list[SeqInit] = []
-        self.members: set[tuple[str, int]] = set()
+        self.members: set[Request] = set()
         self._pending = False  # pages of a victim are still being read by a link
 
     @property
@@ -37,46 +37,40 @@ class BatchBuilder:
 
         Returns how many went in: 0 where it does not fit, has nothing to compute, or is in the step already.
         """
-        if request.state not in (State.QUEUED, State.RUNNING) or request.key in self.members:
-            return 0
-        if not self.seqs_left or not self.tokens_left:
-            return 0
-        if limit is not None and limit <= 0:
+        if not self.seqs_left or not self.tokens_left or request in self.members or (limit is not None and limit <= 0):
             return 0
         if request.state is State.QUEUED:
             running = len(self._core.running)
             full = running + self._core.expected >= self._core.options.max_num_seqs
             if full or not self._core.admit(request, spare=running):
                 return 0
-        elif not request.is_prefill and (request.exhausted or request.leaves):
+        elif request.state is not State.RUNNING:
             return 0
-        count = min(request.remaining, self.tokens_left)
-        if limit is not None:
-            count = min(count, limit)
-        if request.is_prefill and self._core.options.chunk:
-            count = min(count, self._core.options.chunk)
-        if count <= 0 or not self._room(request, request.num_scheduled + count):
-            return 0
-        self._append(request, count)
-        return count
-
-    def _append(self, request: Request, count: int) -> None:
-        core, start = self._core, request.num_scheduled
+        start, index, count = request.num_scheduled, len(request.output) + request.pending, 1
+        if start < request.prefill_len:
+            count = min(request.prefill_len - start, self.tokens_left, limit or self.tokens_left)
+            if self._core.options.chunk:
+                count = min(count, self._core.options.chunk)
+        elif index >= request.sampling.max_tokens or request.leaves:
+            return 0  # all that is to come from here is in flight
         end = start + count
-        samples = end == request.num_tokens
+        if end > len(request.pages) * self._core.page_size and not self._room(request, end):
+            return 0
         if not request.introduced:
             request.introduced = True
             self.new.append(SeqInit(
                 request.request_id, request.incarnation, request.prompt, list(request.output), request.sampling
             ))  # fmt: skip
+        samples = end == len(request.prompt) + index
+        tokens = request.tokens(start, end)
         self.items.append(PlanItem(
-            request.request_id, request.incarnation, start, count, request.tokens(start, end), request.pages,
-            samples, len(request.output) + request.pending,
+            request.request_id, request.incarnation, start, count, tokens, request.pages, samples, index
         ))  # fmt: skip
-        self.members.add(request.key)
+        self.members.add(request)
         self.tokens_left -= count
         self.seqs_left -= 1
-        core.scheduled(request, count, samples)
+        self._core.scheduled(request, count, samples)
+        return count
 
     def _room(self, request: Request, end: int) -> bool:
         """Pages for positions [0, end); preempts for them where a decode would else stand still."""
@@ -89,7 +83,7 @@ class BatchBuilder:
                 break
             if self._pending:
                 return False
-            candidates = [r for r in core.running if not r.inflight and r.key not in self.members]
+            candidates = [r for r in core.running if not r.inflight and r not in self.members]
             victim = core.policy.evict(core, candidates)
             if victim is None:
                 return False  # pending: what is in flight will free pages

@@ -96,7 +96,8 @@ class EngineCore:
         self.running: list[Request] = []  # RUNNING, by the policy's order
         self.offers: list[tuple[str, KVOffer, Request]] = []  # by the policy's order
         self.plans: dict[int, StepPlan] = {}  # steps in flight
-        self.peers: dict[str, int] = {}  # epochs of the live workers
+        self.peers: dict[str, int] = {}  # per worker, the lowest epoch that is not known to be dead
+        self.up: dict[str, int] = {}  # per worker, the epoch of its last `PeerUp`
         self.draining = False
         self.steps = 0
         self.preemptions = 0
@@ -324,10 +325,11 @@ class EngineCore:
 
     def _on_peer_up(self, envelope: Envelope) -> None:
         message: PeerUp = envelope.body  # type: ignore[assignment]
-        if message.worker in self.peers:  # a new process says that the old one is dead
+        stale = message.epoch < self.peers.get(message.worker, 0)
+        if not stale and message.epoch > self.up.get(message.worker, -1):
+            self.up[message.worker] = message.epoch
             self._fence_peer(message.worker, message.epoch)
-        else:
-            self.peers[message.worker] = message.epoch
+            self.sender.abort_link(message.worker, peer_dead=True)  # opened after the death, it leads nowhere
 
     def _on_peer_down(self, envelope: Envelope) -> None:
         message: PeerDown = envelope.body  # type: ignore[assignment]

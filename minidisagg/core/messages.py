@@ -134,7 +134,7 @@ class Hello(Message, frozen=True):
     info: dict[str, str | int | float] = {}
 
 
-class TokenOut(Struct, frozen=True, array_like=True):
+class TokenOut(Struct, frozen=True, array_like=True, gc=False):
     """One sampled token. `index` counts the request's output from 0, over all incarnations and workers.
 
     Durations, on the worker's clock and only where they end with this token, else 0: `queue_s` and `prefill_s` with

@@ -23,7 +23,7 @@ class SeqInit(Struct, frozen=True, array_like=True):
     sampling: SamplingParams
 
 
-class PlanItem(Struct, frozen=True, array_like=True):
+class PlanItem(Struct, frozen=True, array_like=True, gc=False):
     """One sequence's share of a step: compute KV for positions [start, start + count).
 
     `tokens` are the known token ids of these positions. With a step ahead in flight the last one may be missing

@@ -32,7 +32,7 @@ class OutputHead:
     """Logits in at least float32: in bfloat16 the two largest are too often exactly equal."""
 
     def __init__(self, weight_VH: Tensor) -> None:
-        self.on_gpu = weight_VH.is_cuda and weight_VH.dtype != torch.float32
+        self.on_gpu = weight_VH.is_cuda and weight_VH.dtype in (torch.bfloat16, torch.float16)
         wide = weight_VH if self.on_gpu or weight_VH.dtype == torch.float64 else weight_VH.float()
         self.linear = Linear(wide)
 

@@ -45,8 +45,8 @@ class Frontend:
         self.cluster = cluster
         self.run = run
         self.loop = asyncio.get_running_loop()
-        self.run_dir = Path(tempfile.mkdtemp(prefix="minidisagg-"))  # mode 0700
         self.router = Router(router or RouterSpec(seed=run.seed), load_policy(cluster.policy))
+        self.run_dir = Path(tempfile.mkdtemp(prefix="minidisagg-"))  # mode 0700
         self.channels: dict[str, Channel] = {}
         self.restarted: list[tuple[float, str]] = []  # when a worker died, and which
         self.error = ""

@@ -156,7 +156,7 @@ class Worker:
         policy = load_policy(config.cluster.policy)
         if config.run.record_dir:
             path = Path(config.run.record_dir) / f"{config.name}.{config.epoch}.inputs"
-            self.record = path.open("wb", buffering=1 << 16)
+            self.record = path.open("wb", buffering=0)  # a kill loses nothing
             self.core: EngineCore = RecordingCore(spec, policy, self.record)
         else:
             self.core = EngineCore(spec, policy)
