@@ -20,6 +20,7 @@ CLUSTERS = {
     "colocated": [3, 3], "1p1d": [1, 2], "2p1d": [1, 1, 2], "1p2d": [1, 2, 2], "mixed": [1, 2, 3],
     "2p3d": [1, 1, 2, 2, 2], "both": [3, 3, 3, 3],
 }  # fmt: skip
+LONG = 600.0  # seconds: no request takes so long unless it was lost
 STAGES = ("queue", "prefill", "transfer", "decode_wait", "decode")
 
 
@@ -57,11 +58,11 @@ def build(seed: int) -> Simulator:
         for index, role in enumerate(roles)
     ]  # fmt: skip
     chaos = Chaos(
-        reorder=rng.choice([0, 0, 0.1]), duplicate=rng.choice([0, 0.1, 0.3]), break_transfer=rng.choice([0, 0, 0.02, 0.1]),
-        abort_delay=rng.choice([0, 0.3, 1.0]), delay=rng.choice([0.02, 0.5, 2.0]),
+        reorder=rng.choice([0, 0, 0.1]), duplicate=rng.choice([0, 0.1, 0.3]), delay=rng.choice([0.02, 0.5, 2.0]),
+        drop=rng.choice([0, 0, 0.02]), break_transfer=rng.choice([0, 0, 0.02, 0.1]), abort_delay=rng.choice([0, 0.3, 1.0]),
     )  # fmt: skip
     router = RouterSpec(
-        max_waiting=rng.choice([8, 1024, 1024]), request_timeout=rng.choice([4.0, 600.0, 600.0]),
+        max_waiting=rng.choice([8, 1024, 1024]), request_timeout=rng.choice([4.0, LONG, LONG]),
         lost_after=rng.choice([2.0, 8.0]), stuck_after=10.0,
     )  # fmt: skip
     sim = Simulator(
@@ -114,13 +115,20 @@ def _set_role(sim: Simulator, change: RoleChange) -> None:
 
 
 def check(sim: Simulator) -> list[str]:
-    """Run to the end; what is wrong, if anything: no end, other tokens than the oracle's, a leaked page."""
+    """Run to the end, then the verdict."""
     sim.run(until=700.0)
+    return verdict(sim)
+
+
+def verdict(sim: Simulator) -> list[str]:
+    """What is wrong, if anything: no end, other tokens than the oracle's, stages that do not add up, a leaked page."""
     wrong = []
     for request_id, outcome in sim.outcomes.items():
         expected = oracle(outcome.prompt, outcome.sampling, sim.vocab)
         if not outcome.finish:
             wrong.append(f"{request_id} never ended")
+        elif "deadline" in outcome.error and sim.router.spec.request_timeout >= LONG:
+            wrong.append(f"{request_id} was forgotten until its deadline")
         elif outcome.finish in ("stop", "length") and outcome.tokens != expected:
             wrong.append(f"{request_id} got {outcome.tokens}, not {expected}")
         elif outcome.tokens != expected[: len(outcome.tokens)]:

@@ -11,8 +11,8 @@ from simfuzz import run_seeds
 
 from minidisagg.core.blocks import BlockPool
 from minidisagg.core.engine import EngineCore
-from minidisagg.core.handoff import Receiver, Sender
-from minidisagg.core.messages import KVGrant
+from minidisagg.core.handoff import Receiver
+from minidisagg.core.messages import Abort, Envelope, KVAck, KVCancel, KVDone, KVFailed, KVGrant
 from minidisagg.core.request import Request, State
 
 SEEDS = 400
@@ -37,16 +37,23 @@ def free_at_end_with_a_step_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def ignore_the_incarnation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A grant for an earlier incarnation names pages that have been given to others since."""
-    on_grant = Sender.on_grant
+    """What is said of an earlier incarnation, late or twice, is taken for news of the present one."""
+    on_message = EngineCore.on_message
 
-    def any_incarnation(self: Sender, peer: str, message: KVGrant, now: float) -> None:
-        for request_id, incarnation in self.transfers:
-            if request_id == message.request_id:
-                message = msgspec.structs.replace(message, incarnation=incarnation)
-        on_grant(self, peer, message, now)
+    def any_incarnation(self: EngineCore, envelope: Envelope, now: float) -> None:
+        body = envelope.body
+        if isinstance(body, Abort | KVAck | KVCancel | KVDone | KVFailed | KVGrant):
+            for request_id, incarnation in self.requests:
+                if request_id == body.request_id:
+                    body = msgspec.structs.replace(body, incarnation=incarnation)
+        on_message(self, Envelope(envelope.source, envelope.epoch, body), now)
 
-    monkeypatch.setattr(Sender, "on_grant", any_incarnation)
+    monkeypatch.setattr(EngineCore, "on_message", any_incarnation)
+
+
+def lose_the_lease_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Receiver, "on_tick", lambda self, now: None)
+    monkeypatch.setattr(EngineCore, "on_tick", lambda self, now: None)
 
 
 def reuse_before_the_abort_is_confirmed(monkeypatch: pytest.MonkeyPatch) -> None:

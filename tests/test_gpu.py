@@ -42,7 +42,7 @@ async def outputs(cluster: ClusterSettings, kill: str = "") -> tuple[list[list[i
     prompts = [[rng.randrange(512) for _ in range(rng.randint(8, 200))] for _ in range(24)]
     sampling = SamplingParams(temperature=0.0, max_tokens=32, ignore_eos=True)
     tokens: list[list[int]] = [[] for _ in prompts]
-    async with await Frontend.start(MODEL, cluster, RunSettings(link_timeout=20.0)) as frontend:
+    async with await Frontend.start(MODEL, cluster, RunSettings(link_timeout=8.0)) as frontend:
         ended = asyncio.Event()
         left = len(prompts)
         failures: list[str] = []
@@ -64,9 +64,12 @@ async def outputs(cluster: ClusterSettings, kill: str = "") -> tuple[list[list[i
             frontend.supervisor.kill(kill, 1)
         await asyncio.wait_for(ended.wait(), 240)
         assert not failures
-        stats = await frontend.fresh_stats()
-        for one in stats.values():
-            assert one.pages_live == one.pages_inflight == one.pages_quarantined == 0
+        for _ in range(100):  # a dead peer's link holds its pages until its abort is confirmed
+            stats = await frontend.fresh_stats()
+            if not any(one.pages_live + one.pages_inflight + one.pages_quarantined for one in stats.values()):
+                break
+        else:
+            raise AssertionError(f"pages are still held: {stats}")
         return tokens, sum(link.bytes for one in stats.values() for link in one.links)
 
 

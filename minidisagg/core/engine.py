@@ -310,7 +310,7 @@ class EngineCore:
         if request is None or request.state is not State.HELD or request.key in self.sender.transfers:
             return
         if message.dest == self.name:
-            request.decode, request.hold, request.ready_at = "", False, -1.0
+            request.decode, request.leaves, request.ready_at = "", False, -1.0
             self._run(request)
         else:
             self.sender.offer(request, message.dest, self.now, self.spec.fingerprint)

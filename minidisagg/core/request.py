@@ -35,8 +35,8 @@ class Request:
     """
 
     __slots__ = (
-        "arrival", "cached_tokens", "decode", "first_scheduled_at", "hashes", "hold", "incarnation", "inflight",
-        "introduced", "num_computed", "num_scheduled", "output", "pages", "peer", "pending", "prefill_len", "priority",
+        "arrival", "cached_tokens", "decode", "first_scheduled_at", "hashes", "incarnation", "inflight", "introduced",
+        "leaves", "num_computed", "num_scheduled", "output", "pages", "peer", "pending", "prefill_len", "priority",
         "prompt", "published", "queued_at", "ready_at", "request_id", "root", "salt", "sampling", "sort_key", "state",
     )  # fmt: skip
 
@@ -50,7 +50,8 @@ class Request:
         self.priority = source.priority
         self.salt = source.salt
         self.decode = source.decode if isinstance(source, Submit) else ""
-        self.hold = source.hold if isinstance(source, Submit) else False
+        # It decodes elsewhere: nothing is planned here past its first token.
+        self.leaves = isinstance(source, Submit) and (source.hold or bool(source.decode))
         self.peer = ""  # where its KV comes from, while WAIT_KV
         self.state = State.QUEUED
         self.pages: list[int] = []
@@ -88,16 +89,6 @@ class Request:
     def is_prefill(self) -> bool:
         """Still computing tokens that it did not sample here."""
         return self.num_scheduled < self.prefill_len
-
-    @property
-    def exhausted(self) -> bool:
-        """`max_tokens` are sampled or in flight: nothing more to schedule."""
-        return len(self.output) + self.pending >= self.sampling.max_tokens
-
-    @property
-    def leaves(self) -> bool:
-        """It decodes elsewhere: nothing is planned here past its first token."""
-        return bool(self.decode) or self.hold
 
     def tokens(self, start: int, end: int) -> list[int]:
         """Known token ids of positions [start, end); shorter than asked where the last one is in flight."""

@@ -46,7 +46,7 @@ class Frontend:
         self.run = run
         self.loop = asyncio.get_running_loop()
         self.router = Router(router or RouterSpec(seed=run.seed), load_policy(cluster.policy))
-        self.run_dir = Path(tempfile.mkdtemp(prefix="minidisagg-"))  # mode 0700
+        self.run_dir = _make_run_dir()
         self.channels: dict[str, Channel] = {}
         self.restarted: list[tuple[float, str]] = []  # when a worker died, and which
         self.error = ""
@@ -231,3 +231,9 @@ class Frontend:
         if emit.finish:
             del self._callbacks[emit.request_id]
         callback(emit, time.monotonic())
+
+
+def _make_run_dir() -> Path:
+    """Mode 0700. The path of a Unix socket has 107 bytes at most, so that a long $TMPDIR will not do."""
+    parent = tempfile.gettempdir()
+    return Path(tempfile.mkdtemp(prefix="minidisagg-", dir=parent if len(parent) <= 50 else "/tmp"))

@@ -40,14 +40,16 @@ class LinkSet:
     """All links of one worker."""
 
     def __init__(
-        self, name: str, cache: KVCache, kind: str, codec: str, run_dir: Path, timeout: float, latency: float,
+        self, name: str, cache: KVCache, kind: str, one_sided: bool, codec: str, run_dir: Path, timeout: float, latency: float,
         send: Callable[[Send], None], on_completion: Callable[[Completion], None],
         on_aborted: Callable[[str, int, bool], None],
+        on_failure: Callable[[BaseException], None],
     ) -> None:  # fmt: skip
         """`latency`: seconds added to each piece that this worker sends (an injected delay)."""
         self.name = name
         self.cache = cache
         self.kind = kind
+        self.one_sided = one_sided
         self.codec = codec
         self.run_dir = run_dir
         self.timeout = timeout
@@ -55,6 +57,7 @@ class LinkSet:
         self._send = send
         self._on_completion = on_completion
         self._on_aborted = on_aborted
+        self._on_failure = on_failure
         self._loop = asyncio.get_running_loop()
         self._entries: dict[LinkKey, Entry] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -174,6 +177,9 @@ class LinkSet:
         entry.waiting = []
         if confirmed and self._entries.pop(key, None) is not None:
             self._on_aborted(*key)
+        elif not confirmed and (key[2] or not self.one_sided):
+            # Nobody else can stop this end's own thread: the process ends, and with it all that it could still write.
+            raise LinkError(f"the abort of the link with {key[0]} does not return")
 
     def _fail(self, key: LinkKey, entry: Entry, error: str) -> None:
         """The link never came about: whatever waited for it fails, which makes the core give it up."""
@@ -192,4 +198,4 @@ class LinkSet:
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            self._loop.call_exception_handler({"message": "a link task failed", "exception": error})
+            self._on_failure(error)

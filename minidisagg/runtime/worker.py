@@ -180,9 +180,10 @@ class Worker:
     def _make_links(self) -> None:
         config = self.config
         self.links = LinkSet(
-            config.name, self.device.cache, self.link_kind, config.cluster.kv_codec, Path(config.run_dir),
+            config.name, self.device.cache, self.link_kind, self.core.spec.one_sided_links,
+            config.cluster.kv_codec, Path(config.run_dir),
             config.run.link_timeout, config.run.delays.get("transfer", 0.0), self._carry_out, self._on_completion,
-            self._on_link_aborted,
+            self._on_link_aborted, self._on_failure,
         )  # fmt: skip
 
     # ------------------------------------------------------------ inputs
@@ -333,7 +334,10 @@ class Worker:
         """Crash-only: an error in any task ends the process, and its supervisor starts the next."""
         self.tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            self._stop(f"{type(error).__name__}: {error}", error)
+            self._on_failure(error)
+
+    def _on_failure(self, error: BaseException) -> None:
+        self._stop(f"{type(error).__name__}: {error}", error)
 
     def _stop(self, reason: str, error: BaseException | None = None) -> None:
         if not self.failure:

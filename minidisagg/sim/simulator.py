@@ -61,6 +61,7 @@ class Chaos:
 
     reorder: float = 0.0  # a message is delayed past others
     duplicate: float = 0.0  # a message arrives twice
+    drop: float = 0.0  # a message between workers is lost
     delay: float = 0.02  # by up to so many seconds
     break_transfer: float = 0.0  # a piece fails (checksum, reset)
     abort_delay: float = 0.0  # up to so many seconds until an abort is confirmed; writes may land until then
@@ -88,6 +89,7 @@ class SimWorker:
         self.memory = [[0] * core.page_size for _ in range(core.num_pages)]
         self.last: dict[SeqKey, int] = {}  # last sampled token per sequence, as an executor keeps it
         self.stalled_until = 0.0
+        self.backlog: list[Callable[[], None]] = []  # what happens to it while it is stopped
         self.alive = True
         self.running_steps = 0
         self.device_free_at = 0.0
@@ -229,13 +231,23 @@ class Simulator:
         """Run in the worker's process: never once it is dead, later while it is stopped."""
         if not worker.alive:
             return
-        if self.now < worker.stalled_until:
-            self.at(worker.stalled_until, lambda: self._inside(worker, action))
+        if self.now < worker.stalled_until or worker.backlog:
+            worker.backlog.append(action)
+            if len(worker.backlog) == 1:
+                self.at(worker.stalled_until, lambda: self._resume(worker))
             return
         self._touched.add(worker.core.name)
         action()
         self._drain_worker(worker)
         self._schedule(worker)
+
+    def _resume(self, worker: SimWorker) -> None:
+        if self.now < worker.stalled_until:  # it was stopped again
+            self.at(worker.stalled_until, lambda: self._resume(worker))
+            return
+        backlog, worker.backlog = worker.backlog, []
+        for action in backlog:
+            self._inside(worker, action)
 
     # ------------------------------------------------------------ messages
 
@@ -245,6 +257,8 @@ class Simulator:
     def _post(self, envelope: Envelope, dest: str, target: SimWorker | None) -> None:
         """FIFO per pair, unless chaos has its way. A frame goes to the process to which its channel leads."""
         target = self.workers.get(dest) if target is None else target
+        if ROUTER not in (envelope.source, dest) and self.rng.random() < self.chaos.drop:
+            return
         pair = envelope.source, dest
         when = max(self.now + self.cost.message, self._last_delivery.get(pair, 0.0))
         if self.rng.random() < self.chaos.reorder and not isinstance(envelope.body, Hello):

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# All checks, as CI runs them. --full adds the slow tests; other arguments go to pytest.
+set -euo pipefail
+# shellcheck source=scripts/setup.sh
+. "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+marks="not slow and not gpu"
+if [[ ${1:-} == --full ]]; then
+    shift
+    marks="not gpu"
+    ! command -v nvidia-smi >/dev/null || marks=""
+fi
+set_up dev
+cd "$ROOT"
+export PATH=$VENV/bin:$PATH
+failed=()
+
+check() { # check NAME COMMAND...: a header, the command, its seconds; goes on where it fails
+    local name=$1 began=$SECONDS
+    shift
+    say "$name"
+    "$@" || failed+=("$name")
+    printf '   %s: %d s\n' "$name" $((SECONDS - began))
+}
+
+check "size and forbidden calls" python scripts/check_size.py
+check "ruff" ruff check .
+check "mypy" mypy
+check "import contracts" lint-imports
+check "tests" python -m pytest -m "$marks" "$@"
+
+if ((${#failed[@]})); then
+    printf '\nfailed: %s\n' "$(IFS=,; echo "${failed[*]}")" >&2
+    exit 1
+fi
+printf '\nall checks pass, %d s\n' "$SECONDS"

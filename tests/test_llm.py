@@ -1,0 +1,137 @@
+"""The offline API in both modes, on a model whose tokens are bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from cluster import PAGE, needs_two_cores
+from msgspec.structs import replace
+
+from minidisagg import LLM, SamplingParams
+from minidisagg.config import Mode, WorkerSettings
+from minidisagg.runtime.frontend import StartError
+
+MODEL = "dummy:tiny,std=0.15"
+WORKER = WorkerSettings(dtype="float64", kv_cache_memory=4 << 20)
+TEXTS = ["The capital of France is", "Once upon a time", "héllo ∑ wörld", "x"]
+GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
+SAMPLED = SamplingParams(temperature=1.2, top_p=0.9, max_tokens=24, seed=7)
+
+
+def start(mode: Mode) -> LLM:
+    return LLM(MODEL, mode=mode, block_size=PAGE, prefill=WORKER, decode=WORKER)
+
+
+@pytest.fixture(scope="module")
+def colocated() -> Iterator[LLM]:
+    with start("colocated") as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def disagg() -> Iterator[LLM]:
+    with start("disagg") as llm:
+        yield llm
+
+
+def test_text_and_token_prompts_in_their_order(colocated: LLM) -> None:
+    outputs = colocated.generate(TEXTS, GREEDY)
+    assert [output.prompt_token_ids for output in outputs] == [colocated.tokenizer.encode(text) for text in TEXTS]
+    assert len({tuple(output.token_ids) for output in outputs}) == len(TEXTS)
+    again = colocated.generate([colocated.tokenizer.encode(text) for text in reversed(TEXTS)], GREEDY)
+    assert [output.token_ids for output in reversed(again)] == [output.token_ids for output in outputs]
+    for output in outputs:
+        assert output.finish_reason == "length" and len(output.token_ids) == 24
+        assert output.text == colocated.tokenizer.decode(output.token_ids)
+        assert output.times is not None and output.times.e2e > 0
+    [alone] = colocated.generate(TEXTS[0], GREEDY)
+    [ids] = colocated.generate(outputs[0].prompt_token_ids, GREEDY)
+    assert alone.token_ids == ids.token_ids == outputs[0].token_ids
+
+
+@needs_two_cores
+def test_both_modes_give_the_same(colocated: LLM, disagg: LLM) -> None:
+    penalties = replace(SAMPLED, presence_penalty=0.5, frequency_penalty=0.3, repetition_penalty=1.2, min_p=0.01)
+    seen = []
+    for params in (GREEDY, SAMPLED, replace(SAMPLED, seed=8), penalties, replace(GREEDY, repetition_penalty=1.5)):
+        here = [output.token_ids for output in colocated.generate(TEXTS, params)]
+        assert here == [output.token_ids for output in disagg.generate(TEXTS, params)], params
+        assert here == [output.token_ids for output in colocated.generate(TEXTS, params)], params
+        assert here not in seen  # every parameter changes something
+        seen.append(here)
+
+
+@needs_two_cores
+def test_stops(colocated: LLM, disagg: LLM) -> None:
+    for llm in (colocated, disagg):
+        [whole] = llm.generate(TEXTS[0], GREEDY)
+        cut = next(i for i in range(2, len(whole.text)) if whole.text[i : i + 2] not in whole.text[:i])
+        stop = whole.text[cut : cut + 2]
+        [stopped] = llm.generate(TEXTS[0], replace(GREEDY, stop=("never there", stop)))
+        assert (stopped.text, stopped.finish_reason) == (whole.text[: whole.text.index(stop)], "stop")
+        assert stopped.token_ids == whole.token_ids[: len(stopped.token_ids)] and len(stopped.token_ids) < 24
+        end = whole.token_ids[3]
+        [ended] = llm.generate(TEXTS[0], replace(GREEDY, stop_token_ids=(end,)))
+        at = whole.token_ids.index(end) + 1
+        assert (ended.token_ids, ended.finish_reason) == (whole.token_ids[:at], "stop")
+        [longer] = llm.generate(TEXTS[0], replace(GREEDY, stop_token_ids=(end,), min_tokens=at + 2))
+        assert len(longer.token_ids) > at
+        [one] = llm.generate(TEXTS[0], replace(GREEDY, max_tokens=1))
+        assert one.token_ids == whole.token_ids[:1]
+
+
+@needs_two_cores
+def test_streaming_gives_the_same_text_in_pieces(colocated: LLM, disagg: LLM) -> None:
+    for llm in (colocated, disagg):
+        pieces: list[str] = []
+        output = llm.stream(TEXTS[1], pieces.append, GREEDY)
+        assert len(pieces) > 3
+        assert "".join(pieces) == output.text == llm.generate(TEXTS[1], GREEDY)[0].text
+
+
+def test_unseeded_requests_differ_and_a_run_repeats_them(colocated: LLM) -> None:
+    params = replace(SAMPLED, seed=None)
+    a, b = colocated.generate([TEXTS[0]] * 2, params)
+    assert a.token_ids != b.token_ids
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ([], GREEDY, "the prompt is empty"),
+        ([[1, 2], []], GREEDY, "the prompt is empty"),
+        ([[600]], GREEDY, "token ids must be below the vocabulary's size of 512"),
+        ([[1] * 2040], GREEDY, "the prompt has 2040 tokens and max_tokens is 24: together more than the limit of 2048"),
+    ],
+)
+def test_errors_of_a_request_are_one_line(
+    colocated: LLM, prompt: list[list[int]], params: SamplingParams, message: str
+) -> None:
+    if not prompt:
+        assert colocated.generate(prompt, params) == []
+        return
+    with pytest.raises(ValueError, match=message) as raised:
+        colocated.generate(prompt, params)
+    assert "\n" not in str(raised.value)
+    assert len(colocated.generate(TEXTS, GREEDY)) == len(TEXTS)  # nothing is broken by it
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"model": "dummy:huge"}, ValueError, "unknown shape 'huge'"),
+        ({"model": "/nowhere/at/all"}, (ValueError, OSError), "/nowhere/at/all"),
+        ({"policy": "mine"}, ValueError, "unknown policy 'mine'"),
+        ({"link": "pigeon"}, (StartError, ValueError), "unknown link 'pigeon'"),
+        ({"wings": 2}, (TypeError, ValueError), "wings"),
+        ({"prefill": replace(WORKER, kv_cache_memory=100)}, StartError, "a KV cache of 100 bytes holds no page"),
+        ({"prefill": replace(WORKER, cpus="999")}, ValueError, "asks for core 999"),
+    ],
+)
+def test_errors_of_a_start_are_one_line(
+    settings: dict[str, object], error: type[Exception], message: str, tmp_path: object
+) -> None:
+    with pytest.raises(error, match=message) as raised:
+        LLM(**({"model": MODEL, "prefill": WORKER} | settings))  # type: ignore[arg-type]
+    assert "\n" not in str(raised.value)

@@ -1,0 +1,175 @@
+"""What a running cluster tells of itself: stage times, input logs, and a real model's words."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import signal
+import statistics
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from cluster import (
+    Load,
+    assert_clean,
+    cluster,
+    greedy,
+    needs_two_cores,
+    prompts,
+    random_prompt,
+    run_to_end,
+    send_signal,
+    settings,
+)
+
+from minidisagg.config import STAGES, ModelSettings, RunSettings
+from minidisagg.core.inputlog import Entry, Received, TransferDone, read_log, replay
+from minidisagg.core.messages import Abort
+from minidisagg.core.router import StageTimes
+from minidisagg.model.loader import cached_path
+from minidisagg.model.tokenizer import Tokenizer
+from minidisagg.policies import load_policy
+from minidisagg.workload.lengths import text_items
+
+figures = logging.getLogger("figures")  # pytest --log-cli-level=INFO shows them
+
+# ---------------------------------------------------------------- stage times
+
+DELAY = 0.2
+
+
+async def stage_times(delays: dict[str, float]) -> StageTimes:
+    """Medians over a few requests on an idle cluster."""
+    rng = random.Random(0)
+    async with cluster(settings("disagg"), RunSettings(delays=delays)) as frontend:
+        await run_to_end(frontend, [random_prompt(rng, 30)], greedy(4))  # opens the link
+        times = []
+        for _ in range(5):
+            load = Load(frontend)
+            result = load.submit(random_prompt(rng, 30), greedy(4))
+            await load.finished()
+            assert result.times is not None
+            times.append(result.times)
+            parts = sum(getattr(result.times, stage) for stage in STAGES)
+            assert parts == pytest.approx(result.times.e2e, abs=1e-9)
+            assert result.times.e2e == pytest.approx(result.at[-1] - result.submitted, abs=0.005)
+    return StageTimes(*(statistics.median(getattr(t, f) for t in times) for f in StageTimes.__struct_fields__))
+
+
+@needs_two_cores
+def test_an_injected_delay_moves_its_stage_and_no_other() -> None:
+    base = asyncio.run(stage_times({}))
+    table = {}
+    for delayed in STAGES:
+        times = asyncio.run(stage_times({delayed: DELAY}))
+        table[delayed] = {stage: round(1e3 * (getattr(times, stage) - getattr(base, stage)), 1) for stage in STAGES}
+    figures.info("base %s, delayed by stage, in ms: %s", base, table)
+    for delayed, moved in table.items():
+        assert moved[delayed] == pytest.approx(1e3 * DELAY, abs=20), table
+        assert all(abs(moved[stage]) < 20 for stage in STAGES if stage != delayed), table
+
+
+# ---------------------------------------------------------------- input logs
+
+
+@needs_two_cores
+def test_a_run_with_faults_replays_to_the_same_plans(tmp_path: Path) -> None:
+    """Clients leave and the decode worker is killed; its log is readable up to that moment."""
+
+    async def run() -> float:
+        rng = random.Random(3)
+        shape = settings("disagg", "gloo", pages=160)
+        async with cluster(shape, RunSettings(record_dir=str(tmp_path), delays={"transfer": 0.005})) as frontend:
+            load = Load(frontend)
+            results = load.submit_all(prompts(80, seed=4, longest=200), greedy(32))
+            for left in (70, 60, 50):
+                await load.until(lambda left=left: len(load.open) <= left)  # type: ignore[misc]
+                for result in rng.sample([r for r in results if not r.finish], 4):
+                    frontend.abort(result.request_id)
+            killed = time.monotonic()
+            send_signal(frontend, "decode-0", signal.SIGKILL)
+            await load.finished()
+            assert {result.finish for result in results} == {"length", "abort"}
+            await assert_clean(frontend)
+            return killed
+
+    killed = asyncio.run(run())
+    decoder = msgspec.msgpack.Decoder(Entry)
+    for name in ("prefill-0.1", "decode-0.1", "decode-0.2"):
+        path = tmp_path / f"{name}.inputs"
+        with path.open("rb") as log:
+            plans = list(replay(log, load_policy("fcfs")))
+        assert sum(recorded is not None for recorded, _ in plans) > 10, name
+        assert [recorded for recorded, _ in plans] == [replayed for _, replayed in plans], name
+        with path.open("rb") as log:
+            entries = [decoder.decode(record) for record in list(read_log(log))[1:]]
+        assert any(isinstance(entry, TransferDone) for entry in entries)
+        if name != "decode-0.2":
+            assert any(isinstance(e, Received) and isinstance(e.envelope.body, Abort) for e in entries)
+        if name == "decode-0.1":
+            assert killed - 0.3 < entries[-1].now < killed + 0.05  # a tick every 0.25 s
+        with path.open("rb") as log:  # cut anywhere, it is readable up to there
+            data = log.read()
+        (tmp_path / "cut").write_bytes(data[: len(data) // 2])
+        with (tmp_path / "cut").open("rb") as log:
+            assert 0 < len(list(read_log(log))) < len(entries)
+
+
+# ---------------------------------------------------------------- a real model
+
+SMOLLM2 = "smollm2-135m"
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Iterator[Any]:
+    if not (cached_path(SMOLLM2) / "config.json").is_file():
+        pytest.skip(f"{SMOLLM2} is not in the cache; `minidisagg pull {SMOLLM2}` gets it")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what transformers deprecates inside itself says nothing about this project
+        transformers = pytest.importorskip("transformers")
+        yield transformers.AutoModelForCausalLM.from_pretrained(cached_path(SMOLLM2), dtype=torch.float32)
+
+
+def compare(smollm2: Any, count: int, length: int) -> tuple[int, list[float]]:
+    """How many of `count` outputs are transformers' greedy ones, and the logit gaps where the others part."""
+    tokenizer = Tokenizer.load(SMOLLM2)
+    items = sorted(text_items(20, length, tokenizer.encode), key=lambda item: item.prompt_len)
+    chosen = [item.prompt for item in items[:count] if item.prompt is not None]
+    model = ModelSettings(model=SMOLLM2, block_size=64)
+
+    async def run() -> list[list[int]]:
+        shape = settings("disagg", pages=1, dtype="float32", chunk=128)
+        worker = msgspec.structs.replace(shape.prefill, kv_cache_memory=256 << 20)
+        shape = msgspec.structs.replace(shape, prefill=worker, decode=worker)
+        async with cluster(shape, model=model) as frontend:
+            [paris] = await run_to_end(frontend, [tokenizer.encode("The capital of France is")], greedy(8))
+            assert tokenizer.decode(paris).startswith(" Paris")
+            return await run_to_end(frontend, chosen, greedy(length))
+
+    ours = asyncio.run(run())
+    same, gaps = 0, []
+    for prompt, tokens in zip(chosen, ours, strict=True):
+        with torch.inference_mode():
+            logits = smollm2(torch.tensor([prompt + tokens[:-1]])).logits[0, len(prompt) - 1 :]
+        wanted = logits.argmax(-1).tolist()
+        same += wanted == tokens
+        if wanted != tokens:  # equal up to here, so this is where greedy decoding by transformers would part
+            at = next(i for i, (a, b) in enumerate(zip(wanted, tokens, strict=True)) if a != b)
+            gaps.append(float(logits[at, wanted[at]] - logits[at, tokens[at]]))
+    return same, gaps
+
+
+@needs_two_cores
+@pytest.mark.parametrize(("count", "length"), [(5, 12), pytest.param(20, 48, marks=pytest.mark.slow)])
+def test_smollm2_says_what_transformers_says(smollm2: Any, count: int, length: int) -> None:
+    same, gaps = compare(smollm2, count, length)
+    figures.info("%d of %d outputs are the same; logit gaps %s", same, count, gaps)
+    assert same >= 0.9 * count, gaps
+    assert all(gap < 1e-3 for gap in gaps)  # two tokens of the same logit, as far as float32 can tell
