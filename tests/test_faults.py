@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from cluster import (
     Load,
+    Result,
     all_up,
     assert_clean,
     cluster,
@@ -82,6 +83,36 @@ def test_killed_at_each_stage_disagg() -> None:
 def test_killed_at_each_stage_colocated() -> None:
     faults = [(stage, "worker-0") for stage in ("queued", "prefilling", "decoding")]
     asyncio.run(kill_at("colocated", "auto", faults))
+
+
+def test_a_worker_killed_while_it_restarts_is_started_again() -> None:
+    async def run() -> None:
+        async with cluster(settings("colocated"), RunSettings(delays={"prefill": STAGE})) as frontend:
+            load = Load(frontend)
+            load.submit_all(PROMPTS, greedy(4))
+            first = send_signal(frontend, "worker-0", signal.SIGKILL)
+            while (process := frontend.supervisor.processes["worker-0"]).pid == first:
+                await asyncio.sleep(0.01)
+            process.kill()
+            assert {result.finish for result in await load.finished()} == {"length"}
+            assert len(frontend.restarted) == 2
+            await assert_clean(frontend)
+
+    asyncio.run(run())
+
+
+def test_a_stop_in_the_middle_of_work_and_of_a_restart_ends_both() -> None:
+    async def run() -> list[Result]:
+        async with cluster(settings("colocated"), RunSettings(delays={"prefill": STAGE})) as frontend:
+            load = Load(frontend)
+            load.submit_all(PROMPTS, greedy(4))
+            first = send_signal(frontend, "worker-0", signal.SIGKILL)
+            while frontend.supervisor.processes["worker-0"].pid == first:
+                await asyncio.sleep(0)
+        return load.results  # what `cluster` checks: the new process is gone as well
+
+    for result in asyncio.run(run()):
+        assert (result.finish, result.error) == ("error", "the engine is stopping")
 
 
 @needs_two_cores

@@ -21,6 +21,7 @@ from minidisagg.core.messages import Role
 from minidisagg.model.loader import load_config
 
 BACKOFF = (0.1, 0.5, 2.0, 5.0)  # seconds before each further restart of a worker that keeps dying
+STEADY = 60.0  # seconds of life after which a death counts as the first one again
 STOP_GRACE = 3.0  # seconds between asking a worker to stop and killing it
 logger = logging.getLogger("minidisagg")
 
@@ -32,7 +33,7 @@ class Supervisor:
         self, model: ModelSettings, cluster: ClusterSettings, run: RunSettings, run_dir: Path,
         on_down: Callable[[str, int, bool], None],
     ) -> None:  # fmt: skip
-        """`on_down(name, epoch, early)` is called once the process has been waited for; `early`: before its Hello."""
+        """`on_down(name, epoch, early)` follows the wait for the process; `early`: its first start has failed."""
         load_config(model.model)  # a wrong name or a broken config is told before any process is started
         self.run_dir = run_dir
         self._on_down = on_down
@@ -105,16 +106,19 @@ class Supervisor:
         task.add_done_callback(self._tasks.discard)
 
     async def _watch(self, name: str, epoch: int, process: asyncio.subprocess.Process) -> None:
+        began = asyncio.get_running_loop().time()
         code = await process.wait()
         if self._stopping:
             return
         how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-        early = (name, epoch) not in self.greeted
+        if (name, epoch) in self.greeted and asyncio.get_running_loop().time() - began > STEADY:
+            self.restarts[name] = 0
+        early = epoch == 1 and (name, epoch) not in self.greeted
         if not early:  # else the front end's error says it
             logger.warning("worker %s (epoch %d) is dead: %s %s", name, epoch, how, self.log_tail(name))
         self._on_down(name, epoch, early)
         if early:
-            return  # it never came up; trying again would fail again
+            return  # a first start that fails would fail again; a restart is tried again
         await asyncio.sleep(BACKOFF[min(self.restarts[name], len(BACKOFF) - 1)])
         self.restarts[name] += 1
         await self._start(name)

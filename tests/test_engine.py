@@ -1,0 +1,302 @@
+"""One engine driven by hand: steps, preemption, late binding, leases, the fences."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from stepwise import Stepwise, spec
+
+from minidisagg.core.blocks import PageState
+from minidisagg.core.effects import Send
+from minidisagg.core.engine import EngineCore, EngineSpec, StalledError
+from minidisagg.core.messages import (
+    ROUTER,
+    Abort,
+    AnyMessage,
+    Envelope,
+    KVCancel,
+    KVDone,
+    KVFailed,
+    KVGrant,
+    KVOffer,
+    Migrate,
+    PeerDown,
+    PeerUp,
+    Released,
+    Role,
+    SamplingParams,
+    StepOutput,
+    Submit,
+)
+from minidisagg.core.plan import Completion, StepPlan
+from minidisagg.core.policy import Policy, WorkerOptions
+from minidisagg.core.request import State
+
+
+class Hand:
+    """An engine, its clock, and what it has sent."""
+
+    def __init__(self, engine_spec: EngineSpec | None = None, policy: Policy | None = None) -> None:
+        self.core = EngineCore(engine_spec or spec("w"), policy or Policy())
+        self.now = 0.0
+
+    def receive(self, *bodies: AnyMessage, source: str = ROUTER, epoch: int = 0) -> None:
+        for body in bodies:
+            self.core.on_message(Envelope(source, epoch, body), self.now)
+            self.core.check_integrity()
+
+    def step(self, token: int = 7) -> StepPlan | None:
+        plan = self.core.schedule(self.now)
+        if plan is not None:
+            self.done(plan, token)
+        return plan
+
+    def done(self, plan: StepPlan, token: int = 7) -> None:
+        self.now += 0.01
+        self.core.on_step_done(plan.step_id, [token] * sum(item.sample for item in plan.items), 0.01, self.now)
+        self.core.check_integrity()
+
+    def sent(self, kind: type[AnyMessage]) -> list[AnyMessage]:
+        return [e.body for e in self.core.outbox if isinstance(e, Send) and isinstance(e.body, kind)]
+
+
+def submit(
+    request_id: str, length: int, max_tokens: int = 8, arrival: float = 0.0, incarnation: int = 0, decode: str = "",
+    hold: bool = False, stop: tuple[int, ...] = (),
+) -> Submit:  # fmt: skip
+    sampling = SamplingParams(max_tokens=max_tokens, stop_token_ids=stop)
+    prompt = [hash(request_id) % 97 + index for index in range(length)]
+    return Submit(request_id, incarnation, prompt, [], sampling, arrival, decode=decode, hold=hold)
+
+
+def sizes(plan: StepPlan | None) -> dict[str, tuple[int, int]]:
+    assert plan is not None
+    return {item.request_id: (item.start, item.count) for item in plan.items}
+
+
+def test_a_prompt_and_its_decode_steps() -> None:
+    hand = Hand()
+    hand.receive(submit("a", 6, max_tokens=3))
+    assert sizes(hand.step()) == {"a": (0, 6)}
+    assert sizes(hand.step()) == {"a": (6, 1)}
+    assert hand.core.pool.counts[PageState.LIVE] == 2
+    plan = hand.step()
+    assert sizes(plan) == {"a": (7, 1)} and plan is not None and plan.items[0].tokens == [7]
+    tokens = [token for output in hand.sent(StepOutput) for token in output.tokens]  # type: ignore[union-attr]
+    assert [(token.index, token.finish) for token in tokens] == [(0, ""), (1, ""), (2, "length")]
+    assert hand.core.idle and hand.core.schedule(0.0) is None
+    assert hand.core.pool.counts[PageState.LIVE] == 0
+
+
+def test_a_step_ahead_keeps_the_pages_until_it_lands() -> None:
+    hand = Hand()
+    hand.receive(submit("a", 4, stop=(7,)))
+    first, ahead = hand.core.schedule(0.0), hand.core.schedule(0.0)
+    assert first is not None and ahead is not None
+    assert ahead.items[0].tokens == [] and ahead.items[0].index == 1, "the token is in flight"
+    hand.done(first)
+    assert hand.core.pool.counts[PageState.LIVE] == 2, "ended, but a step still writes"
+    assert hand.core.requests["a", 0].state is State.DONE_INFLIGHT
+    hand.done(ahead)
+    assert hand.core.idle and hand.core.pool.counts[PageState.LIVE] == 0
+    assert [len(output.tokens) for output in hand.sent(StepOutput)] == [1, 0]  # type: ignore[union-attr]
+
+
+def test_an_abort_in_mid_step_ends_without_a_token() -> None:
+    hand = Hand()
+    hand.receive(submit("a", 6))
+    plan = hand.core.schedule(0.0)
+    assert plan is not None
+    hand.receive(Abort("a", 0))
+    assert hand.core.pool.counts[PageState.LIVE] == 2
+    hand.done(plan)
+    assert hand.core.idle
+    assert hand.sent(StepOutput)[0].tokens == []  # type: ignore[union-attr]
+    hand.receive(submit("a", 6))
+    assert hand.core.idle, "the tombstone holds against the duplicate"
+    hand.receive(submit("a", 6, incarnation=1))
+    assert sizes(hand.step()) == {"a": (0, 6)}
+
+
+def test_the_last_pages_of_a_request_go_into_the_prefix_cache() -> None:
+    hand = Hand()
+    hand.receive(submit("a", 8, max_tokens=1))
+    hand.step()
+    assert hand.core.idle and hand.core.pool.counts[PageState.CACHED] == 2
+    again = dataclasses.replace  # the same prompt under another id
+    assert again is not None
+    repeated = submit("a", 8, max_tokens=1)
+    hand.receive(Submit("b", 0, repeated.prompt, [], repeated.sampling, 0.0))
+    assert sizes(hand.step()) == {"b": (4, 4)}, "one page is taken from the cache, one token must be computed"
+
+
+def test_preemption_lets_the_oldest_run_and_tells_the_router() -> None:
+    hand = Hand(spec("w", num_pages=4, prefix_caching=False))
+    hand.receive(submit("young", 4, arrival=2.0))
+    hand.step()
+    hand.receive(submit("old", 4, arrival=1.0))
+    hand.step()
+    assert [request.request_id for request in hand.core.running] == ["old", "young"]
+    for _ in range(4):
+        hand.step()
+    assert not hand.sent(Released)
+    plan = hand.step()
+    assert sizes(plan) == {"old": (9, 1)} or sizes(plan) == {"old": (8, 1)}
+    released = hand.sent(Released)
+    assert [(r.request_id, r.incarnation, r.failure) for r in released] == [("young", 0, False)]  # type: ignore[union-attr]
+    assert hand.core.preemptions == 1
+
+
+def test_a_victim_whose_pages_a_link_still_reads_is_the_only_one() -> None:
+    hand = Hand(spec("w", num_pages=5, prefix_caching=False, options=WorkerOptions(8, 64, 4)))
+    hand.receive(PeerUp("d", 1, ""), submit("old", 3, arrival=1.0), submit("mid", 3, arrival=2.0))
+    hand.step()
+    hand.receive(submit("new", 8, arrival=3.0, decode="d"))
+    hand.core.options.max_num_batched_tokens = 5
+    hand.step()
+    hand.receive(KVGrant("new", 0, [0, 1], 0), source="d", epoch=1)
+    for _ in range(1):
+        hand.step()
+    held = [request.request_id for request in hand.core.requests.values()]
+    assert {"old", "mid"} <= set(held)
+    assert not [r for r in hand.sent(Released) if r.request_id == "mid"]  # type: ignore[union-attr]
+
+
+def test_late_binding_to_itself_and_to_another() -> None:
+    hand = Hand()
+    hand.receive(PeerUp("d", 1, ""), submit("a", 4, hold=True), submit("b", 4, hold=True))
+    hand.step()
+    assert [request.state for request in hand.core.requests.values()] == [State.HELD, State.HELD]
+    assert hand.core.schedule(hand.now) is None, "nothing is planned past the handoff"
+    hand.receive(Migrate("a", 0, "w"), Migrate("b", 0, "d"), Migrate("b", 0, "d"))
+    assert [offer.request_id for offer in hand.sent(KVOffer)] == ["b"]  # type: ignore[union-attr]
+    assert sizes(hand.step()) == {"a": (4, 1)}
+    hand.receive(KVGrant("b", 0, [3], 0), source="d", epoch=1)
+    assert hand.sent(KVDone) == [KVDone("b", 0, 1, 7)]
+
+
+def test_a_held_request_is_given_back_when_its_lease_is_over() -> None:
+    hand = Hand()
+    hand.receive(PeerUp("d", 1, ""), submit("held", 4, hold=True), submit("offered", 4, decode="d"))
+    hand.step()
+    hand.core.on_tick(hand.now + 4.9)
+    assert not hand.sent(Released)
+    hand.core.on_tick(hand.now + 5.1)
+    assert {(r.request_id, r.failure) for r in hand.sent(Released)} == {("held", False), ("offered", False)}  # type: ignore[union-attr]
+    assert [(c.request_id, c.chunks) for c in hand.sent(KVCancel)] == [("offered", 0)]  # type: ignore[union-attr]
+    assert hand.core.idle and hand.core.pool.counts[PageState.LIVE] == 0
+
+
+def offer(request_id: str, length: int, link_epoch: int, incarnation: int = 0, fingerprint: str = "f") -> KVOffer:
+    prompt = list(range(length))
+    return KVOffer(request_id, incarnation, prompt, [], SamplingParams(), 0.0, "", 0, fingerprint, link_epoch)
+
+
+LINK = (1 << 20) + 1
+
+
+def test_a_destination_reserves_and_takes_over() -> None:
+    hand = Hand()
+    hand.receive(PeerUp("p", 1, ""))
+    hand.receive(offer("a", 6, LINK), offer("a", 6, LINK), source="p", epoch=1)
+    assert [(g.pages, g.skip) for g in hand.sent(KVGrant)] == [([0, 1], 0)]  # type: ignore[union-attr]
+    assert hand.core.pool.counts[PageState.INFLIGHT] == 2 and hand.core.schedule(0.0) is None
+    hand.receive(KVDone("a", 0, 0, 9), source="p", epoch=1)
+    assert hand.core.pool.counts[PageState.LIVE] == 2
+    assert sizes(hand.step()) == {"a": (6, 1)}
+
+
+def test_an_offer_of_another_layout_or_too_long_is_refused() -> None:
+    hand = Hand()
+    hand.receive(offer("a", 6, LINK, fingerprint="g"), offer("b", 65, LINK), source="p", epoch=1)
+    assert [refusal.request_id for refusal in hand.sent(KVFailed)] == ["a", "b"]  # type: ignore[union-attr]
+    assert hand.core.idle
+
+
+def test_an_offer_waits_for_pages_and_an_abort_takes_it_away() -> None:
+    hand = Hand(spec("w", num_pages=2))
+    hand.receive(offer("a", 8, LINK), offer("b", 4, LINK), offer("c", 4, LINK), source="p", epoch=1)
+    assert len(hand.core.offers) == 2
+    hand.receive(Abort("b", 0))
+    assert [waiting[2].request_id for waiting in hand.core.offers] == ["c"]
+    hand.receive(offer("b", 4, LINK), source="p", epoch=1)
+    assert len(hand.core.offers) == 1, "the tombstone holds"
+    hand.receive(KVCancel("a", 0, 0), source="p", epoch=1)
+    hand.core.schedule(0.0)
+    assert [grant.request_id for grant in hand.sent(KVGrant)] == ["a", "c"]  # type: ignore[union-attr]
+
+
+def test_pages_are_quarantined_until_the_abort_is_confirmed() -> None:
+    hand = Hand()
+    hand.receive(offer("a", 8, LINK), source="p", epoch=1)
+    hand.receive(PeerDown("p", 1))
+    assert hand.core.pool.counts[PageState.QUARANTINED] == 2 and not hand.core.idle
+    hand.core.on_link_aborted("p", LINK, False, hand.now)
+    assert hand.core.pool.counts[PageState.QUARANTINED] == 0 and hand.core.idle
+    hand.receive(offer("b", 8, LINK), source="p", epoch=1)
+    assert hand.core.idle, "the process is dead, its messages change nothing"
+
+
+def test_a_late_copy_of_a_death_does_not_touch_the_successor() -> None:
+    hand = Hand()
+    hand.receive(PeerUp("p", 1, ""), PeerDown("p", 1), PeerUp("p", 2, ""))
+    hand.receive(offer("a", 8, (2 << 20) + 1), source="p", epoch=2)
+    hand.receive(submit("b", 4, decode="p"))
+    hand.step()
+    before = len(hand.core.outbox)
+    hand.receive(PeerDown("p", 1), PeerUp("p", 1, ""), PeerUp("p", 2, ""))
+    assert len(hand.core.outbox) == before and hand.core.pool.counts[PageState.QUARANTINED] == 0
+
+
+def test_a_link_opened_to_a_dead_peer_is_given_up_when_the_next_one_comes() -> None:
+    hand = Hand()
+    hand.receive(PeerUp("d", 1, ""), PeerDown("d", 1), submit("a", 4, decode="d"))
+    hand.core.schedule(0.0)
+    assert "d" in hand.core.sender.links
+    hand.receive(PeerUp("d", 2, ""))
+    assert "d" not in hand.core.sender.links
+
+
+def test_a_failed_piece_gives_up_the_link_and_the_request() -> None:
+    hand = Hand()
+    hand.receive(PeerUp("d", 1, ""), submit("a", 4, decode="d"))
+    plan = hand.core.schedule(0.0)
+    assert plan is not None
+    hand.receive(KVGrant("a", 0, [0], 0), source="d", epoch=1)
+    hand.done(plan)
+    link_epoch = hand.core.sender.links["d"].epoch
+    hand.core.on_transfer_done(Completion("d", link_epoch, 0, True, False), hand.now)
+    assert hand.core.pool.counts[PageState.LIVE] == 1 and not hand.sent(Released), "the link may still read the page"
+    hand.core.on_link_aborted("d", link_epoch, True, hand.now)
+    assert [(r.request_id, r.failure) for r in hand.sent(Released)] == [("a", True)]  # type: ignore[union-attr]
+    assert hand.core.idle
+
+
+def test_sources_that_forgot_a_handoff_do_not_free_what_is_still_landing() -> None:
+    sim = Stepwise([spec("p", Role.PREFILL), spec("d", Role.DECODE)])
+    while sim.messages:
+        sim.deliver()
+    sim.submit("a", [1, 2, 3, 4, 5], SamplingParams(max_tokens=3), 0.0)
+    sim.events.pop()()
+    while not sim.workers["d"].core.receiver.links:
+        if sim.messages:
+            sim.deliver()
+        else:
+            sim.happen()
+    hand = sim.workers["d"].core
+    hand.on_message(Envelope("p", 1, KVCancel("a", 0, 0)), sim.now)
+    assert hand.pool.counts[PageState.INFLIGHT] == 2, "one piece is posted, whatever the source says"
+    sim.settle()
+    assert not sim.complaints()
+
+
+def test_a_policy_that_plans_nothing_is_told() -> None:
+    class Lazy(Policy):
+        def compose(self, batch: object, worker: object) -> None:
+            """Nothing."""
+
+    hand = Hand(policy=Lazy())
+    hand.receive(submit("a", 4))
+    with pytest.raises(StalledError, match="policy Lazy plans nothing"):
+        hand.core.schedule(0.0)
