@@ -303,6 +303,7 @@ def test_a_signal_stops_everything(env: dict[str, str], temp: Path, number: sign
         _, err = process.communicate(timeout=30)
     finally:
         process.kill()
+        process.wait()
     assert (process.returncode, err.strip()) == (code, b"")
     assert left_over(temp) == []
 
@@ -315,7 +316,7 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(env: dict[str, str], temp: Pat
         env={**env, "TERM": "xterm", "MINIDISAGG_CACHE": str(tmp_path / "cache")},
     )  # fmt: skip
     os.close(theirs)
-    screen = b""
+    screen, prompt = b"", b"\x1b[?2004h"  # the line editor is there: it switches bracketed paste on
 
     def shows(text: bytes) -> bool:
         nonlocal screen
@@ -327,17 +328,18 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(env: dict[str, str], temp: Pat
         return text in screen
 
     try:
-        wait_for(lambda: shows(b"/help lists the commands") and shows(b"> "))
+        wait_for(lambda: shows(prompt))
         os.write(ours, b"hello\r")
         wait_for(lambda: (tmp_path / "cache" / "chat_history").exists())
         time.sleep(0.5)  # the answer has begun, and hangs in its second step
         screen = b""
         process.send_signal(signal.SIGINT)
-        wait_for(lambda: shows(b"> "))
+        wait_for(lambda: shows(prompt))
         os.write(ours, b"\x04")
         wait_for(lambda: not shows(b"\0") and process.poll() is not None)
     finally:
         process.kill()
+        process.wait()
         os.close(ours)
     assert process.returncode == 0, screen
     assert left_over(temp) == []

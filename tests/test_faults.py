@@ -91,9 +91,9 @@ def test_a_worker_killed_while_it_restarts_is_started_again() -> None:
             load = Load(frontend)
             load.submit_all(PROMPTS, greedy(4))
             first = send_signal(frontend, "worker-0", signal.SIGKILL)
-            while (process := frontend.supervisor.processes["worker-0"]).pid == first:
-                await asyncio.sleep(0.01)
-            process.kill()
+            processes = frontend.supervisor.processes
+            await load.until(lambda: processes["worker-0"].pid != first)
+            processes["worker-0"].kill()
             assert {result.finish for result in await load.finished()} == {"length"}
             assert len(frontend.restarted) == 2
             await assert_clean(frontend)
@@ -107,8 +107,7 @@ def test_a_stop_in_the_middle_of_work_and_of_a_restart_ends_both() -> None:
             load = Load(frontend)
             load.submit_all(PROMPTS, greedy(4))
             first = send_signal(frontend, "worker-0", signal.SIGKILL)
-            while frontend.supervisor.processes["worker-0"].pid == first:
-                await asyncio.sleep(0)
+            await load.until(lambda: frontend.supervisor.processes["worker-0"].pid != first)
         return load.results  # what `cluster` checks: the new process is gone as well
 
     for result in asyncio.run(run()):

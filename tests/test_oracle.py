@@ -12,7 +12,7 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import msgspec
@@ -38,7 +38,6 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 from minidisagg.config import RunSettings
 from minidisagg.core.inputlog import Entry, Scheduled, read_log, replay
 from minidisagg.core.plan import PlanItem, SeqInit, StepPlan
-from minidisagg.core.router import Tracked
 from minidisagg.model.loader import load_config, load_weights
 from minidisagg.model.transformer import Transformer
 from minidisagg.policies import load_policy
@@ -61,9 +60,9 @@ class Run:
     logs: Path
 
 
-async def measure(link: str, logs: Path) -> Run:
+async def measure(link: str, logs: Path, ahead: int) -> Run:
     shape = settings("disagg", link, POOL) if link else settings("colocated", pages=POOL)
-    async with cluster(shape, RunSettings(record_dir=str(logs))) as frontend:
+    async with cluster(shape, RunSettings(record_dir=str(logs), step_ahead=ahead)) as frontend:
         tokens = await run_to_end(frontend, PROMPTS, greedy(OUTPUT))
         stats = await frontend.fresh_stats()
         await assert_clean(frontend)
@@ -81,11 +80,11 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def run_over(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
-    """The run over a link ("": colocated); each is made once."""
+    """The run over a link ("": colocated); each is made once, over `unix` with steps planned ahead as on a GPU."""
 
     @cache
     def run(link: str) -> Run:
-        return asyncio.run(measure(link, tmp_path_factory.mktemp(link or "colocated")))
+        return asyncio.run(measure(link, tmp_path_factory.mktemp(link or "colocated"), int(link == "unix")))
 
     return run
 
@@ -204,9 +203,43 @@ def test_disagg_equals_colocated(link: str, run_over: Callable[[str], Run]) -> N
     assert chunks_of_prompts(run.logs / "prefill-0.1.inputs").total() / len(PROMPTS) >= 3
 
 
+@pytest.mark.slow
+def test_steps_planned_ahead_change_no_token(colocated: Run, tmp_path: Path) -> None:
+    assert asyncio.run(measure("", tmp_path, 1)).tokens == colocated.tokens
+
+
+LATE = """
+from minidisagg import Policy
+from minidisagg.core.policy import Placement
+
+
+class Late(Policy):
+    def place(self, request, cluster):
+        if not request.prefill:
+            return Placement("prefill-0", None)
+        return Placement("prefill-0", "decode-0")
+"""
+
+
+@needs_two_cores
+@pytest.mark.slow
+@pytest.mark.parametrize("link", ["gloo", "shm"])
+def test_decode_placed_late_changes_no_token(link: str, colocated: Run, tmp_path: Path) -> None:
+    (tmp_path / "late.py").write_text(LATE)
+
+    async def run() -> list[list[int]]:
+        shape = settings("disagg", link, POOL, policy=f"{tmp_path}/late.py:Late")
+        async with cluster(shape) as frontend:
+            tokens = await run_to_end(frontend, PROMPTS, greedy(OUTPUT))
+            await assert_clean(frontend)
+            return tokens
+
+    assert asyncio.run(run()) == colocated.tokens
+
+
 @needs_two_cores
 def test_recorded_inputs_replay_to_the_same_plans(run_over: Callable[[str], Run]) -> None:
-    for link, names in (("", ["worker-0"]), ("gloo", ["prefill-0", "decode-0"]), ("shm", ["prefill-0", "decode-0"])):
+    for link, names in (("", ["worker-0"]), ("unix", ["prefill-0", "decode-0"]), ("shm", ["prefill-0", "decode-0"])):
         for name in names:
             with (run_over(link).logs / f"{name}.1.inputs").open("rb") as log:
                 plans = list(replay(log, load_policy("fcfs")))
@@ -226,8 +259,7 @@ async def with_kills(link: str, victims: list[str], transfer_delay: float, seed:
         load.submit_all(PROMPTS, greedy(OUTPUT))
         for victim in victims:
             await all_up(frontend)
-            few = len(load.open) - rng.randint(3, 15)
-            await load.until(lambda few=few: len(load.open) <= few and any(map(in_transfer, load.tracked())))
+            await load.until(partial(ripe, load, len(load.open) - rng.randint(3, 15)))
             send_signal(frontend, victim, signal.SIGKILL)
             await asyncio.sleep(0.05)
         results = await load.finished()
@@ -237,13 +269,14 @@ async def with_kills(link: str, victims: list[str], transfer_delay: float, seed:
     return [r.tokens for r in results]
 
 
-def in_transfer(request: Tracked) -> bool:
-    return request.moving and not request.prefilling
+def ripe(load: Load, few: int) -> bool:
+    """At most `few` requests are left, and the KV of one is on its way."""
+    return len(load.open) <= few and any(r.moving and not r.prefilling for r in load.tracked())
 
 
 @needs_two_cores
 def test_kills_in_mid_transfer_change_no_token(colocated: Run) -> None:
-    assert asyncio.run(with_kills("shm", ["decode-0", "prefill-0"], 0.01, 0)) == colocated.tokens
+    assert asyncio.run(with_kills("shm", ["decode-0", "prefill-0"], 0.002, 0)) == colocated.tokens
 
 
 @needs_two_cores

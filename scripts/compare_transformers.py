@@ -1,0 +1,135 @@
+"""Offline throughput on one CPU: minidisagg against transformers' continuous batching, alternating in one run.
+
+    python scripts/compare_transformers.py --threads 2 --rounds 2
+
+16 requests of 128-384 random prompt tokens, 64 out, end-of-sequence ignored, bfloat16. Also prints the decode step at
+512 tokens of context with its floor: bytes that the step must read / measured read bandwidth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+
+from minidisagg.model.loader import resolve
+
+OUT = 64
+
+
+def prompts(count: int, seed: int) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(49152) for _ in range(rng.randint(128, 384))] for _ in range(count)]
+
+
+def transformers_round(model: object, batch: list[list[int]]) -> float:
+    """Seconds for the batch through `generate_batch`."""
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(max_new_tokens=OUT, min_new_tokens=OUT, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    began = time.perf_counter()
+    outputs = model.generate_batch(inputs=batch, generation_config=config, progress_bar=False)  # type: ignore[attr-defined]
+    seconds = time.perf_counter() - began
+    tokens = sum(len(output.generated_tokens) for output in outputs.values())
+    assert tokens == OUT * len(batch), tokens
+    return seconds
+
+
+def steps(threads: int) -> list[dict[str, float]]:
+    """The decode step at 512 tokens of context, with its floor."""
+    import torch
+
+    from minidisagg.core.messages import SamplingParams
+    from minidisagg.core.plan import PlanItem, SeqInit, StepPlan
+    from minidisagg.model.loader import load_config, load_weights
+    from minidisagg.model.transformer import Transformer
+    from minidisagg.runtime.ceilings import measure_ceilings
+    from minidisagg.runtime.executor import Executor
+    from minidisagg.runtime.kv_cache import KVCache
+
+    torch.set_num_threads(threads)
+    config, cpu = load_config("smollm2-135m"), torch.device("cpu")
+    model = Transformer(config, load_weights("smollm2-135m", config), torch.bfloat16, cpu)
+    cache = KVCache(config, 16 * 9, 64, torch.bfloat16, cpu)
+    cache.data.normal_()
+    executor, rows = Executor(model, cache), []
+    greedy = SamplingParams(temperature=0.0)
+    for batch in (1, 8, 16):
+        items = [
+            PlanItem(f"r{i}", 0, 511, 1, [random.Random(i).randrange(49152)], list(range(9 * i, 9 * i + 9)), True, 0)
+            for i in range(batch)
+        ]
+        new = [SeqInit(item.request_id, 0, [1], [], greedy) for item in items]
+        bandwidths, times, work = [], [], 0.0
+        with torch.inference_mode():
+            executor.execute(StepPlan(0, items, new, []))
+            for _ in range(5):  # ceilings and steps alternate, so that both see the same machine
+                bandwidths.append(measure_ceilings(torch.bfloat16)[0])
+                for _ in range(10):
+                    result = executor.execute(StepPlan(0, items, [], []))
+                    times.append(result.seconds)
+                    work = result.bytes_read
+        floor = work / max(bandwidths)
+        median = statistics.median(times)
+        rows.append({
+            "batch": batch, "step_ms": median * 1e3, "best_ms": min(times) * 1e3, "floor_ms": floor * 1e3,
+            "floor_over_median": floor / median, "read_GBps": max(bandwidths) / 1e9,
+        })  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--skip-transformers", action="store_true")
+    arguments = parser.parse_args()
+    import torch
+
+    from minidisagg import LLM, SamplingParams
+    from minidisagg.config import WorkerSettings
+
+    torch.set_num_threads(arguments.threads)
+    result: dict[str, object] = {"threads": arguments.threads, "torch": torch.__version__}
+    result["steps"] = steps(arguments.threads)
+    for row in result["steps"]:  # type: ignore[attr-defined]
+        sys.stdout.write("  ".join(f"{key} {value:.2f}" for key, value in row.items()) + "\n")
+    cores = sorted(os.sched_getaffinity(0))[: arguments.threads]
+    worker = WorkerSettings(dtype="bfloat16", cpus="+".join(map(str, cores)))
+    sampling = SamplingParams(temperature=0.0, max_tokens=OUT, ignore_eos=True)
+    reference = None
+    if not arguments.skip_transformers:
+        from transformers import AutoModelForCausalLM
+
+        path: Path = resolve("smollm2-135m")
+        reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, attn_implementation="sdpa")
+    ours: dict[int, list[float]] = {1: [], 16: []}
+    theirs: dict[int, list[float]] = {1: [], 16: []}
+    with LLM("smollm2-135m", prefill_workers=1, decode_workers=0, prefill=worker, prefix_caching=False) as llm:
+        llm.generate([prompts(1, 99)[0]], sampling)
+        for turn in range(arguments.rounds):
+            for count in (1, 16):
+                batch = prompts(count, turn)
+                began = time.perf_counter()
+                llm.generate(batch, sampling)  # type: ignore[arg-type]
+                ours[count].append(count * OUT / (time.perf_counter() - began))
+                if reference is not None:
+                    theirs[count].append(count * OUT / transformers_round(reference, batch))
+    for count in (1, 16):
+        mine = statistics.median(ours[count])
+        line = f"{count} at once: minidisagg {mine:.1f} out tok/s"
+        if theirs[count]:
+            other = statistics.median(theirs[count])
+            line += f", transformers {other:.1f}, ratio {mine / other:.2f}"
+        sys.stdout.write(line + "\n")
+    result |= {"minidisagg": ours, "transformers": theirs}
+    sys.stdout.write(json.dumps(result) + "\n")
+
+
+if __name__ == "__main__":
+    main()

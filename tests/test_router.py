@@ -1,0 +1,271 @@
+"""The router: admission, resubmission, poison, roles, stage times."""
+
+from __future__ import annotations
+
+import pytest
+from stepwise import NEVER, Stepwise, spec
+
+from minidisagg.core.effects import Send
+from minidisagg.core.messages import (
+    ROUTER,
+    Abort,
+    AnyMessage,
+    Envelope,
+    Fatal,
+    Hello,
+    Migrate,
+    Released,
+    Role,
+    SamplingParams,
+    SetRole,
+    Stats,
+    StepOutput,
+    Submit,
+    TokenOut,
+)
+from minidisagg.core.policy import ClusterView, Placement, Policy, Reject, RequestView, RoleChange
+from minidisagg.core.router import MAX_FAILURES, Emit, Kill, Router, RouterSpec
+
+SAMPLING = SamplingParams(max_tokens=4)
+
+
+class Hand:
+    """A router, its clock and its workers' voices."""
+
+    def __init__(self, workers: dict[str, Role], policy: Policy | None = None, **limits: float) -> None:
+        self.router = Router(RouterSpec(**limits), policy or Policy())  # type: ignore[arg-type]
+        self.now = 0.0
+        self.role = dict(workers)
+        for name, role in workers.items():
+            self.say(name, Hello(role, 64, 4, 256, "f", "", 0, 1))
+        self.take()
+
+    def say(self, worker: str, body: AnyMessage, epoch: int = 1) -> None:
+        self.router.on_message(Envelope(worker, epoch, body), self.now)
+        self.router.check_integrity()
+
+    def token(self, worker: str, request_id: str, index: int, incarnation: int = 0, finish: str = "", **times: float) -> None:
+        out = TokenOut(request_id, incarnation, index, 100 + index, finish, **times)
+        self.say(worker, StepOutput(1, [out]))
+
+    def request(self, request_id: str = "a", length: int = 4) -> None:
+        self.router.on_request(request_id, [1] * length, SAMPLING, self.now)
+        self.router.check_integrity()
+
+    def take(self) -> list[object]:
+        """Effects since the last call: (destination, message) of a send, else the effect."""
+        effects, self.router.outbox = self.router.outbox, []
+        return [(e.dest, e.body) if isinstance(e, Send) else e for e in effects]
+
+    def emits(self) -> list[Emit]:
+        return [effect for effect in self.take() if isinstance(effect, Emit)]
+
+
+def stats(role: Role, running: int = 0, steps: int = 0) -> Stats:
+    return Stats(role, steps, running, 0, 0, 0, 0, 64, 0, 0, 0, 0)
+
+
+def test_admission_is_bounded_in_requests_and_in_tokens() -> None:
+    hand = Hand({"w": Role.BOTH}, max_waiting=2, max_waiting_tokens=20)
+    hand.request("a", 10)
+    hand.request("b", 11)
+    [emit] = [e for e in hand.take() if isinstance(e, Emit)]
+    assert (emit.request_id, emit.finish, emit.retry_after) == ("b", "reject", 1.0)
+    assert emit.error == "10 prompt tokens are waiting already"
+    hand.request("c", 10)
+    hand.request("d", 1)
+    [emit] = hand.emits()
+    assert (emit.finish, emit.error) == ("reject", "2 requests are waiting already") and emit.retry_after > 0
+    hand.token("w", "a", 0)
+    hand.request("d", 1)
+    assert "d" in hand.router.requests, "the first token of another made room"
+
+
+def test_a_second_request_of_the_same_id_is_an_error_and_leaves_the_first_alone() -> None:
+    hand = Hand({"w": Role.BOTH})
+    hand.request("a")
+    hand.request("a")
+    assert [emit.finish for emit in hand.emits()] == ["error"]
+    hand.token("w", "a", 0)
+    assert [emit.tokens for emit in hand.emits()] == [(100,)]
+
+
+def test_tokens_are_told_in_order_and_once() -> None:
+    hand = Hand({"w": Role.BOTH})
+    hand.request("a")
+    hand.take()
+    for index in (1, 2, 1):
+        hand.token("w", "a", index)
+    assert not hand.take()
+    hand.token("w", "a", 0)
+    hand.token("w", "a", 0)
+    assert [(emit.index, emit.tokens) for emit in hand.emits()] == [(0, (100,)), (1, (101,)), (2, (102,))]
+    hand.token("w", "a", 3, incarnation=1)
+    hand.token("w", "a", 3, finish="length")
+    [last] = hand.emits()
+    assert (last.index, last.finish) == (3, "length") and not hand.router.requests
+
+
+def test_what_a_worker_gave_back_is_submitted_again_with_its_tokens() -> None:
+    hand = Hand({"w": Role.BOTH})
+    hand.request("a")
+    hand.token("w", "a", 0)
+    hand.take()
+    for _ in range(2 * MAX_FAILURES):  # preemptions are no failures
+        incarnation = hand.router.requests["a"].incarnation
+        hand.say("w", Released("a", incarnation, "preempted"))
+        hand.say("w", Released("a", incarnation, "preempted"))  # a late copy
+        abort, again = hand.take()
+        assert abort == ("w", Abort("a", incarnation))
+        assert again == ("w", Submit("a", incarnation + 1, [1] * 4, [100], SAMPLING, 0.0))
+
+
+def test_a_poison_request_ends_in_an_error_after_three_failures() -> None:
+    hand = Hand({"w": Role.BOTH})
+    hand.request("poison")
+    for epoch in range(1, MAX_FAILURES + 1):
+        hand.take()
+        hand.router.on_worker_down("w", epoch, hand.now)
+        if epoch < MAX_FAILURES:
+            assert hand.router.requests["poison"].failures == epoch
+            hand.say("w", Hello(Role.BOTH, 64, 4, 256, "f", "", 0, 1), epoch + 1)
+    [emit] = hand.emits()
+    assert (emit.finish, emit.error) == ("error", "failed 3 times, last: worker w failed")
+    assert not hand.router.requests
+
+
+def test_a_new_process_that_comes_before_the_news_of_the_old_ones_death() -> None:
+    hand = Hand({"w": Role.BOTH})
+    hand.request("a")
+    hand.take()
+    hand.say("w", Hello(Role.BOTH, 64, 4, 256, "f", "", 0, 1), epoch=2)
+    assert ("w", Submit("a", 1, [1] * 4, [], SAMPLING, 0.0)) in hand.take()
+    hand.router.on_worker_down("w", 1, hand.now)
+    hand.say("w", Hello(Role.BOTH, 64, 4, 256, "f", "", 0, 1), epoch=1)
+    assert not hand.take(), "neither the late news nor a late copy of the old Hello changes anything"
+    assert hand.router.view.workers["w"].epoch == 2
+
+
+def test_requests_wait_for_a_worker() -> None:
+    hand = Hand({"p": Role.PREFILL})
+    hand.request("a")
+    assert hand.router.parked == ["a"] and not hand.take()
+    hand.say("d", Hello(Role.DECODE, 64, 4, 256, "f", "", 0, 1))
+    assert ("p", Submit("a", 0, [1] * 4, [], SAMPLING, 0.0, decode="d")) in hand.take()
+
+
+def test_a_worker_finishes_before_it_flips() -> None:
+    hand = Hand({"w": Role.BOTH, "x": Role.BOTH})
+    hand.request("a")
+    hand.router.set_role(RoleChange("w", Role.DECODE), hand.now)
+    hand.router.on_tick(hand.now)
+    hand.request("b")
+    assert not [e for e in hand.take() if e == ("w", SetRole(Role.DECODE))]
+    assert hand.router.requests["a"].prefill == "w" and hand.router.requests["b"].prefill == "x"
+    hand.token("w", "a", 0, finish="stop")
+    hand.router.on_tick(hand.now)
+    assert ("w", SetRole(Role.DECODE)) in hand.take()
+    assert not hand.router.view.workers["w"].takes(Role.DECODE)
+    hand.say("w", stats(Role.DECODE))
+    assert hand.router.view.workers["w"].takes(Role.DECODE)
+    assert not hand.router.view.workers["w"].takes(Role.PREFILL)
+
+
+class Late(Policy):
+    """Leaves decode open, then says d2."""
+
+    def place(self, request: RequestView, cluster: ClusterView) -> Placement | Reject:
+        return Placement(request.prefill, "d2") if request.prefill else Placement("p", None)
+
+
+def test_late_binding_names_the_decode_worker_after_prefill() -> None:
+    hand = Hand({"p": Role.PREFILL, "d1": Role.DECODE, "d2": Role.DECODE}, Late())
+    hand.request("a")
+    assert hand.take() == [("p", Submit("a", 0, [1] * 4, [], SAMPLING, 0.0, hold=True))]
+    hand.token("p", "a", 0)
+    assert hand.take()[1:] == [("p", Migrate("a", 0, "d2"))]
+    hand.token("d2", "a", 1, finish="stop")
+    [end] = hand.emits()
+    assert end.handoff and hand.router.view.workers["d2"].decoding == 0
+
+
+def test_the_last_token_from_prefill_leaves_a_tombstone_at_decode() -> None:
+    hand = Hand({"p": Role.PREFILL, "d": Role.DECODE})
+    hand.request("a")
+    hand.token("p", "a", 0, finish="stop")
+    assert ("d", Abort("a", 0)) in hand.take()
+
+
+def test_stage_times_add_up_and_say_where_the_time_went() -> None:
+    hand = Hand({"p": Role.PREFILL, "d": Role.DECODE})
+    hand.request("a")
+    hand.now = 1.0
+    hand.token("p", "a", 0, prefill_s=0.7)
+    hand.now = 1.5
+    hand.token("d", "a", 1, wait_s=0.1, step_s=0.15)
+    hand.now = 2.0
+    hand.token("d", "a", 2, finish="stop")
+    times = hand.emits()[-1].times
+    assert times is not None
+    stages = (times.queue, times.prefill, times.transfer, times.decode_wait, times.decode)
+    assert stages == pytest.approx((0.3, 0.7, 0.25, 0.1, 0.65)) and sum(stages) == pytest.approx(times.e2e) == 2.0
+
+
+@pytest.mark.parametrize(("wait", "step"), [(9.0, 1.0), (0.1, 9.0)])
+def test_durations_of_another_clock_make_no_stage_negative(wait: float, step: float) -> None:
+    hand = Hand({"p": Role.PREFILL, "d": Role.DECODE})
+    hand.request("a")
+    hand.now = 1.0
+    hand.token("p", "a", 0, prefill_s=5.0)
+    hand.now = 1.5
+    hand.token("d", "a", 1, wait_s=wait, step_s=step, finish="stop")
+    times = hand.emits()[-1].times
+    assert times is not None
+    stages = (times.queue, times.prefill, times.transfer, times.decode_wait, times.decode)
+    assert min(stages) >= 0 and sum(stages) == pytest.approx(1.5)
+
+
+def test_a_silent_worker_and_a_stuck_one_are_killed() -> None:
+    hand = Hand({"silent": Role.BOTH, "stuck": Role.BOTH, "well": Role.BOTH}, lost_after=5.0, stuck_after=20.0)
+    kills = []
+    for second in range(1, 25):
+        hand.now = float(second)
+        hand.say("stuck", stats(Role.BOTH, running=1, steps=3))
+        hand.say("well", stats(Role.BOTH, running=1, steps=second))
+        hand.router.on_tick(hand.now)
+        kills += [(second, e.worker, e.reason) for e in hand.take() if isinstance(e, Kill)]
+    assert (6, "silent", "does not answer") in kills
+    assert {(worker, reason) for _, worker, reason in kills} == {
+        ("silent", "does not answer"), ("stuck", "makes no progress")
+    }  # fmt: skip
+
+
+def test_a_complaint_about_a_dead_epoch_kills_nobody() -> None:
+    hand = Hand({"w": Role.BOTH, "x": Role.BOTH})
+    hand.say("w", Fatal("does not let go", "x", 0))
+    assert not hand.take()
+    hand.say("w", Fatal("does not let go", "x", 1))
+    assert hand.take() == [Kill("x", 1, "does not let go")]
+
+
+def test_a_request_past_its_deadline_ends() -> None:
+    hand = Hand({"w": Role.BOTH}, request_timeout=3.0, lost_after=NEVER)
+    hand.request("a")
+    hand.take()
+    hand.router.on_tick(3.1)
+    abort, emit = hand.take()
+    assert abort == ("w", Abort("a", 0))
+    assert isinstance(emit, Emit) and emit.error == "the request's deadline has passed"
+
+
+def test_preempted_by_the_engine_and_placed_again_by_the_router() -> None:
+    sim = Stepwise([spec("w", num_pages=6, prefix_caching=False)])
+    while sim.messages:
+        sim.deliver()
+    for index in range(3):
+        sim.submit(f"r{index}", [index] * 4, SamplingParams(max_tokens=12), 0.0)
+        sim.events.pop(-1)()
+    sim.settle()
+    assert sim.workers["w"].core.preemptions > 0 and not sim.complaints()
+    assert [outcome.finish for outcome in sim.outcomes.values()] == ["length"] * 3
+    assert ROUTER not in sim.workers
