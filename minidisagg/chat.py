@@ -90,11 +90,18 @@ def _as_json(prompt: str, output: Output) -> str:
 
 def run_chat(engine: Engine, sampling: SamplingParams, system: str) -> None:
     """Talk until Ctrl-D or the end of stdin."""
-    asyncio.run(_chat(engine, sampling, system))
+    try:
+        asyncio.run(_chat(engine, sampling, system))
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
 
 
 async def _chat(engine: Engine, sampling: SamplingParams, system: str) -> None:
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    task = asyncio.current_task()
+    assert task is not None
+    for number in (signal.SIGTERM, signal.SIGHUP):  # they end the chat, where Ctrl-C ends an answer
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     async with started(engine) as (frontend, tokenizer):
         chat = Chat(frontend, tokenizer, sampling, system)
         if interactive:

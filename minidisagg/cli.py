@@ -48,9 +48,7 @@ ARRIVALS, WORKLOAD, TRIALS = Arrivals(), Workload(), Trials()
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """The entry point of `minidisagg`."""
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
-    )  # as an exception, so that workers are stopped
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # which stops the workers first
     try:
         code = cli.main(args, prog_name="minidisagg", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)

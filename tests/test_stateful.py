@@ -34,6 +34,8 @@ class ClusterMachine(RuleBasedStateMachine):
         self.count = 0
         for _ in specs:
             self.sim.deliver()
+        for length in (3, 4, 5):
+            self.submit([1] * length, 4, 200, "")  # something to disturb from the start
 
     @rule(
         prompt=st.lists(st.integers(1, 2), min_size=1, max_size=6), max_tokens=st.integers(1, 5),
@@ -46,16 +48,24 @@ class ClusterMachine(RuleBasedStateMachine):
         self.count += 1
 
     @precondition(lambda self: self.sim.messages)
-    @rule(index=INDEX, count=st.integers(1, 4))
-    def deliver(self, index: int, count: int) -> None:
+    @rule(index=INDEX, count=st.integers(1, 4), fails=st.sampled_from([False, False, False, True]))
+    def deliver(self, index: int, count: int, fails: bool) -> None:
+        self.sim.faulty(fails)
         for _ in range(min(count, len(self.sim.messages))):
             self.sim.deliver(index)
 
-    @precondition(lambda self: self.sim.messages)
-    @rule(count=st.integers(5, 20))
-    def deliver_in_order(self, count: int) -> None:
-        for _ in range(min(count, len(self.sim.messages))):
-            self.sim.deliver()
+    @rule(rounds=st.integers(1, 6), index=INDEX)
+    def go_on(self, rounds: int, index: int) -> None:
+        """Most of what there is happens, in order, so that requests get somewhere."""
+        for _ in range(rounds):
+            for _ in range(len(self.sim.messages)):
+                self.sim.deliver()
+            if self.sim.events:
+                self.sim.happen(index)
+
+    @rule(rounds=st.integers(4, 12))
+    def go_on_in_order(self, rounds: int) -> None:
+        self.go_on(rounds, 0)
 
     @precondition(lambda self: self.sim.messages)
     @rule(index=INDEX)
@@ -83,6 +93,7 @@ class ClusterMachine(RuleBasedStateMachine):
         names = list(self.sim.router.requests)
         self.sim.abort(names[index % len(names)])
 
+    @precondition(lambda self: self.count > 2)
     @rule(index=INDEX)
     def kill(self, index: int) -> None:
         self.sim.kill(f"w{index % len(self.sim.workers)}")
@@ -100,9 +111,10 @@ class ClusterMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "sim"):
+            self.sim.faulty(False)
             self.sim.settle()
             assert not self.sim.complaints()
 
 
-ClusterMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=50, derandomize=True, deadline=None)
+ClusterMachine.TestCase.settings = settings(max_examples=120, stateful_step_count=60, derandomize=True, deadline=None)
 TestCluster = ClusterMachine.TestCase

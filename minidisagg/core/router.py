@@ -381,9 +381,10 @@ class Router:
         beat.busy = stats.running + stats.waiting > 0
         if stats.steps != beat.steps or not beat.busy:
             beat.steps, beat.stepped_at = stats.steps, self.view.now
-        status.role = stats.role
-        if status.flipping == stats.role:
-            status.flipping = None
+        if stats.role == status.flipping:
+            status.role, status.flipping = stats.role, None
+        elif stats.role != status.role and status.flipping is None:  # a late copy of an earlier order won
+            self._send(status.name, SetRole(status.role))
         status.pages_free = stats.pages_free + stats.pages_cached
         status.transfer_backlog = sum(link.backlog for link in stats.links)
         status.stats_at = self.view.now

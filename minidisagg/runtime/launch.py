@@ -137,6 +137,4 @@ def _environment(config: WorkerConfig) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
-        "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",  # the flight recorder's dump holds an abort up for a minute
-        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
     }

@@ -379,9 +379,11 @@ class Simulator:
         def finish() -> None:
             if (worker.core.name, op.peer, op.link_epoch, op.send) in self._dead_ends:
                 return
-            ok = not op.send or self.rng.random() >= self.chaos.break_transfer
             if op.send:
+                ok = self.rng.random() >= self.chaos.break_transfer
                 self._copy(worker, op.pages, receiver, op.remote)
+            else:  # bytes that went to this worker's dead predecessor fail the checksum
+                ok = self._targets[op.peer, op.link_epoch] is worker
             worker.core.on_transfer_done(Completion(op.peer, op.link_epoch, op.seq, op.send, ok), self.now)
 
         self._inside(worker, finish)

@@ -110,6 +110,7 @@ class DistLink(ThreadLink):
         # torch's watchdog would dump and kill; here every wait has a deadline and the caller decides
         os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] = "0"
         os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
+        os.environ["TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC"] = "0"  # else dropping a group waits a minute for a dump
         from torch._C._distributed_c10d import ProcessGroupNCCL  # a build for CPUs has none
 
         nccl_options = ProcessGroupNCCL.Options()
@@ -198,7 +199,5 @@ class DistLink(ThreadLink):
             self._group.abort()  # a receive that ran out is still a kernel on the device
         if self._stream is not None:
             self._stream.synchronize()  # no copy into a page is still under way
-        self._group = self._store = None
-        self._staging = []
         self._group = self._store = None
         self._staging = []

@@ -1,0 +1,83 @@
+"""Every message survives the wire, and nothing else is taken for one."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import msgspec
+import pytest
+
+from minidisagg.core.messages import (
+    Abort,
+    AnyMessage,
+    Drain,
+    Envelope,
+    Fatal,
+    Hello,
+    KVAck,
+    KVCancel,
+    KVChunk,
+    KVDone,
+    KVFailed,
+    KVGrant,
+    KVOffer,
+    LinkAborted,
+    LinkOpen,
+    LinkReady,
+    Migrate,
+    PeerDown,
+    PeerUp,
+    Released,
+    Role,
+    SamplingParams,
+    SetRole,
+    Stats,
+    StepOutput,
+    Submit,
+    TokenOut,
+    decode,
+    encode,
+)
+
+SAMPLING = SamplingParams(max_tokens=3, stop=("x",), stop_token_ids=(1, 2), seed=-5)
+EXAMPLES: list[AnyMessage] = [
+    Submit("a", 1, [1, 2], [3], SAMPLING, 0.5, decode="d", hold=True, salt="s", priority=-1),
+    Abort("a", 1), SetRole(Role.DECODE), Migrate("a", 1, "d"), Drain(), PeerUp("w", 2, "unix:x"), PeerDown("w", 1),
+    Hello(Role.BOTH, 8, 4, 32, "f", "unix:y", 7, 64, {"device": "cpu", "cores": 2}),
+    StepOutput(4, [TokenOut("a", 1, 0, 9, "stop", prefill_s=0.1)], 0.2, 3, 1, 4), Released("a", 1, "preempted", True),
+    Stats(Role.PREFILL, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, clock=1.5), Fatal("why", "w", 3),
+    KVOffer("a", 1, [1], [2], SAMPLING, 0.0, "", 0, "f", 1 << 20), KVGrant("a", 1, [4, 5], 1),
+    KVChunk("a", 1, 1 << 20, 0, 1, 2, (0, 30), (1 << 64) - 1), KVDone("a", 1, 2, 9), KVAck("a", 1), KVCancel("a", 1, 2),
+    KVFailed("a", 1, "why"), LinkOpen("shm", "raw", 1 << 20), LinkReady(1 << 20, "x"), LinkAborted(1 << 20, True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("body", EXAMPLES, ids=lambda body: type(body).__name__)
+def test_round_trip(body: AnyMessage) -> None:
+    envelope = Envelope("w", 3, body)
+    assert decode(encode(envelope)) == envelope
+    assert type(decode(memoryview(encode(envelope))).body) is type(body)
+
+
+def test_every_message_has_an_example() -> None:
+    assert {type(body) for body in EXAMPLES} == set(get_args(AnyMessage))
+
+
+@pytest.mark.parametrize("data", [
+    b"", b"\x00", b"\xc1", encode(Envelope("w", 1, Abort("a", 1)))[:-1], encode(Envelope("w", 1, Abort("a", 1))) + b"x",
+    msgspec.msgpack.encode(["w", 1, ["Eval", "a", 1]]), msgspec.msgpack.encode(["w", "1", ["Abort", "a", 1]]),
+    msgspec.msgpack.encode(["w", 1, ["Abort", "a"]]), msgspec.msgpack.encode(["w", 1, ["SetRole", 9]]),
+    encode(Envelope("w", 1, Submit("a", 0, [-1], [], SAMPLING, 0.0))),
+])  # fmt: skip
+def test_garbage_is_refused(data: bytes) -> None:
+    with pytest.raises(msgspec.MsgspecError):
+        decode(data)
+
+
+@pytest.mark.parametrize("wrong", [
+    {"max_tokens": 0}, {"temperature": -1}, {"temperature": 11}, {"top_p": 0}, {"top_p": 1.1}, {"min_p": 2},
+    {"repetition_penalty": 0}, {"presence_penalty": 3}, {"min_tokens": -1}, {"nonsense": 1},
+])  # fmt: skip
+def test_sampling_parameters_have_limits(wrong: dict[str, float]) -> None:
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.convert(wrong, SamplingParams)

@@ -1,0 +1,140 @@
+"""The published policies compose what their docstrings say; a name on the command line becomes a policy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from test_engine import Hand, sizes, submit
+
+from minidisagg.core.messages import Role
+from minidisagg.core.policy import ClusterView, Placement, Policy, Reject, WorkerOptions, WorkerStatus
+from minidisagg.core.router import Tracked
+from minidisagg.policies import load_policy, names
+from minidisagg.policies.prefill_first import PrefillFirst
+from minidisagg.policies.sarathi import Sarathi
+from stepwise import spec
+
+
+def running_decode(policy: Policy, **options: int) -> Hand:
+    """One request decodes; two prompts of 6 and 5 tokens have come since."""
+    hand = Hand(spec("w", options=WorkerOptions(**options)), policy)
+    hand.receive(submit("old", 4, arrival=0.0))
+    hand.step()
+    hand.receive(submit("b", 5, arrival=2.0), submit("a", 6, arrival=1.0))
+    return hand
+
+
+def test_fcfs_fuses_whole_prompts_with_the_decodes() -> None:
+    hand = running_decode(load_policy("fcfs"))
+    assert sizes(hand.step()) == {"old": (4, 1), "a": (0, 6), "b": (0, 5)}
+
+
+def test_fcfs_keeps_within_the_budgets_and_the_order() -> None:
+    hand = running_decode(load_policy("fcfs"), max_num_batched_tokens=8)
+    assert sizes(hand.step()) == {"old": (4, 1), "a": (0, 6), "b": (0, 1)}
+    assert sizes(hand.step()) == {"old": (5, 1), "a": (6, 1), "b": (1, 4)}
+    hand = running_decode(load_policy("fcfs"), max_num_seqs=2)
+    assert sizes(hand.step()) == {"old": (4, 1), "a": (0, 6)}
+
+
+def test_prefill_first_runs_prompts_alone() -> None:
+    hand = running_decode(PrefillFirst())
+    assert sizes(hand.step()) == {"a": (0, 6), "b": (0, 5)}
+    assert sizes(hand.step()) == {"old": (4, 1), "a": (6, 1), "b": (5, 1)}
+
+
+def test_sarathi_serves_all_decodes_and_cuts_prompts_to_its_budget() -> None:
+    hand = running_decode(Sarathi(chunk=4))
+    assert sizes(hand.step()) == {"old": (4, 1), "a": (0, 3)}
+    assert sizes(hand.step()) == {"old": (5, 1), "a": (3, 3)}
+    assert sizes(hand.step()) == {"old": (6, 1), "a": (6, 1), "b": (0, 2)}
+
+
+def test_sarathi_never_leaves_a_decode_out() -> None:
+    hand = running_decode(Sarathi(chunk=20))
+    hand.step()
+    hand.core.policy.chunk = 1  # type: ignore[attr-defined]
+    assert sizes(hand.step()) == {"old": (5, 1), "a": (6, 1), "b": (5, 1)}
+
+
+def test_priority_goes_before_arrival() -> None:
+    hand = Hand(spec("w", options=WorkerOptions(max_num_seqs=1)))
+    first, urgent = submit("first", 4, arrival=0.0), submit("urgent", 4, arrival=1.0)
+    hand.receive(first, type(urgent)(**{f: getattr(urgent, f) for f in urgent.__struct_fields__} | {"priority": 1}))
+    assert sizes(hand.step()) == {"urgent": (0, 4)}
+
+
+def test_a_dynamic_order_is_asked_for_each_step() -> None:
+    class Youngest(Policy):
+        dynamic_order = True
+
+        def order(self, request: object, stage: str, worker: object) -> float:
+            return self.sign * request.arrival  # type: ignore[attr-defined, no-any-return]
+
+        sign = 1.0
+
+    policy = Youngest()
+    hand = Hand(spec("w", options=WorkerOptions(max_num_seqs=1)), policy)
+    hand.receive(submit("a", 4, arrival=1.0), submit("b", 4, arrival=2.0))
+    policy.sign = -1.0
+    assert sizes(hand.step()) == {"b": (0, 4)}
+
+
+def cluster(**roles: Role) -> ClusterView:
+    return ClusterView(0.0, {name: WorkerStatus(name, 1, role, 64, 4) for name, role in roles.items()})
+
+
+def test_placement_takes_the_least_loaded() -> None:
+    view = cluster(p0=Role.PREFILL, p1=Role.PREFILL, d0=Role.DECODE, d1=Role.DECODE)
+    view.workers["p0"].queued_tokens = 10
+    view.workers["d0"].decoding = 1
+    request = Tracked("a", [1], None, 0.0, 0.0)  # type: ignore[arg-type]
+    assert Policy().place(request, view) == Placement("p1", "d1")
+    assert Policy().place(request, cluster(w=Role.BOTH)) == Placement("w", "w")
+    assert isinstance(Policy().place(request, cluster(p=Role.PREFILL)), Reject)
+    assert isinstance(Policy().place(request, cluster(d=Role.DECODE)), Reject)
+
+
+def test_a_policy_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom minidisagg.core.policy import Policy\n"
+        "@dataclass\nclass Note:\n    text: str\n"
+        "class Mine(Policy):\n    def __init__(self, depth: int = 1) -> None:\n        super().__init__()\n"
+        "        self.depth, self.note = depth, Note('x')\n"
+    )
+    policy = load_policy(f"{path}:Mine:depth=3")
+    assert (type(policy).__name__, policy.depth) == ("Mine", 3)  # type: ignore[attr-defined]
+
+
+def test_settings_and_names() -> None:
+    assert load_policy("sarathi:chunk=16").chunk == 16  # type: ignore[attr-defined]
+    assert {"fcfs", "prefill_first", "sarathi"} <= set(names())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nope", "unknown policy 'nope'; there are fcfs, prefill_first, sarathi"),
+        ("./nope.py:Mine", "policy file nope.py does not exist"),
+        ("sarathi:chunk=0", "chunk must be a number of tokens, at least 1, not 0"),
+        ("sarathi:chunk=big", "chunk must be a number of tokens, at least 1, not big"),
+        ("sarathi:chunk=1.5", "not 1.5"),
+        ("sarathi:size=4", "unexpected keyword argument 'size'"),
+        ("sarathi:chunk", "expected KEY=VALUE, not 'chunk'"),
+        ("fcfs:chunk=4", "policy Fcfs has no setting chunk"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(name: str, message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        load_policy(name)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "message"), [("1 / 0", "ZeroDivisionError"), ("x = 1", "no subclass"), ("(", "SyntaxError")])
+def test_a_file_that_is_no_policy(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "broken.py"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_policy(f"{path}:Mine")
