@@ -6,6 +6,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 from minidisagg.core.engine import EngineSpec
 from minidisagg.core.messages import Role, SamplingParams
@@ -59,7 +60,8 @@ def build(seed: int) -> Simulator:
     ]  # fmt: skip
     chaos = Chaos(
         reorder=rng.choice([0, 0, 0.1]), duplicate=rng.choice([0, 0.1, 0.3]), delay=rng.choice([0.02, 0.5, 2.0]),
-        drop=rng.choice([0, 0, 0.02]), break_transfer=rng.choice([0, 0, 0.02, 0.1]), abort_delay=rng.choice([0, 0.3, 1.0]),
+        drop=rng.choice([0, 0, 0.02]), break_transfer=rng.choice([0, 0, 0.02, 0.1]),
+        abort_delay=rng.choice([0, 0.3, 1.0]),
     )  # fmt: skip
     router = RouterSpec(
         max_waiting=rng.choice([8, 1024, 1024]), request_timeout=rng.choice([4.0, LONG, LONG]),
@@ -90,23 +92,23 @@ def _load(sim: Simulator, rng: random.Random, capacity: int, page_size: int) -> 
         at = rng.random()
         sim.submit(f"r{index}", prompt, sampling, at, salt=rng.choice(["", "", "b"]), priority=rng.choice([0, 0, 1]))
         if rng.random() < 0.2:  # the client leaves
-            sim.plan(at + rng.random() * rng.choice([0.05, 0.5]), lambda i=f"r{index}": sim.abort(i))
+            sim.plan(at + rng.random() * rng.choice([0.05, 0.5]), partial(sim.abort, f"r{index}"))
 
 
 def _faults(sim: Simulator, rng: random.Random, specs: list[EngineSpec]) -> None:
     for _ in range(rng.randint(0, 5)):
         name, at = rng.choice(specs).name, rng.random() * 2.0
         if rng.random() < 0.4:
-            sim.plan(at, lambda n=name: sim.kill(n))
+            sim.plan(at, partial(sim.kill, name))
         else:
             seconds = rng.choice([0.1, 0.7, 1.2, 2.4, 9.0])
-            sim.plan(at, lambda n=name, s=seconds: sim.stall(n, s))
+            sim.plan(at, partial(sim.stall, name, seconds))
     if rng.random() < 0.3:  # roles flip under load, and all flip back
         for _ in range(3):
             change = RoleChange(rng.choice(specs).name, Role(rng.randint(1, 3)))
-            sim.plan(rng.random() * 2.0, lambda c=change: _set_role(sim, c))
+            sim.plan(rng.random() * 2.0, partial(_set_role, sim, change))
         for spec in specs:
-            sim.plan(2.5, lambda s=spec: _set_role(sim, RoleChange(s.name, s.role)))
+            sim.plan(2.5, partial(_set_role, sim, RoleChange(spec.name, spec.role)))
 
 
 def _set_role(sim: Simulator, change: RoleChange) -> None:

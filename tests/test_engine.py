@@ -64,7 +64,7 @@ def submit(
     hold: bool = False, stop: tuple[int, ...] = (),
 ) -> Submit:  # fmt: skip
     sampling = SamplingParams(max_tokens=max_tokens, stop_token_ids=stop)
-    prompt = [hash(request_id) % 97 + index for index in range(length)]
+    prompt = [100 * sum(map(ord, request_id)) + index for index in range(length)]
     return Submit(request_id, incarnation, prompt, [], sampling, arrival, decode=decode, hold=hold)
 
 

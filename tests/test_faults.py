@@ -74,14 +74,13 @@ async def kill_at(mode: Mode, link: str, faults: list[tuple[str, str]]) -> None:
 @needs_two_cores
 def test_killed_at_each_stage_disagg() -> None:
     faults = [
-        ("queued", "prefill-0"), ("prefilling", "decode-0"), ("transferring", "prefill-0"),
-        ("transferring", "decode-0"), ("decoding", "decode-0"), ("prefilling", "prefill-0"),
+        ("queued", "prefill-0"), ("transferring", "prefill-0"), ("transferring", "decode-0"), ("decoding", "decode-0"),
     ]  # fmt: skip
     asyncio.run(kill_at("disagg", "gloo", faults))
 
 
 def test_killed_at_each_stage_colocated() -> None:
-    faults = [(stage, "worker-0") for stage in ("queued", "prefilling", "decoding")]
+    faults = [(stage, "worker-0") for stage in ("prefilling", "decoding")]
     asyncio.run(kill_at("colocated", "auto", faults))
 
 
@@ -169,9 +168,9 @@ async def stopped(worker: str, link: str, stage: str, seconds: float) -> tuple[b
 
 
 @needs_two_cores
-@pytest.mark.parametrize(("worker", "link"), [("prefill-0", "shm"), ("decode-0", "gloo")])
-def test_a_stopped_worker_is_killed_and_replaced(worker: str, link: str) -> None:
-    assert asyncio.run(stopped(worker, link, "transferring", 2.0)) == (True, [worker])
+def test_a_stopped_worker_is_killed_and_replaced() -> None:
+    """The source of a one-sided link: until it is dead, nobody may use the pages that it could still write to."""
+    assert asyncio.run(stopped("prefill-0", "shm", "transferring", 2.0)) == (True, ["prefill-0"])
 
 
 @needs_two_cores

@@ -16,12 +16,20 @@ from minidisagg.core.messages import Abort, Envelope, KVAck, KVCancel, KVDone, K
 from minidisagg.core.request import Request, State
 
 SEEDS = 400
+FULL = 10_000
 
 
 def test_faults_lose_nothing() -> None:
     failures, ends = run_seeds(0, SEEDS)
     assert not failures
     assert ends["length"] > 5 * SEEDS and ends["stop"] > SEEDS and ends["preempted"] > SEEDS
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_ten_thousand_seeds() -> None:
+    failures, _ = run_seeds(SEEDS, FULL)
+    assert not failures
 
 
 def free_at_end_with_a_step_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,6 +115,7 @@ def publish_before_it_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
         free_granted_pages_when_the_client_leaves,
         forget_to_release_a_prefix,
         publish_before_it_is_computed,
+        lose_the_lease_sweep,
     ],
 )
 def test_planted_bug_is_caught(plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,13 +43,15 @@ async def outputs(cluster: ClusterSettings, kill: str = "") -> tuple[list[list[i
     sampling = SamplingParams(temperature=0.0, max_tokens=32, ignore_eos=True)
     tokens: list[list[int]] = [[] for _ in prompts]
     async with await Frontend.start(MODEL, cluster, RunSettings(link_timeout=8.0)) as frontend:
-        ended = asyncio.Event()
+        begun, ended = asyncio.Event(), asyncio.Event()
         left = len(prompts)
         failures: list[str] = []
 
         def listen(index: int, emit: Emit, now: float) -> None:
             nonlocal left
             tokens[index].extend(emit.tokens)
+            if sum(map(len, tokens)) >= 100:
+                begun.set()
             if emit.finish:
                 failures.extend([emit.error] if emit.finish != "length" else [])
                 left -= 1
@@ -59,8 +61,7 @@ async def outputs(cluster: ClusterSettings, kill: str = "") -> tuple[list[list[i
         for index, prompt in enumerate(prompts):
             frontend.submit(prompt, sampling, lambda e, t, i=index: listen(i, e, t))  # type: ignore[misc]
         if kill:
-            while sum(map(len, tokens)) < 100:
-                await asyncio.sleep(0.005)
+            await asyncio.wait_for(begun.wait(), 240)
             frontend.supervisor.kill(kill, 1)
         await asyncio.wait_for(ended.wait(), 240)
         assert not failures

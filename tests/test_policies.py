@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from stepwise import spec
 from test_engine import Hand, sizes, submit
 
 from minidisagg.core.messages import Role
@@ -13,7 +14,6 @@ from minidisagg.core.router import Tracked
 from minidisagg.policies import load_policy, names
 from minidisagg.policies.prefill_first import PrefillFirst
 from minidisagg.policies.sarathi import Sarathi
-from stepwise import spec
 
 
 def running_decode(policy: Policy, **options: int) -> Hand:
@@ -99,7 +99,8 @@ def test_placement_takes_the_least_loaded() -> None:
 def test_a_policy_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text(
-        "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom minidisagg.core.policy import Policy\n"
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "from minidisagg.core.policy import Policy\n"
         "@dataclass\nclass Note:\n    text: str\n"
         "class Mine(Policy):\n    def __init__(self, depth: int = 1) -> None:\n        super().__init__()\n"
         "        self.depth, self.note = depth, Note('x')\n"
@@ -132,7 +133,9 @@ def test_a_mistake_is_told_in_one_line(name: str, message: str) -> None:
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("text", "message"), [("1 / 0", "ZeroDivisionError"), ("x = 1", "no subclass"), ("(", "SyntaxError")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("1 / 0", "ZeroDivisionError"), ("x = 1", "no subclass"), ("(", "SyntaxError")]
+)
 def test_a_file_that_is_no_policy(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "broken.py"
     path.write_text(text)

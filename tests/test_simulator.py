@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import simfuzz
@@ -28,7 +29,9 @@ def run(roles: list[int], **options: float) -> Simulator:
 
 def test_the_oracle_depends_on_every_token_and_its_place() -> None:
     sampling = SamplingParams(max_tokens=4)
-    outputs = {tuple(oracle(prompt, sampling, 1 << 16)) for prompt in (PROMPT, PROMPT[::-1], [*PROMPT[:-1], 7], PROMPT[1:])}
+    outputs = {
+        tuple(oracle(prompt, sampling, 1 << 16)) for prompt in (PROMPT, PROMPT[::-1], [*PROMPT[:-1], 7], PROMPT[1:])
+    }
     assert len(outputs) == 4
     slots = [chain(0, 1), chain(chain(0, 1), 2)]
     assert sample(slots, 1 << 16) != sample(slots[::-1], 1 << 16)
@@ -72,7 +75,7 @@ def test_a_worker_that_was_stopped_twice_does_all_in_order() -> None:
     sim = Simulator([spec("w0")], Policy, depth=1)
     sim.submit("a", PROMPT, SamplingParams(max_tokens=8), 0.0)
     for at, seconds in ((0.005, 0.05), (0.03, 0.5), (0.5, 0.2)):
-        sim.plan(at, lambda s=seconds: sim.stall("w0", s))
+        sim.plan(at, partial(sim.stall, "w0", seconds))
     sim.run()
     assert not simfuzz.verdict(sim) and sim.outcomes["a"].finish == "length"
 

@@ -323,7 +323,7 @@ async def _run(options: BenchOptions, console: Console) -> int:
 def _write(directory: Path, options: BenchOptions, result: dict[str, object]) -> None:
     """The exact question beside the answer; and the answer, where `write_run_directory` has not written it."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "options.output.json").write_bytes(msgspec.json.format(msgspec.json.encode(options), indent=2))
+    (directory / "options.json").write_bytes(msgspec.json.format(msgspec.json.encode(options), indent=2))
     if result:
         (directory / "result.json").write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2))
 

@@ -40,8 +40,8 @@ class LinkSet:
     """All links of one worker."""
 
     def __init__(
-        self, name: str, cache: KVCache, kind: str, one_sided: bool, codec: str, run_dir: Path, timeout: float, latency: float,
-        send: Callable[[Send], None], on_completion: Callable[[Completion], None],
+        self, name: str, cache: KVCache, kind: str, one_sided: bool, codec: str, run_dir: Path, timeout: float,
+        latency: float, send: Callable[[Send], None], on_completion: Callable[[Completion], None],
         on_aborted: Callable[[str, int, bool], None],
         on_failure: Callable[[BaseException], None],
     ) -> None:  # fmt: skip
