@@ -169,3 +169,30 @@ def test_a_peer_that_does_not_read_is_cut_off(tmp_path: Path, monkeypatch: pytes
 def test_nobody_listens(tmp_path: Path) -> None:
     with pytest.raises(OSError):
         asyncio.run(connect(f"unix:{tmp_path}/nobody"))
+
+
+@pytest.mark.parametrize("uvloop", [False, True])
+def test_what_is_sent_to_a_peer_that_has_gone_is_dropped(tmp_path: Path, uvloop: bool) -> None:
+    """Until its parent says that it is dead, messages for it must not end the sender."""
+    new_loop = pytest.importorskip("uvloop").new_event_loop if uvloop else asyncio.new_event_loop
+
+    async def main() -> None:
+        gone = asyncio.Event()
+
+        async def serve(_: Channel) -> None:
+            gone.set()  # and it closes
+
+        server = await listen(str(tmp_path / "s"), serve)
+        channel = await connect(f"unix:{tmp_path}/s")
+        await gone.wait()
+        for number in range(50):
+            channel.send(envelope(number))
+            await asyncio.sleep(0.001)
+        assert [message async for message in channel] == []
+        channel.send(envelope(0))
+        channel.close()
+        channel.send(envelope(0))
+        server.close()
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(main())

@@ -143,7 +143,6 @@ def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         (["pull", "Qwen/Qwen3-0.6B"], "add --from-hub"),
         (["bench", "--request-rate", "fast"], "request rate 'fast'"),
         (["bench", "--goodput", "speed:3"], "unknown SLO 'speed:3'"),
-        (["bench", "--find-goodput"], "needs the SLOs to meet"),
         (["bench", "--dataset-name", "azure"], "needs --dataset-path FILE"),
         (["bench", "--max-concurrency", "4,many"], "--max-concurrency '4,many'"),
         (["bench", "--against", "elsewhere", "--mode", "disagg"], "a mode of colocated, disagg"),

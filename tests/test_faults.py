@@ -152,7 +152,7 @@ def test_a_request_that_was_there_three_times_ends_in_an_error(monkeypatch: pyte
 async def stopped(worker: str, link: str, stage: str, seconds: float) -> tuple[bool, list[str]]:
     """SIGSTOP at a stage, SIGCONT after `seconds`; whether the tokens were right, and who was restarted."""
     delays = dict.fromkeys(["queue", "prefill", "transfer"], STAGE)
-    router = RouterSpec(lost_after=1.0)
+    router = RouterSpec(lost_after=1.5)
     async with cluster(settings("disagg", link), RunSettings(delays=delays), router) as frontend:
         want = await run_to_end(frontend, PROMPTS, greedy(OUTPUT))
         load = Load(frontend)
@@ -170,7 +170,7 @@ async def stopped(worker: str, link: str, stage: str, seconds: float) -> tuple[b
 @needs_two_cores
 def test_a_stopped_worker_is_killed_and_replaced() -> None:
     """The source of a one-sided link: until it is dead, nobody may use the pages that it could still write to."""
-    assert asyncio.run(stopped("prefill-0", "shm", "transferring", 2.0)) == (True, ["prefill-0"])
+    assert asyncio.run(stopped("prefill-0", "shm", "transferring", 2.5)) == (True, ["prefill-0"])
 
 
 @needs_two_cores
@@ -179,7 +179,7 @@ def test_a_stopped_worker_is_killed_and_replaced() -> None:
 @pytest.mark.parametrize("worker", DISAGG)
 @pytest.mark.parametrize("stage", ["prefilling", "transferring", "decoding"])
 def test_stopped_at_each_stage(worker: str, link: str, stage: str) -> None:
-    assert asyncio.run(stopped(worker, link, stage, 2.0)) == (True, [worker])
+    assert asyncio.run(stopped(worker, link, stage, 2.5)) == (True, [worker])
     assert asyncio.run(stopped(worker, link, stage, 0.3)) == (True, [])
 
 

@@ -20,7 +20,7 @@ class Workload(Struct, frozen=True, kw_only=True):
 
     dataset_name: Dataset = "random"
     dataset_path: str = ""
-    num_prompts: int = 128
+    num_prompts: int = 300
     input_len: int = 256
     output_len: int = 64
     range_ratio: float = 0.0

@@ -30,10 +30,15 @@ class Channel:
         self._writer = writer
 
     def send(self, envelope: Envelope) -> None:
-        """Queue one message; never blocks. Raises `ChannelError` if the peer has not read for too long."""
+        """Queue one message; never blocks. Raises `ChannelError` if the peer has not read for too long.
+
+        What is sent after the connection has broken is dropped, as what was under way is.
+        """
         data = encode(envelope)
         if len(data) > MAX_FRAME:
             raise ChannelError(f"a message of {len(data)} bytes exceeds a frame")
+        if self._writer.transport.is_closing():
+            return  # the peer is gone, and its parent will say so; uvloop would raise
         if self._writer.transport.get_write_buffer_size() > MAX_BACKLOG:
             raise ChannelError("the peer does not read")
         self._writer.write(_LENGTH.pack(len(data)) + data)
