@@ -23,7 +23,7 @@ class ModelSettings(Struct, frozen=True, kw_only=True):
 
     model: str = DEFAULT_MODEL
     max_model_len: int = 0  # tokens of prompt and output; 0: the model's own limit, or what the cache holds
-    block_size: int = 64  # tokens of a KV page
+    block_size: int = 128  # tokens of a KV page
     prefix_caching: bool = True
 
 

