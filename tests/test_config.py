@@ -160,7 +160,7 @@ def test_no_flags_are_the_defaults_of_the_structs() -> None:
     model, cluster, run = read()
     assert cluster == ClusterSettings()
     assert run == RunSettings()
-    assert (model.max_model_len, model.block_size, model.prefix_caching) == (0, 64, True)
+    assert (model.max_model_len, model.block_size, model.prefix_caching) == (0, 128, True)
 
 
 def test_flags_reach_the_structs(tmp_path: Path) -> None:

@@ -20,10 +20,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import msgspec
 import torch
@@ -56,13 +56,14 @@ from minidisagg.runtime.kv_cache import KVCache, num_pages_for, page_bytes
 from minidisagg.runtime.linkset import LinkSet
 from minidisagg.transfer.links import resolve_kind
 
+T = TypeVar("T")
 TICK = 0.25  # seconds between ticks and Stats
 DEVICE_NICE = 10  # priority of the device thread below the event loop's
 UNSENT = 10_000  # messages kept for a peer whose address has not come yet
 
 
 class Device:
-    """The model, its cache, and the thread in which steps run one after another."""
+    """The model, its cache, and the work of one step; made and used on the worker's device thread."""
 
     def __init__(self, config: WorkerConfig, model_config: ModelConfig) -> None:
         settings = config.settings
@@ -79,7 +80,6 @@ class Device:
             raise ValueError(f"a KV cache of {settings.kv_cache_memory} bytes holds no page; one needs {need} bytes")
         self.cache = KVCache(model_config, num_pages, size, self.dtype, self.device)
         self.executor = Executor(model, self.cache)
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="device", initializer=_lower_priority)
 
     def run(self, plan: StepPlan) -> StepResult:
         """One step, with the delays that an experiment injects; blocks."""
@@ -102,6 +102,9 @@ class Worker:
     def __init__(self, config: WorkerConfig) -> None:
         self.config = config
         self.loop = asyncio.get_running_loop()
+        # One thread for all that computes, from loading on: OpenMP keeps a team for each thread that ever asked it for
+        # work, and stops spinning as soon as its teams have more threads than there are cores: half the speed.
+        self.device_thread = ThreadPoolExecutor(1, thread_name_prefix="device", initializer=_lower_priority)
         self.done = asyncio.Event()
         self.failure = ""
         self.record: BinaryIO | None = None  # the input log
@@ -121,8 +124,8 @@ class Worker:
         self.channels[ROUTER] = frontend
         try:
             model_config = load_config(config.model.model)
-            self.device = await asyncio.to_thread(Device, config, model_config)
-            hello = await asyncio.to_thread(self._prepare, model_config)
+            self.device = await self._on_device(Device, config, model_config)
+            hello = await self._on_device(self._prepare, model_config)
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
             self._send(ROUTER, Fatal(reason, config.name, config.epoch))
@@ -137,7 +140,7 @@ class Worker:
         for task in self.tasks:
             task.cancel()
         await self.links.close()
-        self.device.thread.shutdown(wait=False, cancel_futures=True)
+        self.device_thread.shutdown(wait=False, cancel_futures=True)
         self.device.cache.close()
         if self.record is not None:
             self.record.close()
@@ -261,13 +264,16 @@ class Worker:
             self._spawn(self._step(plan))
 
     async def _step(self, plan: StepPlan) -> None:
-        result = await self.loop.run_in_executor(self.device.thread, self.device.run, plan)
+        result = await self._on_device(self.device.run, plan)
         self.steps_flying -= 1
         self.busy_seconds += result.seconds
         self.flops += result.flops
         self.bytes_read += result.bytes_read
         self.core.on_step_done(plan.step_id, result.tokens, result.seconds, time.monotonic())
         self._advance()
+
+    def _on_device(self, work: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
+        return self.loop.run_in_executor(self.device_thread, work, *arguments)
 
     def _drain(self) -> None:
         while self.core.outbox:
