@@ -235,7 +235,7 @@ def test_a_broken_model_is_one_line(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--kv-cache-memory", "1K"], "a KV cache of 1024 bytes holds no page; one needs 32768 bytes"),
+        (["--kv-cache-memory", "1K"], "a KV cache of 1024 bytes holds no page; one needs 65536 bytes"),
         (["--kv-cache-memory", "64K", "--max-model-len", "256"], "holds 128 tokens; max_model_len 256 needs 131072"),
         (["--max-model-len", "4096"], "max_model_len is 4096, but the model's own limit is 2048"),
         (["--max-model-len", "64", "--max-tokens", "60"], "together more than the limit of 64"),
