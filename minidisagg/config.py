@@ -80,6 +80,7 @@ class RunSettings(Struct, frozen=True, kw_only=True):
     step_ahead: int = -1  # steps planned ahead; -1: 1 on a GPU, 0 on a CPU
     link_timeout: float = 10.0
     lease: float = 30.0
+    ceilings: bool = False  # measure each device's read bandwidth and matmul rate at its first start (a second)
 
 
 class WorkerConfig(Struct, frozen=True, kw_only=True):

@@ -80,7 +80,7 @@ class Bench:
         """Bring up one cluster per side, one after the other, and calibrate."""
         for side in self.options.sides:
             self.console.print(f"starting {label_of(side)}: {_workers(side)} …", style="dim", highlight=False)
-            frontend = await Frontend.start(self.options.model, side, self.options.run)
+            frontend = await Frontend.start(self.options.model, side, replace(self.options.run, ceilings=True))
             self.clusters.append(await stack.enter_async_context(frontend))
         hello = next(iter(self.clusters[0].hellos.values()))
         self.console.print(

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import shutil
 import tempfile
@@ -27,6 +28,7 @@ from minidisagg.runtime.channel import Channel, ChannelError, listen
 from minidisagg.runtime.launch import Supervisor
 
 TICK = 0.25
+STATS_TIMEOUT = 5.0  # seconds; a worker reports four times a second
 START_TIMEOUT = 300.0  # seconds for all workers to load their weights
 OnEmit = Callable[[Emit, float], None]
 
@@ -53,6 +55,7 @@ class Frontend:
         self._ids = itertools.count()
         self._callbacks: dict[str, OnEmit] = {}
         self._ready = asyncio.Event()
+        self._reported = asyncio.Event()  # a worker has sent its statistics
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
         try:
@@ -82,6 +85,7 @@ class Frontend:
             raise
         task = frontend.loop.create_task(frontend._tick())
         frontend._tasks.add(task)
+        task.add_done_callback(frontend._on_tick_end)
         return frontend
 
     async def stop(self) -> None:
@@ -173,12 +177,12 @@ class Frontend:
 
     async def fresh_stats(self) -> dict[str, Stats]:
         """Wait until every live worker has reported anew, so that its counters cover all that has happened."""
-        before = {name: stats.clock for name, stats in self.stats.items()}
-        deadline = time.monotonic() + 5.0
-        while time.monotonic() < deadline:
-            await asyncio.sleep(0.05)
-            if all(stats.clock > before.get(name, 0.0) for name, stats in self.stats.items()):
-                break
+        asked = time.monotonic()  # one clock for all processes of a host
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(STATS_TIMEOUT):
+                while any(name not in self.stats or self.stats[name].clock < asked for name in self.hellos):
+                    self._reported.clear()
+                    await self._reported.wait()
         return dict(self.stats)
 
     # ------------------------------------------------------------ inside
@@ -194,6 +198,8 @@ class Frontend:
                     self._ready.set()
                 self.router.on_message(envelope, time.monotonic())
                 self._drain()
+                if isinstance(envelope.body, Stats):
+                    self._reported.set()
                 if len(self.channels) == len(self.supervisor.names):
                     self._ready.set()
         except ChannelError as error:
@@ -214,6 +220,13 @@ class Frontend:
             await asyncio.sleep(TICK)
             self.router.on_tick(time.monotonic())
             self._drain()
+
+    def _on_tick_end(self, task: asyncio.Task[None]) -> None:
+        """A bug in the router or its policy: nobody waits for ever."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.error = f"the router failed: {type(error).__name__}: {error}"
+            for request_id in list(self._callbacks):
+                self._emit(Emit(request_id, finish="error", error=self.error))
 
     def _drain(self) -> None:
         for effect in drain_outbox(self.router):

@@ -148,7 +148,9 @@ class Worker:
     def _prepare(self, model_config: ModelConfig) -> Hello:
         config, cache = self.config, self.device.cache
         kind = resolve_kind(config.cluster.link, self.device.device.type)
-        bandwidth, flops = measure_ceilings(self.device.dtype, device=self.device.device)
+        bandwidth = flops = 0.0  # not known
+        if config.run.ceilings and config.epoch == 1:  # later its neighbours are at work, and would be measured too
+            bandwidth, flops = measure_ceilings(self.device.dtype, device=self.device.device)
         spec = EngineSpec(
             name=config.name, epoch=config.epoch, role=config.role, num_pages=cache.num_pages,
             page_size=cache.page_size, num_layers=model_config.num_layers,
