@@ -14,6 +14,7 @@ from torch import Tensor
 from minidisagg.core.plan import PlanItem
 from minidisagg.model.attention import build_batch
 from minidisagg.model.config import ModelConfig, RopeConfig
+from minidisagg.model.linear import OutputHead
 from minidisagg.model.transformer import Transformer
 from minidisagg.runtime.kv_cache import KVCache, num_pages_for, page_bytes
 
@@ -275,3 +276,19 @@ def test_cache_memory_can_be_mapped_by_another_process() -> None:
     cache.close()
     with pytest.raises(OSError):
         os.fstat(fd)
+
+
+def test_the_head_of_a_bfloat16_model_tells_the_largest_logits_apart() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight_VH = torch.randn(4096, 64, generator=generator).bfloat16()
+    weight_VH[7] = weight_VH[4000]
+    weight_VH[7, 0] *= 1.01  # equal to its neighbour in bfloat16 logits
+    x_SH = torch.randn(3, 64, generator=generator)
+    x_SH[1] = 0.5 * weight_VH[7].float()
+    exact_SV = x_SH @ weight_VH.float().t()
+    logits_SV = OutputHead(weight_VH)(x_SH)
+    assert logits_SV.dtype == torch.float32
+    largest = exact_SV.topk(8).indices
+    torch.testing.assert_close(logits_SV.gather(1, largest), exact_SV.gather(1, largest))
+    torch.testing.assert_close(logits_SV, exact_SV, rtol=0.02, atol=0.2)
+    assert logits_SV.argmax(-1).tolist() == exact_SV.argmax(-1).tolist()
