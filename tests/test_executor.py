@@ -10,6 +10,7 @@ from torch import Tensor
 
 from minidisagg.core.messages import SamplingParams
 from minidisagg.core.plan import PlanItem, SeqInit, StepPlan
+from minidisagg.model.attention import build_batch
 from minidisagg.model.config import ModelConfig, RopeConfig
 from minidisagg.model.transformer import Transformer
 from minidisagg.runtime.ceilings import measure_ceilings
@@ -171,3 +172,29 @@ def test_step_work_counts_by_hand() -> None:
 def test_ceilings_are_of_this_world() -> None:
     read, flops = measure_ceilings(torch.float32, threads=1)
     assert 1e8 < read < 1e13 and 1e8 < flops < 1e15
+
+
+@pytest.mark.parametrize("chunk", [100, 5])
+def test_logprobs_of_prompt_and_output_are_the_models_own(chunk: int) -> None:
+    sampling = SamplingParams(temperature=0, frequency_penalty=0.5, logprobs=2, prompt_logprobs=3)
+    ex, ids, values = executor(), list(PROMPT), {}
+    for step in range(15):
+        start = step * chunk if step * chunk < len(PROMPT) else len(ids) - 1
+        end = min(start + chunk, len(ids))
+        plan = StepPlan(step, [item("a", ids, start, end, end == len(ids))], [new("a", sampling)] * (not step), [])
+        result = ex.execute(plan)
+        ids += result.tokens
+        for found in result.logprobs:
+            values |= dict(enumerate(found.values, found.first))
+    assert sorted(values) == list(range(1, len(ids))), "one for each token that another precedes"
+
+    dense = executor()
+    batch = build_batch([item("b", ids, 0, len(ids), pages=list(range(8)))], [ids], dense.cache, torch.float64, CPU)
+    x_NE = dense.model.hidden(batch, dense.cache)
+    expected = dense.model.logits(x_NE).log_softmax(-1)
+    for position, value in values.items():
+        row = expected[position - 1]
+        assert value.logprob == pytest.approx(float(row[ids[position]]), abs=1e-9)
+        top = row.topk(3 if position < len(PROMPT) else 2)
+        assert [token for token, _ in value.top] == top.indices.tolist()
+        assert [logprob for _, logprob in value.top] == pytest.approx(top.values.tolist(), abs=1e-9)

@@ -346,5 +346,3 @@ def _workers(side: ClusterSettings) -> str:
 
 def _plain(rate: float) -> float | str:
     return "trace" if math.isnan(rate) else "inf" if math.isinf(rate) else round(rate, 4)
-
-

@@ -18,6 +18,7 @@ ROUTER = "router"  # the address of the front-end process, beside the workers' n
 
 NonNegative = Annotated[int, Meta(ge=0)]
 TokenId = Annotated[int, Meta(ge=0)]
+MaxLogprobs = Annotated[int, Meta(ge=0, le=20)]
 
 
 class Role(IntEnum):
@@ -48,6 +49,8 @@ class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True, forb
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    logprobs: MaxLogprobs | None = None  # of each output token, and of as many of the likeliest in its place
+    prompt_logprobs: MaxLogprobs | None = None  # the same of the prompt's tokens, from the second on
 
 
 class Message(Struct, frozen=True, tag=True, array_like=True):
@@ -152,6 +155,22 @@ class TokenOut(Struct, frozen=True, array_like=True, gc=False):
     wait_s: float = 0.0
     step_s: float = 0.0
     cached_tokens: int = 0  # with the first token: how many prompt tokens were prefix hits
+
+
+class TokenLogprob(Struct, frozen=True, array_like=True):
+    """Natural logarithm of a token's probability before any sampling parameter, and the likeliest (token, logprob)."""
+
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class Logprobs(Message, frozen=True):
+    """Of the tokens at positions `first`, `first` + 1, … of prompt and output; precedes the step's `StepOutput`."""
+
+    request_id: str
+    incarnation: int
+    first: int
+    values: list[TokenLogprob]
 
 
 class StepOutput(Message, frozen=True):
@@ -337,6 +356,7 @@ AnyMessage = (
     | PeerUp
     | PeerDown
     | Hello
+    | Logprobs
     | StepOutput
     | Released
     | Stats

@@ -23,6 +23,7 @@ from minidisagg.core.messages import (
     Envelope,
     Fatal,
     Hello,
+    Logprobs,
     Migrate,
     PeerDown,
     PeerUp,
@@ -33,6 +34,7 @@ from minidisagg.core.messages import (
     Stats,
     StepOutput,
     Submit,
+    TokenLogprob,
     TokenOut,
 )
 from minidisagg.core.policy import ClusterView, Policy, Reject, RoleChange, WorkerStatus
@@ -71,6 +73,8 @@ class Emit(Struct, frozen=True):
     times: StageTimes | None = None
     handoff: bool = False  # the gap before these tokens holds a handoff or a resubmission
     cached_tokens: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()  # of `tokens`, where the request asks for them
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # with the first token: of the prompt from its second token on
 
 
 class Kill(Struct, frozen=True):
@@ -105,6 +109,7 @@ class Tracked:
     moved: bool = False  # the next token ends a gap with a handoff or a resubmission
     charged: int = 0  # tokens counted on the prefill worker
     early: dict[int, TokenOut] = field(default_factory=dict)  # tokens that came before their predecessor
+    logprobs: dict[int, TokenLogprob] = field(default_factory=dict)  # by position, until they are emitted
     cached_tokens: int = 0
     prefill_s: float = 0.0
     wait_s: float = 0.0
@@ -214,6 +219,10 @@ class Router:
             self._on_step(status, body)
         elif isinstance(body, Stats):
             self._on_stats(status, body)
+        elif isinstance(body, Logprobs):
+            request = self.requests.get(body.request_id)
+            if request is not None and request.incarnation == body.incarnation:
+                request.logprobs.update(enumerate(body.values, body.first))
         elif isinstance(body, Released):
             request = self.requests.get(body.request_id)
             if request is not None and request.incarnation == body.incarnation:
@@ -428,20 +437,30 @@ class Router:
                 request.wait_s, request.step_s = out.wait_s, out.step_s
         request.emitted.append(out.token)
         if out.finish:
-            self._finish(request, out.finish, (out.token,), out.index, handoff)
+            self._finish(request, out.finish, out, handoff)
             return
-        self.outbox.append(Emit(
-            request.request_id, out.index, (out.token,), handoff=handoff, cached_tokens=request.cached_tokens
-        ))  # fmt: skip
+        self.outbox.append(self._news(request, out, handoff))
         if first and not request.decode:
             self._bind_late(request)
 
     # ------------------------------------------------------------ ends
 
+    def _news(self, request: Tracked, out: TokenOut, handoff: bool, finish: str = "") -> Emit:
+        values = request.logprobs
+        own: tuple[TokenLogprob, ...] = ()
+        prompt: tuple[TokenLogprob, ...] = ()
+        if values:
+            size = len(request.prompt)
+            own = tuple(values.pop(p) for p in [size + out.index] if p in values)
+            prompt = tuple(values.pop(p) for p in range(1, size) if p in values) if out.index == 0 else ()
+        return Emit(
+            request.request_id, out.index, (out.token,), finish, times=self._times(request) if finish else None,
+            handoff=handoff, cached_tokens=request.cached_tokens, logprobs=own, prompt_logprobs=prompt,
+        )  # fmt: skip
+
     def _finish(
-        self, request: Tracked, reason: str, tokens: tuple[int, ...] = (), index: int = 0, handoff: bool = False,
-        error: str = "",
-    ) -> None:  # fmt: skip
+        self, request: Tracked, reason: str, last: TokenOut | None = None, handoff: bool = False, error: str = ""
+    ) -> None:
         if not request.emitted:
             self.view.waiting -= 1
             self.view.waiting_tokens -= len(request.prompt)
@@ -451,10 +470,10 @@ class Router:
                 self._send(request.decode, Abort(request.request_id, request.incarnation))
         self._unplace(request)
         del self.requests[request.request_id]
-        self.outbox.append(Emit(
-            request.request_id, index, tokens, reason, error, times=self._times(request), handoff=handoff,
-            cached_tokens=request.cached_tokens,
-        ))  # fmt: skip
+        if last is None:
+            self.outbox.append(Emit(request.request_id, finish=reason, error=error, times=self._times(request)))
+        else:
+            self.outbox.append(self._news(request, last, handoff, reason))
 
     def _times(self, request: Tracked) -> StageTimes:
         """Residuals make the stages add up: workers report durations, this clock the two ends."""

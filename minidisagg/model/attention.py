@@ -62,6 +62,7 @@ class Batch:
     decodes: list[DecodeGroup]
     prefills: list[PrefillChunk]
     sample_rows_S: Tensor  # rows whose logits are wanted, in the order of the sampling items
+    first_rows: dict[int, int]  # item → its first row
 
 
 def build_batch(
@@ -104,6 +105,7 @@ def build_batch(
         decodes=groups,
         prefills=chunks,
         sample_rows_S=torch.tensor(sample_rows, dtype=torch.long, device=device),
+        first_rows=first_row,
     )
 
 

@@ -51,6 +51,10 @@ class OutputHead:
         exact_SC1 = torch.bmm(self.weight[largest_SC].float(), x_SH[:, :, None])
         return logits_SV.scatter_(1, largest_SC, exact_SC1[:, :, 0])
 
+    def exact(self, x_SH: Tensor) -> Tensor:
+        """All logits in the precision of x_SH, at the price of a wider copy of the weights while it runs."""
+        return F.linear(x_SH, self.weight.to(x_SH.dtype))
+
 
 def _can_pack(weight: Tensor) -> bool:
     if weight.device.type != "cpu" or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from minidisagg.core.messages import SamplingParams
+from minidisagg.core.messages import SamplingParams, TokenLogprob
 
 _CANDIDATES = 1024  # top-p seldom needs more, and selecting them is far cheaper than sorting a vocabulary
 _MASK64 = (1 << 64) - 1
@@ -28,6 +28,20 @@ class SequenceSampling:
     sampling: SamplingParams
     prompt: frozenset[int] = frozenset()
     output: Counter[int] = field(default_factory=Counter)
+    scored: Sequence[int] = ()  # the prompt in its order, where the log-probabilities of its tokens are wanted
+
+
+@torch.inference_mode()
+def score(logits_SV: Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprob]:
+    """The log-probability of each row's token, and the `top` likeliest of the row."""
+    logprobs_SV = logits_SV.log_softmax(-1)
+    index_S1 = torch.tensor(tokens, device=logits_SV.device)[:, None]
+    chosen: list[float] = logprobs_SV.gather(1, index_S1)[:, 0].tolist()
+    values_SC, ids_SC = logprobs_SV.topk(min(top, logits_SV.shape[1]))
+    return [
+        TokenLogprob(logprob, list(zip(ids, values, strict=True)))
+        for logprob, ids, values in zip(chosen, ids_SC.tolist(), values_SC.tolist(), strict=True)
+    ]
 
 
 @torch.inference_mode()

@@ -44,9 +44,13 @@ class Transformer:
         self.head = OutputHead(head_VE)
         self.inv_freq = rope_frequencies(config.rope, config.head_dim, self.wide).to(device)
 
-    @torch.inference_mode()
     def forward(self, batch: Batch, cache: PagedKV, on_layer: OnLayer | None = None) -> Tensor:
-        """Compute the step's KV into `cache` and return logits_SV of the sampled rows, float32 or wider.
+        """Compute the step's KV into `cache` and return logits_SV of the sampled rows."""
+        return self.logits(self.hidden(batch, cache, on_layer)[batch.sample_rows_S])
+
+    @torch.inference_mode()
+    def hidden(self, batch: Batch, cache: PagedKV, on_layer: OnLayer | None = None) -> Tensor:
+        """Compute the step's KV into `cache` and return x_NE after the last layer.
 
         `on_layer(i)` is called as soon as layer i's new KV is in the cache (queued on the stream, on a GPU).
         """
@@ -62,8 +66,13 @@ class Transformer:
                 on_layer(i)
             x_NE = x_NE + layer.output(paged_attention(q_NHD, kv_NKD, cache, i, batch))
             x_NE = layer.feed_forward(x_NE)
-        x_SE = x_NE[batch.sample_rows_S].to(self.wide)
-        return self.head(F.rms_norm(x_SE, self.norm_E.shape, self.norm_E, self.config.rms_norm_eps))
+        return x_NE
+
+    @torch.inference_mode()
+    def logits(self, x_SE: Tensor, exact: bool = False) -> Tensor:
+        """logits_SV of rows that `hidden` returned, float32 or wider; for `exact` see `OutputHead`."""
+        x_SE = F.rms_norm(x_SE.to(self.wide), self.norm_E.shape, self.norm_E, self.config.rms_norm_eps)
+        return self.head.exact(x_SE) if exact else self.head(x_SE)
 
 
 class _Layer:

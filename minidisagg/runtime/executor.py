@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from minidisagg.core.messages import Logprobs
 from minidisagg.core.plan import PlanItem, SeqKey, StepPlan
 from minidisagg.model.attention import build_batch
 from minidisagg.model.config import ModelConfig
-from minidisagg.model.sampler import SequenceSampling, sample
+from minidisagg.model.sampler import SequenceSampling, sample, score
 from minidisagg.model.transformer import OnLayer, Transformer
 from minidisagg.runtime.kv_cache import KVCache
+
+_SCORED_ROWS = 256  # at a time: the logits of a row take 200 KB
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,7 @@ class StepResult:
     seconds: float
     flops: float
     bytes_read: float
+    logprobs: Sequence[Logprobs] = ()
 
 
 class Executor:
@@ -45,23 +51,49 @@ class Executor:
             self.last_token.pop(key, None)
         for new in plan.new:
             key = (new.request_id, new.incarnation)
-            self.sequences[key] = SequenceSampling(new.sampling, frozenset(new.prompt), Counter(new.output))
+            scored = new.prompt if new.sampling.prompt_logprobs is not None else ()
+            self.sequences[key] = SequenceSampling(new.sampling, frozenset(new.prompt), Counter(new.output), scored)
         if not plan.items:
             return StepResult([], time.perf_counter() - start, 0.0, 0.0)
 
         model, cache = self.model, self.cache
         batch = build_batch(plan.items, [self._tokens(item) for item in plan.items], cache, model.dtype, model.device)
         cache.clear(pages_begun(plan.items, cache.page_size))
-        logits_SV = model.forward(batch, cache, on_layer)
+        x_NE = model.hidden(batch, cache, on_layer)
+        logits_SV = model.logits(x_NE[batch.sample_rows_S])
         sampling = [item for item in plan.items if item.sample]
         tokens = sample(logits_SV, [(self._sequence(item), item.index) for item in sampling]) if sampling else []
         for item, token in zip(sampling, tokens, strict=True):
             self._sequence(item).output[token] += 1
             self.last_token[item.request_id, item.incarnation] = token
+        logprobs = self._score(plan.items, iter(tokens), x_NE, batch.first_rows)
         if model.device.type == "cuda":  # a step without a sample has nothing else that waits for the device
             torch.cuda.synchronize(model.device)
         flops, bytes_read = step_work(plan, model.config, model.dtype.itemsize)
-        return StepResult(tokens, time.perf_counter() - start, flops, bytes_read)
+        return StepResult(tokens, time.perf_counter() - start, flops, bytes_read, logprobs)
+
+    def _score(
+        self, items: Sequence[PlanItem], sampled: Iterator[int], x_NE: Tensor, first_rows: dict[int, int]
+    ) -> list[Logprobs]:
+        """What the requests that ask for log-probabilities get of this step."""
+        out = []
+        for i, item in enumerate(items):
+            sequence = self._sequence(item)
+            token = [next(sampled)] if item.sample else []
+            prompt = sequence.scored[item.start + 1 : item.start + 1 + item.count]
+            for tokens, first, top in (
+                (prompt, 0, sequence.sampling.prompt_logprobs),
+                (token, item.count - 1, sequence.sampling.logprobs),
+            ):
+                if not tokens or top is None:
+                    continue
+                x_RE = x_NE[first_rows[i] + first :][: len(tokens)]
+                values = []
+                for at in range(0, len(tokens), _SCORED_ROWS):
+                    logits_RV = self.model.logits(x_RE[at : at + _SCORED_ROWS], exact=True)
+                    values += score(logits_RV, tokens[at : at + _SCORED_ROWS], top)
+                out.append(Logprobs(item.request_id, item.incarnation, item.start + first + 1, values))
+        return out
 
     def _sequence(self, item: PlanItem) -> SequenceSampling:
         sequence = self.sequences.get((item.request_id, item.incarnation))

@@ -271,6 +271,8 @@ class Worker:
         self.busy_seconds += result.seconds
         self.flops += result.flops
         self.bytes_read += result.bytes_read
+        for logprobs in result.logprobs:  # they decide nothing, so the core need not see them
+            self._send(ROUTER, logprobs)
         self.core.on_step_done(plan.step_id, result.tokens, result.seconds, time.monotonic())
         self._advance()
 
