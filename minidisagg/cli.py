@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import click
+from click.core import ParameterSource
 
 from minidisagg import __version__
 from minidisagg.bench.options import (
@@ -24,12 +25,14 @@ from minidisagg.bench.options import (
     Arrivals,
     BenchOptions,
     Output,
+    Server,
     Trials,
     Workload,
     make_sides,
+    parse_base_url,
     parse_rate,
 )
-from minidisagg.config import DEFAULT_MODEL, MODES
+from minidisagg.config import DEFAULT_MODEL, MODES, ClusterSettings, ModelSettings, RunSettings
 from minidisagg.measure.goodput import parse_slo
 from minidisagg.options import (
     engine_options,
@@ -44,6 +47,9 @@ from minidisagg.options import (
 
 SLO_PAIR = re.compile(r"(ttft|tpot|itl|e2el?):")
 ARRIVALS, WORKLOAD, TRIALS = Arrivals(), Workload(), Trials()
+# What `bench` takes for one of its two kinds of target only; the seed is the workload's too.
+ENGINE_FLAGS = {str(p.name) for p in engine_options(click.Command("engine")).params} - {"seed"} | {"mode", "against"}
+SERVER_FLAGS = {"api_key", "tokenizer"}
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
@@ -83,6 +89,7 @@ def cli(ctx: click.Context) -> None:
 
     \b
     minidisagg bench --mode both --preset quick    colocated against disaggregated: one table and a verdict
+    minidisagg serve                               an OpenAI-compatible server
     minidisagg chat                                talk to the model
     minidisagg generate --prompt "The sea is"      complete a text
     """
@@ -162,6 +169,38 @@ def chat(model: str, system: str, mode: str, **flags: Any) -> None:
     run_chat(engine, sampling, system)
 
 
+@cli.command()
+@model_argument
+@mode_option
+@click.option("--host", default="127.0.0.1", show_default=True, help="Another one needs --api-key.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")
+@click.option("--api-key", "api_keys", multiple=True, envvar="MINIDISAGG_API_KEY", metavar="KEY", help="Repeatable.")
+@click.option("--served-model-name", default="", metavar="NAME", help="What clients call the model.")
+@click.option("--max-waiting", type=positive, default=1024, show_default=True, help="Requests without a first token.")
+@click.option("--max-waiting-tokens", type=positive, default=1 << 20, show_default=True, help="Their prompt tokens.")
+@click.option("--drain-timeout", type=click.FloatRange(min=0), default=30.0, show_default=True,
+              help="Seconds that requests have to end after SIGTERM.")  # fmt: skip
+@click.option("--verbose", "-v", is_flag=True, help="A log line for each request.")
+@engine_options
+def serve(model: str, mode: str, verbose: bool, **flags: Any) -> None:
+    """Serve the model over HTTP, as OpenAI's clients expect it.
+
+    \b
+    minidisagg serve
+    minidisagg serve --mode disagg --prefill chunk=256 --link shm
+    minidisagg serve --host 0.0.0.0 --api-key "$KEY" --port 8080
+    curl localhost:8000/v1/completions -d '{"prompt": "The sea is", "max_tokens": 16}'
+    """
+    limits = flags.pop("max_waiting"), flags.pop("max_waiting_tokens")
+    own = {key: flags.pop(key) for key in ("host", "port", "api_keys", "drain_timeout")}
+    served_name = flags.pop("served_model_name")
+    engine = read_engine(model, flags, mode, one_worker=True)
+    from minidisagg.server.app import ServerSettings
+    from minidisagg.server.run import serve as run_server
+
+    run_server(engine, ServerSettings(**own, served_name=served_name), limits, verbose)
+
+
 # ---------------------------------------------------------------- bench
 
 
@@ -189,6 +228,12 @@ bench_options = stack(
         click.option("--mode", type=click.Choice([*MODES, "both"]), default="both", show_default=True,
                      help="What to measure; both is disagg against colocated, on as many workers."),
         click.option("--against", default="", metavar="MODE[:POLICY]", help="Compare --mode with this baseline."),
+        click.option("--base-url", default="", metavar="URL",
+                     help="Measure an OpenAI-compatible server that runs already; MODEL is then its model's name."),
+        click.option("--api-key", default="", envvar="OPENAI_API_KEY", show_envvar=True, metavar="KEY",
+                     help="Of that server."),
+        click.option("--tokenizer", default="", metavar="MODEL",
+                     help="Where random prompts get their token ids from.  [default: the server's model]"),
         click.option("--preset", type=click.Choice(list(PRESETS)), is_eager=True, callback=_use_preset,
                      help="quick: a first comparison in some three minutes."),
         click.option("--find-goodput", is_flag=True, help="Search the highest rate at which 90 % meet the SLOs."),
@@ -227,7 +272,8 @@ bench_options = stack(
 @model_argument
 @bench_options
 @engine_options
-def bench(model: str, mode: str, against: str, **flags: Any) -> int:
+@click.pass_context
+def bench(ctx: click.Context, model: str, mode: str, against: str, base_url: str, **flags: Any) -> int:
     """Measure colocated and disaggregated serving on equal workers, equal arrivals and equal seeds.
 
     \b
@@ -236,15 +282,37 @@ def bench(model: str, mode: str, against: str, **flags: Any) -> int:
     minidisagg bench --mode both --find-goodput --goodput ttft:1500 tpot:40
     minidisagg bench --mode colocated --request-rate inf --num-prompts 64
     minidisagg bench --dataset-name azure --dataset-path azure_conv.csv --trace-scale-len 0.2
+    minidisagg bench --base-url http://127.0.0.1:8000 --request-rate 4
     """
-    options = _read_bench(model, mode, against, flags)
+    given = {name for name in ctx.params if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    if base_url:
+        _check_given(given, ENGINE_FLAGS, "is for the engine that bench starts, and with --base-url it starts none")
+        name = model if "model" in given else ""
+        server = Server(base_url=parse_base_url(base_url), model=name, tokenizer=flags["tokenizer"])
+    else:
+        _check_given(given, SERVER_FLAGS, "is for a server that runs already: it needs --base-url URL")
+        server = None
+    api_key = flags.pop("api_key")
+    options = _read_bench(model, mode, against, server, flags)
     from minidisagg.bench.compare import run
 
-    return run(options)
+    return run(options) if server is None else run(options, api_key)
 
 
-def _read_bench(model: str, mode: str, against: str, flags: dict[str, Any]) -> BenchOptions:
-    settings, cluster, run = read_engine(model, flags, MODES[1] if mode == "both" else mode)
+def _check_given(given: set[str], refused: set[str], why: str) -> None:
+    if wrong := sorted(given & refused):
+        raise click.UsageError(f"--{wrong[0].replace('_', '-')} {why}")
+
+
+def _read_bench(
+    model: str, mode: str, against: str, server: Server | None, flags: dict[str, Any]
+) -> BenchOptions:
+    sides: tuple[ClusterSettings, ...] = ()
+    if server is None:
+        settings, cluster, run = read_engine(model, flags, MODES[1] if mode == "both" else mode)
+        sides = make_sides(mode, against, cluster)
+    else:
+        settings, run = ModelSettings(model=server.model), RunSettings(seed=flags["seed"])
     if flags["dataset_name"] in TRACES and not flags["dataset_path"]:
         raise ValueError(f"--dataset-name {flags['dataset_name']} needs --dataset-path FILE")
     has_times = flags["dataset_name"] in ("azure", "mooncake", "burstgpt")
@@ -252,7 +320,8 @@ def _read_bench(model: str, mode: str, against: str, flags: dict[str, Any]) -> B
     rate, relative = parse_rate(flags["request_rate"]) if flags["request_rate"] else default_rate
     return BenchOptions(
         model=settings,
-        sides=make_sides(mode, against, cluster),
+        sides=sides,
+        server=server,
         run=run,
         workload=Workload(
             dataset_name=flags["dataset_name"],

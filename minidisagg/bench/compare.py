@@ -1,5 +1,7 @@
 """`minidisagg bench`: the same arrivals on one or two clusters, interleaved, and what the difference is.
 
+With `--base-url` the one side is a server that runs already.
+
     calibrate   a few requests one at a time: unloaded prefill and step time → capacity, default SLOs
     measure     for each repetition: a workload of its own; both sides run it, A B B A …
     report      tables, verdict, run directory
@@ -14,11 +16,12 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 from msgspec import Struct
@@ -28,17 +31,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from minidisagg.bench.client import Load, worker_records
-from minidisagg.bench.options import TRACES, BenchOptions, Workload
+from minidisagg.bench.client import Progress as OnDone
+from minidisagg.bench.http_client import HttpServer
+from minidisagg.bench.options import TEXTS, TRACES, BenchOptions, Server, Workload
 from minidisagg.config import ClusterSettings
+from minidisagg.core.messages import Hello, Stats
 from minidisagg.measure.comparison import TIMES, Comparison, compare_runs
 from minidisagg.measure.goodput import SLO, attainment, find_goodput_async
-from minidisagg.measure.records import RunRecord
+from minidisagg.measure.records import RequestRecord, RunRecord
 from minidisagg.measure.report import render, to_dict, write_run_directory
 from minidisagg.model.pull import ensure
 from minidisagg.model.tokenizer import Tokenizer
 from minidisagg.runtime.frontend import Frontend
 from minidisagg.workload.arrivals import arrival_times
-from minidisagg.workload.lengths import WorkItem, random_items, text_items, with_arrivals, with_prompts
+from minidisagg.workload.lengths import Encode, WorkItem, random_items, text_items, with_arrivals, with_prompts
 from minidisagg.workload.traces import load_trace
 
 CALIBRATION = 6  # requests one at a time, after two to warm up
@@ -59,14 +65,53 @@ class Unloaded(Struct, frozen=True):
         return 1.0 / self.prefill
 
 
+class Target(Protocol):
+    """What is measured: a cluster of this process, or a server. `mode` and `policy` only go into the records."""
+
+    label: str
+    mode: str
+    policy: str
+    model: str
+    max_model_len: int
+    encode: Encode | None  # None: no tokenizer is at hand, and texts are sent as they are
+    vocab_size: int  # 0: not known
+    hellos: dict[str, Hello]
+
+    def load(self, items: Sequence[WorkItem], seed: int, on_done: OnDone | None) -> Load:
+        """One run of a workload."""
+
+    async def fresh_stats(self) -> dict[str, Stats]:
+        """The counters of its workers, as far as it tells."""
+
+    def notes(self, records: Sequence[RequestRecord]) -> list[str]:
+        """Remarks on a run."""
+
+
+class Cluster:
+    """A cluster that the bench has started."""
+
+    def __init__(self, frontend: Frontend, spec: ClusterSettings, tokenizer: Tokenizer) -> None:
+        self.frontend = frontend
+        self.label, self.mode, self.policy = label_of(spec), spec.mode, spec.policy
+        self.model, self.max_model_len = frontend.model.model, frontend.max_model_len
+        self.encode, self.vocab_size = tokenizer.encode, tokenizer.vocab_size
+        self.hellos = frontend.hellos
+        self.fresh_stats = frontend.fresh_stats
+
+    def load(self, items: Sequence[WorkItem], seed: int, on_done: OnDone | None) -> Load:
+        return Load(self.frontend, items, seed, on_done)
+
+    def notes(self, records: Sequence[RequestRecord]) -> list[str]:
+        return []
+
+
 class Bench:
     """One benchmark under way."""
 
     def __init__(self, options: BenchOptions, console: Console) -> None:
         self.options = options
         self.console = console
-        self.tokenizer = Tokenizer.load(options.model.model)
-        self.clusters: list[Frontend] = []
+        self.targets: list[Target] = []
         self.unloaded = Unloaded(0.0, 0.0)
         self.slo = SLO()
         self.progress = Progress(
@@ -76,35 +121,61 @@ class Bench:
 
     # ------------------------------------------------------------ set-up
 
-    async def start(self, stack: AsyncExitStack) -> None:
-        """Bring up one cluster per side, one after the other, and calibrate."""
+    async def start(self, stack: AsyncExitStack, api_key: str) -> None:
+        """Bring up one cluster per side, one after the other, or find the server; then calibrate."""
+        if self.options.server is None:
+            await self._start_clusters(stack)
+        else:
+            await self._connect(stack, self.options.server, api_key)
+        await self._calibrate()
+        given, alone = self.options.trials.slo, self.unloaded
+        self.slo = given or SLO(ttft=_limit(TTFT_SLO * alone.prefill), tpot=_limit(TPOT_SLO * alone.step))
+        sustains = "one prefill worker sustains" if self.options.sides else "one prefill after another makes"
+        self.console.print(
+            f"unloaded: prefill {alone.prefill * 1e3:.0f} ms, decode step {alone.step * 1e3:.1f} ms, "
+            f"so {sustains} {alone.capacity:.2f} requests/s; "
+            f"SLO {self.slo}{'' if given else ' (derived)'}",
+            style="dim", highlight=False,
+        )  # fmt: skip
+
+    async def _connect(self, stack: AsyncExitStack, settings: Server, api_key: str) -> None:
+        server = HttpServer(settings.base_url, settings.model, settings.tokenizer, api_key)
+        await (await stack.enter_async_context(server)).connect()
+        workload = self.options.workload.dataset_name
+        if not server.vocab_size and workload not in TEXTS:
+            raise ValueError(
+                f"{settings.base_url} does not tell the vocabulary of {server.model}, which --dataset-name {workload} "
+                f"needs: give --tokenizer MODEL, or a data set of {' or '.join(TEXTS)}"
+            )
+        self.targets.append(server)
+        self.console.print(f"{server.model} at {settings.base_url}", style="dim", highlight=False)
+
+    async def _start_clusters(self, stack: AsyncExitStack) -> None:
+        tokenizer = Tokenizer.load(self.options.model.model)
         for side in self.options.sides:
             self.console.print(f"starting {label_of(side)}: {_workers(side)} …", style="dim", highlight=False)
             frontend = await Frontend.start(self.options.model, side, replace(self.options.run, ceilings=True))
-            self.clusters.append(await stack.enter_async_context(frontend))
-        hello = next(iter(self.clusters[0].hellos.values()))
+            self.targets.append(Cluster(await stack.enter_async_context(frontend), side, tokenizer))
+        hello = next(iter(self.targets[0].hellos.values()))
         self.console.print(
             f"link {hello.info['link']}, {hello.info['dtype']}, {hello.info['threads']} thread(s) a worker; "
             f"ceilings {hello.info['bandwidth'] / 1e9:.1f} GB/s and {hello.info['flops'] / 1e9:.0f} GFLOP/s",  # type: ignore[operator]
             style="dim", highlight=False,
         )  # fmt: skip
-        await self._calibrate()
-        given, alone = self.options.trials.slo, self.unloaded
-        self.slo = given or SLO(ttft=round(TTFT_SLO * alone.prefill * 1e3), tpot=round(TPOT_SLO * alone.step * 1e3))
-        self.console.print(
-            f"unloaded: prefill {alone.prefill * 1e3:.0f} ms, decode step {alone.step * 1e3:.1f} ms, "
-            f"so one prefill worker sustains {alone.capacity:.2f} requests/s; "
-            f"SLO {self.slo}{'' if given else ' (derived)'}",
-            style="dim", highlight=False,
-        )  # fmt: skip
 
     async def _calibrate(self) -> None:
-        """Requests like the workload's, one at a time; the other clusters are warmed up with two as well."""
+        """Requests like the workload's, one at a time; the other clusters are warmed up with two as well.
+
+        Raises RuntimeError where one fails: what goes wrong alone would go wrong under load.
+        """
         items = self._items(-1, CALIBRATION + 2)
-        for frontend in reversed(self.clusters):
-            count = len(items) if frontend is self.clusters[0] else 2
+        for target in reversed(self.targets):
+            count = len(items) if target is self.targets[0] else 2
             short = [replace(item, output_len=min(item.output_len, 17), salt="calibration") for item in items[:count]]
-            records = (await Load(frontend, short, 0, None).run(1))[2:]
+            records = await target.load(short, 0, None).run(1)
+            if failed := next((record for record in records if not record.ok), None):
+                raise RuntimeError(f"{target.label}: a request alone failed: {failed.error or 'no tokens'}")
+        records = records[2:]
         prefill = statistics.median(record.token_times[0] - record.sent for record in records)
         steps = [
             (r.token_times[-1] - r.token_times[1]) / (len(r.token_times) - 2) for r in records if len(r.token_times) > 2
@@ -123,47 +194,50 @@ class Bench:
 
     def _items(self, repetition: int, count: int | None = None) -> list[WorkItem]:
         workload, seed = self.options.workload, self.options.run.seed + REPEAT_SEED * repetition
-        limit = self.clusters[0].max_model_len
-        items = build_items(workload, count or workload.num_prompts, seed, self.tokenizer.encode, limit)
+        target = self.targets[0]
+        limit = target.max_model_len
+        items = build_items(workload, count or workload.num_prompts, seed, target.encode, limit)
         if not items:
             raise ValueError(f"{workload.dataset_path}: no request fits into {limit} tokens")
         # A salt of its own keeps the prefix cache of an earlier repetition out of this one.
         salted = [replace(item, salt=f"{item.salt}#{repetition}") for item in items]
-        return with_prompts(salted, self.tokenizer.vocab_size, seed)
+        if target.encode is None and workload.dataset_name in TEXTS:
+            return salted  # the server has a tokenizer
+        return with_prompts(salted, target.vocab_size, seed)
 
     async def one_run(
         self, side: int, repetition: int, rate: float, concurrency: int | None, on_done: Callable[[int], None] | None
     ) -> RunRecord:
         """One side, one repetition."""
-        options, frontend = self.options, self.clusters[side]
+        options, target = self.options, self.targets[side]
         items = self._items(repetition)
         if not math.isnan(rate) and concurrency is None:
             seed = options.run.seed + REPEAT_SEED * repetition
             items = with_arrivals(items, arrival_times(len(items), rate, options.arrivals.burstiness, seed))
-        before = await frontend.fresh_stats()
+        before = await target.fresh_stats()
         cpu, started = time.process_time(), time.monotonic()
-        requests = await Load(frontend, items, options.run.seed, on_done).run(concurrency)
+        requests = await target.load(items, options.run.seed, on_done).run(concurrency)
         wall, cpu = time.monotonic() - started, time.process_time() - cpu
-        workers, links = worker_records(frontend.hellos, before, await frontend.fresh_stats())
-        spec = options.sides[side]
+        workers, links = worker_records(target.hellos, before, await target.fresh_stats())
+        quick = ["quick preset, not for publication"] if options.trials.preset == "quick" else []
         return RunRecord(
-            label=label_of(spec), mode=spec.mode, policy=spec.policy, model=options.model.model,
+            label=target.label, mode=target.mode, policy=target.policy, model=target.model,
             workload=describe_workload(options.workload), request_rate=_plain(rate),
             burstiness=options.arrivals.burstiness, max_concurrency=concurrency, seed=options.run.seed,
             repetition=repetition, num_warmups=options.arrivals.num_warmups, requests=requests, workers=workers,
             links=links, frontend_cpu_share=cpu / wall, wall_s=wall,
-            marks=["quick preset, not for publication"] if options.trials.preset == "quick" else [],
+            marks=[*quick, *target.notes(requests)],
         )  # fmt: skip
 
     async def interleaved(self, rate: float, concurrency: int | None = None) -> Comparison:
         """All repetitions of all sides, A B B A …, as one comparison."""
-        runs: list[list[RunRecord]] = [[] for _ in self.clusters]
+        runs: list[list[RunRecord]] = [[] for _ in self.targets]
         what = f"{concurrency} at a time" if concurrency else f"{rate:.2f} req/s"
         with self.progress as progress:
             for repetition in range(self.options.trials.repeats):
-                order = range(len(self.clusters)) if repetition % 2 == 0 else reversed(range(len(self.clusters)))
+                order = range(len(self.targets)) if repetition % 2 == 0 else reversed(range(len(self.targets)))
                 for side in order:
-                    name = label_of(self.options.sides[side])
+                    name = self.targets[side].label
                     label = f"{name} {repetition + 1}/{self.options.trials.repeats}, {what}"
                     task = progress.add_task(label, total=self.options.workload.num_prompts)
                     advance = partial(progress.advance, task)
@@ -174,9 +248,7 @@ class Bench:
         )
 
 
-def build_items(
-    workload: Workload, count: int, seed: int, encode: Callable[[str], list[int]], max_model_len: int
-) -> list[WorkItem]:
+def build_items(workload: Workload, count: int, seed: int, encode: Encode | None, max_model_len: int) -> list[WorkItem]:
     """The workload's requests; traces bring their own arrival times."""
     if workload.dataset_name == "random":
         return random_items(count, workload.input_len, workload.output_len, workload.range_ratio, seed)
@@ -221,11 +293,11 @@ async def at_one_rate(bench: Bench) -> Comparison:
 
 async def goodput(bench: Bench) -> dict[str, object]:
     """The highest rate at 90 % attainment, per side."""
-    options, found = bench.options, {}
+    found = {}
     table = Table(title=f"Goodput: highest rate with 90 % of requests within {bench.slo}", title_justify="left")
     for head in ("", "requests/s", "fails from", "attainment", "runs"):
         table.add_column(head, justify="right" if head else "left")
-    for index, side in enumerate(options.sides):
+    for index, target in enumerate(bench.targets):
         repetition = 0
 
         async def attained(rate: float, index: int = index) -> float:
@@ -237,13 +309,13 @@ async def goodput(bench: Bench) -> dict[str, object]:
             return share
 
         result = await find_goodput_async(attained, bench.rate)
-        found[f"{index}: {label_of(side)}"] = result
+        found[f"{index}: {target.label}"] = result
         cells = f"{result.rate:.2f}", f"{result.upper:.2f}", f"{result.attainment:.1%}", str(len(result.trials))
-        table.add_row(label_of(side), *cells)
+        table.add_row(target.label, *cells)
     bench.console.print(table)
     rates = [result.rate for result in found.values()]
     if len(rates) == 2 and rates[0]:
-        names = " / ".join(label_of(side) for side in reversed(options.sides))
+        names = " / ".join(target.label for target in reversed(bench.targets))
         verdict = f"goodput of {names}: {rates[1] / rates[0]:.2f}{TIMES}"
         bench.console.print(verdict, style="bold", highlight=False)
     return {"goodput": {name: msgspec.to_builtins(result) for name, result in found.items()}}
@@ -283,20 +355,24 @@ def sweep_table(comparisons: list[tuple[int, Comparison]]) -> Table:
 # ---------------------------------------------------------------- entry
 
 
-def run(options: BenchOptions) -> int:
-    """Carry the benchmark out; returns the exit status. Raises `ValueError`, `OSError` or `StartError` in one line."""
+def run(options: BenchOptions, api_key: str = "") -> int:
+    """Carry the benchmark out; returns the exit status. Raises `ValueError`, `OSError` or `StartError` in one line.
+
+    `api_key` is the server's; it is no part of the options, which are written to the run directory.
+    """
     console = Console(stderr=options.output.json)
     if options.output.dry_run:
         console.print(_dry_run(options), highlight=False)
         return 0
-    ensure(options.model.model, lambda line: console.print(line, style="dim", highlight=False))
-    return asyncio.run(_run(options, console))
+    if options.server is None:
+        ensure(options.model.model, lambda line: console.print(line, style="dim", highlight=False))
+    return asyncio.run(_run(options, console, api_key))
 
 
-async def _run(options: BenchOptions, console: Console) -> int:
+async def _run(options: BenchOptions, console: Console, api_key: str) -> int:
     async with AsyncExitStack() as stack:
         bench = Bench(options, console)
-        await bench.start(stack)
+        await bench.start(stack, api_key)
         directory = Path(options.output.directory) / datetime.now().strftime("%Y%m%d-%H%M%S")
         if options.trials.find_goodput:
             result = await goodput(bench)
@@ -332,6 +408,7 @@ def _dry_run(options: BenchOptions) -> str:
     count, repeats = options.workload.num_prompts, options.trials.repeats
     lines = [f"would run {describe_workload(options.workload)}, {count} requests {TIMES} {repeats}, on"]
     lines += [f"  {label_of(side)}: {_workers(side)}" for side in options.sides]
+    lines += [f"  {options.server.base_url}"] if options.server is not None else []
     return "\n".join(lines)
 
 
@@ -342,6 +419,10 @@ def label_of(side: ClusterSettings) -> str:
 
 def _workers(side: ClusterSettings) -> str:
     return ", ".join(name for name, _, _ in side.roles())
+
+
+def _limit(seconds: float) -> int:
+    return max(1, round(seconds * 1e3))
 
 
 def _plain(rate: float) -> float | str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Literal
+from urllib.parse import urlsplit
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -12,6 +13,7 @@ from minidisagg.measure.goodput import SLO
 
 Dataset = Literal["random", "text", "sharegpt", "azure", "mooncake", "burstgpt"]
 DATASETS: tuple[Dataset, ...] = ("random", "text", "sharegpt", "azure", "mooncake", "burstgpt")
+TEXTS = ("text", "sharegpt")  # data sets whose prompts are texts
 TRACES = ("sharegpt", "azure", "mooncake", "burstgpt")  # data sets that are a file
 
 
@@ -59,11 +61,23 @@ class Output(Struct, frozen=True, kw_only=True):
     dry_run: bool = False
 
 
+class Server(Struct, frozen=True, kw_only=True):
+    """A server that runs already. `model` empty: it is asked; `tokenizer` empty: that of the model, if it is here."""
+
+    base_url: str
+    model: str = ""
+    tokenizer: str = ""
+
+
 class BenchOptions(Struct, frozen=True, kw_only=True):
-    """A whole benchmark. `sides` are one cluster, or two: the baseline A, then B, on as many workers each."""
+    """A whole benchmark. `sides` are one cluster, or two: the baseline A, then B, on as many workers each.
+
+    With `server` there are no sides, no cluster is started, and `model` is without meaning.
+    """
 
     model: ModelSettings
     sides: tuple[ClusterSettings, ...]
+    server: Server | None = None
     run: RunSettings
     workload: Workload
     arrivals: Arrivals
@@ -90,6 +104,19 @@ def make_sides(mode: str, against: str, cluster: ClusterSettings) -> tuple[Clust
     if other not in MODES:
         raise ValueError(f"--against {against}: expected MODE or MODE:POLICY with a mode of {', '.join(MODES)}")
     return replace(cluster, mode=other, policy=policy or cluster.policy), b
+
+
+def parse_base_url(text: str) -> str:
+    """`http://HOST:PORT[/PATH]`; a /v1 at its end, as OpenAI's clients have it, is left out. Raises ValueError."""
+    url = text.rstrip("/").removesuffix("/v1").rstrip("/")
+    try:
+        parts = urlsplit(url)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        valid = False
+    if not valid or parts.query or parts.fragment:
+        raise ValueError(f"--base-url {text!r}: expected a URL such as http://127.0.0.1:8000")
+    return url
 
 
 def parse_rate(text: str) -> tuple[float, bool]:

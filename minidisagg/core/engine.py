@@ -129,6 +129,16 @@ class EngineCore:
             return
         self._handlers[type(envelope.body)](envelope)
 
+    def set_policy(self, spec: str, policy: Policy, now: float) -> None:
+        """Schedule by `policy`, which `spec` names, from now on; what waits is put in its order."""
+        self.now = now
+        self.policy = policy
+        self._reorder(self.waiting, "prefill")
+        self._reorder(self.running, "decode")
+        for _, _, request in self.offers:
+            request.sort_key["transfer"] = policy.order(request, "transfer", self)
+        self.offers.sort(key=lambda o: o[2].sort_key["transfer"])
+
     def schedule(self, now: float) -> StepPlan | None:
         """The next step, or None if there is nothing to compute."""
         self.now = now

@@ -7,7 +7,7 @@ transfers, ticks, each with its time. A real run records it; `replay` gives the 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 import msgspec
@@ -64,7 +64,14 @@ class Ticked(Struct, frozen=True, tag=True, array_like=True):
     now: float
 
 
-Entry = Received | Scheduled | StepDone | TransferDone | LinkGone | Ticked
+class PolicySet(Struct, frozen=True, tag=True, array_like=True):
+    """`set_policy`"""
+
+    now: float
+    spec: str
+
+
+Entry = Received | Scheduled | StepDone | TransferDone | LinkGone | Ticked | PolicySet
 _LENGTH = struct.Struct("<I")
 
 
@@ -79,6 +86,10 @@ class RecordingCore(EngineCore):
     def on_message(self, envelope: Envelope, now: float) -> None:
         self._write(Received(now, envelope))
         super().on_message(envelope, now)
+
+    def set_policy(self, spec: str, policy: Policy, now: float) -> None:
+        self._write(PolicySet(now, spec))
+        super().set_policy(spec, policy, now)
 
     def schedule(self, now: float) -> StepPlan | None:
         plan = super().schedule(now)
@@ -115,8 +126,10 @@ def read_log(log: BinaryIO) -> Iterator[bytes]:
         yield data
 
 
-def replay(log: BinaryIO, policy: Policy) -> Iterator[tuple[StepPlan | None, StepPlan | None]]:
-    """(recorded plan, replayed plan) of every `schedule`, in order."""
+def replay(
+    log: BinaryIO, policy: Policy, load_policy: Callable[[str], Policy] | None = None
+) -> Iterator[tuple[StepPlan | None, StepPlan | None]]:
+    """(recorded plan, replayed plan) of every `schedule`; `load_policy` makes what was set on the way."""
     records = read_log(log)
     core = EngineCore(msgspec.msgpack.decode(next(records), type=EngineSpec), policy)
     decoder = msgspec.msgpack.Decoder(Entry)
@@ -134,5 +147,9 @@ def replay(log: BinaryIO, policy: Policy) -> Iterator[tuple[StepPlan | None, Ste
             core.on_transfer_done(entry.completion, entry.now)
         elif isinstance(entry, LinkGone):
             core.on_link_aborted(entry.peer, entry.link_epoch, entry.outgoing, entry.now)
+        elif isinstance(entry, PolicySet):
+            if load_policy is None:
+                raise ValueError(f"the policy was set to {entry.spec!r} on the way: give load_policy")
+            core.set_policy(entry.spec, load_policy(entry.spec), entry.now)
         else:
             core.on_tick(entry.now)

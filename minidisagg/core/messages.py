@@ -93,6 +93,12 @@ class SetRole(Message, frozen=True):
     role: Role
 
 
+class SetPolicy(Message, frozen=True):
+    """Schedule by this policy from now on; `spec` is as on the command line."""
+
+    spec: str
+
+
 class Migrate(Message, frozen=True):
     """Hand the request's KV over to the worker `dest`."""
 
@@ -204,6 +210,7 @@ class LinkStats(Struct, frozen=True, array_like=True):
     transfers: int = 0  # pieces that have left
     bytes: int = 0
     seconds: float = 0.0  # summed over pieces, from start of sending to its end
+    queue_seconds: float = 0.0  # summed over pieces, from the core's word to the start of sending
     failures: int = 0
     backlog: int = 0  # pieces started and not finished
 
@@ -351,6 +358,7 @@ AnyMessage = (
     Submit
     | Abort
     | SetRole
+    | SetPolicy
     | Migrate
     | Drain
     | PeerUp

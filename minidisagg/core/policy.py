@@ -104,10 +104,11 @@ class WorkerStatus:
     t_prefill_token: float = 0.0  # seconds per prompt token, smoothed over its steps; 0 until it was seen
     t_decode_step: float = 0.0  # seconds per pure decode step, smoothed
     flipping: Role | None = None  # takes nothing new until it has taken this role
+    draining: bool = False  # takes nothing new until it is started again
 
     def takes(self, role: Role) -> bool:
         """The router may send it work of this role."""
-        return self.flipping is None and bool(self.role & role)
+        return self.flipping is None and not self.draining and bool(self.role & role)
 
 
 @dataclass

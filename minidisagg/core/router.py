@@ -30,6 +30,7 @@ from minidisagg.core.messages import (
     Released,
     Role,
     SamplingParams,
+    SetPolicy,
     SetRole,
     Stats,
     StepOutput,
@@ -165,6 +166,7 @@ class Router:
         self.stats: dict[str, Stats] = {}
         self.heartbeats: dict[str, Heartbeat] = {}
         self.paused = False  # admission is paused: new requests are parked
+        self.policy_spec = ""  # of a policy that was set while running
         self.view = ClusterView(
             0.0, {}, max_waiting=spec.max_waiting, max_waiting_tokens=spec.max_waiting_tokens,
             rng=random.Random(spec.seed),
@@ -261,7 +263,7 @@ class Router:
         for change in self.policy.rebalance(self.view):
             self.set_role(change, now)
         for status in self.view.workers.values():
-            if status.flipping is not None and not any(self._uses(r, status.name) for r in self.requests.values()):
+            if status.flipping is not None and not self.uses(status.name):
                 self._send(status.name, SetRole(status.flipping))
         self.place_parked(now)
 
@@ -269,6 +271,17 @@ class Router:
         """Finish-then-flip: the worker gets nothing new from now on, and the new role once it is empty."""
         status = self.view.workers[change.worker]
         status.flipping = change.role if change.role != status.role else None
+
+    def uses(self, name: str) -> bool:
+        """Some request needs the worker."""
+        return any(self._uses(request, name) for request in self.requests.values())
+
+    def set_policy(self, spec: str, policy: Policy, now: float) -> None:
+        """Place by `policy` from now on, and have every worker schedule by it, later ones too."""
+        self.policy, self.policy_spec = policy, spec
+        for name in self.view.workers:
+            self._send(name, SetPolicy(spec))
+        self.place_parked(now)
 
     def place_parked(self, now: float) -> None:
         """Try again what found no worker."""
@@ -380,6 +393,8 @@ class Router:
             name, epoch, hello.role, hello.num_pages, hello.page_size, pages_free=hello.num_pages,
             stats_at=self.view.now,
         )  # fmt: skip
+        if self.policy_spec:
+            self._send(name, SetPolicy(self.policy_spec))
         self.hellos[name] = hello
         self.heartbeats[name] = Heartbeat(self.view.now, stepped_at=self.view.now)
         self.place_parked(self.view.now)
@@ -494,7 +509,7 @@ class Router:
     def _uses(self, request: Tracked, name: str) -> bool:
         return name == request.decode or (name == request.prefill and (request.prefilling or request.moving))
 
-    def _send(self, dest: str, body: PeerUp | PeerDown | Submit | Abort | Migrate | SetRole) -> None:
+    def _send(self, dest: str, body: PeerUp | PeerDown | Submit | Abort | Migrate | SetRole | SetPolicy) -> None:
         self.outbox.append(Send(dest, body))
 
 

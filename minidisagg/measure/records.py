@@ -25,6 +25,7 @@ class RequestRecord(Struct, kw_only=True, omit_defaults=True):
     rejected: bool = False  # refused by admission (its `error` says how)
     stages: dict[str, float] = field(default_factory=dict)  # seconds by name of `STAGES`; they add up to e2e
     handoffs: list[int] = field(default_factory=list)  # i: the gap between tokens i and i + 1 is a handoff
+    completion_tokens: int | None = None  # by the server's count, where that is not the number of `token_times`
     cached_tokens: int = 0  # prompt tokens that were prefix hits
     workers: list[str] = field(default_factory=list)  # in the order in which they served it
 

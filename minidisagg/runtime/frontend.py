@@ -21,7 +21,8 @@ import msgspec
 
 from minidisagg.config import ClusterSettings, ModelSettings, RunSettings
 from minidisagg.core.effects import Send
-from minidisagg.core.messages import ROUTER, Envelope, Fatal, Hello, SamplingParams, Stats
+from minidisagg.core.messages import ROUTER, Envelope, Fatal, Hello, Role, SamplingParams, Stats
+from minidisagg.core.policy import RoleChange
 from minidisagg.core.router import Emit, Kill, Router, RouterSpec, drain_outbox
 from minidisagg.policies import load_policy
 from minidisagg.runtime.channel import Channel, ChannelError, listen
@@ -174,6 +175,32 @@ class Frontend:
                     return
         finally:
             self.abort(request_id)
+
+    # ------------------------------------------------------------ what operators call
+
+    def pause(self, paused: bool) -> None:
+        """New requests wait in the router, or go on."""
+        self.router.paused = paused
+        self.router.place_parked(time.monotonic())
+        self._drain()
+
+    def set_policy(self, spec: str) -> None:
+        """Change the scheduling policy everywhere. Raises `ValueError`."""
+        self.router.set_policy(spec, load_policy(spec), time.monotonic())
+        self._drain()
+
+    def set_role(self, worker: str, role: Role) -> None:
+        """Finish what the worker has, then flip. Raises `KeyError`."""
+        self.router.set_role(RoleChange(worker, role), time.monotonic())
+        self._drain()
+
+    def drain(self, worker: str) -> None:
+        """The worker takes nothing new, until it is restarted. Raises `KeyError`."""
+        self.router.view.workers[worker].draining = True
+
+    def kill(self, worker: str) -> None:
+        """SIGKILL; the supervisor starts it again under the next epoch. Raises `KeyError`."""
+        self.supervisor.kill(worker, self.router.view.workers[worker].epoch)
 
     async def fresh_stats(self) -> dict[str, Stats]:
         """Wait until every live worker has reported anew, so that its counters cover all that has happened."""

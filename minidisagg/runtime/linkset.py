@@ -32,8 +32,7 @@ class Entry:
     connected: bool = False
     closing: bool = False
     waiting: list[TransferOp] = field(default_factory=list)  # started before the link was there
-    flying: int = 0
-    nbytes: int = 0
+    started: dict[int, float] = field(default_factory=dict)  # when each piece that leaves was handed over, by its seq
 
 
 class LinkSet:
@@ -100,6 +99,7 @@ class LinkSet:
         entry = self._entries.setdefault((op.peer, op.link_epoch, op.send), Entry())
         if op.send:
             self._count(op.peer, backlog=1)
+            entry.started[op.seq] = self._loop.time()
         if entry.connected and entry.link is not None and not entry.closing:
             entry.link.start(op)
         else:
@@ -117,7 +117,7 @@ class LinkSet:
         for key, entry in list(self._entries.items()):
             for completion in entry.link.poll() if entry.link is not None else ():
                 if completion.send:
-                    self._settle(completion)
+                    self._settle(completion, self._loop.time() - entry.started.pop(completion.seq))
                 if not (entry.closing and key[2] is completion.send):
                     self._on_completion(completion)
 
@@ -142,9 +142,12 @@ class LinkSet:
         """What went out, by peer."""
         return list(self._stats.values())
 
-    def _settle(self, done: Completion) -> None:
+    def _settle(self, done: Completion, elapsed: float) -> None:
         if done.ok:
-            self._count(done.peer, transfers=1, bytes=done.nbytes, seconds=done.seconds, backlog=-1)
+            queued = max(0.0, elapsed - done.seconds)
+            self._count(
+                done.peer, transfers=1, bytes=done.nbytes, seconds=done.seconds, queue_seconds=queued, backlog=-1
+            )
         else:
             self._count(done.peer, failures=1, backlog=-1)
 

@@ -14,8 +14,9 @@ from minidisagg.config import DEFAULT_MODEL, ClusterSettings, ModelSettings, Run
 from minidisagg.core.messages import SamplingParams
 from minidisagg.core.router import StageTimes
 from minidisagg.model.pull import ensure
-from minidisagg.model.tokenizer import IncrementalDetokenizer, StopChecker, Tokenizer
+from minidisagg.model.tokenizer import Tokenizer
 from minidisagg.runtime.frontend import Frontend
+from minidisagg.runtime.output import OutputProcessor, Piece, with_stops
 
 T = TypeVar("T")
 Prompt = str | list[int]
@@ -42,41 +43,25 @@ async def complete(
 ) -> Output:
     """One request to its end; `on_text` hears each piece of text as soon as it is final."""
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-    if not sampling.ignore_eos:
-        stops = (*sampling.stop_token_ids, *tokenizer.eos_token_ids)
-        sampling = msgspec.structs.replace(sampling, stop_token_ids=tuple(dict.fromkeys(stops)))
-    detokenizer, checker = IncrementalDetokenizer(tokenizer), StopChecker(sampling.stop)
-    tokens: list[int] = []
-    pieces: list[str] = []
-
-    def add(text: str) -> None:
-        if text:
-            pieces.append(text)
-            if on_text is not None:
-                on_text(text)
-
-    finish, times = "", None
-    stream = frontend.generate(ids, sampling)
+    processor = OutputProcessor(tokenizer, sampling)
+    pieces: list[Piece] = []
+    times = None
+    stream = frontend.generate(ids, with_stops(sampling, tokenizer))
     try:
         async for emit in stream:
-            for token in emit.tokens:
-                tokens.append(token)
-                text, stopped = checker.push(detokenizer.push(token))
-                add(text)
-                if stopped:
-                    finish = "stop"
-                    break
-            if finish:
+            for piece in processor.push(emit):
+                pieces.append(piece)
+                if piece.text and on_text is not None:
+                    on_text(piece.text)
+            times = emit.times
+            if processor.finish:
                 break
             if emit.finish:
-                finish, times = emit.finish, emit.times
-                if finish not in ("stop", "length"):
-                    raise GenerationError(emit.error or finish)
-                text, _ = checker.push(detokenizer.flush())
-                add(text + checker.flush())
+                raise GenerationError(emit.error or emit.finish)
     finally:
         await stream.aclose()  # type: ignore[attr-defined]
-    return Output("".join(pieces), tokens, ids, finish, times)
+    text = "".join(piece.text for piece in pieces)
+    return Output(text, [piece.token for piece in pieces], ids, processor.finish, times)
 
 
 class LLM:

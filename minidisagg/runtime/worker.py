@@ -42,6 +42,7 @@ from minidisagg.core.messages import (
     LinkReady,
     PeerDown,
     PeerUp,
+    SetPolicy,
     Submit,
 )
 from minidisagg.core.plan import Completion, StepPlan
@@ -224,6 +225,8 @@ class Worker:
             self.links.on_link_open(envelope.source, body)
         elif isinstance(body, LinkReady):
             self.links.on_link_ready(envelope.source, body)
+        elif isinstance(body, SetPolicy):
+            self.core.set_policy(body.spec, load_policy(body.spec), time.monotonic())
         else:
             self.core.on_message(envelope, time.monotonic())
         self._advance()

@@ -1,0 +1,265 @@
+"""/admin/*: what operators and the monitor see and do. With keys set it needs one, like everything else.
+
+GET  /admin/state                     everything below in one snapshot
+GET  /admin/workers | links | requests
+GET  /admin/events?hz=4               snapshots as server-sent events
+POST /admin/pause | resume            new requests wait in the router
+POST /admin/policy {"policy": "sarathi:chunk=64"}
+POST /admin/mode {"mode": "disagg"}   give the workers the roles of a mode
+POST /admin/workers/NAME/role {"role": "decode"}    finish, then flip
+POST /admin/workers/NAME/drain        nothing new until it is restarted
+POST /admin/workers/NAME/restart      drain, then start anew
+POST /admin/workers/NAME/kill         SIGKILL; its requests are recomputed elsewhere
+POST /admin/requests/ID/abort
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+import msgspec
+from aiohttp import web
+from msgspec import Meta, Struct
+
+from minidisagg.core.messages import Role, Stats
+from minidisagg.core.router import Tracked
+from minidisagg.runtime.frontend import Frontend
+from minidisagg.runtime.launch import role_name
+from minidisagg.server.metrics import Metrics
+from minidisagg.server.protocol import ApiError, decode_plain
+
+MAX_REQUESTS = 256  # listed at a time, the oldest first
+DRAIN_POLL = 0.05  # seconds
+
+
+class WorkerState(Struct, frozen=True):
+    """One worker: what the router knows and what it last said of itself."""
+
+    name: str
+    role: str
+    state: Literal["up", "flipping", "draining", "down"]
+    epoch: int
+    pid: int = 0
+    device: str = ""
+    queued_tokens: int = 0
+    decoding: int = 0
+    stats: Stats | None = None
+
+
+class RequestState(Struct, frozen=True):
+    """One request, without its text."""
+
+    id: str
+    stage: Literal["waiting", "prefilling", "transferring", "decode_waiting", "decoding"]
+    age: float  # seconds
+    prompt_tokens: int
+    output_tokens: int
+    max_tokens: int
+    workers: list[str]
+    incarnation: int
+
+
+class Snapshot(Struct, frozen=True):
+    """The cluster at one moment. `clock` is monotonic, in seconds; counters run from the server's start."""
+
+    clock: float
+    model: str
+    mode: str
+    policy: str
+    link: str
+    paused: bool
+    waiting: int
+    waiting_tokens: int
+    prompt_tokens: int
+    generation_tokens: int
+    restarts: int
+    stages: dict[str, int]  # requests in each
+    oldest: dict[str, float]  # age of the oldest in each
+    workers: list[WorkerState]
+    requests: list[RequestState]
+
+
+class PolicyBody(Struct, frozen=True):
+    """POST /admin/policy."""
+
+    policy: Annotated[str, Meta(min_length=1, max_length=256)]
+
+
+class RoleBody(Struct, frozen=True):
+    """POST /admin/workers/NAME/role."""
+
+    role: Literal["prefill", "decode", "both"]
+
+
+class ModeBody(Struct, frozen=True):
+    """POST /admin/mode."""
+
+    mode: Literal["colocated", "disagg"]
+
+
+class Admin:
+    """The handlers."""
+
+    def __init__(self, frontend: Frontend, metrics: Metrics) -> None:
+        self.frontend, self.metrics = frontend, metrics
+        self._restarts: set[asyncio.Task[None]] = set()
+
+    def routes(self) -> list[web.RouteDef]:
+        """For `Application.add_routes`."""
+        return [
+            web.get("/admin/state", self.state), web.get("/admin/events", self.events),
+            web.get("/admin/workers", self.part), web.get("/admin/requests", self.part),
+            web.get("/admin/links", self.links),
+            web.post("/admin/pause", self.pause), web.post("/admin/resume", self.pause),
+            web.post("/admin/policy", self.policy), web.post("/admin/mode", self.mode),
+            web.post("/admin/workers/{name}/{action:role|drain|kill|restart}", self.act),
+            web.post("/admin/requests/{id}/abort", self.abort),
+        ]  # fmt: skip
+
+    # ------------------------------------------------------------ seeing
+
+    def snapshot(self) -> Snapshot:
+        """Everything."""
+        frontend, router, now = self.frontend, self.frontend.router, time.monotonic()
+        requests = [_request(request, now) for request in router.requests.values()]
+        oldest: dict[str, float] = {}
+        for request in requests:
+            oldest[request.stage] = max(oldest.get(request.stage, 0.0), request.age)
+        prompt, generated = self.metrics.totals()
+        return Snapshot(
+            clock=now, model=frontend.model.model, mode=self._mode(),
+            policy=router.policy_spec or frontend.cluster.policy, link=_link(frontend), paused=router.paused,
+            waiting=router.view.waiting, waiting_tokens=router.view.waiting_tokens, prompt_tokens=prompt,
+            generation_tokens=generated, restarts=len(frontend.restarted), stages=_counts(r.stage for r in requests),
+            oldest=oldest, workers=[self._worker(name) for name in frontend.supervisor.names],
+            requests=requests[:MAX_REQUESTS],
+        )  # fmt: skip
+
+    def _mode(self) -> str:
+        roles = [status.flipping or status.role for status in self.frontend.router.view.workers.values()]
+        return "colocated" if roles and all(role == Role.BOTH for role in roles) else "disagg"
+
+    def _worker(self, name: str) -> WorkerState:
+        router = self.frontend.router
+        status, hello = router.view.workers.get(name), router.hellos.get(name)
+        if status is None or hello is None:
+            return WorkerState(name, "", "down", router.epochs.get(name, 0))
+        state: Any = "draining" if status.draining else "up" if status.flipping is None else "flipping"
+        return WorkerState(
+            name, role_name(status.role), state, status.epoch, hello.pid, str(hello.info["device"]),
+            status.queued_tokens, status.decoding, router.stats.get(name),
+        )  # fmt: skip
+
+    async def state(self, _: web.Request) -> web.Response:
+        return _json(self.snapshot())
+
+    async def part(self, request: web.Request) -> web.Response:
+        return _json(getattr(self.snapshot(), request.path.rpartition("/")[2]))
+
+    async def links(self, _: web.Request) -> web.Response:
+        stats = sorted(self.frontend.stats.items())
+        return _json([{"source": name, **msgspec.structs.asdict(link)} for name, s in stats for link in s.links])
+
+    async def events(self, request: web.Request) -> web.StreamResponse:
+        try:
+            hz = float(request.query.get("hz", "4"))
+        except ValueError:
+            hz = 0.0
+        if not 0.1 <= hz <= 20:
+            raise ApiError(400, "hz must be a number from 0.1 to 20", "hz")
+        response = web.StreamResponse(headers={"Cache-Control": "no-cache"})
+        response.content_type = "text/event-stream"
+        await response.prepare(request)
+        while True:
+            await response.write(b"data: " + msgspec.json.encode(self.snapshot()) + b"\n\n")
+            await asyncio.sleep(1 / hz)
+
+    # ------------------------------------------------------------ doing
+
+    async def pause(self, request: web.Request) -> web.Response:
+        self.frontend.pause(request.path.endswith("/pause"))
+        return _json({"paused": self.frontend.router.paused})
+
+    async def policy(self, request: web.Request) -> web.Response:
+        spec = decode_plain(await request.read(), PolicyBody).policy
+        if ".py" in spec:  # it would run a file that a client names
+            raise ApiError(400, "only policies that are installed can be set over HTTP", "policy")
+        try:
+            self.frontend.set_policy(spec)
+        except ValueError as error:
+            raise ApiError(400, str(error), "policy") from None
+        return _json({"policy": spec})
+
+    async def mode(self, request: web.Request) -> web.Response:
+        mode = decode_plain(await request.read(), ModeBody).mode
+        names = sorted(self.frontend.router.view.workers)
+        if mode == "disagg" and len(names) < 2:
+            raise ApiError(400, "disagg needs at least two workers", "mode")
+        for index, name in enumerate(names):
+            role = Role.BOTH if mode == "colocated" else Role.PREFILL if index % 2 == 0 else Role.DECODE
+            self.frontend.set_role(name, role)
+        return _json({"mode": mode})
+
+    async def act(self, request: web.Request) -> web.Response:
+        name, action = request.match_info["name"], request.match_info["action"]
+        if name not in self.frontend.router.view.workers:
+            known = name in self.frontend.supervisor.names
+            raise ApiError(409, f"worker {name} is down") if known else ApiError(404, f"there is no worker {name!r}")
+        if action == "role":
+            role = decode_plain(await request.read(), RoleBody).role
+            self.frontend.set_role(name, Role[role.upper()])
+        elif action == "kill":
+            self.frontend.kill(name)
+        else:
+            self.frontend.drain(name)
+            if action == "restart":
+                task = asyncio.create_task(self._restart(name, self.frontend.router.view.workers[name].epoch))
+                self._restarts.add(task)
+                task.add_done_callback(self._restarts.discard)
+        return _json(self._worker(name))
+
+    async def _restart(self, name: str, epoch: int) -> None:
+        """Once nothing uses the worker, end it; its supervisor starts it again."""
+        router = self.frontend.router
+        while (status := router.view.workers.get(name)) is not None and status.epoch == epoch:
+            if not router.uses(name):
+                self.frontend.kill(name)
+                return
+            await asyncio.sleep(DRAIN_POLL)
+
+    async def abort(self, request: web.Request) -> web.Response:
+        request_id = request.match_info["id"]
+        if request_id not in self.frontend.router.requests:
+            raise ApiError(404, f"there is no request {request_id!r}")
+        self.frontend.abort(request_id)
+        return _json({"aborted": request_id})
+
+
+def _request(request: Tracked, now: float) -> RequestState:
+    stage: Any = "decoding"
+    if request.prefilling:
+        stage = "prefilling" if request.prefill else "waiting"
+    elif request.moving:
+        stage = "transferring"
+    return RequestState(
+        request.request_id, stage, now - request.arrival, len(request.prompt), len(request.emitted),
+        request.max_tokens, request.workers, request.incarnation,
+    )  # fmt: skip
+
+
+def _counts(stages: Iterable[str]) -> dict[str, int]:
+    counts = dict.fromkeys(("waiting", "prefilling", "transferring", "decode_waiting", "decoding"), 0)
+    for stage in stages:
+        counts[stage] += 1
+    return counts
+
+
+def _link(frontend: Frontend) -> str:
+    return str(next((hello.info["link"] for hello in frontend.hellos.values()), ""))
+
+
+def _json(value: Any) -> web.Response:
+    return web.Response(body=msgspec.json.encode(value), content_type="application/json")

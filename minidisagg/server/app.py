@@ -1,0 +1,375 @@
+"""The OpenAI-compatible server: aiohttp over the same front-end object that `bench` uses.
+
+Every request passes `Server.guard`: an id, the key, the error body, one log line with lengths and never text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+import logging
+import re
+import socket
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from aiohttp import web
+from aiohttp.web_protocol import RequestHandler
+
+from minidisagg import __version__
+from minidisagg.model.tokenizer import Tokenizer
+from minidisagg.runtime.frontend import Frontend
+from minidisagg.server.admin import Admin
+from minidisagg.server.completions import Answer, Chat, Completions, Endpoint, _encode
+from minidisagg.server.generation import Generation, too_many
+from minidisagg.server.metrics import Metrics
+from minidisagg.server.openapi import describe
+from minidisagg.server.protocol import ApiError, DetokenizeRequest, TokenizeRequest, decode_plain
+
+MAX_BODY = 16 << 20  # bytes
+MAX_HEADER = 16 << 10  # bytes of one header, and of the request line
+READ_TIMEOUT = 30.0  # seconds in which a body must have come
+IDLE_TIMEOUT = 75.0  # seconds that a connection may stay silent between requests
+STUCK_AFTER = 30.0  # seconds without a step while there is work: not healthy
+LOG_EVERY = 10.0  # seconds
+REQUEST_ID = re.compile(r"[\w.:-]{1,128}")
+REQUEST_KEY: web.RequestKey[str] = web.RequestKey("minidisagg_request_id", str)
+logger = logging.getLogger("minidisagg.server")
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """Where and for whom the server listens. Raises `ValueError` if it would be open to the network without a key."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: tuple[str, ...] = ()
+    served_name: str = ""  # beside the model's own
+    drain_timeout: float = 30.0  # seconds that requests have to end after SIGTERM
+
+    def __post_init__(self) -> None:
+        if not self.api_keys and self.host not in ("127.0.0.1", "::1", "localhost"):
+            raise ValueError(f"to listen on {self.host}, which others can reach, give --api-key KEY")
+        if any(not key or not key.isascii() or " " in key for key in self.api_keys):
+            raise ValueError("an API key is printable ASCII without spaces")
+
+
+class Server:
+    """The handlers and what they share."""
+
+    def __init__(self, frontend: Frontend, tokenizer: Tokenizer, settings: ServerSettings) -> None:
+        self.frontend, self.tokenizer, self.settings = frontend, tokenizer, settings
+        self.model = settings.served_name or frontend.model.model
+        self.names = {self.model, frontend.model.model}
+        self.started = int(time.time())
+        self.metrics = Metrics(frontend)
+        self.admin = Admin(frontend, self.metrics)
+        self.draining = False
+        self.active = 0  # generations
+        self.idle = asyncio.Event()
+        self.idle.set()
+        self._keys = [hashlib.sha256(key.encode()).digest() for key in settings.api_keys]
+        self.app = web.Application(middlewares=[self.guard], client_max_size=MAX_BODY)
+        completions, chat = self._generates(Completions()), self._generates(Chat())
+        self.app.add_routes([
+            web.get("/health", self.health), web.get("/version", self.version), web.get("/metrics", self.expose),
+            web.get("/v1/models", self.models), web.get("/models", self.models),
+            web.get("/v1/models/{model:.+}", self.one_model), web.get("/openapi.json", self.openapi),
+            web.post("/v1/completions", completions), web.post("/v1/chat/completions", chat),
+            web.post("/tokenize", self.tokenize), web.post("/detokenize", self.detokenize),
+            web.get("/tokenizer_info", self.tokenizer_info), *self.admin.routes(),
+        ])  # fmt: skip
+
+    # ------------------------------------------------------------ every request
+
+    @web.middleware
+    async def guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Who it is, what it may do, and an OpenAI error body for whatever goes wrong."""
+        began = time.monotonic()
+        given = request.headers.get("x-request-id", "")
+        request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        request[REQUEST_KEY] = request_id
+        try:
+            if request.path != "/health":
+                self._authorize(request)
+            response = await handler(request)
+        except ApiError as error:
+            response = web.Response(
+                body=error.body(), status=error.status, headers=error.headers, content_type="application/json"
+            )
+        except web.HTTPException as error:
+            response = _plain_error(error)
+        except (ConnectionError, asyncio.CancelledError):  # the client is gone
+            logger.info("%s %s %s left after %.3f s", request_id, request.method, request.path, _since(began))
+            raise
+        except Exception as error:  # a bug: the client hears of it, the log says where, and neither says what was asked
+            where = error.__traceback__
+            while where is not None and where.tb_next is not None:
+                where = where.tb_next
+            line = f"{where.tb_frame.f_code.co_filename}:{where.tb_lineno}" if where is not None else "?"
+            logger.error("%s internal error %s at %s", request_id, type(error).__name__, line)
+            failed = ApiError(500, "internal error", headers={"x-should-retry": "false"})
+            response = web.Response(
+                body=failed.body(), status=500, headers=failed.headers, content_type="application/json"
+            )
+        if not response.prepared:
+            response.headers["x-request-id"] = request_id
+        size = request.content_length or 0
+        logger.debug(
+            "%s %s %s %d, body %d, %.3f s",
+            request_id, request.method, request.path, response.status, size, _since(began),
+        )  # fmt: skip
+        return response
+
+    def _authorize(self, request: web.Request) -> None:
+        if not self._keys:
+            if request.path.startswith("/admin"):
+                _same_origin(request)
+            return
+        scheme, _, key = request.headers.get("Authorization", "").partition(" ")
+        digest = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
+        # All are compared, so that the time says nothing.
+        matches = [hmac.compare_digest(digest, known) for known in self._keys]
+        if scheme.lower() != "bearer" or not any(matches):
+            raise ApiError(
+                401, "the API key is missing or wrong", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}
+            )
+
+    # ------------------------------------------------------------ generation
+
+    def _generates(self, endpoint: Endpoint) -> Handler:
+        async def handle(request: web.Request) -> web.StreamResponse:
+            if self.draining:
+                raise ApiError(503, "the server is shutting down", code="unavailable", headers={"Retry-After": "5"})
+            view = self.frontend.router.view
+            if view.waiting >= view.max_waiting:  # before the body is read
+                raise too_many("too many requests are waiting", 1.0)
+            job = await endpoint.read(await _body(request), self.tokenizer, self.frontend.max_model_len)
+            if job.request.model and job.request.model not in self.names:
+                raise ApiError(404, f"there is no model {job.request.model!r}", "model", "model_not_found")
+            request_id = request[REQUEST_KEY]
+            transport = request.transport
+            self.active += 1
+            self.idle.clear()
+            try:
+                with Generation(
+                    self.frontend, self.tokenizer, lambda: transport.abort() if transport else None, self.metrics
+                ) as generation:
+                    priority = job.request.priority or 0
+                    generation.submit(job.prompts, job.n, job.sampling, self._salt(request), priority)
+                    answer = Answer(endpoint, job, generation, request_id, self.model)
+                    if job.request.stream:
+                        return await answer.stream(request, {"x-request-id": request_id})
+                    return web.Response(body=await answer.whole(), content_type="application/json")
+            finally:
+                self.active -= 1
+                if not self.active:
+                    self.idle.set()
+
+        return handle
+
+    def _salt(self, request: web.Request) -> str:
+        """Each key has a prefix cache of its own: nobody learns from timings what another has asked."""
+        key = request.headers.get("Authorization", "") if self._keys else ""
+        return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:16] if key else ""
+
+    # ------------------------------------------------------------ the rest
+
+    async def health(self, _: web.Request) -> web.Response:
+        """200 while the engine lives and makes progress."""
+        if reason := self.unhealthy():
+            raise ApiError(503, reason, code="unavailable")
+        return web.Response(body=b"{}", content_type="application/json")
+
+    def unhealthy(self) -> str:
+        """Why not, or nothing."""
+        router, now = self.frontend.router, time.monotonic()
+        if self.draining:
+            return "the server is shutting down"
+        if self.frontend.error:
+            return self.frontend.error
+        if not router.view.workers:
+            return "no worker is up"
+        for name, beat in router.heartbeats.items():
+            if beat.busy and now - max(beat.stepped_at, beat.heard_at - STUCK_AFTER) > STUCK_AFTER:
+                return f"{name} makes no progress"
+        return ""
+
+    async def version(self, _: web.Request) -> web.Response:
+        return _json({"version": __version__})
+
+    async def expose(self, _: web.Request) -> web.Response:
+        return web.Response(body=self.metrics.render(), headers={"Content-Type": self.metrics.content_type})
+
+    def _card(self, name: str) -> dict[str, Any]:
+        return {
+            "id": name, "object": "model", "created": self.started, "owned_by": "minidisagg",
+            "root": self.frontend.model.model, "max_model_len": self.frontend.max_model_len,
+        }  # fmt: skip
+
+    async def models(self, _: web.Request) -> web.Response:
+        return _json({"object": "list", "data": [self._card(name) for name in sorted(self.names)]})
+
+    async def one_model(self, request: web.Request) -> web.Response:
+        name = request.match_info["model"]
+        if name not in self.names:
+            raise ApiError(404, f"there is no model {name!r}", "model", "model_not_found")
+        return _json(self._card(name))
+
+    async def openapi(self, _: web.Request) -> web.Response:
+        return _json(describe())
+
+    async def tokenize(self, request: web.Request) -> web.Response:
+        asked = decode_plain(await _body(request), TokenizeRequest)
+        if asked.messages is not None:
+            try:
+                text = self.tokenizer.apply_chat_template([message.as_dict() for message in asked.messages])
+            except ValueError as error:
+                raise ApiError(400, str(error), "messages") from None
+        elif asked.prompt is not None:
+            text = asked.prompt
+        else:
+            raise ApiError(400, "prompt is missing", "prompt")
+        special = asked.add_special_tokens if asked.messages is None else False
+        tokens = await _encode(self.tokenizer, text, special is not False)
+        return _json({"tokens": tokens, "count": len(tokens), "max_model_len": self.frontend.max_model_len})
+
+    async def detokenize(self, request: web.Request) -> web.Response:
+        asked = decode_plain(await _body(request), DetokenizeRequest)
+        return _json({"prompt": await asyncio.to_thread(self.tokenizer.decode, asked.tokens, False)})
+
+    async def tokenizer_info(self, _: web.Request) -> web.Response:
+        return _json({
+            **self.tokenizer.special_tokens, "eos_token": self.tokenizer.eos_token,
+            "eos_token_ids": self.tokenizer.eos_token_ids, "vocab_size": self.tokenizer.vocab_size,
+            "chat_template": self.tokenizer.chat_template,
+        })  # fmt: skip
+
+
+def _same_origin(request: web.Request) -> None:
+    """Without a key anybody on this machine may administer, but no web page that a browser here happens to show."""
+    if "Origin" in request.headers or request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+        raise ApiError(401, "start the server with --api-key to administer it from a browser")
+
+
+async def _body(request: web.Request) -> bytes:
+    try:
+        async with asyncio.timeout(READ_TIMEOUT):
+            return await request.read()
+    except TimeoutError:
+        raise ApiError(408, "the body did not come in time", headers={"Connection": "close"}) from None
+    except web.HTTPException:
+        raise
+    except (ValueError, web.RequestPayloadError):
+        raise ApiError(400, "the body cannot be read") from None
+
+
+def _json(value: Any) -> web.Response:
+    return web.Response(body=msgspec.json.encode(value), content_type="application/json")
+
+
+def _plain_error(error: web.HTTPException) -> web.Response:
+    headers = {key: value for key, value in error.headers.items() if key in ("Allow", "Location")}
+    body = ApiError(error.status, error.reason.lower() if error.status != 404 else "there is nothing here").body()
+    return web.Response(body=body, status=error.status, headers=headers, content_type="application/json")
+
+
+def _since(began: float) -> float:
+    return time.monotonic() - began
+
+
+# ---------------------------------------------------------------- connections
+
+
+class _Connection(RequestHandler):
+    """aiohttp's, with an OpenAI error body where the bytes are no HTTP, and nothing of them in the log."""
+
+    def handle_error(
+        self, request: Any, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        logger.info("bad request from %s: %s", request.remote, type(exc).__name__)
+        if request.writer.output_size > 0:
+            raise ConnectionError("an answer is under way")
+        body = ApiError(status, "the request is not valid HTTP" if status < 500 else "internal error").body()
+        response = web.Response(body=body, status=status, content_type="application/json")
+        response.force_close()
+        return response
+
+
+class _Connections(web.Server):
+    def __call__(self) -> RequestHandler:
+        return _Connection(self, loop=self._loop, **self._kwargs)
+
+
+class _Runner(web.AppRunner):
+    async def _make_server(self) -> web.Server:
+        made = await super()._make_server()
+        return _Connections(made.request_handler, request_factory=made.request_factory, **self._kwargs)
+
+
+@contextlib.asynccontextmanager
+async def listening(server: Server) -> Any:
+    """The server on its port; yields the port. Raises `ValueError` where it is taken."""
+    settings = server.settings
+    runner = _Runner(
+        server.app, access_log=None, keepalive_timeout=IDLE_TIMEOUT, max_line_size=MAX_HEADER,
+        max_field_size=MAX_HEADER, handler_cancellation=True, shutdown_timeout=2.0,
+    )  # fmt: skip
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, settings.host, settings.port, backlog=1024)
+        try:
+            await site.start()
+        except OSError as error:
+            raise ValueError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from None
+        log = asyncio.get_running_loop().create_task(_log_throughput(server))
+        try:
+            yield runner.addresses[0][1]
+        finally:
+            log.cancel()
+    finally:
+        await runner.cleanup()
+
+
+def check_port(settings: ServerSettings) -> None:
+    """Raises `ValueError` where the port is taken, or the host is not this machine's."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((settings.host, settings.port))
+        except OSError as error:
+            raise ValueError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from None
+
+
+async def drain(server: Server) -> None:
+    """No new requests; those that run may end."""
+    server.draining = True
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(server.settings.drain_timeout):
+            await server.idle.wait()
+
+
+async def _log_throughput(server: Server) -> None:
+    """The line that people know, while there is something to say."""
+    before, quiet = server.metrics.totals(), True
+    while True:
+        await asyncio.sleep(LOG_EVERY)
+        now = server.metrics.totals()
+        load = server.metrics.load()
+        busy = now != before or load.running + load.waiting > 0
+        if busy or not quiet:
+            logger.info(
+                "Avg prompt throughput: %.1f tokens/s, Avg generation throughput: %.1f tokens/s, Running: %d reqs, "
+                "Waiting: %d reqs, KV cache usage: %.1f%%, Prefix cache hit rate: %.1f%%",
+                (now[0] - before[0]) / LOG_EVERY, (now[1] - before[1]) / LOG_EVERY, load.running, load.waiting,
+                100 * load.kv_usage, 100 * load.hit_rate,
+            )  # fmt: skip
+        before, quiet = now, not busy

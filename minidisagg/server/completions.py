@@ -1,0 +1,297 @@
+"""POST /v1/completions and POST /v1/chat/completions.
+
+body ─decode─▶ request ─tokenize─▶ Generation.submit ─▶ engine
+engine ─Emit─▶ Generation.news ─▶ chunks (one server-sent event per token) or one body at the end
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from minidisagg.core.messages import SamplingParams, TokenLogprob
+from minidisagg.core.router import StageTimes
+from minidisagg.model.tokenizer import Tokenizer
+from minidisagg.runtime.output import Piece
+from minidisagg.server.generation import Choice, Generation, News
+from minidisagg.server.protocol import (
+    ApiError,
+    ChatChoice,
+    ChatChunkChoice,
+    ChatLogprobs,
+    ChatMessage,
+    ChatRequest,
+    CompletionChoice,
+    CompletionLogprobs,
+    CompletionRequest,
+    ContentLogprob,
+    Delta,
+    GenerationRequest,
+    Response,
+    TopLogprob,
+    Usage,
+    decode,
+)
+
+INLINE_TEXT = 4096  # characters that are tokenized on the event loop: less than a millisecond
+COMPLETION_TOKENS = 16  # OpenAI's default for completions
+WRITE_TIMEOUT = 30.0  # seconds in which a client must take something
+ENCODER = msgspec.json.Encoder()
+
+
+class Endpoint(ABC):
+    """What differs between completions and chat."""
+
+    kind: str  # of the object
+    prefix: str  # of its id
+
+    @abstractmethod
+    async def read(self, data: bytes, tokenizer: Tokenizer, limit: int) -> Job:
+        """Decode, check and tokenize. Raises `ApiError` 400."""
+
+    @abstractmethod
+    def chunk(self, job: Job, news: News, piece: Piece, first: bool, tokenizer: Tokenizer) -> Sequence[Any]:
+        """The choices of one chunk."""
+
+    @abstractmethod
+    def choice(self, job: Job, choice: Choice, pieces: list[Piece], tokenizer: Tokenizer) -> Any:
+        """One whole choice."""
+
+
+class Job(msgspec.Struct):
+    """A request ready for the engine."""
+
+    request: GenerationRequest
+    prompts: list[list[int]]
+    sampling: SamplingParams
+    echo: str | bool = False
+    wants_logprobs: bool = False
+
+    @property
+    def n(self) -> int:
+        """Choices per prompt."""
+        return self.request.n or 1
+
+
+class Completions(Endpoint):
+    """Text in, text out."""
+
+    kind, prefix = "text_completion", "cmpl-"
+    decoder = msgspec.json.Decoder(CompletionRequest)
+
+    async def read(self, data: bytes, tokenizer: Tokenizer, limit: int) -> Job:
+        request = decode(data, self.decoder)
+        prompts = [p if isinstance(p, list) else await _encode(tokenizer, p) for p in request.prompts()]
+        max_tokens = COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
+        if max_tokens == 0 and not request.echo:
+            raise ApiError(400, "max_tokens is 0, which makes sense with echo only", "max_tokens")
+        scored = request.logprobs if request.echo else None
+        # One token is computed with max_tokens 0 too, and not shown: the engine's work ends with a token.
+        sampling = _sampling(request, max(1, max_tokens), request.logprobs, scored)
+        return Job(request, prompts, sampling, bool(request.echo), request.logprobs is not None)
+
+    def chunk(
+        self, job: Job, news: News, piece: Piece, first: bool, tokenizer: Tokenizer
+    ) -> Sequence[CompletionChoice]:
+        choice = news.choice
+        pieces = [piece] if _shown(job) else []
+        text = "".join(p.text for p in pieces)
+        if first and job.echo:
+            text = tokenizer.decode(choice.prompt) + text
+        logprobs = self._logprobs(job, choice, pieces, first and bool(job.echo), tokenizer)
+        choice.offset += len(text)
+        return [CompletionChoice(choice.index, text, logprobs, piece.finish or None)]
+
+    def choice(self, job: Job, choice: Choice, pieces: list[Piece], tokenizer: Tokenizer) -> CompletionChoice:
+        finish = pieces[-1].finish
+        pieces = pieces if _shown(job) else []
+        text = "".join(piece.text for piece in pieces)
+        if job.echo:
+            text = tokenizer.decode(choice.prompt) + text
+        return CompletionChoice(
+            choice.index, text, self._logprobs(job, choice, pieces, bool(job.echo), tokenizer), finish
+        )
+
+    def _logprobs(
+        self, job: Job, choice: Choice, pieces: list[Piece], echo: bool, tokenizer: Tokenizer
+    ) -> CompletionLogprobs | None:
+        if not job.wants_logprobs:
+            return None
+        out = CompletionLogprobs([], [], [], [])
+        values: list[tuple[int, TokenLogprob | None]] = [(piece.token, piece.logprob) for piece in pieces]
+        if echo:
+            if len(choice.prompt_logprobs) != len(choice.prompt) - 1:
+                raise ApiError(500, "the prompt's log-probabilities were lost with a worker; try again")
+            values = [*zip(choice.prompt, (None, *choice.prompt_logprobs), strict=True), *values]
+        offset = choice.offset
+        for token, value in values:
+            text = token_text(tokenizer, token)
+            out.tokens.append(text)
+            out.text_offset.append(offset)
+            offset += len(text)
+            out.token_logprobs.append(None if value is None else value.logprob)
+            top = None
+            if value is not None:
+                top = {token_text(tokenizer, other): logprob for other, logprob in reversed(value.top)}
+                top[text] = value.logprob
+            out.top_logprobs.append(top)
+        return out
+
+
+class Chat(Endpoint):
+    """A conversation in, its next message out."""
+
+    kind, prefix = "chat.completion", "chatcmpl-"
+    decoder = msgspec.json.Decoder(ChatRequest)
+
+    async def read(self, data: bytes, tokenizer: Tokenizer, limit: int) -> Job:
+        request = decode(data, self.decoder)
+        if request.top_logprobs and not request.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
+        messages = [message.as_dict() for message in request.messages]
+        try:
+            prompt = tokenizer.apply_chat_template(messages)
+        except ValueError as error:
+            raise ApiError(400, str(error), "messages") from None
+        ids = await _encode(tokenizer, prompt, add_special_tokens=False)
+        asked = request.max_completion_tokens or request.max_tokens
+        max_tokens = max(1, limit - len(ids)) if asked is None else asked
+        top = (request.top_logprobs or 0) if request.logprobs else None
+        return Job(request, [ids], _sampling(request, max_tokens, top, None), False, bool(request.logprobs))
+
+    def chunk(self, job: Job, news: News, piece: Piece, first: bool, tokenizer: Tokenizer) -> Sequence[ChatChunkChoice]:
+        index = news.choice.index
+        delta = Delta("assistant" if first else None, piece.text)
+        return [ChatChunkChoice(index, delta, self._logprobs(job, [piece], tokenizer), piece.finish or None)]
+
+    def choice(self, job: Job, choice: Choice, pieces: list[Piece], tokenizer: Tokenizer) -> ChatChoice:
+        message = ChatMessage("assistant", "".join(piece.text for piece in pieces))
+        return ChatChoice(choice.index, message, self._logprobs(job, pieces, tokenizer), pieces[-1].finish)
+
+    def _logprobs(self, job: Job, pieces: list[Piece], tokenizer: Tokenizer) -> ChatLogprobs | None:
+        if not job.wants_logprobs:
+            return None
+        content = []
+        for piece in pieces:
+            if piece.logprob is not None:
+                top = [
+                    TopLogprob(token_text(tokenizer, token), logprob, list(tokenizer.piece(token, False)))
+                    for token, logprob in piece.logprob.top
+                ]
+                text, raw = token_text(tokenizer, piece.token), list(tokenizer.piece(piece.token, False))
+                content.append(ContentLogprob(text, piece.logprob.logprob, raw, top))
+        return ChatLogprobs(content)
+
+
+def _shown(job: Job) -> bool:
+    return job.request.max_tokens != 0
+
+
+def _sampling(
+    request: GenerationRequest, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None
+) -> SamplingParams:
+    if (request.min_tokens or 0) > max_tokens:
+        raise ApiError(400, f"min_tokens is {request.min_tokens}, more than max_tokens {max_tokens}", "min_tokens")
+    return request.sampling(max_tokens, logprobs, prompt_logprobs)
+
+
+async def _encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool = True) -> list[int]:
+    try:
+        if len(text) <= INLINE_TEXT:
+            return tokenizer.encode(text, add_special_tokens)
+        return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens)
+    except ValueError as error:
+        raise ApiError(400, str(error), "prompt") from None
+
+
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    """A token by itself; where its bytes are no text, as OpenAI writes them: bytes:\\xNN."""
+    raw = tokenizer.piece(token, skip_special_tokens=False)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+# ---------------------------------------------------------------- answers
+
+
+class Answer:
+    """Writes one request's outcome, streamed or whole."""
+
+    def __init__(self, endpoint: Endpoint, job: Job, generation: Generation, request_id: str, model: str) -> None:
+        self.endpoint, self.job, self.generation, self.model = endpoint, job, generation, model
+        self.tokenizer = generation.tokenizer
+        self.id = endpoint.prefix + request_id
+        self.created = int(time.time())
+        options = job.request.stream_options
+        self.final_usage = options is not None and bool(options.include_usage)
+        self.each_usage = options is not None and bool(options.continuous_usage_stats)
+
+    async def whole(self) -> bytes:
+        """The body, once every choice has ended."""
+        pieces: dict[int, list[Piece]] = {choice.index: [] for choice in self.generation.choices}
+        async for batch in self.generation.news():
+            for news in batch:
+                pieces[news.choice.index] += news.pieces
+        choices = [
+            self.endpoint.choice(self.job, choice, pieces[choice.index], self.tokenizer)
+            for choice in self.generation.choices
+        ]
+        return ENCODER.encode(Response(
+            self.id, self.endpoint.kind, self.created, self.model, choices, self.generation.usage(self.job.n),
+            self._last_times(),
+        ))  # fmt: skip
+
+    async def stream(self, request: web.BaseRequest, headers: dict[str, str]) -> web.StreamResponse:
+        """Server-sent events: what comes together is written together. The headers leave with the first token."""
+        response = web.StreamResponse(headers={**headers, "Cache-Control": "no-cache"})
+        response.content_type = "text/event-stream"
+        try:
+            async for batch in self.generation.news():
+                data = bytearray()
+                for news in batch:
+                    for n, piece in enumerate(news.pieces):
+                        last = news.last and n == len(news.pieces) - 1
+                        data += self._event(news, piece, news.first and n == 0, last)
+                if not response.prepared:
+                    await response.prepare(request)
+                await _write(response, data)
+            data = bytearray()
+            if self.final_usage:
+                data += self._as_event([], self.generation.usage(self.job.n), self._last_times())
+            await _write(response, data + b"data: [DONE]\n\n")
+        except ApiError as error:
+            if not response.prepared:
+                raise
+            await _write(response, b"data: " + error.body() + b"\n\n")
+        return response
+
+    def _event(self, news: News, piece: Piece, first: bool, last: bool) -> bytes:
+        choices = self.endpoint.chunk(self.job, news, piece, first, self.tokenizer)
+        usage = self.generation.usage(self.job.n) if self.each_usage else None
+        return self._as_event(choices, usage, news.choice.times if last else None)
+
+    def _as_event(self, choices: Sequence[Any], usage: Usage | None, times: StageTimes | None) -> bytes:
+        kind = self.endpoint.kind + (".chunk" if self.endpoint.kind.startswith("chat") else "")
+        body = Response(self.id, kind, self.created, self.model, list(choices), usage, times)
+        return b"data: " + ENCODER.encode(body) + b"\n\n"
+
+    def _last_times(self) -> StageTimes | None:
+        times = [choice.times for choice in self.generation.choices if choice.times is not None]
+        return max(times, key=lambda t: t.e2e, default=None)
+
+
+async def _write(response: web.StreamResponse, data: bytes | bytearray) -> None:
+    """Raises `ConnectionResetError` where the client takes nothing for too long."""
+    try:
+        async with asyncio.timeout(WRITE_TIMEOUT):
+            await response.write(bytes(data))
+    except TimeoutError:
+        raise ConnectionResetError("the client does not read") from None

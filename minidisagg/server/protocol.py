@@ -1,0 +1,313 @@
+"""The bodies of the OpenAI-compatible endpoints: what is accepted, in which ranges, and what is answered.
+
+Requests are decoded by msgspec straight from their bytes, so that a wrong type or a value out of range names its
+field. Fields that OpenAI's clients may send and this server does not do are declared as such: an answer that ignored
+them would be wrong. Fields that nobody knows are ignored, as OpenAI does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from minidisagg.core.messages import SamplingParams
+from minidisagg.core.router import StageTimes
+
+MAX_TEXT = 4 << 20  # characters of a prompt
+MAX_PROMPTS = 64  # of one request
+Count = Annotated[int, Meta(ge=1, le=1 << 20)]
+TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
+Text = Annotated[str, Meta(max_length=MAX_TEXT)]
+StopText = Annotated[str, Meta(min_length=1, max_length=256)]
+Stops = Annotated[list[StopText], Meta(max_length=16)]
+Seed = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
+Id = Annotated[str, Meta(max_length=256)]
+
+
+T = TypeVar("T", bound="GenerationRequest")
+S = TypeVar("S", bound=Struct)
+
+
+class ApiError(Exception):
+    """An error as OpenAI's clients expect it: `{"error": {"message", "type", "param", "code"}}` and a status."""
+
+    def __init__(
+        self, status: int, message: str, param: str | None = None, code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.code = code
+        self.headers = headers or {}
+
+    def body(self) -> bytes:
+        """The JSON of it."""
+        kind = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}.get(
+            self.status, "invalid_request_error" if self.status < 500 else "server_error"
+        )
+        error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
+        return msgspec.json.encode({"error": error})
+
+
+class StreamOptions(Struct, frozen=True):
+    """What a stream carries beside text."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class GenerationRequest(Struct, frozen=True, kw_only=True):
+    """What both endpoints take."""
+
+    model: Annotated[str, Meta(max_length=512)] | None = None
+    max_tokens: Count | None = None
+    temperature: Annotated[float, Meta(ge=0.0, le=2.0)] | None = None
+    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=1 << 20)] | None = None
+    min_p: Annotated[float, Meta(ge=0.0, le=1.0)] | None = None
+    seed: Seed | None = None
+    stop: StopText | Stops | None = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=64)] | None = None
+    n: Annotated[int, Meta(ge=1, le=16)] | None = None
+    min_tokens: Annotated[int, Meta(ge=0, le=1 << 20)] | None = None
+    ignore_eos: bool | None = None
+    presence_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] | None = None
+    frequency_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0.0, le=10.0)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: Id | None = None
+    priority: Annotated[int, Meta(ge=-1000, le=1000)] | None = None
+
+    def sampling(self, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None) -> SamplingParams:
+        """As the engine has it; unset fields take OpenAI's defaults."""
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        given: dict[str, Any] = {
+            "temperature": self.temperature, "top_p": self.top_p, "min_p": self.min_p, "seed": self.seed,
+            "min_tokens": self.min_tokens, "ignore_eos": self.ignore_eos, "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty, "repetition_penalty": self.repetition_penalty,
+            "top_k": max(0, self.top_k or 0), "stop": tuple(stop), "stop_token_ids": tuple(self.stop_token_ids or ()),
+        }  # fmt: skip
+        return SamplingParams(
+            max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs,
+            **{key: value for key, value in given.items() if value is not None},
+        )  # fmt: skip
+
+
+class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
+    """POST /v1/completions. `prompt` is a text, token ids, or a list of either."""
+
+    # msgspec allows one list type in a union, so that what its items are together is checked in `prompts`.
+    prompt: Text | Annotated[list[TokenId | Text | list[TokenId]], Meta(min_length=1)]
+    max_tokens: Annotated[int, Meta(ge=0, le=1 << 20)] | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+
+    def prompts(self) -> list[str | list[int]]:
+        """One or several prompts."""
+        items = [self.prompt] if isinstance(self.prompt, str) else self.prompt
+        if all(isinstance(item, int) for item in items):
+            return [items]  # type: ignore[list-item]
+        if any(isinstance(item, int) for item in items):
+            raise ApiError(400, "prompt mixes token ids with texts or lists", "prompt")
+        if len(items) > MAX_PROMPTS:
+            raise ApiError(400, f"prompt has {len(items)} entries; the limit is {MAX_PROMPTS}", "prompt")
+        return items  # type: ignore[return-value]
+
+
+class TextPart(Struct, frozen=True, tag_field="type", tag="text"):
+    """A part of a message's content; text is the only kind."""
+
+    text: Text
+
+
+class Message(Struct, frozen=True):
+    """A turn of the conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | Annotated[list[TextPart], Meta(max_length=256)] | None = None
+    name: Id | None = None
+
+    def as_dict(self) -> dict[str, str]:
+        """As chat templates read it; parts are joined."""
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
+        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+
+
+class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Meta(min_length=1, max_length=1024)]
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+
+
+# What is refused unless it says what would happen anyway.
+UNSUPPORTED: dict[str, tuple[object, ...]] = {
+    "best_of": (1,), "suffix": ("",), "logit_bias": ({},), "tools": ([],), "tool_choice": ("none", "auto"),
+    "functions": ([],), "function_call": ("none", "auto"), "response_format": ({"type": "text"},),
+    "modalities": (["text"],), "audio": (), "prediction": (), "web_search_options": (), "guided_json": (),
+    "guided_regex": (), "guided_choice": (), "guided_grammar": (), "structured_outputs": (), "prompt_logprobs": (),
+    "use_beam_search": (False,), "length_penalty": (1, 1.0), "parallel_tool_calls": (True, False),
+}  # fmt: skip
+_Unsupported = msgspec.defstruct(
+    "_Unsupported", [(name, Any, UNSET) for name in UNSUPPORTED], namespace={"__doc__": "Fields that are refused."}
+)
+_unsupported_decoder = msgspec.json.Decoder(_Unsupported)
+
+
+@contextlib.contextmanager
+def _naming_the_field() -> Iterator[None]:
+    try:
+        yield
+    except msgspec.ValidationError as error:
+        reason, _, path = str(error).partition(" - at ")
+        param = re.sub(r"^\$\.?", "", path.strip("`")) or None
+        raise ApiError(400, f"{param}: {reason}" if param else reason, param) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ApiError(400, f"the body is not valid JSON: {error}") from None
+
+
+def decode(data: bytes, decoder: msgspec.json.Decoder[T]) -> T:
+    """A request from its bytes. Raises `ApiError` 400 that names the field."""
+    with _naming_the_field():
+        request = decoder.decode(data)
+        extras = _unsupported_decoder.decode(data)
+    for name, harmless in UNSUPPORTED.items():
+        value = getattr(extras, name)
+        if not isinstance(value, UnsetType) and value is not None and value not in harmless:
+            raise ApiError(400, f"{name} is not supported by this server", name)
+    return request
+
+
+class TokenizeRequest(Struct, frozen=True):
+    """POST /tokenize: a text, or a conversation through the chat template."""
+
+    prompt: Text | None = None
+    messages: Annotated[list[Message], Meta(min_length=1, max_length=1024)] | None = None
+    add_special_tokens: bool | None = None
+    model: Id | None = None
+
+
+class DetokenizeRequest(Struct, frozen=True):
+    """POST /detokenize."""
+
+    tokens: Annotated[list[TokenId], Meta(max_length=1 << 20)]
+    model: Id | None = None
+
+
+def decode_plain(data: bytes, kind: type[S]) -> S:
+    """Any other body. Raises `ApiError` 400 that names the field."""
+    with _naming_the_field():
+        return msgspec.json.decode(data, type=kind)
+    raise AssertionError("unreachable")
+
+
+# ---------------------------------------------------------------- answers
+
+
+class PromptDetails(Struct, frozen=True):
+    """How much of the prompt was in the prefix cache."""
+
+    cached_tokens: int
+
+
+class Usage(Struct, frozen=True):
+    """Tokens of a request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+
+
+class CompletionLogprobs(Struct, frozen=True):
+    """The legacy form: parallel lists over tokens; the first token of an echoed prompt has None."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(Struct, frozen=True):
+    """One completion, or what a chunk adds to it."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: str | None
+
+
+class TopLogprob(Struct, frozen=True):
+    """One of the likeliest tokens."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ContentLogprob(Struct, frozen=True):
+    """An output token of a chat."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(Struct, frozen=True):
+    """Of a chat choice."""
+
+    content: list[ContentLogprob]
+
+
+class Delta(Struct, frozen=True, omit_defaults=True):
+    """What a chunk adds to a message."""
+
+    role: str | None = None
+    content: str | None = None
+
+
+class ChatMessage(Struct, frozen=True):
+    """The assistant's answer."""
+
+    role: str
+    content: str
+
+
+class ChatChoice(Struct, frozen=True):
+    """One answer."""
+
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: str | None
+
+
+class ChatChunkChoice(Struct, frozen=True):
+    """What a chunk adds to one answer."""
+
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None
+    finish_reason: str | None
+
+
+class Response(Struct, frozen=True, omit_defaults=True):
+    """The body of an answer, or a chunk of its stream. `metrics` are the stage times of the last choice to end."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[CompletionChoice] | list[ChatChoice] | list[ChatChunkChoice]
+    usage: Usage | None = None
+    metrics: StageTimes | None = None
