@@ -54,6 +54,7 @@ SERVER_FLAGS = {"api_key", "tokenizer"}
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """The entry point of `minidisagg`."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started with it ignored
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # which stops the workers first
     try:
         code = cli.main(args, prog_name="minidisagg", standalone_mode=False)
@@ -273,7 +274,7 @@ bench_options = stack(
 @bench_options
 @engine_options
 @click.pass_context
-def bench(ctx: click.Context, model: str, mode: str, against: str, base_url: str, **flags: Any) -> int:
+def bench(ctx: click.Context, /, model: str, mode: str, against: str, base_url: str, **flags: Any) -> int:
     """Measure colocated and disaggregated serving on equal workers, equal arrivals and equal seeds.
 
     \b
@@ -304,9 +305,7 @@ def _check_given(given: set[str], refused: set[str], why: str) -> None:
         raise click.UsageError(f"--{wrong[0].replace('_', '-')} {why}")
 
 
-def _read_bench(
-    model: str, mode: str, against: str, server: Server | None, flags: dict[str, Any]
-) -> BenchOptions:
+def _read_bench(model: str, mode: str, against: str, server: Server | None, flags: dict[str, Any]) -> BenchOptions:
     sides: tuple[ClusterSettings, ...] = ()
     if server is None:
         settings, cluster, run = read_engine(model, flags, MODES[1] if mode == "both" else mode)

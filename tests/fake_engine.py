@@ -3,6 +3,7 @@
 For tests of the HTTP server and for measuring what the front end costs:
 
     async with fake_engine(rate=100.0) as frontend: ...
+    async with fake_server() as (server, frontend, port): ...
 
 A fake worker runs as a task of the same event loop behind the real Unix socket, so that every message is encoded,
 framed and decoded. It starts in milliseconds.
@@ -35,8 +36,10 @@ from minidisagg.core.messages import (
 )
 from minidisagg.core.router import RouterSpec
 from minidisagg.model.loader import load_config
+from minidisagg.model.tokenizer import Tokenizer
 from minidisagg.runtime.channel import Channel, connect
 from minidisagg.runtime.frontend import Frontend
+from minidisagg.server.app import Server, ServerSettings, listening
 
 MODEL = "dummy:tiny,max_len=4096"
 PAGE, PAGES = 16, 4096
@@ -232,3 +235,14 @@ async def fake_engine(
         yield frontend
     finally:
         await frontend.stop()
+
+
+@contextlib.asynccontextmanager
+async def fake_server(
+    settings: ServerSettings | None = None, rate: float = 0.0, model: str = MODEL, router: RouterSpec | None = None
+) -> AsyncIterator[tuple[Server, FakeFrontend, int]]:
+    """A listening server over a fake engine, and its port."""
+    async with fake_engine(rate, model, router=router) as frontend:
+        server = Server(frontend, Tokenizer.load(model), settings or ServerSettings(port=0))
+        async with listening(server) as port:
+            yield server, frontend, port

@@ -10,6 +10,7 @@ import asyncio
 import gzip
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -413,7 +414,7 @@ async def read_answer(reader: asyncio.StreamReader, head: bool = False) -> Answe
                 raise
             return None
         version, _, rest = line.partition(b" ")
-        if version not in (b"HTTP/1.1", b"HTTP/1.0") or not rest[:3].isdigit():
+        if not re.fullmatch(rb"HTTP/\d\.\d", version) or not rest[:3].isdigit():  # aiohttp says the request's version
             raise Broken(f"not a status line: {line[:100]!r}")
         status, headers = int(rest[:3]), {}
         while line := await _line(reader):

@@ -92,9 +92,11 @@ class Cluster:
 
     def __init__(self, frontend: Frontend, spec: ClusterSettings, tokenizer: Tokenizer) -> None:
         self.frontend = frontend
-        self.label, self.mode, self.policy = label_of(spec), spec.mode, spec.policy
+        self.label, self.policy = label_of(spec), spec.policy
+        self.mode: str = spec.mode
         self.model, self.max_model_len = frontend.model.model, frontend.max_model_len
-        self.encode, self.vocab_size = tokenizer.encode, tokenizer.vocab_size
+        self.encode: Encode | None = tokenizer.encode
+        self.vocab_size = tokenizer.vocab_size
         self.hellos = frontend.hellos
         self.fresh_stats = frontend.fresh_stats
 

@@ -10,6 +10,7 @@ What a server does not tell (stage times, prefix hits, its workers) is left out 
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 import time
 from collections.abc import Sequence
@@ -65,7 +66,8 @@ class _Choice(Struct):
 class _Event(Struct):
     """The parts of a chunk that count; texts are skipped over."""
 
-    choices: list[_Choice] = []
+    object: str | None = None
+    choices: list[_Choice] | None = None
     usage: _Usage | None = None
     metrics: Any = None  # every server has its own: see `stage_times`
     error: Any = None
@@ -75,8 +77,13 @@ class RequestError(Exception):
     """A request that came to nothing; the text says why, in one line."""
 
     def __init__(self, reason: str, rejected: bool = False) -> None:
-        super().__init__(" ".join(reason.split())[:MAX_MESSAGE] or "an error without a message")
+        super().__init__(one_line(reason))
         self.rejected = rejected
+
+
+def one_line(text: str) -> str:
+    """Of an error's text, as much as a report needs."""
+    return " ".join(text.split())[:MAX_MESSAGE] or "an error without a message"
 
 
 class EventStream:
@@ -122,14 +129,17 @@ class Answer:
             chunk = self._decoder.decode(event)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise RequestError(f"an event is not as OpenAI's are: {error}") from None
-        if chunk.error is not None:
+        if chunk.error is not None or chunk.object == "error":
             raise RequestError(error_text(event))
         if chunk.choices:
             self.record.token_times.append(now)
             self.finish = chunk.choices[0].finish_reason or self.finish
         if chunk.usage is not None:
             self._count(chunk.usage)
-        self.times = stage_times(chunk.metrics) or self.times
+        if (times := stage_times(chunk.metrics)) is not None:
+            self.times = times
+            # Only a handoff takes time in these two, and it lies between the first token and the second.
+            self.record.handoffs = [0] if times.transfer + times.decode_wait > 0 else []
 
     def _count(self, usage: _Usage) -> None:
         record = self.record
@@ -224,7 +234,8 @@ class HttpLoad(Load):
         self._finish(record, end)
 
     async def _stream(self, answer: Answer, body: bytes) -> None:
-        async with self.server.session.post("/v1/completions", data=body) as response:
+        url = f"{self.server.base_url}/v1/completions"
+        async with self.server.session.post(url, data=body) as response:
             if response.status != 200:
                 reason = error_text(await response.read())
                 raise RequestError(f"{response.status}: {reason}", rejected=response.status == 429)
@@ -263,7 +274,7 @@ class HttpServer:
         if self._api_key:
             headers["Authorization"] = f"Bearer {self._api_key}"
         self.session = aiohttp.ClientSession(
-            self.base_url, headers=headers,
+            headers=headers,
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE),
             timeout=aiohttp.ClientTimeout(total=None, sock_read=SILENCE),
         )  # fmt: skip
@@ -319,7 +330,7 @@ class HttpServer:
 
     async def _get(self, path: str) -> tuple[int, bytes]:
         try:
-            async with asyncio.timeout(CONNECT), self.session.get(path) as response:
+            async with asyncio.timeout(CONNECT), self.session.get(self.base_url + path) as response:
                 return response.status, await response.read()
         except TimeoutError:
             raise ValueError(f"nothing answers at {self.base_url}: no answer in {CONNECT:.0f} s") from None
@@ -351,7 +362,7 @@ def _generated(record: RequestRecord) -> int:
 
 
 def _reason(error: Exception) -> str:
-    """One line; aiohttp's own says more than is wanted where the system's is clear."""
-    if isinstance(error, OSError) and isinstance(error.strerror, str):
-        return error.strerror.partition(" [")[0]
-    return str(error) or type(error).__name__
+    """One line; the system's own words where the error is the system's, as aiohttp adds addresses to them."""
+    if isinstance(error, OSError) and error.errno is not None and error.errno > 0:
+        return os.strerror(error.errno)
+    return one_line(str(error.strerror) if isinstance(error, OSError) and error.strerror else str(error))

@@ -46,7 +46,7 @@ class WorkerState(Struct, frozen=True):
     device: str = ""
     queued_tokens: int = 0
     decoding: int = 0
-    stats: Stats | None = None
+    stats: dict[str, Any] | None = None  # the fields of `Stats`; `links` are those of `LinkStats`
 
 
 class RequestState(Struct, frozen=True):
@@ -150,7 +150,7 @@ class Admin:
         state: Any = "draining" if status.draining else "up" if status.flipping is None else "flipping"
         return WorkerState(
             name, role_name(status.role), state, status.epoch, hello.pid, str(hello.info["device"]),
-            status.queued_tokens, status.decoding, router.stats.get(name),
+            status.queued_tokens, status.decoding, _fields(router.stats.get(name)),
         )  # fmt: skip
 
     async def state(self, _: web.Request) -> web.Response:
@@ -236,6 +236,12 @@ class Admin:
             raise ApiError(404, f"there is no request {request_id!r}")
         self.frontend.abort(request_id)
         return _json({"aborted": request_id})
+
+
+def _fields(stats: Stats | None) -> dict[str, Any] | None:
+    if stats is None:
+        return None
+    return {**msgspec.structs.asdict(stats), "links": [msgspec.structs.asdict(link) for link in stats.links]}
 
 
 def _request(request: Tracked, now: float) -> RequestState:
