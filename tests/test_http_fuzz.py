@@ -83,13 +83,14 @@ def test_many_raw_requests(small: None) -> None:
 
 
 @pytest.mark.parametrize("examples", [60, pytest.param(250, marks=pytest.mark.slow)])
-def test_requests_made_from_the_description(examples: int, small: None, caplog: pytest.LogCaptureFixture) -> None:
+def test_requests_made_from_the_description(examples: int, caplog: pytest.LogCaptureFixture) -> None:
     """Schemathesis: what fits the OpenAPI description and what does not; all answers are as the description says."""
     caplog.set_level(logging.DEBUG)
     excluded = [checks.positive_data_acceptance]  # what depends on two fields or on the model is not in a schema
     statuses: Counter[int] = Counter()
     described = describe() | {"security": []}  # else wrong keys are most of what it makes
-    with asyncio.Runner() as runner, requests.Session() as session:
+    session = requests.Session()
+    with asyncio.Runner() as runner:
         running = clean_server(model="dummy:tiny,max_len=64")
         _, _, port = runner.run(running.__aenter__())
         session.headers["Authorization"] = f"Bearer {KEY}"
@@ -111,6 +112,7 @@ def test_requests_made_from_the_description(examples: int, small: None, caplog: 
                     case.validate_response(response, excluded_checks=excluded)
 
                 runner.run(asyncio.to_thread(call))
+        session.close()
         runner.run(running.__aexit__(None, None, None))
     assert statuses[200] > 100 and statuses[400] > 100 and statuses.total() > 500
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]

@@ -198,7 +198,7 @@ class Server:
         if not router.view.workers:
             return "no worker is up"
         for name, beat in router.heartbeats.items():
-            if beat.busy and now - max(beat.stepped_at, beat.heard_at - STUCK_AFTER) > STUCK_AFTER:
+            if beat.busy and now - beat.stepped_at > STUCK_AFTER:
                 return f"{name} makes no progress"
         return ""
 

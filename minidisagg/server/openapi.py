@@ -125,9 +125,11 @@ def _operation(
     return {method: operation}
 
 
-def _streamable(whole: str, event: str) -> dict[str, Any]:
-    stream = {"schema": {"type": "string"}, "x-event-schema": _ref(event)}
-    return {JSON: {"schema": _ref(whole)}, SSE: stream}
+def _streamable(whole: str, chunk: str) -> dict[str, Any]:
+    """One JSON body, or with `stream` server-sent events; what describes a stream describes each of its events."""
+    data = {"type": "string", "contentMediaType": JSON, "contentSchema": {"anyOf": [_ref(chunk), _ref("ErrorBody")]}}
+    event = {"type": "object", "properties": {"data": {"anyOf": [{"const": "[DONE]"}, data]}}, "required": ["data"]}
+    return {JSON: {"schema": _ref(whole)}, SSE: {"schema": event}}
 
 
 def _refused(harmless: tuple[object, ...]) -> dict[str, Any]:
