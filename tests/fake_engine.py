@@ -228,7 +228,7 @@ async def fake_engine(
     rate: float = 0.0, model: str = MODEL, workers: int = 1, router: RouterSpec | None = None
 ) -> AsyncIterator[FakeFrontend]:
     """A running front end over `workers` colocated fakes that each make `rate` steps per second (0: no limit)."""
-    cluster = ClusterSettings(prefill_workers=workers, decode_workers=0)
+    cluster = ClusterSettings(prefill_workers=workers - workers // 2, decode_workers=workers // 2)
     kind = type("RatedFrontend", (FakeFrontend,), {"rate": rate})
     frontend = await kind.start(ModelSettings(model=model), cluster, RunSettings(), router)
     try:

@@ -114,7 +114,7 @@ def test_requests_made_from_the_description(examples: int, caplog: pytest.LogCap
                 runner.run(asyncio.to_thread(call))
         session.close()
         runner.run(running.__aexit__(None, None, None))
-    assert statuses[200] > 100 and statuses[400] > 100 and statuses.total() > 500
+    assert statuses[200] > 50 and statuses[400] > 50 and statuses.total() >= 500
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 

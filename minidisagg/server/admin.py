@@ -195,12 +195,13 @@ class Admin:
 
     async def mode(self, request: web.Request) -> web.Response:
         mode = decode_plain(await request.read(), ModeBody).mode
-        names = sorted(self.frontend.router.view.workers)
-        if mode == "disagg" and len(names) < 2:
-            raise ApiError(400, "disagg needs at least two workers", "mode")
-        for index, name in enumerate(names):
-            role = Role.BOTH if mode == "colocated" else Role.PREFILL if index % 2 == 0 else Role.DECODE
-            self.frontend.set_role(name, role)
+        cluster, alive = self.frontend.cluster, self.frontend.router.view.workers
+        if mode == "disagg" and not (cluster.prefill_workers and cluster.decode_workers):
+            raise ApiError(400, "disagg needs a server that was started with --decode-workers", "mode")
+        for index, name in enumerate(self.frontend.supervisor.names):
+            role = Role.PREFILL if index < cluster.prefill_workers else Role.DECODE
+            if name in alive:
+                self.frontend.set_role(name, Role.BOTH if mode == "colocated" else role)
         return _json({"mode": mode})
 
     async def act(self, request: web.Request) -> web.Response:
