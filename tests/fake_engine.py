@@ -57,9 +57,9 @@ class FakeWorker:
     """Answers each `Submit` with one token per step, all requests of a step in one `StepOutput`."""
 
     name: str
-    rate: float  # steps per second; 0: as fast as the front end takes them
     vocab_size: int
     max_model_len: int
+    rate: float = 0.0  # steps per second; 0: as fast as the front end takes them; may change at any time
     max_num_seqs: int = 256
     epoch: int = 0
     requests: dict[str, Submit] = field(default_factory=dict)  # in the order of their arrival
@@ -203,7 +203,6 @@ class FakeSupervisor:
 class FakeFrontend(Frontend):
     """The front end, with `FakeSupervisor` for the real one."""
 
-    rate = 0.0
     workers: dict[str, FakeWorker]
 
     def __init__(
@@ -212,7 +211,7 @@ class FakeFrontend(Frontend):
         super().__init__(model, cluster, run, router)
         config = load_config(model.model)
         limit = model.max_model_len or config.max_model_len
-        fakes = [FakeWorker(name, self.rate, config.vocab_size, limit) for name, _, _ in cluster.roles()]
+        fakes = [FakeWorker(name, config.vocab_size, limit) for name, _, _ in cluster.roles()]
         supervisor = FakeSupervisor(fakes, self.run_dir / "frontend.sock", self._on_worker_down)
         self.supervisor = supervisor  # type: ignore[assignment]
         self.workers = supervisor.workers
@@ -229,8 +228,10 @@ async def fake_engine(
 ) -> AsyncIterator[FakeFrontend]:
     """A running front end over `workers` colocated fakes that each make `rate` steps per second (0: no limit)."""
     cluster = ClusterSettings(prefill_workers=workers - workers // 2, decode_workers=workers // 2)
-    kind = type("RatedFrontend", (FakeFrontend,), {"rate": rate})
-    frontend = await kind.start(ModelSettings(model=model), cluster, RunSettings(), router)
+    frontend = await FakeFrontend.start(ModelSettings(model=model), cluster, RunSettings(), router)
+    assert isinstance(frontend, FakeFrontend)
+    for worker in frontend.workers.values():
+        worker.rate = rate
     try:
         yield frontend
     finally:

@@ -6,18 +6,19 @@ import asyncio
 import contextlib
 import logging
 import socket
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import httpcases
 import httpfuzz
 import hypothesis
 import pytest
 import requests
-import schemathesis
-import schemathesis.checks as checks
 from fake_engine import MODEL, FakeFrontend, fake_server
-from httpfuzz import CANARY, KEY, Case, good, request, run_case
+from httpcases import CANARY, KEY, Case, good, request
+from httpfuzz import run_case
 
 from minidisagg.server import app, completions
 from minidisagg.server.app import Server, ServerSettings
@@ -28,9 +29,10 @@ KEYED = ServerSettings(port=0, api_keys=("other-key", KEY))
 
 async def eventually(holds: Callable[[], bool], seconds: float = 10.0) -> None:
     """Wait until `holds`; fails after `seconds`."""
-    async with asyncio.timeout(seconds):
-        while not holds():
-            await asyncio.sleep(0.01)
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
 
 
 @contextlib.asynccontextmanager
@@ -55,8 +57,8 @@ def assert_secret(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits that a fuzzer reaches quickly."""
-    monkeypatch.setattr(app, "MAX_BODY", httpfuzz.MAX_BODY)
-    monkeypatch.setattr(app, "READ_TIMEOUT", httpfuzz.READ_TIMEOUT)
+    monkeypatch.setattr(app, "MAX_BODY", httpcases.MAX_BODY)
+    monkeypatch.setattr(app, "READ_TIMEOUT", httpcases.READ_TIMEOUT)
 
 
 async def _fuzz(seed: int, count: int) -> httpfuzz.Summary:
@@ -69,10 +71,11 @@ async def _fuzz(seed: int, count: int) -> httpfuzz.Summary:
 
 def test_raw_requests(small: None, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
-    summary = asyncio.run(_fuzz(1, 1500))
+    summary = asyncio.run(_fuzz(1, 1600))
     assert summary.statuses >= {0, 200, 400, 401, 404, 405, 408, 413}  # a fuzzer that reaches nothing proves nothing
-    assert {name for name, _ in summary.seen} == {kind.__name__.strip("_") for kind, _ in httpfuzz.KINDS}
+    assert {name for name, _ in summary.seen} == {kind.__name__.strip("_") for kind, _ in httpcases.KINDS}
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert not [record for record in caplog.records if "\n" in record.getMessage()]  # a path cannot forge a line
     assert_secret(caplog)
 
 
@@ -82,11 +85,15 @@ def test_many_raw_requests(small: None) -> None:
     asyncio.run(_fuzz(2, 98_000))
 
 
-@pytest.mark.parametrize("examples", [60, pytest.param(250, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [45, pytest.param(250, marks=pytest.mark.slow)])
 def test_requests_made_from_the_description(examples: int, caplog: pytest.LogCaptureFixture) -> None:
     """Schemathesis: what fits the OpenAPI description and what does not; all answers are as the description says."""
+    import schemathesis  # here, because it takes a second
+    from schemathesis.checks import positive_data_acceptance
+    from schemathesis.core.result import Ok
+
     caplog.set_level(logging.DEBUG)
-    excluded = [checks.positive_data_acceptance]  # what depends on two fields or on the model is not in a schema
+    excluded = [positive_data_acceptance]  # what depends on two fields or on the model is not in a schema
     statuses: Counter[int] = Counter()
     described = describe() | {"security": []}  # else wrong keys are most of what it makes
     session = requests.Session()
@@ -95,6 +102,7 @@ def test_requests_made_from_the_description(examples: int, caplog: pytest.LogCap
         _, _, port = runner.run(running.__aenter__())
         session.headers["Authorization"] = f"Bearer {KEY}"
         for result in schemathesis.openapi.from_dict(described).get_all_operations():
+            assert isinstance(result, Ok)
             operation = result.ok()
             for mode in schemathesis.GenerationMode:
                 if mode.is_negative and not operation.body:
@@ -106,7 +114,7 @@ def test_requests_made_from_the_description(examples: int, caplog: pytest.LogCap
                     suppress_health_check=list(hypothesis.HealthCheck),
                 )  # fmt: skip
                 @hypothesis.given(operation.as_strategy(mode))
-                def call(case: schemathesis.Case) -> None:
+                def call(case: schemathesis.Case[Any]) -> None:
                     response = case.call(f"http://127.0.0.1:{port}", session)
                     statuses[response.status_code] += 1
                     case.validate_response(response, excluded_checks=excluded)
@@ -114,7 +122,7 @@ def test_requests_made_from_the_description(examples: int, caplog: pytest.LogCap
                 runner.run(asyncio.to_thread(call))
         session.close()
         runner.run(running.__aexit__(None, None, None))
-    assert statuses[200] > 50 and statuses[400] > 50 and statuses.total() >= 500
+    assert statuses[200] > 50 and statuses[400] > 50 and statuses.total() > 8 * examples * 0.9
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
@@ -123,7 +131,12 @@ def test_the_fuzzer_finds_errors() -> None:
     whole = httpfuzz.Answer(500, {}, b"")
     with pytest.raises(httpfuzz.Broken):
         httpfuzz.check_answer(whole, Case(b""))
-    for body in (b"", b"404: Not Found", b'{"error":{}}', b'{"error":{"message":"a","type":"b","param":null,"code":null}}'):
+    for body in (
+        b"",
+        b"404: Not Found",
+        b'{"error":{}}',
+        b'{"error":{"message":"a","type":"b","param":null,"code":null}}',
+    ):
         with pytest.raises(httpfuzz.Broken):
             httpfuzz.check_answer(httpfuzz.Answer(404, {"content-type": "application/json"}, body), Case(b""))
     with pytest.raises(httpfuzz.Broken):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import shutil
 import tempfile
 import time
@@ -21,16 +22,17 @@ import msgspec
 
 from minidisagg.config import ClusterSettings, ModelSettings, RunSettings
 from minidisagg.core.effects import Send
-from minidisagg.core.messages import ROUTER, Envelope, Fatal, Hello, Role, SamplingParams, Stats
+from minidisagg.core.messages import ROUTER, Envelope, Fatal, Hello, Role, SamplingParams, Stats, StepOutput
 from minidisagg.core.policy import RoleChange
 from minidisagg.core.router import Emit, Kill, Router, RouterSpec, drain_outbox
 from minidisagg.policies import load_policy
 from minidisagg.runtime.channel import Channel, ChannelError, listen
-from minidisagg.runtime.launch import Supervisor
+from minidisagg.runtime.launch import Supervisor, role_name
 
 TICK = 0.25
 STATS_TIMEOUT = 5.0  # seconds; a worker reports four times a second
 START_TIMEOUT = 300.0  # seconds for all workers to load their weights
+logger = logging.getLogger("minidisagg")
 OnEmit = Callable[[Emit, float], None]
 
 
@@ -53,6 +55,8 @@ class Frontend:
         self.channels: dict[str, Channel] = {}
         self.restarted: list[tuple[float, str]] = []  # when a worker died, and which
         self.error = ""
+        self.on_step: Callable[[str, StepOutput, float], None] | None = None  # (worker, step, time.monotonic())
+        self.on_event: Callable[[str], None] = logger.info  # one line of what operators want to know
         self._ids = itertools.count()
         self._callbacks: dict[str, OnEmit] = {}
         self._ready = asyncio.Event()
@@ -181,22 +185,26 @@ class Frontend:
     def pause(self, paused: bool) -> None:
         """New requests wait in the router, or go on."""
         self.router.paused = paused
+        self.on_event("admission paused" if paused else "admission resumed")
         self.router.place_parked(time.monotonic())
         self._drain()
 
     def set_policy(self, spec: str) -> None:
         """Change the scheduling policy everywhere. Raises `ValueError`."""
         self.router.set_policy(spec, load_policy(spec), time.monotonic())
+        self.on_event(f"policy {spec}")
         self._drain()
 
     def set_role(self, worker: str, role: Role) -> None:
         """Finish what the worker has, then flip. Raises `KeyError`."""
         self.router.set_role(RoleChange(worker, role), time.monotonic())
+        self.on_event(f"{worker} finishes, then becomes {role_name(role)}")
         self._drain()
 
     def drain(self, worker: str) -> None:
         """The worker takes nothing new, until it is restarted. Raises `KeyError`."""
         self.router.view.workers[worker].draining = True
+        self.on_event(f"{worker} drains")
 
     def kill(self, worker: str) -> None:
         """SIGKILL; the supervisor starts it again under the next epoch. Raises `KeyError`."""
@@ -220,11 +228,15 @@ class Frontend:
                 if isinstance(envelope.body, Hello):
                     self.supervisor.greeted.add((envelope.source, envelope.epoch))
                     self.channels[envelope.source] = channel
+                    self.on_event(f"{envelope.source} is up, epoch {envelope.epoch}")
                 elif isinstance(envelope.body, Fatal) and envelope.source not in self.channels:
                     self.error = f"{envelope.source}: {envelope.body.reason}"
                     self._ready.set()
-                self.router.on_message(envelope, time.monotonic())
+                now = time.monotonic()
+                self.router.on_message(envelope, now)
                 self._drain()
+                if isinstance(envelope.body, StepOutput) and self.on_step is not None:
+                    self.on_step(envelope.source, envelope.body, now)
                 if isinstance(envelope.body, Stats):
                     self._reported.set()
                 if len(self.channels) == len(self.supervisor.names):
@@ -239,6 +251,7 @@ class Frontend:
             self._ready.set()
         self.channels.pop(name, None)
         self.restarted.append((time.monotonic(), name))
+        self.on_event(f"{name} is down, epoch {epoch}")
         self.router.on_worker_down(name, epoch, time.monotonic())
         self._drain()
 

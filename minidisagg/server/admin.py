@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -28,11 +27,13 @@ from minidisagg.core.messages import Role, Stats
 from minidisagg.core.router import Tracked
 from minidisagg.runtime.frontend import Frontend
 from minidisagg.runtime.launch import role_name
+from minidisagg.server.history import EndRecord, EventRecord, StepRecord
 from minidisagg.server.metrics import Metrics
 from minidisagg.server.protocol import ApiError, decode_plain
 
 MAX_REQUESTS = 256  # listed at a time, the oldest first
 DRAIN_POLL = 0.05  # seconds
+FIRST_RECORDS = 512  # that a new listener gets
 
 
 class WorkerState(Struct, frozen=True):
@@ -80,6 +81,11 @@ class Snapshot(Struct, frozen=True):
     oldest: dict[str, float]  # age of the oldest in each
     workers: list[WorkerState]
     requests: list[RequestState]
+    latencies: dict[str, list[float]]  # [p50, p90, p99] in seconds of ttft, tpot and itl over the last minute
+    seq: int  # of the newest record
+    steps: list[StepRecord] = []  # of events only: what is new since the event before
+    ends: list[EndRecord] = []
+    events: list[EventRecord] = []
 
 
 class PolicyBody(Struct, frozen=True):
@@ -121,8 +127,8 @@ class Admin:
 
     # ------------------------------------------------------------ seeing
 
-    def snapshot(self) -> Snapshot:
-        """Everything."""
+    def snapshot(self, since: int | None = None) -> Snapshot:
+        """Everything, with what has been recorded after `since`."""
         frontend, router, now = self.frontend, self.frontend.router, time.monotonic()
         requests = [_request(request, now) for request in router.requests.values()]
         oldest: dict[str, float] = {}
@@ -133,10 +139,20 @@ class Admin:
             clock=now, model=frontend.model.model, mode=self._mode(),
             policy=router.policy_spec or frontend.cluster.policy, link=_link(frontend), paused=router.paused,
             waiting=router.view.waiting, waiting_tokens=router.view.waiting_tokens, prompt_tokens=prompt,
-            generation_tokens=generated, restarts=len(frontend.restarted), stages=_counts(r.stage for r in requests),
+            generation_tokens=generated, restarts=len(frontend.restarted), stages=self._stages(requests),
             oldest=oldest, workers=[self._worker(name) for name in frontend.supervisor.names],
-            requests=requests[:MAX_REQUESTS],
+            requests=requests[:MAX_REQUESTS], latencies=self.metrics.history.latencies(now),
+            seq=self.metrics.history.seq, **({} if since is None else self.metrics.history.since(since)),
         )  # fmt: skip
+
+    def _stages(self, requests: list[RequestState]) -> dict[str, int]:
+        """A handoff is a transfer until prefill holds nothing more, by its last report, and a wait for decode then."""
+        counts = dict.fromkeys(("waiting", "prefilling", "transferring", "decode_waiting", "decoding"), 0)
+        for request in requests:
+            counts[request.stage] += 1
+        held = min(counts["transferring"], sum(stats.held for stats in self.frontend.stats.values()))
+        counts["transferring"], counts["decode_waiting"] = held, counts["transferring"] - held
+        return counts
 
     def _mode(self) -> str:
         roles = [status.flipping or status.role for status in self.frontend.router.view.workers.values()]
@@ -173,8 +189,11 @@ class Admin:
         response = web.StreamResponse(headers={"Cache-Control": "no-cache"})
         response.content_type = "text/event-stream"
         await response.prepare(request)
+        seq = max(0, self.metrics.history.seq - FIRST_RECORDS)
         while True:
-            await response.write(b"data: " + msgspec.json.encode(self.snapshot()) + b"\n\n")
+            snapshot = self.snapshot(seq)
+            seq = snapshot.seq
+            await response.write(b"data: " + msgspec.json.encode(snapshot) + b"\n\n")
             await asyncio.sleep(1 / hz)
 
     # ------------------------------------------------------------ doing
@@ -255,13 +274,6 @@ def _request(request: Tracked, now: float) -> RequestState:
         request.request_id, stage, now - request.arrival, len(request.prompt), len(request.emitted),
         request.max_tokens, request.workers, request.incarnation,
     )  # fmt: skip
-
-
-def _counts(stages: Iterable[str]) -> dict[str, int]:
-    counts = dict.fromkeys(("waiting", "prefilling", "transferring", "decode_waiting", "decoding"), 0)
-    for stage in stages:
-        counts[stage] += 1
-    return counts
 
 
 def _link(frontend: Frontend) -> str:

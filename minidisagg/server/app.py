@@ -28,6 +28,7 @@ from minidisagg.runtime.frontend import Frontend
 from minidisagg.server.admin import Admin
 from minidisagg.server.completions import Answer, Chat, Completions, Endpoint, _encode
 from minidisagg.server.generation import Generation, too_many
+from minidisagg.server.history import History
 from minidisagg.server.metrics import Metrics
 from minidisagg.server.openapi import describe
 from minidisagg.server.protocol import ApiError, DetokenizeRequest, TokenizeRequest, decode_plain
@@ -69,7 +70,8 @@ class Server:
         self.model = settings.served_name or frontend.model.model
         self.names = {self.model, frontend.model.model}
         self.started = int(time.time())
-        self.metrics = Metrics(frontend)
+        self.history = History(frontend)
+        self.metrics = Metrics(frontend, self.history)
         self.admin = Admin(frontend, self.metrics)
         self.draining = False
         self.active = 0  # generations

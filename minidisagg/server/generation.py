@@ -13,7 +13,8 @@ from minidisagg.core.router import Emit, StageTimes
 from minidisagg.model.tokenizer import Tokenizer
 from minidisagg.runtime.frontend import Frontend
 from minidisagg.runtime.output import OutputProcessor, Piece, with_stops
-from minidisagg.server.metrics import Metrics, Timing
+from minidisagg.server.history import Timing
+from minidisagg.server.metrics import Metrics
 from minidisagg.server.protocol import ApiError, PromptDetails, Usage
 
 MAX_UNREAD = 1024  # tokens of one HTTP request that its client has not taken

@@ -6,9 +6,7 @@ somebody asks.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -20,6 +18,7 @@ from minidisagg.core.messages import LinkStats, Stats
 from minidisagg.core.router import Emit
 from minidisagg.runtime.frontend import Frontend
 from minidisagg.runtime.launch import role_name
+from minidisagg.server.history import History, Timing
 
 PREFIX = "minidisagg:"
 TTFT_BUCKETS = (
@@ -36,15 +35,6 @@ REQUEST_BUCKETS = (
 STAGES = ("queue", "prefill", "transfer", "decode_wait", "decode")
 
 
-@dataclass
-class Timing:
-    """When the tokens of one request came."""
-
-    prompt_tokens: int
-    arrived: float = field(default_factory=time.monotonic)
-    last: float = 0.0
-
-
 class Load(NamedTuple):
     """The cluster now."""
 
@@ -59,8 +49,8 @@ class Metrics:
 
     content_type = CONTENT_TYPE_LATEST
 
-    def __init__(self, frontend: Frontend) -> None:
-        self.frontend = frontend
+    def __init__(self, frontend: Frontend, history: History) -> None:
+        self.frontend, self.history = frontend, history
         self.registry = CollectorRegistry()
         self.prompt_tokens = self.generation_tokens = 0
 
@@ -85,15 +75,21 @@ class Metrics:
         """News of a request."""
         if emit.tokens:
             self.generation_tokens += len(emit.tokens)
-            if timing.last:
-                self.itl.observe(now - timing.last)
+            timing.output_tokens += len(emit.tokens)
+            if timing.first:
+                gap = now - timing.last
+                self.itl.observe(gap)
+                self.history.gaps.append((now, gap))
+                timing.max_itl = max(timing.max_itl, gap)
             else:
+                timing.first = now
                 self.ttft.observe(now - timing.arrived)
                 self.prompt_tokens += timing.prompt_tokens
             timing.last = now
         if emit.finish:
             self.ends.labels(emit.finish).inc()
-            if emit.times is not None and timing.last:
+            self.history.on_end(timing, emit, now)
+            if emit.times is not None and timing.first:
                 self.e2e.observe(emit.times.e2e)
                 for stage, histogram in self.stages.items():
                     histogram.observe(getattr(emit.times, stage))
