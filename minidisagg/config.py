@@ -72,7 +72,7 @@ class ClusterSettings(Struct, frozen=True, kw_only=True):
 
 
 class RunSettings(Struct, frozen=True, kw_only=True):
-    """What a run adds: seed, records, injected delays."""
+    """What a run adds: seed, records, injected delays and offsets."""
 
     seed: int = 0
     record_dir: str = ""  # write each worker's input log here
@@ -80,6 +80,8 @@ class RunSettings(Struct, frozen=True, kw_only=True):
     step_ahead: int = -1  # steps planned ahead; -1: 1 on a GPU, 0 on a CPU
     link_timeout: float = 10.0
     lease: float = 30.0
+    trace: bool = False  # workers report each piece on their links, for a timeline
+    clock_offsets: dict[str, float] = {}  # worker → seconds that its clock is ahead: to test what must not depend on it
     ceilings: bool = False  # measure each device's read bandwidth and matmul rate at its first start (a second)
 
 

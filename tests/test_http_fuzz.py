@@ -16,11 +16,12 @@ import httpfuzz
 import hypothesis
 import pytest
 import requests
+import uvloop
 from fake_engine import MODEL, FakeFrontend, fake_server
 from httpcases import CANARY, KEY, Case, good, request
 from httpfuzz import run_case
 
-from minidisagg.server import app, completions
+from minidisagg.server import app, completions, generation
 from minidisagg.server.app import Server, ServerSettings
 from minidisagg.server.openapi import describe
 
@@ -69,9 +70,15 @@ async def _fuzz(seed: int, count: int) -> httpfuzz.Summary:
     return summary
 
 
+def _fuzz_on_uvloop(seed: int, count: int) -> httpfuzz.Summary:
+    """On the event loop that `serve` uses."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_fuzz(seed, count))
+
+
 def test_raw_requests(small: None, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
-    summary = asyncio.run(_fuzz(1, 1600))
+    summary = _fuzz_on_uvloop(1, 1600)
     assert summary.statuses >= {0, 200, 400, 401, 404, 405, 408, 413}  # a fuzzer that reaches nothing proves nothing
     assert {name for name, _ in summary.seen} == {kind.__name__.strip("_") for kind, _ in httpcases.KINDS}
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
@@ -82,7 +89,7 @@ def test_raw_requests(small: None, caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_many_raw_requests(small: None) -> None:
-    asyncio.run(_fuzz(2, 98_000))
+    _fuzz_on_uvloop(2, 98_000)
 
 
 @pytest.mark.parametrize("examples", [45, pytest.param(250, marks=pytest.mark.slow)])
@@ -240,5 +247,17 @@ def test_a_slow_reader_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
                 await eventually(lambda: worker.seen == 16)
                 await eventually(lambda: frontend.idle and server.active == 0)
                 assert worker.aborted > 0
+
+    asyncio.run(run())
+
+
+def test_a_late_loop_cuts_nobody_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """News that piles up because this process was busy is not the client's fault."""
+    monkeypatch.setattr(generation, "MAX_UNREAD", 8)
+
+    async def run() -> None:
+        async with clean_server() as (_, _, port):
+            case = Case(good(max_tokens=20, n=16, stream=True), 1, frozenset({200}), choices=16)
+            assert await run_case(case, port) == [200]
 
     asyncio.run(run())

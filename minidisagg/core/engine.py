@@ -188,7 +188,7 @@ class EngineCore:
                 out.append(self._on_token(request, token))
             if request.state is State.RUNNING and request.key in self.sender.transfers:
                 self.sender.advance(request, now)
-        self._send(ROUTER, StepOutput(step_id, out, seconds, prefill, decode, context))
+        self._send(ROUTER, StepOutput(step_id, out, seconds, prefill, decode, context, now))
 
     def on_transfer_done(self, completion: Completion, now: float) -> None:
         """A piece of KV has left or landed, or its link is broken."""

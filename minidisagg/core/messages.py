@@ -188,6 +188,28 @@ class StepOutput(Message, frozen=True):
     prefill_tokens: int = 0
     decode_tokens: int = 0
     context_tokens: int = 0  # KV tokens read by the step's sequences
+    clock: float = 0.0  # the worker's, at the step's end
+
+
+class Piece(Struct, frozen=True, array_like=True):
+    """One end of one piece on a link, on the worker's clock: handed over, begun, ended (seconds)."""
+
+    peer: str
+    link_epoch: int
+    seq: int
+    send: bool
+    request_id: str
+    queued: float
+    begun: float
+    ended: float
+    nbytes: int
+    ok: bool
+
+
+class Pieces(Message, frozen=True):
+    """What a traced worker's links have done since the last time."""
+
+    pieces: list[Piece]
 
 
 class Released(Message, frozen=True):
@@ -367,6 +389,7 @@ AnyMessage = (
     | Logprobs
     | StepOutput
     | Released
+    | Pieces
     | Stats
     | Fatal
     | KVOffer

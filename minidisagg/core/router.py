@@ -164,6 +164,7 @@ class Router:
         self.hellos: dict[str, Hello] = {}
         self.epochs: dict[str, int] = {}  # the newest of each worker, dead ones too
         self.stats: dict[str, Stats] = {}
+        self.reports: dict[str, int] = {}  # how many `Stats` have come of each
         self.heartbeats: dict[str, Heartbeat] = {}
         self.paused = False  # admission is paused: new requests are parked
         self.policy_spec = ""  # of a policy that was set while running
@@ -401,6 +402,7 @@ class Router:
 
     def _on_stats(self, status: WorkerStatus, stats: Stats) -> None:
         self.stats[status.name] = stats
+        self.reports[status.name] = self.reports.get(status.name, 0) + 1
         beat = self.heartbeats[status.name]
         beat.busy = stats.running + stats.waiting > 0
         if stats.steps != beat.steps or not beat.busy:

@@ -17,12 +17,13 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
 from minidisagg.config import ClusterSettings, ModelSettings, RunSettings
 from minidisagg.core.effects import Send
-from minidisagg.core.messages import ROUTER, Envelope, Fatal, Hello, Role, SamplingParams, Stats, StepOutput
+from minidisagg.core.messages import ROUTER, Envelope, Fatal, Hello, Role, SamplingParams, Stats
 from minidisagg.core.policy import RoleChange
 from minidisagg.core.router import Emit, Kill, Router, RouterSpec, drain_outbox
 from minidisagg.policies import load_policy
@@ -34,6 +35,19 @@ STATS_TIMEOUT = 5.0  # seconds; a worker reports four times a second
 START_TIMEOUT = 300.0  # seconds for all workers to load their weights
 logger = logging.getLogger("minidisagg")
 OnEmit = Callable[[Emit, float], None]
+
+
+class Observer(Protocol):
+    """Hears what happens. `now` is `time.monotonic()`."""
+
+    def on_message(self, envelope: Envelope, now: float) -> None:
+        """A worker's message, after the router has had it."""
+
+    def on_emit(self, emit: Emit, now: float) -> None:
+        """News of a request, before its client has them."""
+
+    def on_event(self, text: str) -> None:
+        """One line of what operators want to know."""
 
 
 class StartError(RuntimeError):
@@ -55,8 +69,7 @@ class Frontend:
         self.channels: dict[str, Channel] = {}
         self.restarted: list[tuple[float, str]] = []  # when a worker died, and which
         self.error = ""
-        self.on_step: Callable[[str, StepOutput, float], None] | None = None  # (worker, step, time.monotonic())
-        self.on_event: Callable[[str], None] = logger.info  # one line of what operators want to know
+        self.observers: list[Observer] = []
         self._ids = itertools.count()
         self._callbacks: dict[str, OnEmit] = {}
         self._ready = asyncio.Event()
@@ -185,26 +198,26 @@ class Frontend:
     def pause(self, paused: bool) -> None:
         """New requests wait in the router, or go on."""
         self.router.paused = paused
-        self.on_event("admission paused" if paused else "admission resumed")
+        self._event("admission paused" if paused else "admission resumed")
         self.router.place_parked(time.monotonic())
         self._drain()
 
     def set_policy(self, spec: str) -> None:
         """Change the scheduling policy everywhere. Raises `ValueError`."""
         self.router.set_policy(spec, load_policy(spec), time.monotonic())
-        self.on_event(f"policy {spec}")
+        self._event(f"policy {spec}")
         self._drain()
 
     def set_role(self, worker: str, role: Role) -> None:
         """Finish what the worker has, then flip. Raises `KeyError`."""
         self.router.set_role(RoleChange(worker, role), time.monotonic())
-        self.on_event(f"{worker} finishes, then becomes {role_name(role)}")
+        self._event(f"{worker} finishes, then becomes {role_name(role)}")
         self._drain()
 
     def drain(self, worker: str) -> None:
         """The worker takes nothing new, until it is restarted. Raises `KeyError`."""
         self.router.view.workers[worker].draining = True
-        self.on_event(f"{worker} drains")
+        self._event(f"{worker} drains")
 
     def kill(self, worker: str) -> None:
         """SIGKILL; the supervisor starts it again under the next epoch. Raises `KeyError`."""
@@ -212,10 +225,11 @@ class Frontend:
 
     async def fresh_stats(self) -> dict[str, Stats]:
         """Wait until every live worker has reported anew, so that its counters cover all that has happened."""
-        asked = time.monotonic()  # one clock for all processes of a host
+        seen = dict(self.router.reports)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(STATS_TIMEOUT):
-                while any(name not in self.stats or self.stats[name].clock < asked for name in self.hellos):
+                # The next report may have been under way when this was asked for; the one after it was not.
+                while any(self.router.reports.get(name, 0) < seen.get(name, 0) + 2 for name in self.hellos):
                     self._reported.clear()
                     await self._reported.wait()
         return dict(self.stats)
@@ -228,15 +242,15 @@ class Frontend:
                 if isinstance(envelope.body, Hello):
                     self.supervisor.greeted.add((envelope.source, envelope.epoch))
                     self.channels[envelope.source] = channel
-                    self.on_event(f"{envelope.source} is up, epoch {envelope.epoch}")
+                    self._event(f"{envelope.source} is up, epoch {envelope.epoch}")
                 elif isinstance(envelope.body, Fatal) and envelope.source not in self.channels:
                     self.error = f"{envelope.source}: {envelope.body.reason}"
                     self._ready.set()
                 now = time.monotonic()
                 self.router.on_message(envelope, now)
                 self._drain()
-                if isinstance(envelope.body, StepOutput) and self.on_step is not None:
-                    self.on_step(envelope.source, envelope.body, now)
+                for observer in self.observers:
+                    observer.on_message(envelope, now)
                 if isinstance(envelope.body, Stats):
                     self._reported.set()
                 if len(self.channels) == len(self.supervisor.names):
@@ -251,7 +265,7 @@ class Frontend:
             self._ready.set()
         self.channels.pop(name, None)
         self.restarted.append((time.monotonic(), name))
-        self.on_event(f"{name} is down, epoch {epoch}")
+        self._event(f"{name} is down, epoch {epoch}")
         self.router.on_worker_down(name, epoch, time.monotonic())
         self._drain()
 
@@ -268,6 +282,11 @@ class Frontend:
             for request_id in list(self._callbacks):
                 self._emit(Emit(request_id, finish="error", error=self.error))
 
+    def _event(self, text: str) -> None:
+        logger.info("%s", text)
+        for observer in self.observers:
+            observer.on_event(text)
+
     def _drain(self) -> None:
         for effect in drain_outbox(self.router):
             if isinstance(effect, Send):
@@ -283,7 +302,10 @@ class Frontend:
         callback = self._callbacks[emit.request_id]
         if emit.finish:
             del self._callbacks[emit.request_id]
-        callback(emit, time.monotonic())
+        now = time.monotonic()
+        for observer in self.observers:
+            observer.on_emit(emit, now)
+        callback(emit, now)
 
 
 def _make_run_dir() -> Path:

@@ -15,7 +15,7 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from minidisagg.core.effects import AbortLink, Send
-from minidisagg.core.messages import LinkOpen, LinkReady, LinkStats
+from minidisagg.core.messages import LinkOpen, LinkReady, LinkStats, Piece
 from minidisagg.core.plan import Completion, TransferOp
 from minidisagg.runtime.kv_cache import KVCache
 from minidisagg.transfer.emulate import EmulatedLink, Emulation
@@ -32,7 +32,7 @@ class Entry:
     connected: bool = False
     closing: bool = False
     waiting: list[TransferOp] = field(default_factory=list)  # started before the link was there
-    started: dict[int, float] = field(default_factory=dict)  # when each piece that leaves was handed over, by its seq
+    started: dict[int, tuple[float, str]] = field(default_factory=dict)  # seq → when it was handed over, request id
 
 
 class LinkSet:
@@ -42,9 +42,10 @@ class LinkSet:
         self, name: str, cache: KVCache, kind: str, one_sided: bool, codec: str, run_dir: Path, timeout: float,
         latency: float, send: Callable[[Send], None], on_completion: Callable[[Completion], None],
         on_aborted: Callable[[str, int, bool], None],
-        on_failure: Callable[[BaseException], None],
+        on_failure: Callable[[BaseException], None], clock: Callable[[], float] | None,
     ) -> None:  # fmt: skip
-        """`latency`: seconds added to each piece that this worker sends (an injected delay)."""
+        """`latency`: seconds added to each piece that this worker sends (an injected delay). With a `clock`, pieces
+        are kept for `take_trace`."""
         self.name = name
         self.cache = cache
         self.kind = kind
@@ -57,6 +58,8 @@ class LinkSet:
         self._on_completion = on_completion
         self._on_aborted = on_aborted
         self._on_failure = on_failure
+        self._clock = clock
+        self._trace: list[Piece] = []
         self._loop = asyncio.get_running_loop()
         self._entries: dict[LinkKey, Entry] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -99,7 +102,7 @@ class LinkSet:
         entry = self._entries.setdefault((op.peer, op.link_epoch, op.send), Entry())
         if op.send:
             self._count(op.peer, backlog=1)
-            entry.started[op.seq] = self._loop.time()
+        entry.started[op.seq] = self._loop.time(), op.request_id
         if entry.connected and entry.link is not None and not entry.closing:
             entry.link.start(op)
         else:
@@ -116,8 +119,12 @@ class LinkSet:
         """Hand finished operations to the core; called when a link wakes the loop."""
         for key, entry in list(self._entries.items()):
             for completion in entry.link.poll() if entry.link is not None else ():
+                started, request_id = entry.started.pop(completion.seq)
+                elapsed = self._loop.time() - started
                 if completion.send:
-                    self._settle(completion, self._loop.time() - entry.started.pop(completion.seq))
+                    self._settle(completion, elapsed)
+                if self._clock is not None:
+                    self._trace.append(_piece(completion, request_id, self._clock(), elapsed))
                 if not (entry.closing and key[2] is completion.send):
                     self._on_completion(completion)
 
@@ -141,6 +148,11 @@ class LinkSet:
     def stats(self) -> list[LinkStats]:
         """What went out, by peer."""
         return list(self._stats.values())
+
+    def take_trace(self) -> list[Piece]:
+        """The pieces that have ended since the last time, of either direction."""
+        taken, self._trace = self._trace, []
+        return taken
 
     def _settle(self, done: Completion, elapsed: float) -> None:
         if done.ok:
@@ -202,3 +214,10 @@ class LinkSet:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             self._on_failure(error)
+
+
+def _piece(done: Completion, request_id: str, now: float, elapsed: float) -> Piece:
+    begun = now - min(done.seconds, elapsed)
+    return Piece(
+        done.peer, done.link_epoch, done.seq, done.send, request_id, now - elapsed, begun, now, done.nbytes, done.ok
+    )

@@ -42,6 +42,7 @@ from minidisagg.core.messages import (
     LinkReady,
     PeerDown,
     PeerUp,
+    Pieces,
     SetPolicy,
     Submit,
 )
@@ -116,6 +117,7 @@ class Worker:
         self.steps_flying = 0
         self.busy_seconds = self.flops = self.bytes_read = 0.0
         self.decode_wait = config.run.delays.get("decode_wait", 0.0)
+        self.clock_offset = config.run.clock_offsets.get(config.name, 0.0)
 
     async def run(self) -> None:
         """Load, say hello, serve until drained or told to stop; raises `ValueError` for what a user can mend."""
@@ -189,7 +191,7 @@ class Worker:
             config.name, self.device.cache, self.link_kind, self.core.spec.one_sided_links,
             config.cluster.kv_codec, Path(config.run_dir),
             config.run.link_timeout, config.run.delays.get("transfer", 0.0), self._carry_out, self._on_completion,
-            self._on_link_aborted, self._on_failure,
+            self._on_link_aborted, self._on_failure, self.now if config.run.trace else None,
         )  # fmt: skip
 
     # ------------------------------------------------------------ inputs
@@ -226,33 +228,39 @@ class Worker:
         elif isinstance(body, LinkReady):
             self.links.on_link_ready(envelope.source, body)
         elif isinstance(body, SetPolicy):
-            self.core.set_policy(body.spec, load_policy(body.spec), time.monotonic())
+            self.core.set_policy(body.spec, load_policy(body.spec), self.now())
         else:
-            self.core.on_message(envelope, time.monotonic())
+            self.core.on_message(envelope, self.now())
         self._advance()
 
     def _on_completion(self, completion: Completion) -> None:
-        self.core.on_transfer_done(completion, time.monotonic())
+        self.core.on_transfer_done(completion, self.now())
         self._advance()
 
     def _on_link_aborted(self, peer: str, link_epoch: int, outgoing: bool) -> None:
-        self.core.on_link_aborted(peer, link_epoch, outgoing, time.monotonic())
+        self.core.on_link_aborted(peer, link_epoch, outgoing, self.now())
         self._advance()
 
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK)
-            self.core.on_tick(time.monotonic())
+            self.core.on_tick(self.now())
             self._advance()
             self._send(ROUTER, self.stats())
+            if pieces := self.links.take_trace():
+                self._send(ROUTER, Pieces(pieces))
             if self.core.draining and self.core.idle:
                 self.done.set()
+
+    def now(self) -> float:
+        """This worker's clock; no other process knows where it began."""
+        return time.monotonic() + self.clock_offset
 
     def stats(self) -> AnyMessage:
         """The core's numbers with what only the process knows."""
         return msgspec.structs.replace(
             self.core.stats(), links=self.links.stats(), busy_seconds=self.busy_seconds, flops=self.flops,
-            bytes_read=self.bytes_read, cpu_seconds=time.process_time(), clock=time.monotonic(),
+            bytes_read=self.bytes_read, cpu_seconds=time.process_time(), clock=self.now(),
         )  # fmt: skip
 
     # ------------------------------------------------------------ outputs
@@ -261,7 +269,7 @@ class Worker:
         """Carry out what the core wants, and keep the device busy."""
         self._drain()
         while self.steps_flying <= self.depth and not self._waits_on_purpose():
-            plan = self.core.schedule(time.monotonic())
+            plan = self.core.schedule(self.now())
             self._drain()
             if plan is None:
                 return
@@ -276,7 +284,7 @@ class Worker:
         self.bytes_read += result.bytes_read
         for logprobs in result.logprobs:  # they decide nothing, so the core need not see them
             self._send(ROUTER, logprobs)
-        self.core.on_step_done(plan.step_id, result.tokens, result.seconds, time.monotonic())
+        self.core.on_step_done(plan.step_id, result.tokens, result.seconds, self.now())
         self._advance()
 
     def _on_device(self, work: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
@@ -328,7 +336,7 @@ class Worker:
         """An injected delay between a request's KV being complete and its first decode step."""
         if not self.decode_wait:
             return False
-        now = time.monotonic()
+        now = self.now()
         for request in self.core.running:
             left = request.ready_at + self.decode_wait - now
             if request.ready_at >= 0 and not request.introduced and left > 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -11,13 +10,12 @@ from typing import Any, TypeVar
 
 from msgspec import Struct
 
-from minidisagg.core.messages import StepOutput
+from minidisagg.core.messages import Envelope, StepOutput
 from minidisagg.core.router import Emit
 from minidisagg.runtime.frontend import Frontend
 
 KEPT = 4096  # of each kind
 WINDOW = 60.0  # seconds over which percentiles are taken
-logger = logging.getLogger("minidisagg.server")
 R = TypeVar("R", bound="Record")
 
 
@@ -79,15 +77,17 @@ class History:
         self.log: deque[EventRecord] = deque(maxlen=KEPT)
         self.gaps: deque[tuple[float, float]] = deque(maxlen=4 * KEPT)  # (clock, inter-token latency)
         self._seq = 0
-        frontend.on_step = self.on_step
-        frontend.on_event = self.event
+        frontend.observers.append(self)
 
-    def on_step(self, worker: str, step: StepOutput, now: float) -> None:
-        """A worker has reported a step."""
-        self.steps.append(StepRecord(
-            seq=self._next(), clock=now, worker=worker, seconds=step.seconds, prefill_tokens=step.prefill_tokens,
-            decode_tokens=step.decode_tokens, context_tokens=step.context_tokens,
-        ))  # fmt: skip
+    def on_message(self, envelope: Envelope, now: float) -> None:
+        """Steps are kept."""
+        step = envelope.body
+        if isinstance(step, StepOutput):
+            self.steps.append(StepRecord(
+                seq=self._next(), clock=now, worker=envelope.source, seconds=step.seconds,
+                prefill_tokens=step.prefill_tokens, decode_tokens=step.decode_tokens,
+                context_tokens=step.context_tokens,
+            ))  # fmt: skip
 
     def on_end(self, timing: Timing, emit: Emit, now: float) -> None:
         """A request of the HTTP server has ended."""
@@ -101,9 +101,11 @@ class History:
             output_tokens=timing.output_tokens, ttft=first, tpot=tpot, max_itl=timing.max_itl, e2e=e2e, stages=stages,
         ))  # fmt: skip
 
-    def event(self, text: str) -> None:
-        """For the log."""
-        logger.info("%s", text)
+    def on_emit(self, emit: Emit, now: float) -> None:
+        """`on_end` has more to go by."""
+
+    def on_event(self, text: str) -> None:
+        """Kept too."""
         self.log.append(EventRecord(seq=self._next(), clock=time.monotonic(), text=text))
 
     def since(self, seq: int) -> dict[str, list[Any]]:
