@@ -76,6 +76,7 @@ class RunSettings(Struct, frozen=True, kw_only=True):
 
     seed: int = 0
     record_dir: str = ""  # write each worker's input log here
+    decision_dir: str = ""  # write what each policy hook was asked and answered here
     delays: dict[str, float] = {}  # seconds added to a stage of each request
     step_ahead: int = -1  # steps planned ahead; -1: 1 on a GPU, 0 on a CPU
     link_timeout: float = 10.0

@@ -84,6 +84,8 @@ engine_options = stack(
                      help=f"Settings of the decode workers alone. Keys: {', '.join(WORKER.__struct_fields__)}."),
         click.option("--inject-delay", multiple=True, metavar="STAGE=MS",
                      help=f"Make a stage of each request slower: {', '.join(STAGES)}. Repeatable."),
+        click.option("--log-decisions", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
+                     help="Write what each hook of the policy was asked and answered here, as JSON lines."),
         click.option("--record", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
                      help="Write each worker's input log here, to replay it."),
     ]
@@ -120,9 +122,11 @@ def read_engine(model: str, flags: dict[str, Any], mode: str, one_worker: bool =
         prefix_caching=not flags.pop("no_prefix_caching"),
     )
     delays = dict(_delay(text) for text in flags.pop("inject_delay"))
-    return Engine(
-        settings, cluster, RunSettings(seed=flags.pop("seed"), record_dir=_made(flags.pop("record")), delays=delays)
-    )
+    run = RunSettings(
+        seed=flags.pop("seed"), record_dir=_made(flags.pop("record")),
+        decision_dir=_made(flags.pop("log_decisions")), delays=delays,
+    )  # fmt: skip
+    return Engine(settings, cluster, run)
 
 
 def _delay(text: str) -> tuple[str, float]:

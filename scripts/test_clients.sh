@@ -27,7 +27,8 @@ make_clients() {
     if clients_are_ready; then
         echo "clients in $CLIENTS: ready, nothing to download"
     else
-        echo "clients in $CLIENTS: to download: ${PINS[*]} and what they need (200 MB), torch (190 MB where pip finds a CPU build)"
+        echo "clients in $CLIENTS: to download: ${PINS[*]} and what they need (200 MB)," \
+            "torch (190 MB where pip finds a CPU build)"
     fi
     set_up run
     clients_are_ready || make_clients

@@ -28,7 +28,7 @@ from minidisagg.measure.goodput import SLO
 from minidisagg.model.dummy import SHAPES, dummy_weights, parse_dummy
 
 torch.set_num_threads(1)
-COMMANDS = ("pull", "generate", "chat", "bench")
+COMMANDS = ("pull", "generate", "chat", "serve", "bench")
 TINY = ["dummy:tiny", "--prompt", "hello"]
 
 

@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
+from statistics import median
 from typing import Any
 
 import aiohttp
@@ -95,7 +97,9 @@ def vllm_bench(answer: Answer) -> tuple[str, list[float], dict[str, int]]:
 
     An event with choices is a token, whether it has text or not; one without, that has usage, is the usage.
     """
-    text, arrivals, usage = "", [], {}
+    text = ""
+    arrivals: list[float] = []
+    usage: dict[str, int] = {}
     for when, event in answer.events:
         if event["choices"]:
             choice = event["choices"][0]
@@ -137,8 +141,8 @@ def test_vllm_bench_measures_the_engine(path: str) -> None:
     with serving(partial(fake_engine, 20.0)) as slow:
         _, arrivals, usage = vllm_bench(send(slow, "POST", path, {**VLLM_TEXT, **asked, "logprobs": None}))
     assert len(arrivals) == usage["completion_tokens"] == 12
-    gaps = sorted(b - a for a, b in zip(arrivals, arrivals[1:], strict=False))
-    assert arrivals[0] < 0.4 and 0.03 < gaps[len(gaps) // 2] < 0.08, "a step takes 50 ms"
+    gaps = [after - before for before, after in pairwise(arrivals)]
+    assert arrivals[0] < arrivals[-1] / 2 and median(gaps) > 0.03, "a step takes 50 ms"
 
 
 def test_vllm_bench_finds_the_model_and_hears_of_failures(served: Serving) -> None:
@@ -168,10 +172,8 @@ def test_guidellm_stream(served: Serving, path: str, limit: str) -> None:
     answer = send(served, "POST", path, {**GUIDELLM, **asked, limit: 40, "seed": 1})
     events = [event for _, event in answer.events]
     assert answer.done and len({event["id"] for event in events}) == 1
-    assert [event["usage"]["completion_tokens"] for event in events[:-1]] == sorted(
-        event["usage"]["completion_tokens"] for event in events[:-1]
-    )
-    assert events[0]["usage"]["completion_tokens"] < 40 and events[-1]["usage"]["completion_tokens"] == 40
+    counts = [event["usage"]["completion_tokens"] for event in events]
+    assert counts == sorted(counts) and counts[-1] == 40
     for usage in (event["usage"] for event in events):
         assert usage["prompt_tokens"] == (5 if path == TEXT else 23)
         assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
@@ -215,6 +217,8 @@ def test_lm_eval_log_likelihoods(served: Serving) -> None:
         for token, value, top in list(zip(scores["tokens"], scores["token_logprobs"], scores["top_logprobs"],
                                           strict=True))[1:]:  # fmt: skip
             assert top[token] == value
+    bare = send(served, "POST", TEXT, {**body, "logprobs": 0}).body["choices"][0]["logprobs"]
+    assert bare["top_logprobs"][1] == {"i": -1.0}, "the actual token is there even where none was asked for"
     one = send(served, "POST", TEXT, {**body, "prompt": "Hi!AB"}).body  # tokenized_requests=False, batch of one
     assert lm_eval_scores(one, [2]) == [(-3.0, True)]
 
@@ -258,10 +262,8 @@ def test_open_webui_chat(keyed: Serving) -> None:
             {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"},
             {"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "Again"},
         ],
-        "user": {"name": "a", "id": "1", "email": "a@example.org", "role": "admin"},
     }  # fmt: skip
-    assert send(keyed, "POST", CHAT, {**body, "user": "1"}).status == 401
-    body["user"] = "1"
+    assert send(keyed, "POST", CHAT, body).status == 401
     answer = send(keyed, "POST", CHAT, body, BEARER)
     deltas = [event["choices"][0] for _, event in answer.events]
     assert answer.done and answer.headers["content-type"].startswith("text/event-stream")

@@ -514,6 +514,7 @@ def test_a_sweep_and_no_stage_times(bench: Any, url: Any, tmp_path: Path) -> Non
     assert code == 0, err
     assert "closed loop" in err
     assert "Stages" not in err
+    assert len({body["cache_salt"] for body in fake.bodies}) == 3  # calibration and two runs of the same prompts
     (directory,) = tmp_path.iterdir()
     assert {path.name for path in directory.glob("concurrency-*")} == {"concurrency-1", "concurrency-3"}
 

@@ -12,6 +12,7 @@ All clusters stay up for the whole benchmark, each worker pinned to its cores; t
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import statistics
 import sys
@@ -38,6 +39,8 @@ from minidisagg.config import ClusterSettings
 from minidisagg.core.messages import Hello, Stats
 from minidisagg.measure.comparison import TIMES, Comparison, compare_runs
 from minidisagg.measure.goodput import SLO, attainment, find_goodput_async
+from minidisagg.measure.html import write_html
+from minidisagg.measure.machine import command_line, machine
 from minidisagg.measure.records import RequestRecord, RunRecord
 from minidisagg.measure.report import render, to_dict, write_run_directory
 from minidisagg.model.pull import ensure
@@ -116,6 +119,7 @@ class Bench:
         self.targets: list[Target] = []
         self.unloaded = Unloaded(0.0, 0.0)
         self.slo = SLO()
+        self._runs = itertools.count()
         self.progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TimeRemainingColumn(), console=console, transient=True,
@@ -194,15 +198,16 @@ class Bench:
             return math.nan
         return arrivals.request_rate * (self.unloaded.capacity if arrivals.relative else 1.0)
 
-    def _items(self, repetition: int, count: int | None = None) -> list[WorkItem]:
+    def _items(self, repetition: int, number: int | None = None) -> list[WorkItem]:
         workload, seed = self.options.workload, self.options.run.seed + REPEAT_SEED * repetition
         target = self.targets[0]
         limit = target.max_model_len
-        items = build_items(workload, count or workload.num_prompts, seed, target.encode, limit)
+        items = build_items(workload, number or workload.num_prompts, seed, target.encode, limit)
         if not items:
             raise ValueError(f"{workload.dataset_path}: no request fits into {limit} tokens")
-        # A salt of its own keeps the prefix cache of an earlier repetition out of this one.
-        salted = [replace(item, salt=f"{item.salt}#{repetition}") for item in items]
+        # A salt of its own keeps the prefix cache of earlier runs out of this one, those of a sweep too.
+        run = next(self._runs)
+        salted = [replace(item, salt=f"{item.salt}#{run}") for item in items]
         if target.encode is None and workload.dataset_name in TEXTS:
             return salted  # the server has a tokenizer
         return with_prompts(salted, target.vocab_size, seed)
@@ -399,11 +404,13 @@ async def _run(options: BenchOptions, console: Console, api_key: str) -> int:
 
 
 def _write(directory: Path, options: BenchOptions, result: dict[str, object]) -> None:
-    """The exact question beside the answer; and the answer, where `write_run_directory` has not written it."""
+    """The exact question beside the answer; the answer, where `write_run_directory` has not written it; the report."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "options.json").write_bytes(msgspec.json.format(msgspec.json.encode(options), indent=2))
+    asked = {"command": command_line(), "machine": machine(), **msgspec.to_builtins(options)}
+    (directory / "options.json").write_bytes(msgspec.json.format(msgspec.json.encode(asked), indent=2))
     if result:
         (directory / "result.json").write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2))
+    write_html(directory)
 
 
 def _dry_run(options: BenchOptions) -> str:

@@ -1,7 +1,8 @@
 """One timeline of a run over all processes, as a Chrome trace that https://ui.perfetto.dev opens.
 
-Each worker is a process with a track of steps, one of sends and one of receives, and counters of its queues; each request is
-a track of the front end, with its stages one after the other. A piece of KV is an arrow from its send to its receive.
+Each worker is a process with a track of steps, one of sends and one of receives, and counters of its queues; each
+request is a track of the front end, with its stages one after the other. A piece of KV is an arrow from its send to its
+receive.
 
 Workers stamp what they report with their own clocks. A report arrives a little later than its stamp says, so a worker's
 clock is ahead of the front end's by stamp - arrival and the delay: the largest difference, of the least delayed message

@@ -16,11 +16,12 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from minidisagg.core.policy import Policy
+from minidisagg.policies._log import Logged
 
 
 def names() -> list[str]:
     """All policies that a bare name can mean."""
-    mine = [module.name for module in pkgutil.iter_modules(__path__)]
+    mine = _own()
     return sorted({*mine, *(point.name for point in entry_points(group="minidisagg.policies"))})
 
 
@@ -30,7 +31,7 @@ def load_policy(spec: str) -> Policy:
     if name.endswith(".py"):
         class_name, _, rest = rest.partition(":")
         found = _from_file(Path(name), class_name)
-    elif name in [module.name for module in pkgutil.iter_modules(__path__)]:
+    elif name in _own():
         found = importlib.import_module(f"{__name__}.{name}").POLICY
     else:
         points = [point for point in entry_points(group="minidisagg.policies") if point.name == name]
@@ -45,6 +46,24 @@ def load_policy(spec: str) -> Policy:
     if not isinstance(policy, Policy):
         raise ValueError(f"policy {spec!r} is not a minidisagg.Policy")
     return policy
+
+
+def make_policy(spec: str, who: str, log_dir: str) -> Policy:
+    """`load_policy`, with each decision of it written to `log_dir`/`who`.jsonl where there is a `log_dir`."""
+    policy = load_policy(spec)
+    if not log_dir:
+        return policy
+    path = Path(log_dir) / f"{who}.jsonl"
+
+    def append(line: bytes) -> None:
+        with path.open("ab") as file:  # each time: a kill loses nothing, and nobody need close it
+            file.write(line)
+
+    return Logged(policy, who, append)
+
+
+def _own() -> list[str]:
+    return [module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")]
 
 
 def _from_file(path: Path, class_name: str) -> type[Policy]:

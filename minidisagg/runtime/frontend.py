@@ -26,7 +26,7 @@ from minidisagg.core.effects import Send
 from minidisagg.core.messages import ROUTER, Envelope, Fatal, Hello, Role, SamplingParams, Stats
 from minidisagg.core.policy import RoleChange
 from minidisagg.core.router import Emit, Kill, Router, RouterSpec, drain_outbox
-from minidisagg.policies import load_policy
+from minidisagg.policies import make_policy
 from minidisagg.runtime.channel import Channel, ChannelError, listen
 from minidisagg.runtime.launch import Supervisor, role_name
 
@@ -64,9 +64,10 @@ class Frontend:
         self.cluster = cluster
         self.run = run
         self.loop = asyncio.get_running_loop()
-        self.router = Router(router or RouterSpec(seed=run.seed), load_policy(cluster.policy))
+        self.router = Router(router or RouterSpec(seed=run.seed), make_policy(cluster.policy, ROUTER, run.decision_dir))
         self.run_dir = _make_run_dir()
         self.channels: dict[str, Channel] = {}
+        self._greetings: dict[str, Hello] = {}  # the last of each worker, dead ones too: what it can hold stays true
         self.restarted: list[tuple[float, str]] = []  # when a worker died, and which
         self.error = ""
         self.observers: list[Observer] = []
@@ -139,13 +140,13 @@ class Frontend:
 
     @property
     def max_model_len(self) -> int:
-        """Tokens of prompt and output that every worker can hold."""
-        return min((hello.max_model_len for hello in self.hellos.values()), default=0)
+        """Tokens of prompt and output that every worker can hold, whether it is up or not."""
+        return min((hello.max_model_len for hello in self._greetings.values()), default=0)
 
     @property
     def vocab_size(self) -> int:
         """Of the model."""
-        return int(next(iter(self.hellos.values())).info["vocab_size"])
+        return int(next(iter(self._greetings.values())).info["vocab_size"])
 
     def check(self, prompt: list[int], sampling: SamplingParams) -> None:
         """Raises `ValueError` if no worker could ever finish this request."""
@@ -204,7 +205,7 @@ class Frontend:
 
     def set_policy(self, spec: str) -> None:
         """Change the scheduling policy everywhere. Raises `ValueError`."""
-        self.router.set_policy(spec, load_policy(spec), time.monotonic())
+        self.router.set_policy(spec, make_policy(spec, ROUTER, self.run.decision_dir), time.monotonic())
         self._event(f"policy {spec}")
         self._drain()
 
@@ -242,6 +243,7 @@ class Frontend:
                 if isinstance(envelope.body, Hello):
                     self.supervisor.greeted.add((envelope.source, envelope.epoch))
                     self.channels[envelope.source] = channel
+                    self._greetings[envelope.source] = envelope.body
                     self._event(f"{envelope.source} is up, epoch {envelope.epoch}")
                 elif isinstance(envelope.body, Fatal) and envelope.source not in self.channels:
                     self.error = f"{envelope.source}: {envelope.body.reason}"

@@ -50,7 +50,7 @@ from minidisagg.core.plan import Completion, StepPlan
 from minidisagg.model.config import ModelConfig
 from minidisagg.model.loader import load_config, load_weights
 from minidisagg.model.transformer import Transformer
-from minidisagg.policies import load_policy
+from minidisagg.policies import make_policy
 from minidisagg.runtime.ceilings import measure_ceilings
 from minidisagg.runtime.channel import Channel, ChannelError, connect, listen
 from minidisagg.runtime.executor import Executor, StepResult
@@ -161,7 +161,7 @@ class Worker:
             one_sided_links=kind == "shm", prefix_caching=config.model.prefix_caching, lease=config.run.lease,
             link_timeout=config.run.link_timeout, options=config.settings.options(),
         )  # fmt: skip
-        policy = load_policy(config.cluster.policy)
+        policy = make_policy(config.cluster.policy, config.name, config.run.decision_dir)
         if config.run.record_dir:
             path = Path(config.run.record_dir) / f"{config.name}.{config.epoch}.inputs"
             self.record = path.open("wb", buffering=0)  # a kill loses nothing
@@ -228,7 +228,8 @@ class Worker:
         elif isinstance(body, LinkReady):
             self.links.on_link_ready(envelope.source, body)
         elif isinstance(body, SetPolicy):
-            self.core.set_policy(body.spec, load_policy(body.spec), self.now())
+            policy = make_policy(body.spec, self.config.name, self.config.run.decision_dir)
+            self.core.set_policy(body.spec, policy, self.now())
         else:
             self.core.on_message(envelope, self.now())
         self._advance()

@@ -26,14 +26,14 @@ from minidisagg import __version__
 from minidisagg.model.tokenizer import Tokenizer
 from minidisagg.runtime.frontend import Frontend
 from minidisagg.server.admin import Admin
-from minidisagg.server.completions import Answer, Chat, Completions, Endpoint, _encode
+from minidisagg.server.completions import Answer, Chat, Completions, Endpoint, Job, encode
 from minidisagg.server.generation import Generation, too_many
 from minidisagg.server.history import History
 from minidisagg.server.metrics import Metrics
 from minidisagg.server.openapi import describe
 from minidisagg.server.protocol import ApiError, DetokenizeRequest, TokenizeRequest, decode_plain
 
-MAX_BODY = 16 << 20  # bytes
+MAX_BODY = 4 << 20  # bytes: half a second to parse at worst
 MAX_HEADER = 16 << 10  # bytes of one header, and of the request line
 READ_TIMEOUT = 30.0  # seconds in which a body must have come
 IDLE_TIMEOUT = 75.0  # seconds that a connection may stay silent between requests
@@ -94,7 +94,7 @@ class Server:
     @web.middleware
     async def guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Who it is, what it may do, and an OpenAI error body for whatever goes wrong."""
-        began = time.monotonic()
+        began, path = time.monotonic(), request.rel_url.raw_path  # still escaped: nobody forges a line of the log
         given = request.headers.get("x-request-id", "")
         request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         request[REQUEST_KEY] = request_id
@@ -109,7 +109,7 @@ class Server:
         except web.HTTPException as error:
             response = _plain_error(error)
         except (ConnectionError, asyncio.CancelledError):  # the client is gone
-            logger.info("%s %s %s left after %.3f s", request_id, request.method, request.path, _since(began))
+            logger.info("%s %s %s left after %.3f s", request_id, request.method, path, _since(began))
             raise
         except Exception as error:  # a bug: the client hears of it, the log says where, and neither says what was asked
             where = error.__traceback__
@@ -117,6 +117,10 @@ class Server:
                 where = where.tb_next
             line = f"{where.tb_frame.f_code.co_filename}:{where.tb_lineno}" if where is not None else "?"
             logger.error("%s internal error %s at %s", request_id, type(error).__name__, line)
+            if request.writer.output_size:  # another head in the middle of a stream would be taken for text
+                if request.transport is not None:
+                    request.transport.abort()
+                raise ConnectionResetError("an answer is under way") from None
             failed = ApiError(500, "internal error", headers={"x-should-retry": "false"})
             response = web.Response(
                 body=failed.body(), status=500, headers=failed.headers, content_type="application/json"
@@ -126,7 +130,7 @@ class Server:
         size = request.content_length or 0
         logger.debug(
             "%s %s %s %d, body %d, %.3f s",
-            request_id, request.method, request.path, response.status, size, _since(began),
+            request_id, request.method, path, response.status, size, _since(began),
         )  # fmt: skip
         return response
 
@@ -157,15 +161,14 @@ class Server:
             if job.request.model and job.request.model not in self.names:
                 raise ApiError(404, f"there is no model {job.request.model!r}", "model", "model_not_found")
             request_id = request[REQUEST_KEY]
-            transport = request.transport
             self.active += 1
             self.idle.clear()
             try:
                 with Generation(
-                    self.frontend, self.tokenizer, lambda: transport.abort() if transport else None, self.metrics
+                    self.frontend, self.tokenizer, lambda: _cut_off(request.transport), self.metrics
                 ) as generation:
                     priority = job.request.priority or 0
-                    generation.submit(job.prompts, job.n, job.sampling, self._salt(request), priority)
+                    generation.submit(job.prompts, job.n, job.sampling, self._salt(request, job), priority)
                     answer = Answer(endpoint, job, generation, request_id, self.model)
                     if job.request.stream:
                         return await answer.stream(request, {"x-request-id": request_id})
@@ -177,10 +180,11 @@ class Server:
 
         return handle
 
-    def _salt(self, request: web.Request) -> str:
+    def _salt(self, request: web.Request, job: Job) -> str:
         """Each key has a prefix cache of its own: nobody learns from timings what another has asked."""
         key = request.headers.get("Authorization", "") if self._keys else ""
-        return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:16] if key else ""
+        salt = f"{key}/{job.request.cache_salt}" if key or job.request.cache_salt else ""
+        return hashlib.sha256(salt.encode("utf-8", "surrogateescape")).hexdigest()[:16] if salt else ""
 
     # ------------------------------------------------------------ the rest
 
@@ -240,7 +244,7 @@ class Server:
         else:
             raise ApiError(400, "prompt is missing", "prompt")
         special = asked.add_special_tokens if asked.messages is None else False
-        tokens = await _encode(self.tokenizer, text, special is not False)
+        tokens = await encode(self.tokenizer, text, special is not False)
         return _json({"tokens": tokens, "count": len(tokens), "max_model_len": self.frontend.max_model_len})
 
     async def detokenize(self, request: web.Request) -> web.Response:
@@ -261,7 +265,15 @@ def _same_origin(request: web.Request) -> None:
         raise ApiError(401, "start the server with --api-key to administer it from a browser")
 
 
+def _cut_off(transport: asyncio.Transport | None) -> None:
+    """A client that has left too much unread; if nothing waits in its socket, it is this process that is late."""
+    if transport is not None and transport.get_write_buffer_size():
+        transport.abort()
+
+
 async def _body(request: web.Request) -> bytes:
+    if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise ApiError(415, "send the body uncompressed")
     try:
         async with asyncio.timeout(READ_TIMEOUT):
             return await request.read()
@@ -304,6 +316,16 @@ class _Connection(RequestHandler):
         response.force_close()
         return response
 
+    async def finish_response(self, request: Any, resp: Any, start_time: float | None) -> Any:
+        """What aiohttp answers by itself, ahead of any handler."""
+        if isinstance(resp, web.HTTPException):
+            resp = _plain_error(resp)
+        return await super().finish_response(request, resp, start_time)
+
+    def log_exception(self, *args: Any, **kwargs: Any) -> None:
+        """No traceback: it could hold what was asked."""
+        logger.error("a connection failed: %s", type(kwargs.get("exc_info")).__name__)
+
 
 class _Connections(web.Server):
     def __call__(self) -> RequestHandler:
@@ -322,7 +344,7 @@ async def listening(server: Server) -> Any:
     settings = server.settings
     runner = _Runner(
         server.app, access_log=None, keepalive_timeout=IDLE_TIMEOUT, max_line_size=MAX_HEADER,
-        max_field_size=MAX_HEADER, handler_cancellation=True, shutdown_timeout=2.0,
+        max_field_size=MAX_HEADER, handler_cancellation=True, shutdown_timeout=2.0, auto_decompress=False,
     )  # fmt: skip
     await runner.setup()
     try:

@@ -17,7 +17,7 @@ from aiohttp import web
 
 from minidisagg.core.messages import SamplingParams, TokenLogprob
 from minidisagg.core.router import StageTimes
-from minidisagg.model.tokenizer import Tokenizer
+from minidisagg.model.tokenizer import IncrementalDetokenizer, Tokenizer
 from minidisagg.runtime.output import Piece
 from minidisagg.server.generation import Choice, Generation, News
 from minidisagg.server.protocol import (
@@ -87,7 +87,7 @@ class Completions(Endpoint):
 
     async def read(self, data: bytes, tokenizer: Tokenizer, limit: int) -> Job:
         request = decode(data, self.decoder)
-        prompts = [p if isinstance(p, list) else await _encode(tokenizer, p) for p in request.prompts()]
+        prompts = [p if isinstance(p, list) else await encode(tokenizer, p) for p in request.prompts()]
         max_tokens = COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
         if max_tokens == 0 and not request.echo:
             raise ApiError(400, "max_tokens is 0, which makes sense with echo only", "max_tokens")
@@ -124,17 +124,19 @@ class Completions(Endpoint):
         if not job.wants_logprobs:
             return None
         out = CompletionLogprobs([], [], [], [])
-        values: list[tuple[int, TokenLogprob | None]] = [(piece.token, piece.logprob) for piece in pieces]
+        values: list[tuple[int, int, TokenLogprob | None]] = [(p.token, len(p.text), p.logprob) for p in pieces]
         if echo:
             if len(choice.prompt_logprobs) != len(choice.prompt) - 1:
                 raise ApiError(500, "the prompt's log-probabilities were lost with a worker; try again")
-            values = [*zip(choice.prompt, (None, *choice.prompt_logprobs), strict=True), *values]
+            detokenizer = IncrementalDetokenizer(tokenizer)
+            lengths = [len(detokenizer.push(token)) for token in choice.prompt]
+            values = [*zip(choice.prompt, lengths, (None, *choice.prompt_logprobs), strict=True), *values]
         offset = choice.offset
-        for token, value in values:
+        for token, length, value in values:
             text = token_text(tokenizer, token)
             out.tokens.append(text)
             out.text_offset.append(offset)
-            offset += len(text)
+            offset += length
             out.token_logprobs.append(None if value is None else value.logprob)
             top = None
             if value is not None:
@@ -159,7 +161,7 @@ class Chat(Endpoint):
             prompt = tokenizer.apply_chat_template(messages)
         except ValueError as error:
             raise ApiError(400, str(error), "messages") from None
-        ids = await _encode(tokenizer, prompt, add_special_tokens=False)
+        ids = await encode(tokenizer, prompt, add_special_tokens=False)
         asked = request.max_completion_tokens or request.max_tokens
         max_tokens = max(1, limit - len(ids)) if asked is None else asked
         top = (request.top_logprobs or 0) if request.logprobs else None
@@ -201,7 +203,8 @@ def _sampling(
     return request.sampling(max_tokens, logprobs, prompt_logprobs)
 
 
-async def _encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool = True) -> list[int]:
+async def encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool = True) -> list[int]:
+    """Token ids, of a long text in a thread. Raises `ApiError` 400."""
     try:
         if len(text) <= INLINE_TEXT:
             return tokenizer.encode(text, add_special_tokens)

@@ -27,7 +27,7 @@ JSON, SSE, TEXT = "application/json", "text/event-stream", "text/plain"
 
 # 400 also answers what is no HTTP, and 500 a bug, so that every route may send them.
 ANY = (400, 401, 500)
-BODY = (*ANY, 408, 413)
+BODY = (*ANY, 408, 413, 415)
 GENERATES = (*BODY, 404, 429, 503, 504)
 
 

@@ -83,6 +83,7 @@ class GenerationRequest(Struct, frozen=True, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Id | None = None
+    cache_salt: Id | None = None  # requests share prefixes only with those of the same salt
     priority: Annotated[int, Meta(ge=-1000, le=1000)] | None = None
 
     def sampling(self, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None) -> SamplingParams:
@@ -121,9 +122,10 @@ class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
         return items  # type: ignore[return-value]
 
 
-class TextPart(Struct, frozen=True, tag_field="type", tag="text"):
+class TextPart(Struct, frozen=True):
     """A part of a message's content; text is the only kind."""
 
+    type: Literal["text"]
     text: Text
 
 
@@ -147,6 +149,11 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+
+
+def _is_any_of(value: object, harmless: tuple[object, ...]) -> bool:
+    """Equal and of the same type: in Python True is 1."""
+    return any(value == other and type(value) is type(other) for other in harmless)
 
 
 # What is refused unless it says what would happen anyway.
@@ -182,7 +189,7 @@ def decode(data: bytes, decoder: msgspec.json.Decoder[T]) -> T:
         extras = _unsupported_decoder.decode(data)
     for name, harmless in UNSUPPORTED.items():
         value = getattr(extras, name)
-        if not isinstance(value, UnsetType) and value is not None and value not in harmless:
+        if not isinstance(value, UnsetType) and value is not None and not _is_any_of(value, harmless):
             raise ApiError(400, f"{name} is not supported by this server", name)
     return request
 
@@ -199,7 +206,7 @@ class TokenizeRequest(Struct, frozen=True):
 class DetokenizeRequest(Struct, frozen=True):
     """POST /detokenize."""
 
-    tokens: Annotated[list[TokenId], Meta(max_length=1 << 20)]
+    tokens: Annotated[list[TokenId], Meta(max_length=1 << 17)]
     model: Id | None = None
 
 

@@ -1,0 +1,385 @@
+"""report.html: the numbers of the tables, figures of the records, and no way out of the file."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from rich.table import Table
+
+from minidisagg.measure import html, report
+from minidisagg.measure.comparison import Comparison, compare_runs
+from minidisagg.measure.figures import GAPS, gaps_of, goodput_figure, interference_figure, latency_figure
+from minidisagg.measure.goodput import SLO, GoodputResult, Trial
+from minidisagg.measure.html import write_html
+from minidisagg.measure.machine import command_line, machine
+from minidisagg.measure.plots import Axis, Figure, Panel, Series, svg
+from minidisagg.measure.records import LinkRecord, RequestRecord, RunRecord, WorkerRecord
+
+NASTY = '</script><img src="http://example.com/x"><b>'
+PANELS = 6 + 2 + 2 + 2 + 2  # of the workers no bandwidth, as their ceilings are not known
+LIMITS = SLO(ttft=300, tpot=60)
+
+
+def request(i: int, rep: int, disagg: bool, tokens: int = 6) -> RequestRecord:
+    start = 100.0 + 0.3 * i
+    wait = 0.01 * ((i * 7 + rep) % 5)
+    first = start + wait + 0.2
+    gaps = [0.04 + 0.001 * ((i + k + rep) % 9) for k in range(tokens - 1)]
+    if disagg:
+        gaps[0] += 0.03
+    elif i % 3 == 0:
+        gaps[-1] += 0.25
+    times = [first]
+    for gap in gaps:
+        times.append(times[-1] + gap)
+    stages = {"queue": wait, "prefill": 0.2, "transfer": 0.02 if disagg else 0.0, "decode_wait": 0.0}
+    stages["decode"] = times[-1] - start - sum(stages.values())
+    return RequestRecord(
+        request_id=str(i), index=i, scheduled=start, sent=start + 0.001, prompt_len=32, output_len=tokens,
+        token_times=times, finish_reason="length", stages=stages, handoffs=[0] if disagg else [],
+        workers=["prefill-0", "decode-0"] if disagg else ["worker-0"],
+    )  # fmt: skip
+
+
+def run(rep: int, disagg: bool, count: int = 40, label: str = "", tokens: int = 6) -> RunRecord:
+    requests = [request(i, rep, disagg, tokens) for i in range(count)]
+    requests[3] = RequestRecord(
+        request_id="3", index=3, scheduled=100.9, sent=100.9, prompt_len=32, output_len=tokens, error="refused"
+    )
+    names = (("prefill-0", "prefill"), ("decode-0", "decode")) if disagg else (("worker-0", "both"),)
+    workers = [
+        WorkerRecord(name=name, role=role, busy_s=6.0, flops=3e9, bytes_read=1e9, cpu_s=5.0, peak_flops=1e9)
+        for name, role in names
+    ]
+    link = LinkRecord(source="prefill-0", dest="decode-0", kind="shm", bytes=10**8, seconds=0.5, transfers=count)
+    return RunRecord(
+        label=label or ("disagg" if disagg else "colocated"), mode="disagg" if disagg else "colocated", policy="fcfs",
+        model="tiny", workload="random 32 in", request_rate=3.3, repetition=rep, num_warmups=2, requests=requests,
+        workers=workers, links=[link] if disagg else [], frontend_cpu_share=0.02, wall_s=12.5, marks=["a remark"],
+    )  # fmt: skip
+
+
+def comparison(reps: int = 3, count: int = 40, label: str = "", **options: Any) -> Comparison:
+    a, b = ([run(rep, side, count, label if side else "") for rep in range(reps)] for side in (False, True))
+    return compare_runs(a, b, LIMITS, resamples=100, **options)
+
+
+def write_options(directory: Path, **more: object) -> None:
+    options = {"arrivals": {"num_warmups": 2, "request_rate": None}, "trials": {"slo": None}, **more}
+    (directory / "options.json").write_bytes(msgspec.json.encode(options))
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    report.write_run_directory(tmp_path, comparison())
+    write_options(tmp_path, command="minidisagg bench --mode both", machine={"cpu": "Abacus 9000"})
+    return tmp_path
+
+
+@pytest.fixture
+def no_plotly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "plotly", None)
+
+
+class Reader(HTMLParser):
+    """All that a browser might fetch, and what stands in cells."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.cells: list[str] = []
+        self.plain = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag in ("td", "th"):
+            self.cells.append("")
+
+    def handle_data(self, data: str) -> None:
+        if self.tags and self.tags[-1][0] in ("td", "th"):
+            self.cells[-1] += data
+        if not self.tags or self.tags[-1][0] not in ("script", "style"):
+            self.plain += data
+
+
+def assert_closed(text: str) -> None:
+    """No tag or style of the page can load anything, and its policy forbids it."""
+    reader = Reader(text)
+    names = [name for name, _ in reader.tags]
+    assert not {"link", "img", "iframe", "object", "embed", "base", "form", "video", "audio", "image", "use"} & {*names}
+    for name, attributes in reader.tags:
+        assert not {"src", "srcset", "data", "poster", "action", "background", "xlink:href"} & attributes.keys(), name
+        assert not any(key.startswith("on") for key in attributes), name
+        assert re.fullmatch(r"concurrency-\d+/report\.html", attributes.get("href") or "concurrency-1/report.html")
+        assert "url(" not in (attributes.get("style") or "")
+    styles = re.findall(r"<style>(.*?)</style>", text, re.S)
+    assert len(styles) == 1 and "url(" not in styles[0] and "@import" not in styles[0]
+    policy = next(a["content"] for n, a in reader.tags if n == "meta" and "http-equiv" in a) or ""
+    assert policy.startswith("default-src 'none';") and "http" not in policy and "*" not in policy
+    assert names.index("meta") < names.index("style")
+
+
+def cells_of(table: Table | None) -> list[str]:
+    assert table is not None
+    return [getattr(cell, "plain", cell) for column in table.columns for cell in column.cells]
+
+
+@pytest.mark.parametrize(
+    "draw", [report.main_table, report.stage_table, report.worker_table, report.link_table], ids=lambda f: f.__name__
+)
+def test_the_files_alone_give_the_tables_of_the_run(run_dir: Path, draw: Callable[[Comparison], Table | None]) -> None:
+    result = json.loads((run_dir / "result.json").read_bytes())
+    lines = html._requests(run_dir / "requests.jsonl")
+    again = html.read_comparison(result, lines, 2)
+    expected = cells_of(draw(comparison()))
+    assert cells_of(draw(again)) == expected
+    assert len([cell for cell in expected if cell]) > 8
+
+
+def test_the_page_shows_the_tables_verdict_and_marks(run_dir: Path, no_plotly: None) -> None:
+    path = write_html(run_dir)
+    assert path == run_dir / "report.html" and path.stat().st_size < 400_000
+    text = path.read_text()
+    assert_closed(text)
+    reader, original = Reader(text), comparison()
+    for table in (report.main_table(original), report.link_table(original)):
+        assert {*cells_of(table)} <= {*reader.cells}
+    for expected in (original.verdict, "a remark", "failed or were rejected", "minidisagg bench --mode both",
+                     "Abacus 9000", "40 requests \u00d7 3 repetitions", "Figure 5."):  # fmt: skip
+        assert expected in reader.plain
+    assert text.count("<svg viewBox") == PANELS
+    assert write_html(run_dir).read_text() == text
+
+
+def test_a_void_run_says_so_first(tmp_path: Path, no_plotly: None) -> None:
+    runs = [run(rep, True) for rep in range(3)]
+    for one in runs:
+        one.frontend_cpu_share = 0.5
+    report.write_run_directory(tmp_path, compare_runs(runs, (), LIMITS))
+    write_options(tmp_path)
+    text = write_html(tmp_path).read_text()
+    assert 'class="verdict void">Void: disagg: the front end took 50% of a core' in text
+    assert "<h1>disagg</h1>" in text and "not recorded" in text
+
+
+@pytest.mark.parametrize("library", ["<script-free/>", ""])
+def test_texts_cannot_become_markup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str) -> None:
+    monkeypatch.setattr(html, "_plotly_js", lambda: library)
+    nasty = comparison(label=NASTY)
+    nasty.marks.append(NASTY)
+    nasty.b.runs[0].workers[0].name = NASTY  # type: ignore[union-attr]
+    report.write_run_directory(tmp_path, nasty)
+    write_options(tmp_path, command=NASTY, machine={NASTY: NASTY})
+    text = write_html(tmp_path).read_text()
+    assert_closed(text)
+    assert "<img" not in text and "<b>" not in text.replace("<b>Figure", "")
+    assert text.count("</script>") == (2 + PANELS if library else 0)
+
+
+def test_with_plotly_it_has_the_same_panels_and_stays_under_the_limit(run_dir: Path) -> None:
+    pytest.importorskip("plotly")
+    text = write_html(run_dir).read_text()
+    assert len(text.encode()) < html.LIMIT
+    scripts = re.findall(r'<script type="application/json">(.*?)</script>', text)
+    panels = [json.loads(script) for script in scripts]
+    assert len(panels) == PANELS and all(
+        panel["data"] and panel["layout"]["xaxis"]["title"]["text"] for panel in panels
+    )
+    colors = {*re.findall(r"var\((--[a-z]+)\)", "".join(scripts))}
+    style = text.partition("<style>")[2].partition("</style>")[0]
+    assert colors >= {"--a", "--b", "--ink"} and all(f"{color}:" in style for color in colors)
+    library = max(re.findall(r"<script>(.*?)</script>", text, re.S), key=len)
+    assert_closed(text.replace(library, ""))
+
+
+def test_where_the_library_is_too_large_the_figures_are_svg(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(html, "_plotly_js", lambda: "x" * html.LIMIT)
+    path = write_html(run_dir)
+    assert path.stat().st_size < 400_000 and "<svg viewBox" in path.read_text()
+
+
+def test_a_sweep_has_a_report_and_one_per_step(tmp_path: Path, no_plotly: None) -> None:
+    steps = {n: comparison(count=20 + n) for n in (1, 4)}
+    for n, one in steps.items():
+        report.write_run_directory(tmp_path / f"concurrency-{n}", one)
+    result = {str(n): report.to_dict(one) for n, one in steps.items()}
+    (tmp_path / "result.json").write_bytes(msgspec.json.encode(result))
+    write_options(tmp_path)
+    text = write_html(tmp_path).read_text()
+    assert_closed(text)
+    assert 'href="concurrency-4/report.html"' in text and text.count("<svg viewBox") == 4
+    for panel in ("SLO attainment", "p90 TTFT", "Mean TPOT", "Throughput"):
+        assert f"<h3>{panel}</h3>" in text
+    assert steps[4].verdict in Reader((tmp_path / "concurrency-4" / "report.html").read_text()).plain
+
+
+def test_a_search_shows_attainment_over_rate(tmp_path: Path, no_plotly: None) -> None:
+    trials = [Trial(1.0, 1.0), Trial(2.0, 0.95), Trial(4.0, 0.2)]
+    found = {"0: colocated": GoodputResult(2.0, 4.0, 0.95, 0.9, True, trials),
+             "1: disagg": GoodputResult(4.0, float("inf"), 0.97, 0.9, False, [Trial(4.0, 0.97)])}  # fmt: skip
+    result = {"goodput": {name: msgspec.to_builtins(one) for name, one in found.items()}}
+    (tmp_path / "result.json").write_bytes(msgspec.json.encode(result))
+    write_options(tmp_path)
+    reader = Reader(write_html(tmp_path).read_text())
+    assert "The goodput of disagg is 2.00\u00d7 that of colocated." in reader.plain
+    assert "disagg: the search ran out of runs" in reader.plain and "95.0%" in reader.cells
+    points = [s for s in goodput_figure(found).panels[0].series if s.kind == "points"]
+    assert points[0].x == [1.0, 2.0, 4.0] and points[0].y == [100.0, 95.0, 20.0]
+
+
+def test_a_directory_of_something_else_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"options\.json"):
+        write_html(tmp_path)
+    write_options(tmp_path)
+    (tmp_path / "result.json").write_text('{"sides": {"a": {}}}')
+    (tmp_path / "requests.jsonl").write_text("")
+    with pytest.raises(ValueError, match="not a run directory"):
+        write_html(tmp_path)
+
+
+# ---------------------------------------------------------------- figures
+
+
+def test_a_gap_is_stalled_by_half_a_prefill_on_its_own_worker() -> None:
+    def one(worker: str, scheduled: float, queue: float, prefill: float, gaps: list[float]) -> RequestRecord:
+        times = [scheduled + queue + prefill]
+        for gap in gaps:
+            times.append(times[-1] + gap)
+        return RequestRecord(
+            request_id="", scheduled=scheduled, sent=scheduled, prompt_len=1, output_len=1, token_times=times,
+            stages={"queue": queue, "prefill": prefill}, workers=[worker],
+        )  # fmt: skip
+
+    running = one("w0", 0.0, 0.0, 1.0, [0.1, 1.0, 0.1, 0.1])  # tokens at 1.0 1.1 2.1 2.2 2.3
+    arriving = one("w0", 1.0, 0.2, 0.8, [])  # prefill 1.2 to 2.0, all in the second gap
+    assert gaps_of([running, arriving])[:, 3].tolist() == [0, 1, 0, 0]
+    assert gaps_of([running, arriving])[:, 1].tolist() == pytest.approx([100, 1000, 100, 100])
+    elsewhere = one("w1", 1.0, 0.2, 0.8, [])
+    assert not gaps_of([running, elsewhere])[:, 3].any()
+    long = one("w0", 0.0, 0.2, 3.0, [])  # its middle is in the gap, but not half of it
+    assert not gaps_of([running, long])[:, 3].any()
+
+
+def test_disaggregated_gaps_are_handoffs_but_never_stalled() -> None:
+    requests = [request(i, 0, disagg=True) for i in range(10)]
+    for unnamed in (False, True):
+        gaps = gaps_of([msgspec.structs.replace(r, workers=[] if unnamed else r.workers) for r in requests])
+        assert gaps[:, 2].sum() == 10 and gaps[:, 3].sum() == 0
+    assert gaps_of([request(i, 0, disagg=False) for i in range(10)])[:, 3].sum() > 0
+
+
+def test_curves_are_distributions_and_points_are_bounded() -> None:
+    many = compare_runs([run(0, False, 900, tokens=12)], [run(0, True, 900, tokens=12)], LIMITS, resamples=100)
+    for panel in latency_figure(many, LIMITS).panels:
+        for s in (s for s in panel.series if s.label != "SLO"):
+            falling = "longer" in panel.y.label
+            assert all(x <= y for x, y in pairwise(s.x))
+            assert all((b <= a) if falling else (b >= a) for a, b in pairwise(s.y))
+            assert (s.y[0] if falling else s.y[-1]) == 100 and len(s.x) <= 240
+    figure = interference_figure(many)
+    assert figure is not None
+    plain = figure.panels[0].series[0]
+    assert GAPS / 2 < len(plain.x) <= GAPS
+
+
+def test_svg_puts_data_where_the_axes_say() -> None:
+    series = [Series("line", "a", [0.0, 10.0], [1.0, 100.0]), Series("spans", "b", [5.0], [10.0], "", [10.0])]
+    panel = Panel("", Axis("t", 0, 10), Axis("y", 1, 100, True), series, height=146)
+    text = svg(panel, 2)
+    line, bar = (next(re.finditer(rf'class="{kind}[^>]*d="([^"]+)"', text))[1] for kind in ("line", "spans"))
+    (x0, y0), (x1, y1) = ([float(v) for v in point.split()] for point in line[1:].split("L"))
+    assert (y0, y1) == (106, 6) and x1 == 378  # the lower left and upper right corners
+    found = re.fullmatch(r"M([\d.]+) [\d.]+H([\d.]+)v[\d.]+H([\d.]+)z", bar)
+    assert found and float(found[1]) == pytest.approx((x0 + x1) / 2, abs=0.1) and float(found[2]) == x1
+    assert ">0</text>" in text and ">100</text>" in text and ">t</text>" in text
+
+
+@pytest.mark.parametrize(
+    ("axis", "expected"),
+    [
+        (Axis("", 0, 100), ["0", "20", "40", "60", "80", "100"]),
+        (Axis("", 30, 1200, True), ["50", "100", "200", "500", "1,000"]),
+        (Axis("", 60, -1), ["0", "20", "40", "60"]),
+        (Axis("", 41, 47, True), ["42", "44", "46"]),
+        (Axis("", 1.4, -0.6, names=["x", "y"]), ["x", "y"]),
+    ],
+)
+def test_ticks_are_round(axis: Axis, expected: list[str]) -> None:
+    assert [text for _, text in axis.ticks()] == expected
+
+
+def test_a_legend_names_what_is_drawn_in_order() -> None:
+    def panel(*lengths: int) -> Panel:
+        series = [Series("line", "a", [1.0] * n, [1.0] * n, name) for name, n in zip("xyz", lengths, strict=True)]
+        return Panel("", Axis("", 0, 1), Axis("", 0, 1), series)
+
+    text = Figure("", "", [panel(1, 0, 1), panel(1, 1, 0)]).legend()
+    assert re.findall(r"</i>(.)</span>", text) == ["x", "y", "z"]
+    assert "</i>y" not in Figure("", "", [panel(1, 0, 1)]).legend()
+
+
+# ---------------------------------------------------------------- provenance
+
+
+def test_the_command_keeps_no_key() -> None:
+    line = command_line(["/usr/bin/minidisagg", "bench", "--api-key", "s3cret", "--api-key=s3cret", "--seed", "1"])
+    assert line == "minidisagg bench --api-key ... --api-key=... --seed 1"
+    assert command_line(["/x/minidisagg/__main__.py", "bench"]) == "python -m minidisagg bench"
+
+
+def test_the_machine_is_described_in_plain_values() -> None:
+    found = machine()
+    assert {"time", "cpu", "cores", "system", "python"} <= found.keys()
+    assert json.loads(msgspec.json.encode(found)) == found
+
+
+# ---------------------------------------------------------------- in a browser
+
+WATCH = "<script>window.seen = []; addEventListener('securitypolicyviolation', e => seen.push(e.blockedURI))</script>"
+TELL = """<script>addEventListener('load', () => setTimeout(() => {
+  const fetched = performance.getEntriesByType('resource').map(entry => entry.name);
+  document.body.dataset.seen = JSON.stringify([...seen, ...fetched]);
+  document.body.dataset.plots = document.querySelectorAll('.plot .main-svg, main div > svg').length;
+}, 200))</script>"""
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update "
+    "--disable-sync --disable-extensions --host-resolver-rules=MAP*~NOTFOUND --virtual-time-budget=5000 --dump-dom"
+)
+
+
+def browse(path: Path, text: str, profile: Path) -> tuple[list[str], int]:
+    """What the page tried to load in a headless browser, and how many plots it drew."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    browser = next((found for name in names if (found := shutil.which(name))), None)
+    if browser is None:
+        pytest.skip(f"no headless browser: none of {', '.join(names)}")
+    path.write_text(text.replace("<style>", WATCH + "<style>", 1).replace("</body>", TELL + "</body>"))
+    command = [browser, *FLAGS.split(), f"--user-data-dir={profile}", path.as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True).stdout
+    reader = Reader(dom)
+    body = next(attributes for name, attributes in reader.tags if name == "body")
+    return json.loads(body["data-seen"] or "[]"), int(body["data-plots"] or 0)
+
+
+def test_a_browser_draws_it_and_loads_nothing(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = write_html(run_dir).read_text()
+    seen, plots = browse(tmp_path / "a.html", text, tmp_path / "profile")
+    assert seen == [] and plots >= PANELS
+    leaky = text.replace("</h1>", '</h1><img src="http://127.0.0.1:9/leak.png">', 1)
+    assert {*browse(tmp_path / "b.html", leaky, tmp_path / "profile")[0]} == {"http://127.0.0.1:9/leak.png"}
+    monkeypatch.setattr(html, "_plotly_js", lambda: "")
+    seen, plots = browse(tmp_path / "c.html", write_html(run_dir).read_text(), tmp_path / "profile")
+    assert seen == [] and plots == PANELS
