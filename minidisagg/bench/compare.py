@@ -17,8 +17,8 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, AsyncExitStack, contextmanager, nullcontext
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -43,6 +43,7 @@ from minidisagg.measure.html import write_html
 from minidisagg.measure.machine import command_line, machine
 from minidisagg.measure.records import RequestRecord, RunRecord
 from minidisagg.measure.report import render, to_dict, write_run_directory
+from minidisagg.measure.timeline import Timeline, write_timeline
 from minidisagg.model.pull import ensure
 from minidisagg.model.tokenizer import Tokenizer
 from minidisagg.runtime.frontend import Frontend
@@ -109,6 +110,15 @@ class Cluster:
     def notes(self, records: Sequence[RequestRecord]) -> list[str]:
         return []
 
+    @contextmanager
+    def recorded(self, timeline: Timeline) -> Iterator[None]:
+        """What happens within goes into the timeline."""
+        self.frontend.observers.append(timeline)
+        try:
+            yield
+        finally:
+            self.frontend.observers.remove(timeline)
+
 
 class Bench:
     """One benchmark under way."""
@@ -119,6 +129,7 @@ class Bench:
         self.targets: list[Target] = []
         self.unloaded = Unloaded(0.0, 0.0)
         self.slo = SLO()
+        self.timelines: dict[str, Timeline] = {}  # of each side's first run
         self._runs = itertools.count()
         self.progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
@@ -160,7 +171,9 @@ class Bench:
         tokenizer = Tokenizer.load(self.options.model.model)
         for side in self.options.sides:
             self.console.print(f"starting {label_of(side)}: {_workers(side)} …", style="dim", highlight=False)
-            frontend = await Frontend.start(self.options.model, side, replace(self.options.run, ceilings=True))
+            frontend = await Frontend.start(
+                self.options.model, side, replace(self.options.run, ceilings=True, trace=True)
+            )
             self.targets.append(Cluster(await stack.enter_async_context(frontend), side, tokenizer))
         hello = next(iter(self.targets[0].hellos.values()))
         self.console.print(
@@ -223,7 +236,12 @@ class Bench:
             items = with_arrivals(items, arrival_times(len(items), rate, options.arrivals.burstiness, seed))
         before = await target.fresh_stats()
         cpu, started = time.process_time(), time.monotonic()
-        requests = await target.load(items, options.run.seed, on_done).run(concurrency)
+        recorded: AbstractContextManager[None] = nullcontext()
+        if isinstance(target, Cluster) and target.label not in self.timelines:
+            timeline = self.timelines[target.label] = Timeline(target.label)
+            recorded = target.recorded(timeline)
+        with recorded:
+            requests = await target.load(items, options.run.seed, on_done).run(concurrency)
         wall, cpu = time.monotonic() - started, time.process_time() - cpu
         workers, links = worker_records(target.hellos, before, await target.fresh_stats())
         quick = ["quick preset, not for publication"] if options.trials.preset == "quick" else []
@@ -397,6 +415,8 @@ async def _run(options: BenchOptions, console: Console, api_key: str) -> int:
             write_run_directory(directory, comparison)
             result = to_dict(comparison)
             _write(directory, options, {})
+        if bench.timelines:
+            write_timeline(directory / "trace.json", list(bench.timelines.values()))
         console.print(f"report: {directory}", highlight=False)
         if options.output.json:
             sys.stdout.buffer.write(msgspec.json.encode(result) + b"\n")

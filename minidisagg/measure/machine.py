@@ -1,4 +1,4 @@
-"""Where and how a run was made: the command and the machine, as far as they can be told without a library."""
+"""Where and how a run was made: the command and the machine, as far as the standard library can tell."""
 
 from __future__ import annotations
 
@@ -11,32 +11,28 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-SECRET = "--api-key"
-
 
 def command_line(argv: Sequence[str] | None = None) -> str:
     """The command as it could be typed again, without the key of a server."""
-    shown = [Path(sys.argv[0]).name, *sys.argv[1:]] if argv is None else list(argv)
-    for i, word in enumerate(shown):
-        if word.startswith(f"{SECRET}="):
-            shown[i] = f"{SECRET}=..."
-        elif i and shown[i - 1] == SECRET:
-            shown[i] = "..."
-    return shlex.join(shown)
+    words = list(sys.argv if argv is None else argv)
+    name = Path(words[0]).name
+    words[:1] = ["python", "-m", "minidisagg"] if name == "__main__.py" else [name]
+    for i, word in enumerate(words):
+        if word.startswith("--api-key="):
+            words[i] = "--api-key=..."
+        elif i and words[i - 1] == "--api-key":
+            words[i] = "..."
+    return shlex.join(words)
 
 
 def machine() -> dict[str, object]:
-    """CPU, cores this process may use, memory, system and versions; what is not known is left out."""
-    found: dict[str, object] = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "cpu": platform.machine()}
-    lines = _lines("/proc/cpuinfo")
-    if name := next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), ""):
-        found["cpu"] = name
-    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
-    found["cores"] = len(affinity(0)) if affinity else os.cpu_count()
-    if kib := next((line.split()[1] for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), ""):
-        found["memory_GiB"] = round(int(kib) / 2**20, 1)
-    found["system"] = platform.platform()
-    found["python"] = platform.python_version()
+    """Time, CPU, cores that this process may use, memory, system and versions; what is not known is left out."""
+    cpu = _field("/proc/cpuinfo", "model name") or platform.machine()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = _field("/proc/meminfo", "MemTotal").removesuffix(" kB")
+    found: dict[str, object] = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "cpu": cpu, "cores": cores}
+    found |= {"memory": f"{int(memory) / 2**20:.1f} GiB"} if memory else {}
+    found |= {"system": platform.platform(), "python": platform.python_version()}
     for package in ("minidisagg", "torch"):
         try:
             found[package] = version(package)
@@ -45,6 +41,7 @@ def machine() -> dict[str, object]:
     return found
 
 
-def _lines(path: str) -> list[str]:
-    file = Path(path)
-    return file.read_text(errors="replace").splitlines() if file.exists() else []
+def _field(path: str, name: str) -> str:
+    """The first value of `name` in a file of `name: value` lines; empty where there is none, as outside of Linux."""
+    lines = Path(path).read_text(errors="replace").splitlines() if Path(path).exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")

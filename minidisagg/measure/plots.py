@@ -1,116 +1,103 @@
-"""Figures as plain data, and two ways to draw them: SVG (`svg`) and plotly's JSON (`plotly`).
+"""Figures as plain data, and two ways to draw a panel of one: `svg`, and `plotly` (its JSON).
 
-Colours are names of CSS variables of the page (`a` is `var(--a)`), so both follow its light and dark scheme.
+A colour is the name of a CSS variable of the page, so both follow its light and dark scheme.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from html import escape
-from itertools import pairwise
 from typing import Literal
 
 import msgspec
 from msgspec import Struct
 
-WIDTHS = {1: 860, 2: 424, 3: 280}  # of a panel by columns, in the units in which text is 12 high
-CHAR = 6.6  # width of a letter
+WIDTHS = {1: 780, 2: 390, 3: 270}  # of a panel by the figure's columns, where letters are 12 high
+LETTER = 6.6  # width
 
 
-class Series(Struct, frozen=True, kw_only=True):
-    """`spans` are horizontal bars from `x` to `end` at the heights `y`. A series without label is not in the legend."""
+class Series(Struct, frozen=True):
+    """`spans` are horizontal bars from `x` to `end` at the heights `y`. Without a label it is not in the legend."""
 
     kind: Literal["line", "points", "spans"]
     color: str
-    x: Sequence[float]
-    y: Sequence[float]
-    end: Sequence[float] = ()
+    x: list[float]
+    y: list[float]
     label: str = ""
-    marker: Literal["circle", "square"] = "circle"
-    size: float = 3.0  # of a point, or the width of a line
+    end: list[float] = []
+    size: float = 2.0  # of a point, or the width of a line
     opacity: float = 1.0
-    dashed: bool = False
+    marker: Literal["circle", "square", "dash"] = "circle"  # dash: a broken line
 
 
-class Axis(Struct, frozen=True, kw_only=True):
-    """`names` are the labels of 0, 1, 2, … instead of numbers; `down` lets it grow downwards."""
+class Axis(Struct, frozen=True):
+    """From `low` to `high`, which may be the smaller one; `names` stand for 0, 1, 2, … instead of numbers."""
 
     label: str
     low: float
     high: float
     log: bool = False
-    percent: bool = False
-    names: Sequence[str] = ()
-    down: bool = False
+    names: list[str] = []
 
     def place(self, value: float) -> float:
         """From [low, high] to [0, 1]."""
-        low, high, at = (math.log(v) if self.log else v for v in (self.low, self.high, max(value, 1e-12)))
-        return (high - at if self.down else at - low) / (high - low)
+        low, high, at = (math.log(max(v, 1e-12)) if self.log else v for v in (self.low, self.high, value))
+        return (at - low) / (high - low)
 
     def ticks(self) -> list[tuple[float, str]]:
         """Where the axis has its numbers, and how they are written."""
         if self.names:
-            return list(enumerate(self.names))
-        found = _log_ticks(self.low, self.high) if self.log else []
-        if len(found) < 3:
-            found = _linear_ticks(self.low, self.high)
-        return [(value, f"{value:.3g}%" if self.percent else f"{value:,.10g}") for value in found]
+            return [(float(i), name) for i, name in enumerate(self.names)]
+        low, high = sorted((self.low, self.high))
+        found = _log_ticks(low, high) if self.log else []
+        return [(value, f"{value:,.10g}") for value in (found if len(found) > 1 else _linear_ticks(low, high))]
 
 
-class Panel(Struct, frozen=True, kw_only=True):
+class Panel(Struct, frozen=True):
     """One pair of axes and what is drawn into it; `height` in the units of `WIDTHS`."""
 
     title: str
     x: Axis
     y: Axis
-    series: Sequence[Series]
-    height: int = 220
+    series: list[Series]
+    height: int = 196
 
 
-class Figure(Struct, frozen=True, kw_only=True):
-    """Panels in so many columns under one legend and one caption."""
+class Figure(Struct, frozen=True):
+    """Panels in so many columns, under one legend and over one caption."""
 
     title: str
     caption: str
-    panels: Sequence[Panel]
+    panels: list[Panel]
     columns: int = 1
 
+    @property
+    def drawn(self) -> list[Panel]:
+        """The panels that have data."""
+        return [panel for panel in self.panels if any(s.x for s in panel.series)]
 
-def limits(values: Sequence[float], log: bool = False) -> tuple[float, float]:
-    """An axis that holds the values, with a little room; from 0 unless it is logarithmic."""
-    known = [value for value in values if math.isfinite(value) and (value > 0 or not log)]
-    if not known:
-        return (1.0, 10.0) if log else (0.0, 1.0)
-    if log:
-        return min(known) / 1.1, max(known) * 1.1
-    return min(0.0, *known), max(known) * 1.03 or 1.0
+    def legend(self) -> str:
+        """One line of HTML for all panels."""
+        every = [s for panel in self.panels for s in panel.series]  # empty ones keep their place in the order
+        seen = {s.label for s in every if s.label and s.x}
+        return "".join(
+            f'<span><i class="{s.kind} {s.marker}" style="--c:var(--{s.color})"></i>{escape(label)}</span>'
+            for label, s in {s.label: s for s in every}.items()
+            if label in seen
+        )
 
 
-def _linear_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    rough = (high - low) / count
+def _linear_ticks(low: float, high: float) -> list[float]:
+    rough = (high - low) / 5
     unit = 10.0 ** math.floor(math.log10(rough))
     step = next(unit * m for m in (1, 2, 5, 10) if unit * m >= rough * 0.999)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [float(f"{k * step:.10g}") for k in range(first, last + 1)]
+    return [float(f"{k * step:.10g}") for k in range(math.ceil(low / step), math.floor(high / step + 1e-9) + 1)]
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    steps = (1, 2, 5) if math.log10(high / low) < 2.2 else (1,)
-    candidates = [float(f"{m}e{k}") for k in range(first, last + 1) for m in steps]
-    return [value for value in candidates if low <= value <= high]
-
-
-def legend(figure: Figure) -> str:
-    """The legend of all panels, as HTML."""
-    items = {s.label: s for panel in figure.panels for s in panel.series if s.label}
-    return "".join(
-        f'<span><i class="{s.kind} {s.marker}{" dashed" if s.dashed else ""}" '
-        f'style="--c:var(--{s.color});opacity:{max(s.opacity, 0.45):g}"></i>{escape(label)}</span>'
-        for label, s in items.items()
-    )
+    steps = (1, 2, 5) if high / low < 200 else (1,)
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return [value for k in decades for m in steps if low <= (value := float(f"{m}e{k}")) <= high]
 
 
 # ---------------------------------------------------------------- SVG
@@ -118,114 +105,84 @@ def legend(figure: Figure) -> str:
 
 def svg(panel: Panel, columns: int) -> str:
     """The panel as one SVG element."""
-    width, height, top, bottom, right = WIDTHS[columns], panel.height, 24, 42, 14
-    left = max(34.0, 24 + CHAR * max((len(text) for _, text in panel.y.ticks()), default=0))
+    width, height, top, bottom, right = WIDTHS[columns], panel.height, 6, 40, 12
+    longest = max((len(text) for _, text in panel.y.ticks()), default=0)
+    left = 12 + LETTER * longest + (16 if panel.y.label else 0)
     wide, high = width - left - right, height - top - bottom
-    if panel.y.names and not panel.y.label:
-        left, wide = left - 14, wide + 14
 
-    def across(value: float) -> float:
-        return left + wide * panel.x.place(value)
+    def at(x: float, y: float) -> tuple[float, float]:
+        return round(left + wide * panel.x.place(x), 1), round(top + high * (1 - panel.y.place(y)), 1)
 
-    def up(value: float) -> float:
-        return top + high * (1 - panel.y.place(value))
-
+    columns_at = [(at(value, panel.y.low)[0], escape(text)) for value, text in panel.x.ticks()]
+    rows_at = [(at(panel.x.low, value)[1], escape(text)) for value, text in panel.y.ticks()]
+    thick = 0.8 * high / abs(panel.y.high - panel.y.low)
+    box = f"{left:.1f} {top} {wide:.1f} {high}"
     parts = [
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(panel.title)}">',
-        f'<text class="t" x="{left:.1f}" y="14">{escape(panel.title)}</text>',
-        f'<svg x="{left:.1f}" y="{top}" width="{wide:.1f}" height="{high}" '
-        f'viewBox="{left:.1f} {top} {wide:.1f} {high}"><g class="grid">',  # inner: clips what is outside of the axes
-    ]
-    parts += [f'<path d="M{across(v):.1f} {top}v{high}"/>' for v, _ in panel.x.ticks()]
-    parts += [f'<path d="M{left:.1f} {up(v):.1f}h{wide:.1f}"/>' for v, _ in panel.y.ticks() if not panel.y.names]
-    parts.append("</g>")
-    thick = 0.8 * high / max(len(panel.y.names), panel.y.high - panel.y.low if not panel.y.log else 1, 1)
-    for s in panel.series:
-        parts.append(_svg_series(s, [(across(x), up(y)) for x, y in zip(s.x, s.y, strict=True)],
-                                 [across(x) for x in s.end], thick))  # fmt: skip
-    parts.append(f'</svg><path class="axis" d="M{left:.1f} {top}v{high}h{wide:.1f}"/>')
-    for value, text in panel.x.ticks():
-        parts.append(f'<text class="m" x="{across(value):.1f}" y="{height - 26}">{escape(text)}</text>')
-    for value, text in panel.y.ticks():
-        parts.append(f'<text class="e" x="{left - 5:.1f}" y="{up(value) + 4:.1f}">{escape(text)}</text>')
-    parts.append(f'<text class="m" x="{left + wide / 2:.1f}" y="{height - 8}">{escape(panel.x.label)}</text>')
-    if panel.y.label:
-        middle = top + high / 2
-        parts.append(f'<text class="m" transform="rotate(-90 11 {middle})" x="11" y="{middle}">'
-                     f"{escape(panel.y.label)}</text>")  # fmt: skip
-    return "".join([*parts, "</svg>"])
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(panel.title)}"><g class="lattice">',
+        *(f'<path d="M{x} {top}v{high}"/>' for x, _ in columns_at),
+        *(f'<path d="M{left:.1f} {y}h{wide:.1f}"/>' for y, _ in rows_at if not panel.y.names),
+        # an inner SVG, so that what is outside of the axes is cut off
+        f'</g><svg x="{left:.1f}" y="{top}" width="{wide:.1f}" height="{high}" viewBox="{box}">',
+        *(_path(s, [at(*p) for p in zip(s.x, s.y, strict=True)], [at(e, 1)[0] for e in s.end], thick)
+          for s in panel.series if s.x),
+        f'</svg><path class="axis" d="M{left:.1f} {top}v{high}h{wide:.1f}"/>',
+        *(f'<text class="m" x="{x}" y="{height - 25}">{text}</text>' for x, text in columns_at),
+        *(f'<text class="e" x="{left - 5:.1f}" y="{y + 4:.1f}">{text}</text>' for y, text in rows_at),
+        f'<text class="m" x="{left + wide / 2:.1f}" y="{height - 7}">{escape(panel.x.label)}</text>',
+        f'<text class="m" transform="translate(11 {top + high / 2}) rotate(-90)">{escape(panel.y.label)}</text></svg>',
+    ]  # fmt: skip
+    return "".join(parts)
 
 
-def _svg_series(s: Series, points: list[tuple[float, float]], ends: list[float], thick: float) -> str:
-    color = f"var(--{s.color})"
+def _path(s: Series, points: list[tuple[float, float]], ends: list[float], thick: float) -> str:
+    """One path for the whole series: a point is a line of no length, whose ends are what one sees."""
+    style = f"opacity:{s.opacity:g};--c:var(--{s.color})"
     if s.kind == "spans":
-        bars = "".join(f"M{x:.1f} {y - thick / 2:.1f}H{max(end, x + 0.3):.1f}v{thick:.1f}H{x:.1f}z"
-                       for (x, y), end in zip(points, ends, strict=True))  # fmt: skip
-        return f'<path style="fill:{color};opacity:{s.opacity:g}" d="{bars}"/>'
-    if s.kind == "points":  # lines of no length: their round or square ends are the marks
-        cap, d = "round" if s.marker == "circle" else "square", "".join(f"M{x:.1f} {y:.1f}h0" for x, y in points)
-    else:
-        cap, d = "butt", "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-    dash = ";stroke-dasharray:5 4" if s.dashed else ""
-    style = f"fill:none;stroke:{color};stroke-width:{s.size:g};stroke-linecap:{cap};opacity:{s.opacity:g}{dash}"
-    return f'<path style="{style}" d="{d}"/>' if points else ""
+        bars = (f"M{x} {y - thick / 2:.1f}H{end}v{thick:.1f}H{x}z"
+                for (x, y), end in zip(points, ends, strict=True))  # fmt: skip
+        return f'<path class="spans" style="{style}" d="{"".join(bars)}"/>'
+    d = "M" + "L".join(f"{x} {y}" for x, y in points)
+    if s.kind == "points":
+        d = "".join(f"M{x} {y}h0" for x, y in points)
+    return f'<path class="{s.kind} {s.marker}" style="{style};stroke-width:{s.size:g}" d="{d}"/>'
 
 
 # ---------------------------------------------------------------- plotly
 
 
 def plotly(panel: Panel) -> str:
-    """The panel as JSON for `Plotly.react`, safe inside a script element; `var(--…)` is for the page to replace."""
+    """The panel as JSON, safe in a script element, once the page has put its colours for `var(--…)`."""
     layout = {
-        "title": {"text": _plain(panel.title), "font": {"size": 13}, "x": 0, "xref": "paper", "xanchor": "left",
-                  "y": 1, "yref": "container", "yanchor": "top", "pad": {"t": 8}},
-        "height": panel.height + 20, "margin": {"l": 56, "r": 12, "t": 28, "b": 44}, "showlegend": False,
-        "font": {"color": "var(--ink)", "size": 11}, "paper_bgcolor": "var(--bg)", "plot_bgcolor": "var(--bg)",
+        "height": panel.height + 10, "margin": {"l": 52, "r": 12, "t": 8, "b": 42}, "showlegend": False,
+        "font": {"color": "var(--ink)", "size": 12}, "paper_bgcolor": "var(--bg)", "plot_bgcolor": "var(--bg)",
         "barmode": "overlay", "hovermode": "closest",
         "xaxis": _plotly_axis(panel.x), "yaxis": _plotly_axis(panel.y),
     }  # fmt: skip
-    data = {"data": [_plotly_series(s, panel) for s in panel.series if s.x], "layout": layout}
-    return msgspec.json.encode(data).decode().replace("<", "\\u003c")
-
-
-def _plain(text: str) -> str:
-    return escape(text, quote=False)  # plotly reads some HTML in its texts
+    traces = [_trace(s) for s in panel.series if s.x]
+    return msgspec.json.encode({"data": traces, "layout": layout}).decode().replace("<", "\\u003c")
 
 
 def _plotly_axis(axis: Axis) -> dict[str, object]:
-    low, high = (math.log10(v) if axis.log else v for v in (axis.low, axis.high))
+    text = {"text": escape(axis.label), "standoff": 6, "font": {"size": 12}}  # plotly reads some HTML
     found: dict[str, object] = {
-        "title": {"text": _plain(axis.label), "standoff": 6}, "type": "log" if axis.log else "linear",
-        "range": [high, low] if axis.down else [low, high], "gridcolor": "var(--grid)", "zeroline": False,
-        "linecolor": "var(--dim)", "showline": True, "automargin": True, "ticksuffix": "%" if axis.percent else "",
+        "title": text, "type": "log" if axis.log else "linear", "gridcolor": "var(--grid)", "zeroline": False,
+        "range": [math.log10(v) if axis.log else v for v in (axis.low, axis.high)], "linecolor": "var(--dim)",
+        "automargin": True, "nticks": 7, "minor": {"ticks": ""},
     }  # fmt: skip
-    if axis.names:
-        found |= {"tickvals": list(range(len(axis.names))), "ticktext": [_plain(name) for name in axis.names]}
-        found["showgrid"] = False
+    if axis.names or axis.log:  # plotly's own numbers on a logarithmic axis crowd
+        ticks = axis.ticks()
+        found |= {"tickvals": [value for value, _ in ticks], "ticktext": [escape(name) for _, name in ticks]}
     return found
 
 
-def _plotly_series(s: Series, panel: Panel) -> dict[str, object]:
-    color, name = f"var(--{s.color})", _plain(s.label or panel.title)
-    common: dict[str, object] = {"name": name, "opacity": s.opacity, "x": list(s.x), "y": list(s.y)}
+def _trace(s: Series) -> dict[str, object]:
+    color = f"var(--{s.color})"
+    common = {"name": escape(s.label), "opacity": s.opacity, "x": s.x, "y": s.y}
     if s.kind == "spans":
         lengths = [end - start for start, end in zip(s.x, s.end, strict=True)]
-        return common | {
-            "type": "bar", "orientation": "h", "base": list(s.x), "x": lengths, "width": 0.8,
-            "marker": {"color": color, "line": {"width": 0}}, "hovertemplate": "%{x:.3~g}",
-        }  # fmt: skip
+        shape = {"type": "bar", "orientation": "h", "base": s.x, "x": lengths, "width": 0.8}
+        return common | shape | {"marker": {"color": color, "line": {"width": 0}}, "hovertemplate": "%{x:.3~g}"}
     if s.kind == "points":
-        return common | {"type": "scatter", "mode": "markers",
-                         "marker": {"color": color, "size": s.size + 0.5, "symbol": s.marker}}  # fmt: skip
-    line = {"color": color, "width": s.size, "dash": "dash" if s.dashed else "solid"}
-    return common | {"type": "scatter", "mode": "lines", "line": line}
-
-
-def thinned(values: Sequence[float], digits: int = 5) -> list[float]:
-    """Rounded to so many digits: a file needs no more than can be seen."""
-    return [float(f"{value:.{digits}g}") for value in values]
-
-
-def boxed(panel: Panel, count: int) -> bool:
-    """Whether the panel's lines have at most `count` points each."""
-    return all(len(s.x) <= count for s in panel.series) and all(a is not b for a, b in pairwise(panel.series))
+        return common | {"mode": "markers", "marker": {"color": color, "size": s.size + 0.5, "symbol": s.marker}}
+    dash = "dash" if s.marker == "dash" else "solid"
+    return common | {"mode": "lines", "line": {"color": color, "width": s.size, "dash": dash}}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import msgspec
 
@@ -78,9 +78,13 @@ class Logged(Policy):
         return answer
 
     def _log(self, hook: str, now: float, answer: A, **inputs: Any) -> A:
-        shown: Any = asdict(answer) if hasattr(answer, "__dataclass_fields__") else answer
+        shown: Any = answer
         if isinstance(answer, Accept | Reject):
             shown = {"verdict": type(answer).__name__.lower(), **asdict(answer)}
+        elif isinstance(answer, Placement):
+            shown = asdict(answer)
+        elif hook == "rebalance":
+            shown = [asdict(change) for change in cast(list[RoleChange], answer)]
         line = {"clock": now, "who": self.who, "hook": hook, **inputs, "answer": shown}
         self.write(msgspec.json.encode(line, enc_hook=repr) + b"\n")
         return answer
