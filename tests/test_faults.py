@@ -310,3 +310,25 @@ def test_a_request_beyond_the_limits_is_turned_away_in_one_line() -> None:
             await assert_clean(frontend)
 
     asyncio.run(run())
+
+
+def test_a_restarted_worker_that_hangs_before_its_hello_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minidisagg.runtime.launch.BACKOFF", (0.0,))
+
+    async def run() -> None:
+        async with cluster(settings("colocated")) as frontend:
+            monkeypatch.setattr("minidisagg.runtime.launch.HELLO_TIMEOUT", 1.0)
+            first = send_signal(frontend, "worker-0", signal.SIGKILL)
+            supervisor = frontend.supervisor
+            for _ in range(10_000):
+                if supervisor.processes["worker-0"].pid != first:
+                    break
+                await asyncio.sleep(0.001)
+            monkeypatch.setattr("minidisagg.runtime.launch.HELLO_TIMEOUT", 60.0)
+            hung = supervisor.processes["worker-0"].pid
+            os.kill(hung, signal.SIGSTOP)
+            await all_up(frontend)
+            assert frontend.hellos["worker-0"].pid not in (first, hung)
+            await run_to_end(frontend, prompts(4), greedy(8))
+
+    asyncio.run(run())

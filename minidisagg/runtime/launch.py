@@ -22,6 +22,7 @@ from minidisagg.model.loader import load_config
 
 BACKOFF = (0.1, 0.5, 2.0, 5.0)  # seconds before each further restart of a worker that keeps dying
 STEADY = 60.0  # seconds of life after which a death counts as the first one again
+HELLO_TIMEOUT = 300.0  # seconds for a worker to load and say hello
 STOP_GRACE = 3.0  # seconds between asking a worker to stop and killing it
 logger = logging.getLogger("minidisagg")
 
@@ -101,9 +102,14 @@ class Supervisor:
                 stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, env=_environment(config),
             )  # fmt: skip
         self.processes[name] = process
+        asyncio.get_running_loop().call_later(HELLO_TIMEOUT, self._kill_if_silent, name, config.epoch)
         task = asyncio.get_running_loop().create_task(self._watch(name, config.epoch, process))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def _kill_if_silent(self, name: str, epoch: int) -> None:
+        if (name, epoch) not in self.greeted:
+            self.kill(name, epoch)
 
     async def _watch(self, name: str, epoch: int, process: asyncio.subprocess.Process) -> None:
         began = asyncio.get_running_loop().time()
