@@ -85,6 +85,7 @@ class Server:
             web.get("/v1/models", self.models), web.get("/models", self.models),
             web.get("/v1/models/{model:.+}", self.one_model), web.get("/openapi.json", self.openapi),
             web.post("/v1/completions", completions), web.post("/v1/chat/completions", chat),
+            web.post("/completions", completions), web.post("/chat/completions", chat),
             web.post("/tokenize", self.tokenize), web.post("/detokenize", self.detokenize),
             web.get("/tokenizer_info", self.tokenizer_info), *self.admin.routes(),
         ])  # fmt: skip

@@ -233,6 +233,7 @@ class Answer:
         self.tokenizer = generation.tokenizer
         self.id = endpoint.prefix + request_id
         self.created = int(time.time())
+        self.written = 0  # tokens
         options = job.request.stream_options
         self.final_usage = options is not None and bool(options.include_usage)
         self.each_usage = options is not None and bool(options.continuous_usage_stats)
@@ -278,7 +279,8 @@ class Answer:
 
     def _event(self, news: News, piece: Piece, first: bool, last: bool) -> bytes:
         choices = self.endpoint.chunk(self.job, news, piece, first, self.tokenizer)
-        usage = self.generation.usage(self.job.n) if self.each_usage else None
+        self.written += 1  # what has come may be more: several tokens are written together
+        usage = self.generation.usage(self.job.n, self.written) if self.each_usage else None
         return self._as_event(choices, usage, news.choice.times if last else None)
 
     def _as_event(self, choices: Sequence[Any], usage: Usage | None, times: StageTimes | None) -> bytes:

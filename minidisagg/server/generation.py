@@ -121,11 +121,11 @@ class Generation:
             if out:
                 yield out
 
-    def usage(self, n: int) -> Usage:
-        """Tokens so far; a prompt counts once, however many choices it has."""
+    def usage(self, n: int, written: int | None = None) -> Usage:
+        """Tokens so far, or as of the first `written`; a prompt counts once, however many choices it has."""
         prompts = self.choices[::n]
         prompt_tokens = sum(len(choice.prompt) for choice in prompts)
-        output_tokens = sum(choice.processor.num_tokens for choice in self.choices)
+        output_tokens = sum(c.processor.num_tokens for c in self.choices) if written is None else written
         cached = PromptDetails(sum(choice.cached_tokens for choice in prompts))
         return Usage(prompt_tokens, output_tokens, prompt_tokens + output_tokens, cached)
 

@@ -77,13 +77,11 @@ def describe() -> dict[str, Any]:
     model = {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
     one_object = {JSON: {"schema": {"type": "object"}}}
     card = _operation("get", "A served model", one_object, (*ANY, 404))
-    models = _operation("get", "The served models", one_object, ANY)
     paths: dict[str, Any] = {
         "/health": _operation("get", "Whether the engine makes progress", one_object, (400, 500, 503)),
         "/version": _operation("get", "The version of this server", one_object, ANY),
         "/metrics": _operation("get", "Prometheus metrics", {TEXT: {"schema": {"type": "string"}}}, ANY),
-        "/v1/models": models,
-        "/models": models,
+        "/v1/models": _operation("get", "The served models", one_object, ANY),
         "/v1/models/{model}": {**card, "parameters": [model]},
         "/openapi.json": _operation("get", "This document", one_object, ANY),
         "/v1/completions": _operation(
@@ -98,6 +96,8 @@ def describe() -> dict[str, Any]:
         "/tokenizer_info": _operation("get", "What the tokenizer is", one_object, ANY),
     }  # fmt: skip
     paths["/health"]["get"]["security"] = []  # it needs no key
+    for path in ("/models", "/completions", "/chat/completions"):  # for clients whose base URL has no /v1
+        paths[path] = paths["/v1" + path]
     return {
         "openapi": "3.1.0",
         "info": {"title": "minidisagg", "version": __version__},
