@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import click
 from click.core import ParameterSource
+from msgspec.structs import asdict
 
 from minidisagg import __version__
 from minidisagg.bench.options import (
@@ -91,6 +92,7 @@ def cli(ctx: click.Context) -> None:
     \b
     minidisagg bench --mode both --preset quick    colocated against disaggregated: one table and a verdict
     minidisagg serve                               an OpenAI-compatible server
+    minidisagg monitor                             watch it, and act on it
     minidisagg chat                                talk to the model
     minidisagg generate --prompt "The sea is"      complete a text
     """
@@ -182,13 +184,17 @@ def chat(model: str, system: str, mode: str, **flags: Any) -> None:
 @click.option("--drain-timeout", type=click.FloatRange(min=0), default=30.0, show_default=True,
               help="Seconds that requests have to end after SIGTERM.")  # fmt: skip
 @click.option("--verbose", "-v", is_flag=True, help="A log line for each request.")
+@click.option("--monitor", "with_monitor", is_flag=True, help="The full-screen monitor on this terminal.")
+@click.option("--demo-load", type=click.FloatRange(min=0), default=None, metavar="RATE",
+              help="With --monitor: send so many requests per second.")  # fmt: skip
 @engine_options
-def serve(model: str, mode: str, verbose: bool, **flags: Any) -> None:
+def serve(model: str, mode: str, verbose: bool, with_monitor: bool, demo_load: float | None, **flags: Any) -> None:
     """Serve the model over HTTP, as OpenAI's clients expect it.
 
     \b
     minidisagg serve
     minidisagg serve --mode disagg --prefill chunk=256 --link shm
+    minidisagg serve --prefill-workers 1 --decode-workers 1 --monitor --demo-load 1    # m: disagg or colocated
     minidisagg serve --host 0.0.0.0 --api-key "$KEY" --port 8080
     curl localhost:8000/v1/completions -d '{"prompt": "The sea is", "max_tokens": 16}'
     """
@@ -196,10 +202,45 @@ def serve(model: str, mode: str, verbose: bool, **flags: Any) -> None:
     own = {key: flags.pop(key) for key in ("host", "port", "api_keys", "drain_timeout")}
     served_name = flags.pop("served_model_name")
     engine = read_engine(model, flags, mode, one_worker=True)
+    if demo_load is not None and not with_monitor:
+        raise ValueError("--demo-load needs --monitor")
+    if with_monitor:
+        from minidisagg.monitor.beside import serve_and_monitor
+
+        serve_and_monitor(sys.argv[1:], own["host"], own["port"], own["api_keys"], demo_load)
+        return
     from minidisagg.server.app import ServerSettings
     from minidisagg.server.run import serve as run_server
 
     run_server(engine, ServerSettings(**own, served_name=served_name), limits, verbose)
+
+
+@cli.command()
+@click.argument("url", default="http://127.0.0.1:8000")
+@click.option("--api-key", default="", envvar="MINIDISAGG_API_KEY", metavar="KEY")
+@click.option(
+    "--goodput", multiple=True, metavar="NAME:MS", help="SLO lines: ttft:500, tpot:50, itl, e2el. Repeatable."
+)
+@click.option("--demo-load", type=click.FloatRange(min=0), default=None, metavar="RATE",
+              help="Send so many requests per second; + and - change it.")  # fmt: skip
+@click.option("--once", is_flag=True, help="One frame, then leave.")
+@click.option("--json", "as_json", is_flag=True, help="With --once: what the server says, as JSON.")
+@click.option("--record", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Keep every event.")
+@click.option("--replay", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="FILE",
+              help="Show a recording instead of a server.")  # fmt: skip
+def monitor(url: str, goodput: tuple[str, ...], **flags: Any) -> None:
+    """Watch a running server, and act on it: ? in the monitor lists the keys.
+
+    \b
+    minidisagg monitor
+    minidisagg monitor http://127.0.0.1:8000 --goodput ttft:500 --goodput tpot:60 --demo-load 1
+    minidisagg monitor --once --json | jq .stages
+    minidisagg monitor --replay session.jsonl
+    """
+    slo = {name: limit for name, limit in asdict(parse_slo(goodput)).items() if limit is not None} if goodput else {}
+    from minidisagg.monitor.app import MonitorOptions, run_monitor
+
+    run_monitor(MonitorOptions(url=url, slo=slo, **flags))
 
 
 # ---------------------------------------------------------------- bench

@@ -19,7 +19,15 @@ from rich.table import Table
 
 from minidisagg.measure import html, report
 from minidisagg.measure.comparison import Comparison, compare_runs
-from minidisagg.measure.figures import GAPS, gaps_of, goodput_figure, interference_figure, latency_figure
+from minidisagg.measure.figures import (
+    GAPS,
+    gaps_of,
+    goodput_figure,
+    interference_figure,
+    latency_figure,
+    sweep_figure,
+    trace_figures,
+)
 from minidisagg.measure.goodput import SLO, GoodputResult, Trial
 from minidisagg.measure.html import write_html
 from minidisagg.measure.machine import command_line, machine
@@ -293,6 +301,44 @@ def test_curves_are_distributions_and_points_are_bounded() -> None:
     assert figure is not None
     plain = figure.panels[0].series[0]
     assert GAPS / 2 < len(plain.x) <= GAPS
+
+
+def test_a_sweep_stands_at_its_numbers_of_users() -> None:
+    figure = sweep_figure({16: comparison(count=20), 2: comparison(count=30)})
+    throughput = figure.panels[-1]
+    assert throughput.x.names == ["2", "16"] and throughput.series[0].x == [0.0, 1.0]
+    expected = [comparison(count=n).a.values["output_throughput"] for n in (30, 20)]
+    assert throughput.series[0].y == pytest.approx(expected, rel=1e-3)
+
+
+def trace(pid: int, worker: str) -> list[dict[str, Any]]:
+    def step(at: float, ms: float, prefill: int) -> dict[str, Any]:
+        return {"name": "x", "cat": "step", "ph": "X", "pid": pid, "tid": 1, "ts": at * 1e6, "dur": ms * 1e3,
+                "args": {"prefill_tokens": prefill}}  # fmt: skip
+
+    name = {"name": "process_name", "ph": "M", "pid": pid, "tid": 0, "args": {"name": worker}}
+    pages = {"name": "pages", "ph": "C", "pid": pid, "tid": 0, "ts": 51e6, "args": {"live": 7, "cached": 2}}
+    return [name, step(52.0, 300, 64), step(50.0, 40, 0), step(51.0, 45, 0), pages]
+
+
+def test_steps_of_a_trace_are_drawn_per_worker(run_dir: Path, no_plotly: None) -> None:
+    events = [*trace(2, "colocated worker-0"), *trace(102, "disagg <decode-0>")]
+    events.append({"name": "process_name", "ph": "M", "pid": 1, "tid": 0, "args": {"name": "colocated requests"}})
+    steps, pages = trace_figures(events)
+    assert [panel.title for panel in steps.panels] == [
+        "colocated worker-0: time of a step",
+        "disagg <decode-0>: time of a step",
+    ]
+    for panel, color in zip(steps.panels, "ab", strict=True):
+        decode, prefill = panel.series
+        assert (decode.x, decode.y, decode.color) == ([0.0, 1.0], [40.0, 45.0], color)
+        assert (prefill.x, prefill.y) == ([2.0], [300.0])
+    assert [(s.x, s.y) for s in pages.panels[1].series] == [([1.0], [2.0]), ([1.0], [7.0])]
+    assert trace_figures([]) == []
+    (run_dir / "trace.json").write_text(json.dumps({"traceEvents": events}))
+    text = write_html(run_dir).read_text()
+    assert "Figure 7." in text and "disagg &lt;decode-0&gt;: time of a step" in text
+    assert_closed(text)
 
 
 def test_svg_puts_data_where_the_axes_say() -> None:

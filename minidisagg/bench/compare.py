@@ -417,6 +417,7 @@ async def _run(options: BenchOptions, console: Console, api_key: str) -> int:
             _write(directory, options, {})
         if bench.timelines:
             write_timeline(directory / "trace.json", list(bench.timelines.values()))
+        write_html(directory)
         console.print(f"report: {directory}", highlight=False)
         if options.output.json:
             sys.stdout.buffer.write(msgspec.json.encode(result) + b"\n")
@@ -424,13 +425,12 @@ async def _run(options: BenchOptions, console: Console, api_key: str) -> int:
 
 
 def _write(directory: Path, options: BenchOptions, result: dict[str, object]) -> None:
-    """The exact question beside the answer; the answer, where `write_run_directory` has not written it; the report."""
+    """The exact question beside the answer; and the answer, where `write_run_directory` has not written it."""
     directory.mkdir(parents=True, exist_ok=True)
     asked = {"command": command_line(), "machine": machine(), **msgspec.to_builtins(options)}
     (directory / "options.json").write_bytes(msgspec.json.format(msgspec.json.encode(asked), indent=2))
     if result:
         (directory / "result.json").write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2))
-    write_html(directory)
 
 
 def _dry_run(options: BenchOptions) -> str:

@@ -9,6 +9,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -220,6 +221,57 @@ def load_figure(comparison: Comparison) -> Figure:
 # ---------------------------------------------------------------- workers, rates, users
 
 
+def trace_figures(events: Sequence[Mapping[str, Any]]) -> list[Figure]:
+    """Steps and KV pages of each worker over time, from the events of trace.json; empty where it has none."""
+    workers: dict[int, str] = {}
+    origins: dict[int, float] = {}  # of each side: its processes' numbers are in one hundred
+    for event in events:
+        if event["ph"] == "M" and event["name"] == "process_name":
+            workers[event["pid"]] = event["args"]["name"]
+        elif "ts" in event:
+            side = event["pid"] // 100
+            origins[side] = min(origins.get(side, math.inf), event["ts"])
+
+    def table(pid: int, kind: str, name: str, *keys: str) -> Array:
+        """[events, 2 + keys]: start in seconds, duration in ms, and values."""
+        rows = [
+            [(event["ts"] - origins[pid // 100]) / 1e6, event.get("dur", 0.0) / 1e3, *(event["args"][k] for k in keys)]
+            for event in events if event["pid"] == pid and event.get(kind) == name and "ts" in event
+        ]  # fmt: skip
+        return np.array(sorted(rows), dtype=np.float64).reshape(-1, 2 + len(keys))
+
+    steps = {pid: table(pid, "cat", "step", "prefill_tokens") for pid in workers}
+    steps = {pid: rows for pid, rows in steps.items() if len(rows)}
+    if not steps:
+        return []
+    everything = np.concatenate(list(steps.values()))
+    time, length = Axis(TIME, 0, float(everything[:, 0].max()) * 1.01 or 1.0), _log_axis("ms", everything[:, 1], 1.3)
+    lines, pages = [], []
+    for pid, rows in steps.items():
+        color, side, series = SIDES[min(pid // 100, 1)], workers[pid].rpartition(" ")[0], []
+        for chosen, hue, label in (
+            (rows[rows[:, 2] == 0], color, f"{side}: decode alone"),
+            (rows[rows[:, 2] > 0], "ink", "with prefill tokens"),
+        ):
+            shown = chosen[:: max(1, math.ceil(len(chosen) / GAPS))]
+            series.append(Series("points", hue, rounded(shown[:, 0]), rounded(shown[:, 1], 4), label, size=2.6))
+        lines.append(Panel(f"{workers[pid]}: time of a step", time, length, series, 160))
+        held = table(pid, "name", "pages", "live", "cached")
+        held = held[:: max(1, len(held) // STEPS)]
+        top = float(held[:, 2:].max()) if len(held) else 0.0
+        curves = [
+            Series("line", hue, rounded(held[:, 0]), rounded(held[:, column]), label, size=1.4)
+            for hue, column, label in (("dim", 3, "kept for reuse"), (color, 2, f"{side}: in use"))
+        ]
+        pages.append(Panel(f"{workers[pid]}: pages of the KV cache", time, Axis("", 0, top * 1.05 or 1.0), curves, 160))
+    note = "From trace.json, which holds the first run of each side."
+    drawn = f"{note} Of each kind of point at most {GAPS:,} are drawn, every k-th."
+    return [
+        Figure("Interference: the steps of the workers over time", drawn, lines),
+        Figure("KV cache of the workers over time", f"{note} At most {2 * STEPS} samples a line.", pages, columns=2),
+    ]
+
+
 def usage_figure(comparison: Comparison) -> Figure:
     """What each worker used of its device."""
     rows = [(side, usage) for side in comparison.sides for usage in worker_usage(side.runs)]
@@ -260,7 +312,7 @@ def goodput_figure(found: Mapping[str, GoodputResult]) -> Figure:
 
 def sweep_figure(comparisons: Mapping[int, Comparison]) -> Figure:
     """Attainment, latency and throughput over the number of requests at a time."""
-    panels = []
+    panels, names = [], [str(n) for n in sorted(comparisons)]
     for title, unit, statistic, scale in (
         ("SLO attainment", "%", "attainment", 100.0),
         ("p90 TTFT", "ms", "p90_ttft", 1e3),
@@ -272,10 +324,11 @@ def sweep_figure(comparisons: Mapping[int, Comparison]) -> Figure:
             sides = {n: one.sides[index] for n, one in sorted(comparisons.items()) if index < len(one.sides)}
             seen = {n: side.values[statistic] * scale for n, side in sides.items() if statistic in side.values}
             if seen:
-                x, y, top = rounded(list(seen)), rounded(list(seen.values())), max(top, *seen.values())
+                x, y = [float(names.index(str(n))) for n in seen], rounded(list(seen.values()))
+                top = max(top, *y)
                 series.append(Series("line", color, x, y, size=1.6))
                 series.append(Series("points", color, x, y, next(iter(sides.values())).label, size=7))
         if series:
-            users = Axis("requests at a time", min(comparisons) / 1.2, max(comparisons) * 1.2, True)
+            users = Axis("requests at a time", -0.3, len(names) - 0.7, names=names)
             panels.append(Panel(title, users, Axis(unit, 0, top * 1.08 or 1.0), series))
     return Figure("Over the number of users", "Closed loop; centers over the repetitions.", panels, columns=2)

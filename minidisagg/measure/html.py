@@ -24,6 +24,7 @@ from minidisagg.measure.figures import (
     latency_figure,
     load_figure,
     sweep_figure,
+    trace_figures,
     usage_figure,
     waterfall_figure,
 )
@@ -45,7 +46,7 @@ class Line(RequestRecord, kw_only=True):
 
 
 def write_html(run_dir: Path) -> Path:
-    """Write report.html from options.json, result.json and requests.jsonl; returns its path.
+    """Write report.html from options.json, result.json, requests.jsonl and trace.json; returns its path.
 
     The steps of a sweep get theirs too, in their directories. Raises OSError, and ValueError for files of no run.
     """
@@ -65,6 +66,8 @@ def _write(run_dir: Path, options: dict[str, Any]) -> Path:
         content = _of_sweep(result)
         for users in result:
             _write(run_dir / f"concurrency-{users}", options)
+    if (run_dir / "trace.json").exists():
+        content.figures += trace_figures(_read(run_dir / "trace.json")["traceEvents"])
     text = page(content, options, _plotly_js())
     if len(text.encode()) > LIMIT:
         text = page(content, options, "")
