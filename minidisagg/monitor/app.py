@@ -78,7 +78,11 @@ async def _run(options: MonitorOptions) -> None:
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(
-        f"{address.scheme}://{address.netloc}", headers=headers, timeout=timeout, connector=connector, read_bufsize=MAX_EVENT
+        f"{address.scheme}://{address.netloc}",
+        headers=headers,
+        timeout=timeout,
+        connector=connector,
+        read_bufsize=MAX_EVENT,
     ) as session:
         with contextlib.ExitStack() as stack:
             record = stack.enter_context(options.record.open("wb")) if options.record else None
