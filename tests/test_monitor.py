@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
 import gzip
@@ -18,12 +19,12 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import msgspec
+import aiohttp
 import pyte
 import pytest
 from fake_engine import fake_engine
@@ -33,10 +34,13 @@ from serving import Serving, serving
 
 from minidisagg.monitor.app import MonitorError, MonitorOptions, read_events, run_monitor
 from minidisagg.monitor.keys import POLICIES, Post, SetLoad, Ui, press
+from minidisagg.monitor.load import DemoLoad
+from minidisagg.monitor.panels import duration, split
 from minidisagg.monitor.state import BUCKET, SPAN, End, Event, Link, Snapshot, State, Stats, Step, Worker, decode
-from minidisagg.monitor.view import duration, frame, split
+from minidisagg.monitor.view import frame
 
-RECORDED = Path(__file__).parent.parent / "docs/data/monitor.jsonl.gz"
+ROOT = Path(__file__).parent.parent
+RECORDED = ROOT / "docs/data/monitor.jsonl.gz"
 SIZES = ((80, 24), (120, 40), (200, 60), (40, 12), (20, 4))
 SLO = {"ttft": 100.0, "tpot": 5.0}
 
@@ -46,11 +50,12 @@ def snapshot(clock: float = 100.0, seq: int = 10, **fields: Any) -> Snapshot:
         running=7, waiting=2, offers=1, pages_free=50, pages_live=30, pages_cached=15, pages_inflight=4,
         pages_quarantined=1, clock=clock, links=[Link("decode-0", "shm", 10, 10**9, 0.5, failures=3, backlog=6)],
     )  # fmt: skip
+    workers = [Worker("prefill-0", "prefill", "up", 1, 77, stats=stats), Worker("decode-0", state="down", epoch=4)]
     given = {
-        "model": "a/model", "mode": "disagg", "policy": "fcfs",
+        "model": "a/model", "mode": "disagg", "policy": "fcfs", "workers": workers,
         "stages": {"waiting": 11, "prefilling": 2, "transferring": 3, "decode_waiting": 1, "decoding": 24},
-        "oldest": {"waiting": 1.5, "decoding": 4.25}, "latencies": {"ttft": [0.0123, 0.08, 0.345], "tpot": [], "itl": []},
-        "workers": [Worker("prefill-0", "prefill", "up", 1, 77, stats=stats), Worker("decode-0", state="down", epoch=4)],
+        "oldest": {"waiting": 1.5, "decoding": 4.25},
+        "latencies": {"ttft": [0.0123, 0.08, 0.345], "tpot": [], "itl": []},
         **fields,
     }  # fmt: skip
     return Snapshot(clock, seq, **given)
@@ -242,6 +247,16 @@ def test_colours_of_the_strip_tell_what_was_in_a_step() -> None:
     assert [s.style.color.name for s in bottom if s.style and s.style.color] == [kind[2] for kind in kinds]
 
 
+def test_colours_are_the_terminals_own(recorded: list[bytes]) -> None:
+    """Neither black nor white, which vanish on one background or the other, nor any that a theme does not set."""
+    state = state_of(*map(decode, recorded), slo=SLO)
+    for ui in (Ui(lost="gone", load=1.0), Ui(mode="help"), Ui(mode="details"), Ui(mode="kill")):
+        styles = {segment.style for line in frame(state, ui, 120, 40).lines for segment in line if segment.style}
+        colours = {style.color.name for style in styles if style.color}
+        assert colours <= {"red", "green", "yellow", "blue", "magenta", "cyan"}
+        assert not any(style.bgcolor for style in styles)
+
+
 def test_small_helpers() -> None:
     assert [duration(s) for s in (0.00042, 0.0123, 0.9996, 59.94, 599.0, 660.0, None)] == [
         "0.42 ms", "12.3 ms", "1.00 s", "59.9 s", "599 s", "11 min", "-",
@@ -288,29 +303,55 @@ def test_keys_ask_for_the_actions() -> None:
     assert [press(Ui(), key, State()) for key in " mpfRK"] == [None] * 6  # nothing is known yet
 
 
+# ---------------------------------------------------------------- load
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Serving]:
+    with serving(partial(fake_engine, 100.0, workers=2)) as running:
+        yield running
+
+
+def test_demo_load_sends_at_its_rate(served: Serving) -> None:
+    async def run() -> tuple[list[int], int, float]:
+        connector, sent = aiohttp.TCPConnector(limit=0), []
+        async with aiohttp.ClientSession(served.url, connector=connector) as session:
+            load = DemoLoad(session, 0.0)
+            task, began = asyncio.create_task(load.run()), 0.0
+            for rate, seconds in ((0.0, 0.05), (100.0, 0.8), (0.0, 0.05)):
+                began, before = time.monotonic(), began
+                load.set_rate(rate)
+                await asyncio.sleep(seconds)
+                sent.append(load.sent)
+            await asyncio.gather(*load._running)
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+            return sent, load.failed, began - before
+
+    before = sum(worker.seen for worker in served.frontend.workers.values())
+    (none, some, same), failed, seconds = asyncio.run(run())
+    assert none == 0 and 70 * seconds < some < 130 * seconds and same == some and failed == 0
+    assert sum(worker.seen for worker in served.frontend.workers.values()) - before == some
+
+
 # ---------------------------------------------------------------- the program
 
 
 class Terminal:
     """The monitor in a pseudo-terminal."""
 
-    def __init__(self, options: MonitorOptions, cwd: Path, width: int = 120, height: int = 40) -> None:
+    def __init__(self, args: Sequence[str | Path], cwd: Path, width: int = 120, height: int = 40) -> None:
         self.master, self.slave = pty.openpty()
         self.before = termios.tcgetattr(self.slave)
         self.screen, self.raw = pyte.Screen(width, height), b""
         self.stream = pyte.ByteStream(self.screen)
         self.resize(width, height, tell=False)
-        fields = {k: str(v) if isinstance(v, Path) else v for k, v in msgspec.structs.asdict(options).items()}
-        code = (
-            "import json, sys; from pathlib import Path; from minidisagg.monitor.app import *; f = json.loads(sys.argv[1])\n"
-            "run_monitor(MonitorOptions(**{k: Path(v) if v and k in ('record', 'replay') else v for k, v in f.items()}))"
-        )
-        env = {**os.environ, "TERM": "xterm-256color", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-        for name in ("COLUMNS", "LINES", "NO_COLOR"):
-            env.pop(name, None)
+        env = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", code, json.dumps(fields)], stdin=self.slave, stdout=self.slave, stderr=self.slave,
-            cwd=cwd, env=env, start_new_session=True,
+            [sys.executable, "-m", "minidisagg", "monitor", *map(str, args)], stdin=self.slave, stdout=self.slave,
+            stderr=self.slave, cwd=cwd, env={**env, "TERM": "xterm-256color", "PYTHONPATH": str(ROOT)},
+            start_new_session=True,
         )  # fmt: skip
 
     def resize(self, width: int, height: int, tell: bool = True) -> None:
@@ -363,24 +404,19 @@ class Terminal:
 
 
 @contextlib.contextmanager
-def terminal(options: MonitorOptions, cwd: Path, width: int = 120, height: int = 40) -> Iterator[Terminal]:
-    opened = Terminal(options, cwd, width, height)
+def terminal(*args: str | Path, cwd: Path, width: int = 120, height: int = 40) -> Iterator[Terminal]:
+    opened = Terminal(args, cwd, width, height)
     try:
         yield opened
     finally:
         opened.close()
 
 
-@pytest.fixture(scope="module")
-def served() -> Iterator[Serving]:
-    with serving(partial(fake_engine, 30.0, workers=2)) as running:
-        yield running
-
-
 def test_every_key(served: Serving, tmp_path: Path) -> None:
     router = served.frontend.router
     record = tmp_path / "all.jsonl"
-    with terminal(MonitorOptions(url=served.url, slo=SLO, demo_load=5.0, record=record), tmp_path) as tty:
+    flags = ("--goodput", "ttft:100 tpot:5", "--demo-load", "5", "--record", record)
+    with terminal(served.url, *flags, cwd=tmp_path) as tty:
         tty.wait(r"load 5/s +● live")
         tty.press("+", "load 8/s")
         tty.press("-", "load 5/s")
@@ -419,7 +455,7 @@ def test_every_key(served: Serving, tmp_path: Path) -> None:
         assert "epoch 2" not in tty.text
         tty.press("?", "pause or resume admission: new requests wait")
         tty.press("?", "1 pipeline")
-        tty.press("s", r"saved \d+ events .* to monitor-.*\.jsonl")
+        tty.press("s", r"saved \d+ events to monitor-.*\.jsonl")
         tty.press("q")
         assert tty.ended() == 0
     saved = list(read_events(next(tmp_path.glob("monitor-*.jsonl"))))
@@ -429,7 +465,7 @@ def test_every_key(served: Serving, tmp_path: Path) -> None:
 
 
 def test_resizing(served: Serving, tmp_path: Path) -> None:
-    with terminal(MonitorOptions(url=served.url), tmp_path) as tty:
+    with terminal(served.url, cwd=tmp_path) as tty:
         tty.wait("7 log")
         tty.resize(80, 24)
         tty.wait(r"^(?=.{73}● live)(?![\s\S]*7 log)")
@@ -440,13 +476,13 @@ def test_resizing(served: Serving, tmp_path: Path) -> None:
 
 
 def test_ctrl_c_and_errors_restore_the_terminal(served: Serving, tmp_path: Path, recorded: list[bytes]) -> None:
-    with terminal(MonitorOptions(url=served.url), tmp_path) as tty:
+    with terminal(served.url, cwd=tmp_path) as tty:
         tty.wait("live")
         tty.press("\x03")
         assert tty.ended() == 0
     (tmp_path / "bad.jsonl").write_bytes(recorded[0] + b"\nnot JSON\n")
-    with terminal(MonitorOptions(replay=tmp_path / "bad.jsonl"), tmp_path) as tty:
-        assert tty.ended() == 1
+    with terminal("--replay", tmp_path / "bad.jsonl", cwd=tmp_path) as tty:
+        assert tty.ended() == 2
         assert b"bad.jsonl, line 2: not an event" in tty.raw
 
 
@@ -456,7 +492,7 @@ def test_a_server_that_goes_and_comes_back(tmp_path: Path) -> None:
     engine = partial(fake_engine, 30.0)
     with contextlib.ExitStack() as stack:
         with serving(engine, port=port) as first:
-            tty = stack.enter_context(terminal(MonitorOptions(url=first.url), tmp_path))
+            tty = stack.enter_context(terminal(first.url, cwd=tmp_path))
             tty.wait("● live")
         tty.wait("server gone, reconnecting")
         tty.press(" ", "pause admission: Cannot connect")
@@ -471,7 +507,7 @@ def test_a_server_that_goes_and_comes_back(tmp_path: Path) -> None:
 
 def test_replay(tmp_path: Path, recorded: list[bytes]) -> None:
     (tmp_path / "short.jsonl").write_bytes(b"\n".join(recorded[-8:]))
-    with terminal(MonitorOptions(replay=tmp_path / "short.jsonl"), tmp_path, 80, 24) as tty:
+    with terminal("--replay", tmp_path / "short.jsonl", cwd=tmp_path, width=80, height=24) as tty:
         tty.wait("the replay has ended")
         tty.press(" ", "pause admission: this is a replay")
         tty.press("q")

@@ -57,12 +57,13 @@ def main_table(comparison: Comparison) -> Table:
     if b is None:
         return _single_table(a)
     table = _table("Latency (ms) and throughput", "=: no difference at 95 %; ?: one at 95 % but not at 98 %, no winner")
-    table.add_column("", no_wrap=True)
-    table.add_column("", style="dim", no_wrap=True)
+    # At 80 columns a long name is what gives way, not a number.
+    table.add_column("", no_wrap=True, min_width=max(map(len, LATENCY_TITLES)))
+    table.add_column("", style="dim", no_wrap=True, min_width=max(map(len, STATISTICS)))
     for side in (a, b):
-        table.add_column(side.label, justify="right", overflow="ellipsis", no_wrap=True, min_width=7)
-    table.add_column("B / A  [95 %]", justify="right", no_wrap=True)
-    table.add_column("better", no_wrap=True, overflow="ellipsis")
+        table.add_column(side.label.replace(" ", "\n"), justify="right", overflow="fold", min_width=9)
+    table.add_column("B / A  [95 %]", justify="right", no_wrap=True, min_width=18)
+    table.add_column("better", overflow="fold", min_width=8)
 
     def add(title: str, kind: str, statistic: str, write: Callable[[float | None], str], last: bool = False) -> None:
         ratio = comparison.ratios.get(statistic, UNKNOWN)
@@ -114,7 +115,10 @@ def stage_table(comparison: Comparison) -> Table | None:
     table = _table("Stages of a request (ms)", "%: share of the mean end-to-end time")
     table.add_column("", no_wrap=True)
     for side in comparison.sides:
-        for head in (f"{side.label}\nmean", "\np50", "\np99", "\n%"):
+        name = side.label
+        if len({other.runs[0].mode for other in comparison.sides if other.runs}) > 1:
+            name = name.partition(" ")[0]  # the mode says which it is
+        for head in (f"{name}\nmean", "\np50", "\np99", "\n%"):
             table.add_column(head, justify="right", no_wrap=True, overflow="ellipsis")
     rows = 0
     for stage in STAGES:
@@ -141,8 +145,8 @@ def worker_table(comparison: Comparison) -> Table | None:
     for head in ("", "role"):
         table.add_column(head, no_wrap=True, overflow="ellipsis")
     for head in ("busy", "CPU", "compute", "bandwidth"):
-        table.add_column(head, justify="right", no_wrap=True)
-    table.add_column("wastes", no_wrap=True)
+        table.add_column(head, justify="right", no_wrap=True, min_width=len(head))
+    table.add_column("wastes", no_wrap=True, min_width=len("100% bandwidth"))
     for side in comparison.sides:
         rows = worker_usage(side.runs)
         if rows:
@@ -151,7 +155,7 @@ def worker_table(comparison: Comparison) -> Table | None:
             used = {"compute": row.compute, "bandwidth": row.bandwidth}
             known = not any(math.isnan(value) for value in used.values())
             least = min(used, key=lambda name: used[name])
-            waste = f"{1 - used[least]:.0%} of {least}" if known else ""
+            waste = f"{1 - used[least]:.0%} {least}" if known else ""
             cells = [f"{value:.0%}" if not math.isnan(value) else "" for value in (row.busy, row.cpu, *used.values())]
             table.add_row(f"  {row.name}", row.role, *cells, waste, end_section=row is rows[-1])
     return table if table.row_count else None

@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gzip
+import os
 import signal
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Coroutine, Iterator
 from enum import Enum
 from pathlib import Path
 from typing import IO, Any
@@ -30,11 +31,11 @@ from rich.live import Live
 from minidisagg.monitor.keys import Action, Post, SetLoad, Ui, press
 from minidisagg.monitor.load import DemoLoad
 from minidisagg.monitor.state import Snapshot, State, decode
-from minidisagg.monitor.view import Frame, frame
+from minidisagg.monitor.view import frame
 
 HZ = 10  # events and frames per second
 SILENCE = 5.0  # seconds without an event: the server is gone
-BACKOFF = 0.25, 4.0  # seconds before the first and the later attempts to reconnect
+BACKOFF = 0.25, 2.0  # seconds before the first and the later attempts to reconnect
 KEPT_BYTES = 16 << 20  # of events, for `s`
 MAX_EVENT = 16 << 20  # bytes
 MAX_PAUSE = 5.0  # seconds between two events of a replay
@@ -67,7 +68,7 @@ def run_monitor(options: MonitorOptions) -> None:
         raise ValueError("--json needs --once")
     if options.demo_load is not None and (options.replay or options.once):
         raise ValueError("--demo-load needs a live monitor")
-    if not options.once and not (sys.stdin.isatty() and sys.stdout.isatty()):
+    if not options.once and not (sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"):
         raise ValueError("the monitor needs a terminal; without one: --once or --once --json")
     asyncio.run(_run(options))
 
@@ -75,19 +76,16 @@ def run_monitor(options: MonitorOptions) -> None:
 async def _run(options: MonitorOptions) -> None:
     address = urlsplit(options.url)
     headers = {"Authorization": f"Bearer {options.api_key}"} if options.api_key else {}
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE)
-    connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(
-        f"{address.scheme}://{address.netloc}",
-        headers=headers,
-        timeout=timeout,
-        connector=connector,
-        read_bufsize=MAX_EVENT,
-    ) as session:
-        with contextlib.ExitStack() as stack:
-            record = stack.enter_context(options.record.open("wb")) if options.record else None
+        f"{address.scheme}://{address.netloc}", headers=headers, connector=aiohttp.TCPConnector(limit=0),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=SILENCE), read_bufsize=MAX_EVENT,
+    ) as session:  # fmt: skip
+        with options.record.open("wb") if options.record else contextlib.nullcontext() as record:
             monitor = Monitor(session, options, record)
-            await (monitor.once() if options.once else monitor.live(Console()))
+            try:
+                await (monitor.once() if options.once else monitor.live(Console()))
+            except aiohttp.ClientError as error:
+                raise MonitorError(f"the server at {options.url} is gone: {error}") from None
 
 
 class Monitor:
@@ -107,26 +105,28 @@ class Monitor:
     async def once(self) -> None:
         """Print what there is, as JSON or as a frame: the last one of a file, the server's after a second of events."""
         if self.options.replay is not None:
-            events = list(read_events(self.options.replay))
-            if not events:
+            recorded = list(read_events(self.options.replay))
+            if not recorded:
                 raise ValueError(f"{self.options.replay} holds no event")
-            for data in events:
+            for data in recorded:
                 self._take(data)
-            raw = events[-1]
+            raw = recorded[-1]
         elif self.options.as_json:
             raw = await self._get("/admin/state")
         else:
             raw, began = await self._get("/admin/state"), time.monotonic()
-            async for raw in self._events():
-                self._take(raw)
-                if time.monotonic() - began > 1.0:
-                    break
+            async with contextlib.aclosing(self._events()) as events:
+                async for raw in events:
+                    self._take(raw)
+                    if time.monotonic() - began > 1.0:
+                        break
         if self.options.as_json:
             sys.stdout.write(raw.decode() + "\n")
             return
         console = Console()
         self.ui.live = "once"
-        console.print(self._frame(console, console.height - 1 if console.is_terminal else 40), end="")
+        height = console.height - 1 if console.is_terminal else 40
+        console.print(frame(self.state, self.ui, console.width, height), end="")
 
     # ------------------------------------------------------------ full screen
 
@@ -138,12 +138,10 @@ class Monitor:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self._quit.set)
         loop.add_signal_handler(signal.SIGWINCH, self._changed.set)
-        work: list[Coroutine[Any, Any, None]] = [self._quit_wait(), self._follow()]
+        work: list[Coroutine[Any, Any, Any]] = [self._quit.wait(), self._follow()]
         if self.load is not None:
             work.append(self.load.run())
-        screen = Live(
-            Frame([]), console=console, screen=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False
-        )
+        screen = Live(console=console, screen=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
         with source.raw_mode(), source.attach(lambda: self._on_input(source, loop)), screen:
             tasks = [asyncio.create_task(one) for one in [*work, self._paint(console, screen)]]
             try:
@@ -155,19 +153,12 @@ class Monitor:
         for task in done:
             task.result()
 
-    async def _quit_wait(self) -> None:
-        await self._quit.wait()
-
     async def _paint(self, console: Console, screen: Live) -> None:
         while True:
             await self._changed.wait()
             self._changed.clear()
-            screen.update(self._frame(console, console.height), refresh=True)
+            screen.update(frame(self.state, self.ui, *console.size), refresh=True)
             await asyncio.sleep(0.95 / HZ)
-
-    def _frame(self, console: Console, height: int) -> Frame:
-        width = console.width
-        return frame(self.state, self.ui, width, height)
 
     # ------------------------------------------------------------ events
 
@@ -201,7 +192,7 @@ class Monitor:
         self._changed.set()
         await self._quit.wait()
 
-    async def _events(self) -> AsyncIterator[bytes]:
+    async def _events(self) -> AsyncGenerator[bytes, None]:
         """The JSON of each event of the server. Raises `MonitorError` where trying again is of no use."""
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)
         async with self.session.get(f"/admin/events?hz={HZ}", timeout=timeout) as answer:
@@ -278,13 +269,7 @@ class Monitor:
             path.write_bytes(b"".join(data + b"\n" for data in self._received))
         except OSError as error:
             return self.ui.say(f"not saved: {error}", failed=True)
-        seconds = self._span()
-        self.ui.say(f"saved {len(self._received)} events ({seconds:.0f} s) to {path}, for --replay")
-
-    def _span(self) -> float:
-        """Seconds between the first and the last event that are kept."""
-        ends = [decode(self._received[i]).clock for i in (0, -1)] if self._received else [0.0, 0.0]
-        return ends[1] - ends[0]
+        self.ui.say(f"saved {len(self._received)} events to {path}, for --replay")
 
 
 def read_events(path: Path) -> Iterator[bytes]:
@@ -312,10 +297,3 @@ async def _message(answer: aiohttp.ClientResponse) -> str:
     except (ValueError, KeyError, TypeError):
         text = answer.reason or str(answer.status)
     return " ".join(text.split())[:200]
-
-
-if __name__ == "__main__":  # until cli.py has the command
-    flags = msgspec.json.decode(sys.argv[2] if len(sys.argv) > 2 else "{}")
-    run_monitor(
-        MonitorOptions(url=sys.argv[1], **{k: Path(v) if k in ("record", "replay") else v for k, v in flags.items()})
-    )

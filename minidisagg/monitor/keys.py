@@ -12,11 +12,11 @@ RATES = (0.0, 0.5, 1.0, 2.0, 3.0, 5.0, 8.0, 12.0, 20.0, 30.0, 50.0, 80.0, 120.0)
 FLIPPED = {"prefill": "decode", "decode": "prefill", "both": "prefill"}
 HELP = (
     ("space", "pause or resume admission: new requests wait in the router"),
-    ("m", "colocated or disaggregated: give the workers the roles of the other mode"),
+    ("m", "give the workers the roles of the other mode, colocated or disagg"),
     ("p", "next scheduling policy: " + ", ".join(POLICIES)),
     ("↑ ↓", "select a worker"),
-    ("f", "flip the selected worker's role: it finishes what it has, then prefill ↔ decode"),
-    ("R", "restart the selected worker: it drains, then starts anew"),
+    ("f", "flip the selected worker's role, once it has finished what it has"),
+    ("R", "restart the selected worker, once it has finished what it has"),
     ("K", "kill the selected worker; its requests are recomputed elsewhere"),
     ("+ -", "more or less load from the built-in generator (--demo-load RATE)"),
     ("← →", "select a request of the waterfall"),
@@ -54,7 +54,7 @@ class Ui:
     request: str = ""  # selected; none: the newest
     panel: int = 0  # alone on the screen; 0: all
     filter: str = ""
-    mode: Literal["", "filter", "kill", "help", "details"] = ""
+    mode: str = ""  # or filter, kill, help, details
     status: str = ""
     failed: bool = False  # `status` is bad news
     lost: str = ""  # why there are no events

@@ -64,7 +64,6 @@ class Link(Struct, frozen=True):
     transfers: int = 0
     bytes: int = 0
     seconds: float = 0.0
-    queue_seconds: float = 0.0
     failures: int = 0
     backlog: int = 0  # pieces in flight
 
@@ -74,14 +73,12 @@ class Stats(Struct, frozen=True):
 
     running: int = 0
     waiting: int = 0
-    held: int = 0
     offers: int = 0
     pages_free: int = 0
     pages_live: int = 0
     pages_cached: int = 0
     pages_inflight: int = 0
     pages_quarantined: int = 0
-    preemptions: int = 0
     links: list[Link] = []
     busy_seconds: float = 0.0
     clock: float = 0.0
@@ -95,7 +92,6 @@ class Worker(Struct, frozen=True):
     state: str = "down"
     epoch: int = 0
     pid: int = 0
-    device: str = ""
     stats: Stats | None = None
 
 
@@ -111,7 +107,6 @@ class Snapshot(Struct, frozen=True):
     paused: bool = False
     prompt_tokens: int = 0
     generation_tokens: int = 0
-    restarts: int = 0
     stages: dict[str, int] = {}
     oldest: dict[str, float] = {}
     workers: list[Worker] = []
