@@ -435,7 +435,8 @@ def test_a_whole_benchmark(bench: Any, url: Any, tmp_path: Path) -> None:
     for part in (f"tiny at {base}", f"{host}: latency (ms)", "Stages of a request", "2 repetitions"):
         assert part in err
     (directory,) = tmp_path.iterdir()
-    assert sorted(path.name for path in directory.iterdir()) == ["options.json", "requests.jsonl", "result.json"]
+    files = ["options.json", "report.html", "requests.jsonl", "result.json"]
+    assert sorted(path.name for path in directory.iterdir()) == files
     result = json.loads((directory / "result.json").read_text())
     assert json.loads(out)["sides"].keys() == result["sides"].keys() == {host}
     assert (result["model_id"], result["mode"], result["label"], result["failed"]) == ("tiny", "http", host, 0)
