@@ -314,12 +314,14 @@ def served() -> Iterator[Serving]:
 
 def test_demo_load_sends_at_its_rate(served: Serving) -> None:
     async def run() -> tuple[list[int], int, float]:
+        """Requests sent by the end of each phase, failures, and the seconds of the one with a load."""
         connector, sent = aiohttp.TCPConnector(limit=0), []
         async with aiohttp.ClientSession(served.url, connector=connector) as session:
             load = DemoLoad(session, 0.0)
-            task, began = asyncio.create_task(load.run()), 0.0
-            for rate, seconds in ((0.0, 0.05), (100.0, 0.8), (0.0, 0.05)):
-                began, before = time.monotonic(), began
+            task, set_at = asyncio.create_task(load.run()), []
+            # What fell due before the rate became 0 is still sent: the last phase is the silent one.
+            for rate, seconds in ((0.0, 0.05), (100.0, 0.8), (0.0, 0.2), (0.0, 0.2)):
+                set_at.append(time.monotonic())
                 load.set_rate(rate)
                 await asyncio.sleep(seconds)
                 sent.append(load.sent)
@@ -327,10 +329,10 @@ def test_demo_load_sends_at_its_rate(served: Serving) -> None:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
-            return sent, load.failed, began - before
+            return sent, load.failed, set_at[2] - set_at[1]
 
     before = sum(worker.seen for worker in served.frontend.workers.values())
-    (none, some, same), failed, seconds = asyncio.run(run())
+    (none, _, some, same), failed, seconds = asyncio.run(run())
     assert none == 0 and 70 * seconds < some < 130 * seconds and same == some and failed == 0
     assert sum(worker.seen for worker in served.frontend.workers.values()) - before == some
 

@@ -84,3 +84,4 @@ class Completion(Struct, frozen=True, array_like=True):
     nbytes: int = 0  # on the wire
     checksum: int = 0
     error: str = ""
+    ended: float = 0.0  # time.monotonic() of this process; the event loop may hear of it milliseconds later

@@ -8,6 +8,7 @@ operation through `on_completion`, and of a confirmed abort through `on_aborted`
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,7 +103,7 @@ class LinkSet:
         entry = self._entries.setdefault((op.peer, op.link_epoch, op.send), Entry())
         if op.send:
             self._count(op.peer, backlog=1)
-        entry.started[op.seq] = self._loop.time(), op.request_id
+        entry.started[op.seq] = time.monotonic(), op.request_id
         if entry.connected and entry.link is not None and not entry.closing:
             entry.link.start(op)
         else:
@@ -120,11 +121,11 @@ class LinkSet:
         for key, entry in list(self._entries.items()):
             for completion in entry.link.poll() if entry.link is not None else ():
                 started, request_id = entry.started.pop(completion.seq)
-                elapsed = self._loop.time() - started
+                elapsed = completion.ended - started
                 if completion.send:
                     self._settle(completion, elapsed)
                 if self._clock is not None:
-                    self._trace.append(_piece(completion, request_id, self._clock(), elapsed))
+                    self._trace.append(_piece(completion, request_id, self._clock() - time.monotonic(), elapsed))
                 if not (entry.closing and key[2] is completion.send):
                     self._on_completion(completion)
 
@@ -216,8 +217,9 @@ class LinkSet:
             self._on_failure(error)
 
 
-def _piece(done: Completion, request_id: str, now: float, elapsed: float) -> Piece:
-    begun = now - min(done.seconds, elapsed)
+def _piece(done: Completion, request_id: str, clock_ahead: float, elapsed: float) -> Piece:
+    ended = done.ended + clock_ahead
     return Piece(
-        done.peer, done.link_epoch, done.seq, done.send, request_id, now - elapsed, begun, now, done.nbytes, done.ok
-    )
+        done.peer, done.link_epoch, done.seq, done.send, request_id, ended - elapsed, ended - done.seconds, ended,
+        done.nbytes, done.ok,
+    )  # fmt: skip

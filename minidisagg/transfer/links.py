@@ -221,7 +221,9 @@ class ThreadLink(ABC):
 
     def _complete(self, op: TransferOp, error: str, seconds: float = 0.0, checksum: int = 0) -> None:
         nbytes = 0 if error else self.wire_bytes(op)
-        done = Completion(op.peer, op.link_epoch, op.seq, op.send, not error, seconds, nbytes, checksum, error)
+        done = Completion(
+            op.peer, op.link_epoch, op.seq, op.send, not error, seconds, nbytes, checksum, error, time.monotonic()
+        )
         self._done.append(done)
         self.setup.wake()
 
