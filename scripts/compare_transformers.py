@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 from minidisagg.model.loader import resolve
+from minidisagg.runtime.launch import MALLOC_TUNABLES
 
 OUT = 64
 
@@ -89,6 +90,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--skip-transformers", action="store_true")
     arguments = parser.parse_args()
+    if "GLIBC_TUNABLES" not in os.environ:  # read when a process begins; workers are started with it
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"GLIBC_TUNABLES": MALLOC_TUNABLES})
     import torch
 
     from minidisagg import LLM, SamplingParams

