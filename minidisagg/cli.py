@@ -355,6 +355,9 @@ def _read_bench(model: str, mode: str, against: str, server: Server | None, flag
         settings, run = ModelSettings(model=server.model), RunSettings(seed=flags["seed"])
     if flags["dataset_name"] in TRACES and not flags["dataset_path"]:
         raise ValueError(f"--dataset-name {flags['dataset_name']} needs --dataset-path FILE")
+    prompts, warmups = flags["num_prompts"], flags["num_warmups"]
+    if prompts <= warmups and not (flags["find_goodput"] or flags["preset"]):
+        raise ValueError(f"--num-prompts {prompts} with --num-warmups {warmups}: nothing is left to measure")
     has_times = flags["dataset_name"] in ("azure", "mooncake", "burstgpt")
     default_rate = (0.0, False) if has_times else (ARRIVALS.request_rate, ARRIVALS.relative)
     rate, relative = parse_rate(flags["request_rate"]) if flags["request_rate"] else default_rate

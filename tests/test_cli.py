@@ -144,6 +144,7 @@ def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         (["bench", "--request-rate", "fast"], "request rate 'fast'"),
         (["bench", "--goodput", "speed:3"], "unknown SLO 'speed:3'"),
         (["bench", "--dataset-name", "azure"], "needs --dataset-path FILE"),
+        (["bench", "--num-prompts", "8"], "--num-prompts 8 with --num-warmups 8: nothing is left to measure"),
         (["bench", "--max-concurrency", "4,many"], "--max-concurrency '4,many'"),
         (["bench", "--against", "elsewhere", "--mode", "disagg"], "a mode of colocated, disagg"),
     ],

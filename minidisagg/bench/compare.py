@@ -38,7 +38,7 @@ from minidisagg.bench.options import TEXTS, TRACES, BenchOptions, Server, Worklo
 from minidisagg.config import ClusterSettings
 from minidisagg.core.messages import Hello, Stats
 from minidisagg.measure.comparison import TIMES, Comparison, compare_runs
-from minidisagg.measure.goodput import SLO, attainment, find_goodput_async
+from minidisagg.measure.goodput import SLO, GoodputResult, attainment, find_goodput_async
 from minidisagg.measure.html import write_html
 from minidisagg.measure.machine import command_line, machine
 from minidisagg.measure.records import RequestRecord, RunRecord
@@ -317,23 +317,29 @@ async def at_one_rate(bench: Bench) -> Comparison:
 
 
 async def goodput(bench: Bench) -> dict[str, object]:
-    """The highest rate at 90 % attainment, per side."""
-    found = {}
-    table = Table(title=f"Goodput: highest rate with 90 % of requests within {bench.slo}", title_justify="left")
-    for head in ("", "requests/s", "fails from", "attainment", "runs"):
-        table.add_column(head, justify="right" if head else "left")
-    for index, target in enumerate(bench.targets):
+    """The highest rate at 90 % attainment, per side. The sides' runs take turns, so that both see the same machine."""
+    turn = asyncio.Lock()
+
+    async def search(index: int) -> GoodputResult:
         repetition = 0
 
-        async def attained(rate: float, index: int = index) -> float:
+        async def attained(rate: float) -> float:
             nonlocal repetition
             repetition += 1
-            run = await bench.one_run(index, repetition, rate, None, None)
+            async with turn:
+                run = await bench.one_run(index, repetition, rate, None, None)
             share = attainment(run.requests, bench.slo)
             bench.console.print(f"{run.label} at {rate:.2f}/s: {share:.1%}", style="dim", highlight=False)
             return share
 
-        result = await find_goodput_async(attained, bench.rate)
+        return await find_goodput_async(attained, bench.rate)
+
+    results = await asyncio.gather(*(search(index) for index in range(len(bench.targets))))
+    found = {}
+    table = Table(title=f"Goodput: highest rate with 90 % of requests within {bench.slo}", title_justify="left")
+    for head in ("", "requests/s", "fails from", "attainment", "runs"):
+        table.add_column(head, justify="right" if head else "left")
+    for index, (target, result) in enumerate(zip(bench.targets, results, strict=True)):
         found[f"{index}: {target.label}"] = result
         cells = f"{result.rate:.2f}", f"{result.upper:.2f}", f"{result.attainment:.1%}", str(len(result.trials))
         table.add_row(target.label, *cells)
@@ -352,28 +358,24 @@ async def sweep(bench: Bench) -> list[tuple[int, Comparison]]:
 
 
 def sweep_table(comparisons: list[tuple[int, Comparison]]) -> Table:
-    """One line per concurrency."""
+    """Three lines per concurrency."""
     table = Table(title="A handful of users (closed loop)", title_justify="left")
     first = comparisons[0][1]
     table.add_column("at a time", justify="right")
-    metrics = (
-        ("p50 TTFT ms", "p50_ttft", 1e3),
-        ("TPOT ms", "mean_tpot", 1e3),
-        ("output tok/s", "output_throughput", 1.0),
-    )
-    for title, _, _ in metrics:
-        for side in first.sides:
-            table.add_column(f"{title}\n{side.label}", justify="right")
-        if first.b is not None:
-            table.add_column("B / A [95 %]", justify="right")
+    table.add_column("")
+    for side in first.sides:
+        table.add_column(side.label, justify="right")
+    if first.b is not None:
+        table.add_column("B / A [95 %]", justify="right")
+    metrics = ("TTFT p50, ms", "p50_ttft", 1e3), ("TPOT, ms", "mean_tpot", 1e3), ("tok/s", "output_throughput", 1.0)
     for concurrency, comparison in comparisons:
-        cells = [str(concurrency)]
-        for _, name, scale in metrics:
+        for row, (title, name, scale) in enumerate(metrics):
+            cells = [str(concurrency) if row == 0 else "", title]
             cells += [f"{side.values.get(name, math.nan) * scale:.1f}" for side in comparison.sides]
             if comparison.b is not None:
                 ratio = comparison.ratios[name]
                 cells.append(f"{ratio.ratio:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]")
-        table.add_row(*cells)
+            table.add_row(*cells, end_section=row == len(metrics) - 1)
     return table
 
 
