@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minidisagg.model.attention import Batch, PagedKV, paged_attention, write_kv
 from minidisagg.model.config import ModelConfig, RopeConfig
-from minidisagg.model.linear import Linear, OutputHead
+from minidisagg.model.linear import Linear, OutputHead, padding
 
 OnLayer = Callable[[int], None]
 
@@ -54,25 +54,32 @@ class Transformer:
 
         `on_layer(i)` is called as soon as layer i's new KV is in the cache (queued on the stream, on a GPU).
         """
-        angle_NF = batch.positions_N[:, None].to(self.wide) * self.inv_freq
+        N = len(batch.tokens_N)
+        pad = padding(self.layers[0].qkv, N)  # rows that attention and cache do not see
+        tokens_N, positions_N = F.pad(batch.tokens_N, (0, pad)), F.pad(batch.positions_N, (0, pad))
+        angle_NF = positions_N[:, None].to(self.wide) * self.inv_freq
         cos, sin = angle_NF.cos(), angle_NF.sin()
         cos_N1D = torch.cat((cos, cos), -1)[:, None].to(self.dtype)
         sin_N1D = torch.cat((-sin, sin), -1)[:, None].to(self.dtype)
-        x_NE = F.embedding(batch.tokens_N, self.embed_VE)
+        x_NE = F.embedding(tokens_N, self.embed_VE)
         for i, layer in enumerate(self.layers):
-            q_NHD, kv_NKD = layer.project(x_NE, cos_N1D, sin_N1D)
+            q_NHD, kv_NKD = (rows[:N] for rows in layer.project(x_NE, cos_N1D, sin_N1D))
             write_kv(cache, i, batch, kv_NKD)
             if on_layer is not None:
                 on_layer(i)
-            x_NE = x_NE + layer.output(paged_attention(q_NHD, kv_NKD, cache, i, batch))
+            attended = paged_attention(q_NHD, kv_NKD, cache, i, batch)
+            x_NE = x_NE + layer.output(F.pad(attended, (0, 0, 0, pad)) if pad else attended)
             x_NE = layer.feed_forward(x_NE)
-        return x_NE
+        return x_NE[:N]
 
     @torch.inference_mode()
     def logits(self, x_SE: Tensor, exact: bool = False) -> Tensor:
         """logits_SV of rows that `hidden` returned, float32 or wider; for `exact` see `OutputHead`."""
         x_SE = F.rms_norm(x_SE.to(self.wide), self.norm_E.shape, self.norm_E, self.config.rms_norm_eps)
-        return self.head.exact(x_SE) if exact else self.head(x_SE)
+        if exact:
+            return self.head.exact(x_SE)
+        S = len(x_SE)
+        return self.head(F.pad(x_SE, (0, 0, 0, padding(self.head.linear, S))))[:S]
 
 
 class _Layer:
