@@ -165,7 +165,9 @@ def assign_cpus(cluster: ClusterSettings) -> list[list[int]]:
         sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
     )
     workers = cluster.roles()
-    asked = [parse_cpus(settings.cpus) if settings.cpus else [] for _, _, settings in workers]
+    asked: list[list[int]] = []
+    for role, count in (cluster.prefill, cluster.prefill_workers), (cluster.decode, cluster.decode_workers):
+        asked += _split(parse_cpus(role.cpus) if role.cpus else [], count, role.cpus)
     taken: set[int] = set()
     for (name, _, settings), cpus in zip(workers, asked, strict=True):
         if missing := [cpu for cpu in cpus if cpu not in available]:
@@ -180,7 +182,14 @@ def assign_cpus(cluster: ClusterSettings) -> list[list[int]]:
             f"{len(workers)} workers need a core each, and this process may use {len(available)}; "
             "start fewer with --prefill-workers and --decode-workers"
         )
-    share = len(free) // len(open_workers) if open_workers else 0
-    for turn, index in enumerate(open_workers):
-        asked[index] = free[turn * share : (turn + 1) * share]
+    for index, cpus in zip(open_workers, _split(free, len(open_workers), ""), strict=True):
+        asked[index] = cpus
     return [cpus or available for cpus in asked]
+
+
+def _split(cpus: list[int], workers: int, text: str) -> list[list[int]]:
+    """Equal shares of the cores."""
+    share = len(cpus) // workers if workers else 0
+    if text and not share:
+        raise ValueError(f"cpus={text} are fewer cores than the {workers} workers of that role")
+    return [cpus[turn * share : (turn + 1) * share] for turn in range(workers)]

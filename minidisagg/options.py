@@ -25,7 +25,7 @@ from minidisagg.core.messages import SamplingParams
 
 LINKS = ("auto", "gloo", "nccl", "shm", "tcp", "unix")  # `transfer.links.KINDS`, which needs torch, and auto
 KV_CODECS = ("raw",)  # `transfer.codec.CODECS`
-DTYPES = ("auto", "bfloat16", "float16", "float32")
+DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 MODEL, CLUSTER, WORKER = ModelSettings(), ClusterSettings(), WorkerSettings()
 Command = TypeVar("Command", bound=Callable[..., Any])
 

@@ -110,6 +110,8 @@ def test_cores_are_shared_out() -> None:
     assert assign_cpus(ClusterSettings()) == [[0, 1], [2, 3]]
     asked = ClusterSettings(decode=WorkerSettings(cpus="1-3"))
     assert assign_cpus(asked) == [[0], [1, 2, 3]]
+    shared = ClusterSettings(prefill_workers=2, prefill=WorkerSettings(cpus="0-1"), decode=WorkerSettings(cpus="2-3"))
+    assert assign_cpus(shared) == [[0], [1], [2, 3]]
 
 
 @pytest.mark.usefixtures("four_cores")
@@ -119,7 +121,11 @@ def test_cores_are_shared_out() -> None:
         (ClusterSettings(prefill_workers=5), "6 workers need a core each, and this process may use 4"),
         (ClusterSettings(decode=WorkerSettings(cpus="0-3")), "need a core each"),
         (ClusterSettings(decode=WorkerSettings(cpus="7")), "core 7, but this process may use"),
-        (ClusterSettings(decode_workers=2, decode=WorkerSettings(cpus="1")), "core 1, which another worker has"),
+        (ClusterSettings(decode_workers=2, decode=WorkerSettings(cpus="1")), "fewer cores than the 2 workers"),
+        (
+            ClusterSettings(prefill=WorkerSettings(cpus="0-1"), decode=WorkerSettings(cpus="1")),
+            "core 1, which another worker has",
+        ),
     ],
 )
 def test_cores_that_are_not_there(cluster: ClusterSettings, message: str) -> None:

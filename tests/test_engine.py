@@ -18,6 +18,7 @@ from minidisagg.core.messages import (
     KVFailed,
     KVGrant,
     KVOffer,
+    KVWait,
     Migrate,
     PeerDown,
     PeerUp,
@@ -186,6 +187,30 @@ def test_a_held_request_is_given_back_when_its_lease_is_over() -> None:
     assert hand.core.idle and hand.core.pool.counts[PageState.LIVE] == 0
 
 
+def test_an_offer_that_stands_in_a_queue_keeps_its_lease() -> None:
+    hand = Hand()
+    hand.receive(PeerUp("d", 1, ""), submit("offered", 4, decode="d"))
+    hand.step()
+    for _ in range(4):
+        hand.now += 3.0
+        hand.receive(KVWait("offered", 0), source="d", epoch=1)
+        hand.core.on_tick(hand.now)
+    assert not hand.sent(Released)
+    hand.core.on_tick(hand.now + 5.1)
+    assert [r.request_id for r in hand.sent(Released)] == ["offered"]  # type: ignore[union-attr]
+
+
+def test_a_destination_says_that_offers_wait_only_while_something_runs() -> None:
+    hand = Hand(spec("w", num_pages=3))
+    hand.receive(offer("a", 8, LINK), offer("b", 8, LINK), source="p", epoch=1)
+    hand.core.on_tick(hand.now)
+    assert not hand.sent(KVWait), "nothing runs here whose end would make room"
+    hand.receive(KVDone("a", 0, 0, 9), source="p", epoch=1)
+    hand.core.on_tick(hand.now + 0.1)
+    hand.core.on_tick(hand.now + 0.2)
+    assert [wait.request_id for wait in hand.sent(KVWait)] == ["b"], "once a quarter of a lease"  # type: ignore[union-attr]
+
+
 def offer(request_id: str, length: int, link_epoch: int, incarnation: int = 0, fingerprint: str = "f") -> KVOffer:
     prompt = list(range(length))
     return KVOffer(request_id, incarnation, prompt, [], SamplingParams(), 0.0, "", 0, fingerprint, link_epoch)
@@ -264,10 +289,11 @@ def test_a_failed_piece_gives_up_the_link_and_the_request() -> None:
     hand.receive(KVGrant("a", 0, [0], 0), source="d", epoch=1)
     hand.done(plan)
     link_epoch = hand.core.sender.links["d"].epoch
-    hand.core.on_transfer_done(Completion("d", link_epoch, 0, True, False), hand.now)
+    hand.core.on_transfer_done(Completion("d", link_epoch, 0, True, False, error="reset by peer"), hand.now)
     assert hand.core.pool.counts[PageState.LIVE] == 1 and not hand.sent(Released), "the link may still read the page"
     hand.core.on_link_aborted("d", link_epoch, True, hand.now)
-    assert [(r.request_id, r.failure) for r in hand.sent(Released)] == [("a", True)]  # type: ignore[union-attr]
+    [released] = hand.sent(Released)
+    assert released == Released("a", 0, "link to d lost: reset by peer", True)
     assert hand.core.idle
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from cluster import PAGE, needs_two_cores
@@ -48,6 +51,45 @@ def test_text_and_token_prompts_in_their_order(colocated: LLM) -> None:
     [alone] = colocated.generate(TEXTS[0], GREEDY)
     [ids] = colocated.generate(outputs[0].prompt_token_ids, GREEDY)
     assert alone.token_ids == ids.token_ids == outputs[0].token_ids
+
+
+@needs_two_cores
+def test_roles_may_compute_in_different_dtypes() -> None:
+    """What they hand over is in the narrower one: float32 on both sides, whoever is the wide one."""
+    narrow, size = replace(WORKER, dtype="float32"), {"block_size": PAGE, "mode": "disagg"}
+    tokens = []
+    for prefill, decode in ((WORKER, narrow), (narrow, WORKER)):
+        with LLM(MODEL, prefill=prefill, decode=decode, **size) as llm:
+            assert {hello.kv_bytes_per_token for hello in llm.frontend.hellos.values()} == {2 * 2 * 2 * 16 * 4}
+            tokens.append([output.token_ids for output in llm.generate(TEXTS, GREEDY)])
+    with LLM(MODEL, prefill=WORKER, decode=WORKER, **size) as llm:
+        tokens.append([output.token_ids for output in llm.generate(TEXTS, GREEDY)])
+    assert tokens[0] == tokens[1] == tokens[2]
+
+
+def test_more_prompts_than_a_server_lets_wait(colocated: LLM) -> None:
+    outputs = colocated.generate([[index % 512, index // 512] for index in range(1500)], replace(GREEDY, max_tokens=1))
+    assert len(outputs) == 1500 and all(len(output.token_ids) == 1 for output in outputs)
+
+
+def test_one_bad_prompt_aborts_the_others(colocated: LLM) -> None:
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        colocated.generate([[1, 2, 3], []], replace(GREEDY, max_tokens=1000))
+    assert not colocated.frontend.router.requests
+
+
+FORGETFUL = """
+import sys
+from minidisagg import LLM
+llm = LLM("dummy:tiny")
+sys.stdout.write(str(llm.frontend.run_dir))
+"""
+
+
+def test_a_script_that_forgets_to_close_leaves_nothing() -> None:
+    done = subprocess.run([sys.executable, "-c", FORGETFUL], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout and not Path(done.stdout).exists()
 
 
 @needs_two_cores

@@ -64,8 +64,8 @@ class Hand:
         return [effect for effect in self.take() if isinstance(effect, Emit)]
 
 
-def stats(role: Role, running: int = 0, steps: int = 0) -> Stats:
-    return Stats(role, steps, running, 0, 0, 0, 0, 64, 0, 0, 0, 0)
+def stats(role: Role, running: int = 0, steps: int = 0, held: int = 0) -> Stats:
+    return Stats(role, steps, running, 0, held, 0, 0, 64, 0, 0, 0, 0)
 
 
 def test_admission_is_bounded_in_requests_and_in_tokens() -> None:
@@ -229,12 +229,14 @@ def test_durations_of_another_clock_make_no_stage_negative(wait: float, step: fl
 
 
 def test_a_silent_worker_and_a_stuck_one_are_killed() -> None:
-    hand = Hand({"silent": Role.BOTH, "stuck": Role.BOTH, "well": Role.BOTH}, lost_after=5.0, stuck_after=20.0)
+    names = "silent", "stuck", "well", "full"
+    hand = Hand(dict.fromkeys(names, Role.BOTH), lost_after=5.0, stuck_after=20.0)
     kills = []
     for second in range(1, 25):
         hand.now = float(second)
         hand.say("stuck", stats(Role.BOTH, running=1, steps=3))
         hand.say("well", stats(Role.BOTH, running=1, steps=second))
+        hand.say("full", stats(Role.BOTH, running=1, steps=3, held=2))  # waits for its peer to take pages
         hand.router.on_tick(hand.now)
         kills += [(second, e.worker, e.reason) for e in hand.take() if isinstance(e, Kill)]
     assert (6, "silent", "does not answer") in kills

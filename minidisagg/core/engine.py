@@ -36,6 +36,7 @@ from minidisagg.core.messages import (
     KVFailed,
     KVGrant,
     KVOffer,
+    KVWait,
     LinkAborted,
     Migrate,
     PeerDown,
@@ -103,6 +104,7 @@ class EngineCore:
         self.preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
+        self._renew_at = 0.0  # when the sources of waiting offers are told again that they wait
         self._dropped: list[SeqKey] = []  # sequences that the executor may forget
         self._fence: OrderedDict[str, int] = OrderedDict()  # highest incarnation that is over, or was aborted
         emit = self.outbox.append
@@ -116,8 +118,9 @@ class EngineCore:
         self._handlers: dict[type[AnyMessage], Callable[[Envelope], None]] = {
             Submit: self._on_submit, Abort: self._on_abort, Migrate: self._on_migrate, SetRole: self._on_set_role,
             Drain: self._on_drain, PeerUp: self._on_peer_up, PeerDown: self._on_peer_down, KVOffer: self._on_offer,
-            KVGrant: self._on_grant, KVChunk: self._on_chunk, KVDone: self._on_done, KVAck: self._on_ack,
-            KVCancel: self._on_cancel, KVFailed: self._on_failed, LinkAborted: self._on_link_aborted_by_peer,
+            KVGrant: self._on_grant, KVWait: self._on_wait, KVChunk: self._on_chunk, KVDone: self._on_done,
+            KVAck: self._on_ack, KVCancel: self._on_cancel, KVFailed: self._on_failed,
+            LinkAborted: self._on_link_aborted_by_peer,
         }  # fmt: skip
 
     # ------------------------------------------------------------ what drivers call
@@ -209,6 +212,11 @@ class EngineCore:
             if request.key not in self.sender.transfers and now > request.ready_at + self.spec.lease:
                 self._give_back(request, "held for too long", failure=False)
         self.receiver.on_tick(now)
+        # Only what runs here makes room; without it two workers might wait for each other's pages for ever.
+        if self.running and now > self._renew_at:
+            self._renew_at = now + self.spec.lease / 4
+            for source, offer, _ in self.offers:
+                self._send(source, KVWait(offer.request_id, offer.incarnation))
 
     def stats(self) -> Stats:
         """The engine's share of a `Stats` message; the driver adds what it measures."""
@@ -377,6 +385,9 @@ class EngineCore:
 
     def _on_grant(self, envelope: Envelope) -> None:
         self.sender.on_grant(envelope.source, envelope.body, self.now)  # type: ignore[arg-type]
+
+    def _on_wait(self, envelope: Envelope) -> None:
+        self.sender.on_wait(envelope.source, envelope.body, self.now)  # type: ignore[arg-type]
 
     def _on_chunk(self, envelope: Envelope) -> None:
         self.receiver.on_chunk(envelope.source, envelope.body, self.now)  # type: ignore[arg-type]

@@ -2,7 +2,7 @@
 
     source                                   destination
     KVOffer   ─────────────────────────────▶ pages reserved (INFLIGHT), or the offer waits
-              ◀───────────────────────────── KVGrant
+              ◀───────────────────────────── KVWait, now and then, or KVGrant
     KVChunk   ─────────────────────────────▶ receive posted, in the order of the link's sequence numbers
       bytes   ═══════════ link ════════════▶
     KVDone    ─────────────────────────────▶ all chunks landed: pages LIVE, the request decodes here
@@ -32,6 +32,7 @@ from minidisagg.core.messages import (
     KVFailed,
     KVGrant,
     KVOffer,
+    KVWait,
     LinkAborted,
 )
 from minidisagg.core.plan import Completion, SeqKey, TransferOp
@@ -57,7 +58,7 @@ class Outgoing:
     done: bool = False  # KVDone is sent
     acked: bool = False  # the destination has it; only completions at this end are missing
     stopping: bool = False  # KVCancel follows when the last piece has landed
-    lost: bool = False  # its link is being aborted: only the confirmation ends it
+    lost: str = ""  # why its link is being aborted: only the confirmation ends it
 
 
 @dataclass
@@ -155,6 +156,12 @@ class Sender:
             transfer.started = message.skip
             self.advance(transfer.request, now)
 
+    def on_wait(self, peer: str, message: KVWait, now: float) -> None:
+        """The offer stands in the destination's queue: its lease begins anew."""
+        transfer = self.transfers.get((message.request_id, message.incarnation))
+        if transfer is not None and transfer.peer == peer:
+            transfer.deadline = now + self.lease
+
     def advance(self, request: Request, now: float) -> None:
         """Push what has been computed since: whole pages, and the partial last one when prefill is complete."""
         transfer = self.transfers[request.key]
@@ -206,7 +213,7 @@ class Sender:
         if link is None or link.epoch != completion.link_epoch:
             return  # of a link that is being aborted; its confirmation settles everything
         if not completion.ok:
-            self.abort_link(completion.peer, peer_dead=False)
+            self.abort_link(completion.peer, peer_dead=False, reason=completion.error)
             return
         chunk = link.flying.pop(completion.seq, None)
         if chunk is None:
@@ -223,13 +230,13 @@ class Sender:
             if transfer.stopping:
                 self._settle(transfer)
 
-    def abort_link(self, peer: str, peer_dead: bool) -> None:
+    def abort_link(self, peer: str, peer_dead: bool, reason: str = "") -> None:
         """Give up the current link to `peer`, and with it every handoff that uses it."""
         link = self.links.pop(peer, None)
         if link is not None:
             lost = [transfer for transfer in self.transfers.values() if transfer.link_epoch == link.epoch]
             for transfer in lost:
-                transfer.stopping = transfer.lost = True
+                transfer.stopping, transfer.lost = True, f"link to {peer} lost{reason and ': '}{reason}"
             self._aborting[peer, link.epoch] = lost
             self._emit(AbortLink(peer, link.epoch, True, peer_dead))
 
@@ -245,14 +252,14 @@ class Sender:
         """Nothing reads from or writes to the link any more."""
         for transfer in self._aborting.pop((peer, link_epoch), ()):
             self._emit(Send(peer, KVCancel(*transfer.request.key, transfer.chunks)))
-            self._forget(transfer, "" if transfer.acked else "link lost")
+            self._forget(transfer, "" if transfer.acked else transfer.lost)
         self._emit(Send(peer, LinkAborted(link_epoch, True)))
 
     def on_tick(self, now: float) -> list[Request]:
         """Abort links that have stood still; returns requests whose lease is over without a grant."""
         for peer, link in list(self.links.items()):
             if link.flying and now > link.deadline:
-                self.abort_link(peer, peer_dead=False)
+                self.abort_link(peer, peer_dead=False, reason="no progress")
         return [
             transfer.request
             for transfer in self.transfers.values()

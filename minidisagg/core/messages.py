@@ -305,6 +305,13 @@ class KVGrant(Message, frozen=True):
     skip: int
 
 
+class KVWait(Message, frozen=True):
+    """Destination to source: no room yet, but what runs here will make some; keep your pages."""
+
+    request_id: str
+    incarnation: int
+
+
 class KVChunk(Message, frozen=True):
     """Source to destination: piece `seq` of the link carries these pages of the request.
 
@@ -394,6 +401,7 @@ AnyMessage = (
     | Fatal
     | KVOffer
     | KVGrant
+    | KVWait
     | KVChunk
     | KVDone
     | KVAck

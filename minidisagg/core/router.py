@@ -404,7 +404,7 @@ class Router:
         self.stats[status.name] = stats
         self.reports[status.name] = self.reports.get(status.name, 0) + 1
         beat = self.heartbeats[status.name]
-        beat.busy = stats.running + stats.waiting > 0
+        beat.busy = stats.running + stats.waiting > 0 and not stats.held  # it may stand still until pages are taken
         if stats.steps != beat.steps or not beat.busy:
             beat.steps, beat.stepped_at = stats.steps, self.view.now
         if stats.role == status.flipping:

@@ -127,13 +127,13 @@ def _page_index(pages_BP: Tensor, cache: PagedKV) -> Tensor:
     return index.flatten(1)
 
 
-def _gather(cache: PagedKV, layer: int, index: Tensor) -> Tensor:
-    """[len(index) * S, D] of keys or of values.
+def _gather(cache: PagedKV, layer: int, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """[len(index) * S, D] of keys or of values, in the model's dtype.
 
     Never of both at once: each thread then copies just the heads that it multiplies next. With two threads on cores
     that share no cache, attention over 16 sequences takes 0.4 of the time so.
     """
-    return cache.page_rows[layer].index_select(0, index)
+    return cache.page_rows[layer].index_select(0, index).to(dtype)
 
 
 def _decode_group(
@@ -166,7 +166,8 @@ def _prefill_chunk(
 
 def write_kv(cache: PagedKV, layer: int, batch: Batch, kv_NKD: Tensor) -> None:
     """Put the step's keys and values, [N, 2 * num_kv_heads, D], into their slots."""
-    cache.token_rows[layer].index_put_((batch.token_index,), kv_NKD)
+    rows = cache.token_rows[layer]
+    rows.index_put_((batch.token_index,), kv_NKD.to(rows.dtype))
 
 
 def paged_attention(q_NHD: Tensor, kv_NKD: Tensor, cache: PagedKV, layer: int, batch: Batch) -> Tensor:
@@ -181,10 +182,10 @@ def _decode(q_BHD: Tensor, cache: PagedKV, layer: int, group: DecodeGroup) -> Te
     B, H, D = q_BHD.shape
     K = cache.num_kv_heads
     k_index, v_index = group.page_index
-    keys = _gather(cache, layer, k_index).view(B * K, -1, D)
+    keys = _gather(cache, layer, k_index, q_BHD.dtype).view(B * K, -1, D)
     scores = torch.bmm(q_BHD.reshape(B * K, H // K, D), keys.transpose(1, 2))
     weights = torch.add(group.mask_B1C, scores.view(B, H, -1), alpha=D**-0.5).softmax(-1)
-    values = _gather(cache, layer, v_index).view(B * K, -1, D)
+    values = _gather(cache, layer, v_index, q_BHD.dtype).view(B * K, -1, D)
     return torch.bmm(weights.view(B * K, H // K, -1), values).view(B, H * D)
 
 
@@ -194,7 +195,9 @@ def _prefill(q_NHD: Tensor, kv_NKD: Tensor, cache: PagedKV, layer: int, chunk: P
     if chunk.page_index is None:
         k_KCD, v_KCD = kv_NKD.view(N, 2, K, D).permute(1, 2, 0, 3).contiguous()
     else:
-        k_KCD, v_KCD = (_gather(cache, layer, i).view(K, -1, D)[:, : chunk.start + N] for i in chunk.page_index)
+        k_KCD, v_KCD = (
+            _gather(cache, layer, i, q_NHD.dtype).view(K, -1, D)[:, : chunk.start + N] for i in chunk.page_index
+        )
     q_HND = q_NHD.transpose(0, 1)
     if q_NHD.is_cuda:
         k_HCD, v_HCD = (x.repeat_interleave(H // K, 0)[None] for x in (k_KCD, v_KCD))

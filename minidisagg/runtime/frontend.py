@@ -12,10 +12,13 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -33,6 +36,8 @@ from minidisagg.runtime.launch import Supervisor, role_name
 TICK = 0.25
 STATS_TIMEOUT = 5.0  # seconds; a worker reports four times a second
 START_TIMEOUT = 300.0  # seconds for all workers to load their weights
+# Without a server there is nobody to turn away: whoever measures or generates offline waits.
+UNLIMITED = RouterSpec(max_waiting=sys.maxsize, max_waiting_tokens=sys.maxsize, request_timeout=math.inf)
 logger = logging.getLogger("minidisagg")
 OnEmit = Callable[[Emit, float], None]
 
@@ -64,7 +69,8 @@ class Frontend:
         self.cluster = cluster
         self.run = run
         self.loop = asyncio.get_running_loop()
-        self.router = Router(router or RouterSpec(seed=run.seed), make_policy(cluster.policy, ROUTER, run.decision_dir))
+        spec = router or replace(UNLIMITED, seed=run.seed)
+        self.router = Router(spec, make_policy(cluster.policy, ROUTER, run.decision_dir))
         self.run_dir = _make_run_dir()
         self.channels: dict[str, Channel] = {}
         self._greetings: dict[str, Hello] = {}  # the last of each worker, dead ones too: what it can hold stays true
@@ -118,7 +124,7 @@ class Frontend:
         await self.supervisor.stop()
         if self._server is not None:
             self._server.close()
-        await asyncio.to_thread(shutil.rmtree, self.run_dir, True)
+        shutil.rmtree(self.run_dir, True)  # a few small files; at the interpreter's exit there are no threads to ask
 
     async def __aenter__(self) -> Frontend:
         return self
@@ -258,7 +264,9 @@ class Frontend:
                 if len(self.channels) == len(self.supervisor.names):
                     self._ready.set()
         except ChannelError as error:
-            self.error = str(error)
+            logger.warning("%s", error)  # the worker notices, and starts anew
+        except Exception as error:
+            self._on_router_failure(error)
 
     def _on_worker_down(self, name: str, epoch: int, early: bool) -> None:
         if early and not self.error:
@@ -268,8 +276,11 @@ class Frontend:
         self.channels.pop(name, None)
         self.restarted.append((time.monotonic(), name))
         self._event(f"{name} is down, epoch {epoch}")
-        self.router.on_worker_down(name, epoch, time.monotonic())
-        self._drain()
+        try:
+            self.router.on_worker_down(name, epoch, time.monotonic())
+            self._drain()
+        except Exception as error:  # the supervisor, who calls this, goes on
+            self._on_router_failure(error)
 
     async def _tick(self) -> None:
         while True:
@@ -278,11 +289,15 @@ class Frontend:
             self._drain()
 
     def _on_tick_end(self, task: asyncio.Task[None]) -> None:
-        """A bug in the router or its policy: nobody waits for ever."""
         if not task.cancelled() and (error := task.exception()) is not None:
-            self.error = f"the router failed: {type(error).__name__}: {error}"
-            for request_id in list(self._callbacks):
-                self._emit(Emit(request_id, finish="error", error=self.error))
+            self._on_router_failure(error)
+
+    def _on_router_failure(self, error: BaseException) -> None:
+        """A bug in the router or its policy: nobody waits for ever."""
+        self.error = f"the router failed: {type(error).__name__}: {error}"
+        logger.error("%s", self.error, exc_info=error)
+        for request_id in list(self._callbacks):
+            self._emit(Emit(request_id, finish="error", error=self.error))
 
     def _event(self, text: str) -> None:
         logger.info("%s", text)
@@ -301,7 +316,9 @@ class Frontend:
                 self.supervisor.kill(effect.worker, effect.epoch)
 
     def _emit(self, emit: Emit) -> None:
-        callback = self._callbacks[emit.request_id]
+        callback = self._callbacks.get(emit.request_id)
+        if callback is None:
+            return  # told of its end already: the engine stops, or the router failed
         if emit.finish:
             del self._callbacks[emit.request_id]
         now = time.monotonic()

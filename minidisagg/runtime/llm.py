@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -98,6 +99,7 @@ class LLM:
         except BaseException:
             self._end_loop()
             raise
+        atexit.register(self.close)  # a script that forgets it leaves no sockets behind
 
     def generate(self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | None = None) -> list[Output]:
         """All prompts (text or token ids) at once, continuously batched; outputs in the order of the prompts."""
@@ -106,7 +108,12 @@ class LLM:
 
         async def all_of_them() -> list[Output]:
             jobs = [complete(self.frontend, self.tokenizer, prompt, params) for prompt in batch]  # type: ignore[arg-type]
-            return await asyncio.gather(*jobs)
+            try:
+                async with asyncio.TaskGroup() as group:  # the first failure aborts the others
+                    tasks = [group.create_task(job) for job in jobs]
+            except ExceptionGroup as failed:
+                raise failed.exceptions[0] from None
+            return [task.result() for task in tasks]
 
         return self._run(all_of_them())
 
@@ -116,6 +123,7 @@ class LLM:
 
     def close(self) -> None:
         """Stop the workers."""
+        atexit.unregister(self.close)
         if self._thread.is_alive():
             self._run(self.frontend.stop())
             self._end_loop()

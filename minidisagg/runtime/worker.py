@@ -28,7 +28,7 @@ from typing import BinaryIO, TypeVar
 import msgspec
 import torch
 
-from minidisagg.config import WorkerConfig, parse_cpus
+from minidisagg.config import ClusterSettings, WorkerConfig, WorkerSettings, parse_cpus
 from minidisagg.core.effects import AbortLink, OpenLink, Send, StartTransfer
 from minidisagg.core.engine import EngineCore, EngineSpec
 from minidisagg.core.inputlog import RecordingCore
@@ -72,15 +72,18 @@ class Device:
         self.device = torch.device(settings.device)
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device {settings.device!r} is asked for, but torch {torch.__version__} sees no GPU")
-        self.dtype: torch.dtype = getattr(torch, _dtype_name(settings.dtype, model_config, self.device))
+        self.dtype = _dtype(settings, model_config)
+        # Roles may compute in different dtypes; what they hand over is in the narrower one.
+        dtypes = [_dtype(worker, model_config) for _, _, worker in config.cluster.roles()]
+        kv_dtype = min(dtypes, key=lambda dtype: dtype.itemsize)
         self.delays = config.run.delays
         model = Transformer(model_config, load_weights(config.model.model, model_config), self.dtype, self.device)
         size = config.model.block_size
-        num_pages = num_pages_for(settings.kv_cache_memory, model_config, size, self.dtype)
+        num_pages = num_pages_for(settings.kv_cache_memory, model_config, size, kv_dtype)
         if num_pages < 1:
-            need = page_bytes(model_config, size, self.dtype)
+            need = page_bytes(model_config, size, kv_dtype)
             raise ValueError(f"a KV cache of {settings.kv_cache_memory} bytes holds no page; one needs {need} bytes")
-        self.cache = KVCache(model_config, num_pages, size, self.dtype, self.device)
+        self.cache = KVCache(model_config, num_pages, size, kv_dtype, self.device)
         self.executor = Executor(model, self.cache)
 
     def run(self, plan: StepPlan) -> StepResult:
@@ -114,7 +117,7 @@ class Worker:
         self.channels: dict[str, Channel] = {}
         self.unsent: dict[str, list[AnyMessage]] = {}  # for peers that have no channel yet
         self.tasks: set[asyncio.Task[None]] = set()
-        self.steps_flying = 0
+        self.steps_flying = self.checked = 0  # steps under way, and those done when the accounts were checked last
         self.busy_seconds = self.flops = self.bytes_read = 0.0
         self.decode_wait = config.run.delays.get("decode_wait", 0.0)
         self.clock_offset = config.run.clock_offsets.get(config.name, 0.0)
@@ -150,7 +153,7 @@ class Worker:
 
     def _prepare(self, model_config: ModelConfig) -> Hello:
         config, cache = self.config, self.device.cache
-        kind = resolve_kind(config.cluster.link, self.device.device.type)
+        kind = _link_kind(config.cluster, self.device.device)
         bandwidth = flops = 0.0  # not known
         if config.run.ceilings and config.epoch == 1:  # later its neighbours are at work, and would be measured too
             bandwidth, flops = measure_ceilings(self.device.dtype, device=self.device.device)
@@ -176,7 +179,7 @@ class Worker:
         return Hello(
             config.role, cache.num_pages, cache.page_size, limit,
             spec.fingerprint, f"unix:{config.run_dir}/{config.name}.{config.epoch}.sock", os.getpid(),
-            model_config.kv_bytes_per_token(self.device.dtype.itemsize),
+            model_config.kv_bytes_per_token(cache.data.dtype.itemsize),
             {
                 "device": str(self.device.device), "dtype": str(self.device.dtype).removeprefix("torch."),
                 "threads": torch.get_num_threads(), "cpus": config.settings.cpus, "link": kind,
@@ -250,6 +253,9 @@ class Worker:
             self._send(ROUTER, self.stats())
             if pieces := self.links.take_trace():
                 self._send(ROUTER, Pieces(pieces))
+            if self.core.idle and self.core.steps != self.checked:
+                self.checked = self.core.steps
+                self.core.check_integrity()
             if self.core.draining and self.core.idle:
                 self.done.set()
 
@@ -324,10 +330,14 @@ class Worker:
             self._spawn(self._connect_peer(dest))
 
     async def _connect_peer(self, peer: str) -> None:
+        address = self.peers[peer]
         try:
-            channel = await connect(self.peers[peer])
+            channel = await connect(address)
         except OSError:
             self.unsent.pop(peer, None)  # it died; its parent will say so
+            return
+        if self.peers.get(peer) != address:  # it died meanwhile, and another one may have taken its place
+            channel.close()
             return
         self.channels[peer] = channel
         for body in self.unsent.pop(peer, []):
@@ -369,10 +379,20 @@ class Worker:
         self.done.set()
 
 
-def _dtype_name(asked: str, config: ModelConfig, device: torch.device) -> str:
-    if asked != "auto":
-        return asked
-    return "bfloat16" if config.dtype == "float16" and device.type == "cpu" else config.dtype
+def _dtype(settings: WorkerSettings, config: ModelConfig) -> torch.dtype:
+    name = settings.dtype
+    if name == "auto":
+        name = "bfloat16" if config.dtype == "float16" and settings.device == "cpu" else config.dtype
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _link_kind(cluster: ClusterSettings, device: torch.device) -> str:
+    """What was asked for. `auto` knows that NCCL refuses two ranks on one GPU unless a recent one is told otherwise."""
+    gpus = {torch.device(worker.device).index or 0 for _, _, worker in cluster.roles() if worker.device != "cpu"}
+    if cluster.link == "auto" and len(gpus) < 2 and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1":
+        return "gloo"
+    return resolve_kind(cluster.link, device.type)
 
 
 def _max_model_len(config: WorkerConfig, model: ModelConfig, cache: KVCache) -> int:
