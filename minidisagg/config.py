@@ -190,6 +190,6 @@ def assign_cpus(cluster: ClusterSettings) -> list[list[int]]:
 def _split(cpus: list[int], workers: int, text: str) -> list[list[int]]:
     """Equal shares of the cores."""
     share = len(cpus) // workers if workers else 0
-    if text and not share:
+    if text and workers and not share:
         raise ValueError(f"cpus={text} are fewer cores than the {workers} workers of that role")
     return [cpus[turn * share : (turn + 1) * share] for turn in range(workers)]
