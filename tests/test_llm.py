@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,6 +80,24 @@ def test_one_bad_prompt_aborts_the_others(colocated: LLM) -> None:
     with pytest.raises(ValueError, match="the prompt is empty"):
         colocated.generate([[1, 2, 3], []], replace(GREEDY, max_tokens=1000))
     assert not colocated.frontend.router.requests
+
+
+@needs_two_cores
+def test_ctrl_c_in_the_middle_of_a_thousand_aborts_them_all(disagg: LLM) -> None:
+    prompts = [[index % 512] * 20 for index in range(1000)]
+    interrupt = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
+    interrupt.start()
+    with pytest.raises(KeyboardInterrupt):
+        disagg.generate(prompts, replace(GREEDY, max_tokens=500))
+    for _ in range(100):
+        stats = asyncio.run_coroutine_threadsafe(disagg.frontend.fresh_stats(), disagg._loop).result()
+        if not disagg.frontend.router.requests and not any(s.pages_live + s.pages_inflight for s in stats.values()):
+            break
+    for name, one in stats.items():
+        assert (one.pages_live, one.pages_inflight, one.pages_quarantined) == (0, 0, 0), name
+        assert one.pages_free + one.pages_cached == disagg.frontend.hellos[name].num_pages
+    [output] = disagg.generate(TEXTS[0], GREEDY)
+    assert len(output.token_ids) == 24
 
 
 FORGETFUL = """

@@ -229,6 +229,23 @@ def test_disagg_equals_colocated(link: str, run_over: Callable[[str], Run]) -> N
     assert min(chunks_of_prompts(run.logs / "prefill-0.1.inputs").values()) >= 3
 
 
+@needs_two_cores
+def test_two_and_two_workers_change_no_token(colocated: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More workers than cores, which only a test may have: any prefill worker hands over to any decode worker."""
+    monkeypatch.setattr("minidisagg.runtime.launch.assign_cpus", lambda _: [[0], [1], [0], [1]])
+    shape = msgspec.structs.replace(settings("disagg", "gloo", POOL), prefill_workers=2, decode_workers=2)
+
+    async def run() -> list[list[int]]:
+        async with cluster(shape) as frontend:
+            tokens = await run_to_end(frontend, PROMPTS, greedy(OUTPUT))
+            sent = {(name, link.peer) for name, s in (await frontend.fresh_stats()).items() for link in s.links}
+            assert sent == {(f"prefill-{p}", f"decode-{d}") for p in range(2) for d in range(2)}
+            await assert_clean(frontend)
+            return tokens
+
+    assert asyncio.run(run()) == colocated.tokens
+
+
 @pytest.mark.slow
 def test_steps_planned_ahead_change_no_token(colocated: Run, tmp_path: Path) -> None:
     assert asyncio.run(measure("", tmp_path, 1)).tokens == colocated.tokens

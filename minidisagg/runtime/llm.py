@@ -135,7 +135,12 @@ class LLM:
         self.close()
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:  # Ctrl-C too: what runs is aborted
+            future.cancel()
+            raise
 
     def _end_loop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
