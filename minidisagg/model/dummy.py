@@ -22,99 +22,35 @@ PREFIX = "dummy:"
 SHARPNESS = 16.0
 DTYPES = ("float32", "bfloat16", "float16")
 
+TINY = ModelConfig(
+    name="tiny", architecture="LlamaForCausalLM", vocab_size=512, hidden_size=64, intermediate_size=128, num_layers=2,
+    num_heads=4, num_kv_heads=2, head_dim=16, max_model_len=2048, rms_norm_eps=1e-5, rope=RopeConfig(),
+    tie_embeddings=False, qkv_bias=False, qk_norm=False, bos_token_id=None, dtype="float32",
+    eos_token_ids=(),  # a random model has no end: lengths are what the request asks for
+)  # fmt: skip
 SHAPES = {
-    "tiny": ModelConfig(
-        name="tiny",
-        architecture="LlamaForCausalLM",
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=128,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        max_model_len=2048,
-        rms_norm_eps=1e-5,
-        rope=RopeConfig(),
-        tie_embeddings=False,
-        qkv_bias=False,
-        qk_norm=False,
-        eos_token_ids=(),  # a random model has no end: lengths are what the request asks for
-        bos_token_id=None,
-        dtype="float32",
+    "tiny": TINY,
+    "smollm2-135m": replace(
+        TINY, name="smollm2-135m", vocab_size=49152, hidden_size=576, intermediate_size=1536, num_layers=30,
+        num_heads=9, num_kv_heads=3, head_dim=64, max_model_len=8192, rope=RopeConfig(theta=100_000.0),
+        tie_embeddings=True, dtype="bfloat16",
     ),
-    "smollm2-135m": ModelConfig(
-        name="smollm2-135m",
-        architecture="LlamaForCausalLM",
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_layers=30,
-        num_heads=9,
-        num_kv_heads=3,
-        head_dim=64,
-        max_model_len=8192,
-        rms_norm_eps=1e-5,
-        rope=RopeConfig(theta=100_000.0),
-        tie_embeddings=True,
-        qkv_bias=False,
-        qk_norm=False,
-        eos_token_ids=(),
-        bos_token_id=None,
-        dtype="bfloat16",
+    "qwen3-0.6b": replace(
+        TINY, name="qwen3-0.6b", architecture="Qwen3ForCausalLM", vocab_size=151936, hidden_size=1024,
+        intermediate_size=3072, num_layers=28, num_heads=16, num_kv_heads=8, head_dim=128, max_model_len=40960,
+        rms_norm_eps=1e-6, rope=RopeConfig(theta=1_000_000.0), tie_embeddings=True, qk_norm=True, dtype="bfloat16",
     ),
-    "qwen3-0.6b": ModelConfig(
-        name="qwen3-0.6b",
-        architecture="Qwen3ForCausalLM",
-        vocab_size=151936,
-        hidden_size=1024,
-        intermediate_size=3072,
-        num_layers=28,
-        num_heads=16,
-        num_kv_heads=8,
-        head_dim=128,
-        max_model_len=40960,
-        rms_norm_eps=1e-6,
-        rope=RopeConfig(theta=1_000_000.0),
-        tie_embeddings=True,
-        qkv_bias=False,
-        qk_norm=True,
-        eos_token_ids=(),
-        bos_token_id=None,
-        dtype="bfloat16",
-    ),
-    "llama-8b": ModelConfig(
-        name="llama-8b",
-        architecture="LlamaForCausalLM",
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=8,
-        head_dim=128,
-        max_model_len=131072,
-        rms_norm_eps=1e-5,
+    "llama-8b": replace(
+        TINY, name="llama-8b", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_layers=32,
+        num_heads=32, num_kv_heads=8, head_dim=128, max_model_len=131072, dtype="bfloat16",
         rope=RopeConfig(theta=500_000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_len=8192),
-        tie_embeddings=False,
-        qkv_bias=False,
-        qk_norm=False,
-        eos_token_ids=(),
-        bos_token_id=None,
-        dtype="bfloat16",
     ),
-}
+}  # fmt: skip
 
 _INT_FIELDS = {
-    "layers": "num_layers",
-    "hidden": "hidden_size",
-    "intermediate": "intermediate_size",
-    "heads": "num_heads",
-    "kv_heads": "num_kv_heads",
-    "head_dim": "head_dim",
-    "vocab": "vocab_size",
-    "max_len": "max_model_len",
-}
+    "layers": "num_layers", "hidden": "hidden_size", "intermediate": "intermediate_size", "heads": "num_heads",
+    "kv_heads": "num_kv_heads", "head_dim": "head_dim", "vocab": "vocab_size", "max_len": "max_model_len",
+}  # fmt: skip
 OPTIONS = (*_INT_FIELDS, "tied", "dtype", "std", "seed")
 
 
