@@ -412,7 +412,7 @@ class Engine:
         pages = list(range(cache.num_pages))
         item = PlanItem("r", 0, start, len(tokens), tokens, pages, sample=True, index=0)
         batch = build_batch([item], [tokens], cache, self.dtype, torch.device("cpu"))
-        return self.transformer.forward(batch, cache)[0]
+        return self.transformer.logits(self.transformer.hidden(batch, cache)[batch.sample_rows_S])[0]
 
     def greedy(self, prompt: list[int], count: int) -> list[int]:
         cache = Cache(self.config, 8, 16, self.dtype)

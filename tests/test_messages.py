@@ -10,7 +10,6 @@ import pytest
 from minidisagg.core.messages import (
     Abort,
     AnyMessage,
-    Drain,
     Envelope,
     Fatal,
     Hello,
@@ -48,7 +47,7 @@ SAMPLING = SamplingParams(max_tokens=3, stop=("x",), stop_token_ids=(1, 2), seed
 EXAMPLES: list[AnyMessage] = [
     Submit("a", 1, [1, 2], [3], SAMPLING, 0.5, decode="d", hold=True, salt="s", priority=-1),
     Abort("a", 1), SetRole(Role.DECODE), SetPolicy("sarathi:chunk=64"),
-    Migrate("a", 1, "d"), Drain(), PeerUp("w", 2, "unix:x"), PeerDown("w", 1),
+    Migrate("a", 1, "d"), PeerUp("w", 2, "unix:x"), PeerDown("w", 1),
     Hello(Role.BOTH, 8, 4, 32, "f", "unix:y", 7, 64, {"device": "cpu", "cores": 2}),
     StepOutput(4, [TokenOut("a", 1, 0, 9, "stop", prefill_s=0.1)], 0.2, 3, 1, 4), Released("a", 1, "preempted", True),
     Pieces([Piece("d", 1 << 20, 0, True, "a", 0.5, 0.75, 1.0, 64, True)]),

@@ -365,12 +365,12 @@ class ZeroPage(Policy):
     pass
 
 
-def execute(self, plan, on_layer=None):
+def execute(self, plan):
     fresh = {(new.request_id, new.incarnation) for new in plan.new}
     for item in plan.items:
         if (item.request_id, item.incarnation) in fresh:
             self.cache.data[:, :, item.pages[item.start // self.cache.page_size // 2]] = 0
-    return original(self, plan, on_layer)
+    return original(self, plan)
 
 
 if any('"decode-0"' in argument for argument in sys.argv):

@@ -125,7 +125,7 @@ def span(name: str, ids: list[int], start: int, end: int, pages: list[int]) -> P
 
 def step(model: Transformer, cache: KVCache, items: list[PlanItem]) -> Tensor:
     batch = build_batch(items, [item.tokens for item in items], cache, model.dtype, CPU)
-    return model.forward(batch, cache)
+    return model.logits(model.hidden(batch, cache)[batch.sample_rows_S])
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -215,23 +215,6 @@ def test_a_corrupt_page_changes_the_logits() -> None:
     assert torch.equal(step(model, cache, [last]), good)  # pages of others do not matter
     cache.data[:, :, pages[1]] = 0.0
     assert (step(model, cache, [last]) - good).norm() / good.norm() > 1e-3
-
-
-def test_on_layer_comes_when_the_layer_is_in_the_cache() -> None:
-    config = SHAPES["mistral"]
-    model = Transformer(config, random_weights(config), torch.float32, CPU)
-    cache = KVCache(config, 4, PAGE, torch.float32, CPU)
-    batch = build_batch([span("a", list(range(16)), 0, 16, [2])], [list(range(16))], cache, torch.float32, CPU)
-    seen = []
-
-    def on_layer(layer: int) -> None:
-        written = [bool(cache.data[i, :, 2].ne(0).all()) for i in range(config.num_layers)]
-        assert written == [i <= layer for i in range(config.num_layers)]
-        seen.append(layer)
-
-    model.forward(batch, cache, on_layer)
-    assert seen == [0, 1, 2]
-    assert not cache.data[:, :, [0, 1, 3]].any()
 
 
 def test_bad_weights_are_named() -> None:

@@ -27,7 +27,6 @@ from minidisagg.core.messages import (
     ROUTER,
     Abort,
     AnyMessage,
-    Drain,
     Envelope,
     KVAck,
     KVCancel,
@@ -99,7 +98,6 @@ class EngineCore:
         self.plans: dict[int, StepPlan] = {}  # steps in flight
         self.peers: dict[str, int] = {}  # per worker, the lowest epoch that is not known to be dead
         self.up: dict[str, int] = {}  # per worker, the epoch of its last `PeerUp`
-        self.draining = False
         self.steps = 0
         self.preemptions = 0
         self.prefix_queries = 0
@@ -117,10 +115,9 @@ class EngineCore:
         )
         self._handlers: dict[type[AnyMessage], Callable[[Envelope], None]] = {
             Submit: self._on_submit, Abort: self._on_abort, Migrate: self._on_migrate, SetRole: self._on_set_role,
-            Drain: self._on_drain, PeerUp: self._on_peer_up, PeerDown: self._on_peer_down, KVOffer: self._on_offer,
-            KVGrant: self._on_grant, KVWait: self._on_wait, KVChunk: self._on_chunk, KVDone: self._on_done,
-            KVAck: self._on_ack, KVCancel: self._on_cancel, KVFailed: self._on_failed,
-            LinkAborted: self._on_link_aborted_by_peer,
+            PeerUp: self._on_peer_up, PeerDown: self._on_peer_down, KVOffer: self._on_offer, KVGrant: self._on_grant,
+            KVWait: self._on_wait, KVChunk: self._on_chunk, KVDone: self._on_done, KVAck: self._on_ack,
+            KVCancel: self._on_cancel, KVFailed: self._on_failed, LinkAborted: self._on_link_aborted_by_peer,
         }  # fmt: skip
 
     # ------------------------------------------------------------ what drivers call
@@ -337,9 +334,6 @@ class EngineCore:
     def _on_set_role(self, envelope: Envelope) -> None:
         self.role = envelope.body.role  # type: ignore[union-attr]
         self._send(ROUTER, self.stats())
-
-    def _on_drain(self, envelope: Envelope) -> None:
-        self.draining = True
 
     def _on_peer_up(self, envelope: Envelope) -> None:
         message: PeerUp = envelope.body  # type: ignore[assignment]

@@ -107,10 +107,6 @@ class Migrate(Message, frozen=True):
     dest: str
 
 
-class Drain(Message, frozen=True):
-    """Finish what is there, then exit."""
-
-
 class PeerUp(Message, frozen=True):
     """A worker is there, under this epoch, and its channel listens at `address`."""
 
@@ -389,7 +385,6 @@ AnyMessage = (
     | SetRole
     | SetPolicy
     | Migrate
-    | Drain
     | PeerUp
     | PeerDown
     | Hello

@@ -10,7 +10,7 @@ E hidden size, I intermediate size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,6 @@ from torch import Tensor
 from minidisagg.model.attention import Batch, PagedKV, paged_attention, write_kv
 from minidisagg.model.config import ModelConfig, RopeConfig
 from minidisagg.model.linear import Linear, OutputHead, padding
-
-OnLayer = Callable[[int], None]
 
 
 class Transformer:
@@ -44,16 +42,9 @@ class Transformer:
         self.head = OutputHead(head_VE)
         self.inv_freq = rope_frequencies(config.rope, config.head_dim, self.wide).to(device)
 
-    def forward(self, batch: Batch, cache: PagedKV, on_layer: OnLayer | None = None) -> Tensor:
-        """Compute the step's KV into `cache` and return logits_SV of the sampled rows."""
-        return self.logits(self.hidden(batch, cache, on_layer)[batch.sample_rows_S])
-
     @torch.inference_mode()
-    def hidden(self, batch: Batch, cache: PagedKV, on_layer: OnLayer | None = None) -> Tensor:
-        """Compute the step's KV into `cache` and return x_NE after the last layer.
-
-        `on_layer(i)` is called as soon as layer i's new KV is in the cache (queued on the stream, on a GPU).
-        """
+    def hidden(self, batch: Batch, cache: PagedKV) -> Tensor:
+        """Compute the step's KV into `cache` and return x_NE after the last layer."""
         N = len(batch.tokens_N)
         pad = padding(self.layers[0].qkv, N)  # rows that attention and cache do not see
         tokens_N, positions_N = F.pad(batch.tokens_N, (0, pad)), F.pad(batch.positions_N, (0, pad))
@@ -65,8 +56,6 @@ class Transformer:
         for i, layer in enumerate(self.layers):
             q_NHD, kv_NKD = (rows[:N] for rows in layer.project(x_NE, cos_N1D, sin_N1D))
             write_kv(cache, i, batch, kv_NKD)
-            if on_layer is not None:
-                on_layer(i)
             attended = paged_attention(q_NHD, kv_NKD, cache, i, batch)
             x_NE = x_NE + layer.output(F.pad(attended, (0, 0, 0, pad)) if pad else attended)
             x_NE = layer.feed_forward(x_NE)

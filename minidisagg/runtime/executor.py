@@ -15,7 +15,7 @@ from minidisagg.core.plan import PlanItem, SeqKey, StepPlan
 from minidisagg.model.attention import build_batch
 from minidisagg.model.config import ModelConfig
 from minidisagg.model.sampler import SequenceSampling, sample, score
-from minidisagg.model.transformer import OnLayer, Transformer
+from minidisagg.model.transformer import Transformer
 from minidisagg.runtime.kv_cache import KVCache
 
 _SCORED_ROWS = 256  # at a time: the logits of a row take 200 KB
@@ -40,11 +40,8 @@ class Executor:
         self.sequences: dict[SeqKey, SequenceSampling] = {}
         self.last_token: dict[SeqKey, int] = {}
 
-    def execute(self, plan: StepPlan, on_layer: OnLayer | None = None) -> StepResult:
-        """Compute the plan's items; `on_layer(i)` is called when layer i's new KV is in the cache.
-
-        Raises ValueError on a plan that names an unknown sequence or lacks tokens or pages.
-        """
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Compute the plan's items. Raises ValueError on one that names an unknown sequence or lacks tokens or pages."""
         start = time.perf_counter()
         for key in plan.dropped:
             self.sequences.pop(key, None)
@@ -59,7 +56,7 @@ class Executor:
         model, cache = self.model, self.cache
         batch = build_batch(plan.items, [self._tokens(item) for item in plan.items], cache, model.dtype, model.device)
         cache.clear(pages_begun(plan.items, cache.page_size))
-        x_NE = model.hidden(batch, cache, on_layer)
+        x_NE = model.hidden(batch, cache)
         logits_SV = model.logits(x_NE[batch.sample_rows_S])
         sampling = [item for item in plan.items if item.sample]
         tokens = sample(logits_SV, [(self._sequence(item), item.index) for item in sampling]) if sampling else []
@@ -133,9 +130,3 @@ def step_work(plan: StepPlan, config: ModelConfig, itemsize: int) -> tuple[float
     flops = 2.0 * (config.num_parameters - head) * tokens + 2.0 * head * sampled
     flops += 4.0 * config.num_layers * config.num_heads * config.head_dim * pairs
     return flops, float(config.num_parameters * itemsize + context * config.kv_bytes_per_token(itemsize))
-
-
-def floor_seconds(flops: float, bytes_read: float, ceilings: tuple[float, float]) -> float:
-    """The least time that a step of this work can take on a device with these (bytes/s, flop/s)."""
-    bytes_per_s, flops_per_s = ceilings
-    return max(bytes_read / bytes_per_s, flops / flops_per_s)

@@ -123,7 +123,7 @@ class Worker:
         self.clock_offset = config.run.clock_offsets.get(config.name, 0.0)
 
     async def run(self) -> None:
-        """Load, say hello, serve until drained or told to stop; raises `ValueError` for what a user can mend."""
+        """Load, say hello, serve until told to stop; raises `ValueError` for what a user can mend."""
         config = self.config
         run_dir = Path(config.run_dir)
         frontend = await connect(f"unix:{run_dir}/frontend.sock")
@@ -256,8 +256,6 @@ class Worker:
             if self.core.idle and self.core.steps != self.checked:
                 self.checked = self.core.steps
                 self.core.check_integrity()
-            if self.core.draining and self.core.idle:
-                self.done.set()
 
     def now(self) -> float:
         """This worker's clock; no other process knows where it began."""
