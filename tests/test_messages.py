@@ -20,6 +20,7 @@ from minidisagg.core.messages import (
     KVFailed,
     KVGrant,
     KVOffer,
+    KVWait,
     LinkAborted,
     LinkOpen,
     LinkReady,
@@ -54,6 +55,7 @@ EXAMPLES: list[AnyMessage] = [
     Logprobs("a", 1, 1, [TokenLogprob(-0.5, [(3, -0.25)])]),
     Stats(Role.PREFILL, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, clock=1.5), Fatal("why", "w", 3),
     KVOffer("a", 1, [1], [2], SAMPLING, 0.0, "", 0, "f", 1 << 20), KVGrant("a", 1, [4, 5], 1),
+    KVWait("a", 1),
     KVChunk("a", 1, 1 << 20, 0, 1, 2, (0, 30), (1 << 64) - 1), KVDone("a", 1, 2, 9), KVAck("a", 1), KVCancel("a", 1, 2),
     KVFailed("a", 1, "why"), LinkOpen("shm", "raw", 1 << 20), LinkReady(1 << 20, "x"), LinkAborted(1 << 20, True),
 ]  # fmt: skip

@@ -41,7 +41,7 @@ class Executor:
         self.last_token: dict[SeqKey, int] = {}
 
     def execute(self, plan: StepPlan) -> StepResult:
-        """Compute the plan's items. Raises ValueError on one that names an unknown sequence or lacks tokens or pages."""
+        """Compute the plan's items. Raises ValueError on an unknown sequence and on missing tokens or pages."""
         start = time.perf_counter()
         for key in plan.dropped:
             self.sequences.pop(key, None)
