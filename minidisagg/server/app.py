@@ -12,7 +12,9 @@ import hmac
 import logging
 import re
 import socket
+import struct
 import time
+import traceback
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -24,9 +26,11 @@ from aiohttp.web_protocol import RequestHandler
 
 from minidisagg import __version__
 from minidisagg.model.tokenizer import Tokenizer
+from minidisagg.runtime.channel import ChannelError
 from minidisagg.runtime.frontend import Frontend
-from minidisagg.server.admin import Admin
-from minidisagg.server.completions import Answer, Chat, Completions, Endpoint, Job, encode
+from minidisagg.server import completions
+from minidisagg.server.admin import Admin, same_origin
+from minidisagg.server.completions import Answer, Chat, Completions, Endpoint, Job, encode, templated
 from minidisagg.server.generation import Generation, too_many
 from minidisagg.server.history import History
 from minidisagg.server.metrics import Metrics
@@ -36,10 +40,12 @@ from minidisagg.server.protocol import ApiError, DetokenizeRequest, TokenizeRequ
 MAX_BODY = 4 << 20  # bytes: half a second to parse at worst
 MAX_HEADER = 16 << 10  # bytes of one header, and of the request line
 READ_TIMEOUT = 30.0  # seconds in which a body must have come
+SEND_BUFFER = 256 << 10  # bytes that wait for a client in the kernel
 IDLE_TIMEOUT = 75.0  # seconds that a connection may stay silent between requests
 STUCK_AFTER = 30.0  # seconds without a step while there is work: not healthy
 LOG_EVERY = 10.0  # seconds
-REQUEST_ID = re.compile(r"[\w.:-]{1,128}")
+GRACE = 5.0  # seconds for which a stage may be without a worker: one that died is started again
+REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 REQUEST_KEY: web.RequestKey[str] = web.RequestKey("minidisagg_request_id", str)
 logger = logging.getLogger("minidisagg.server")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -72,20 +78,21 @@ class Server:
         self.started = int(time.time())
         self.history = History(frontend)
         self.metrics = Metrics(frontend, self.history)
-        self.admin = Admin(frontend, self.metrics)
+        self.admin = Admin(frontend, self.metrics, _body)
         self.draining = False
         self.active = 0  # generations
         self.idle = asyncio.Event()
         self.idle.set()
         self._keys = [hashlib.sha256(key.encode()).digest() for key in settings.api_keys]
         self.app = web.Application(middlewares=[self.guard], client_max_size=MAX_BODY)
-        completions, chat = self._generates(Completions()), self._generates(Chat())
+        self.app.on_response_prepare.append(_name)
+        complete, chat = self._generates(Completions()), self._generates(Chat())
         self.app.add_routes([
             web.get("/health", self.health), web.get("/version", self.version), web.get("/metrics", self.expose),
             web.get("/v1/models", self.models), web.get("/models", self.models),
             web.get("/v1/models/{model:.+}", self.one_model), web.get("/openapi.json", self.openapi),
-            web.post("/v1/completions", completions), web.post("/v1/chat/completions", chat),
-            web.post("/completions", completions), web.post("/chat/completions", chat),
+            web.post("/v1/completions", complete), web.post("/v1/chat/completions", chat),
+            web.post("/completions", complete), web.post("/chat/completions", chat),
             web.post("/tokenize", self.tokenize), web.post("/detokenize", self.detokenize),
             web.get("/tokenizer_info", self.tokenizer_info), *self.admin.routes(),
         ])  # fmt: skip
@@ -94,51 +101,43 @@ class Server:
 
     @web.middleware
     async def guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Who it is, what it may do, and an OpenAI error body for whatever goes wrong."""
+        """Who it is, what it may do, and an OpenAI error body for what goes wrong: in a stream, its last event."""
         began, path = time.monotonic(), request.rel_url.raw_path  # still escaped: nobody forges a line of the log
         given = request.headers.get("x-request-id", "")
         request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         request[REQUEST_KEY] = request_id
+        failed: ApiError | None = None
         try:
             if request.path != "/health":
                 self._authorize(request)
             response = await handler(request)
         except ApiError as error:
-            response = web.Response(
-                body=error.body(), status=error.status, headers=error.headers, content_type="application/json"
-            )
+            failed = error
         except web.HTTPException as error:
             response = _plain_error(error)
+        except ChannelError:  # to a worker, which will be started again
+            failed = ApiError(503, "a worker cannot be reached", code="unavailable", headers={"Retry-After": "5"})
         except (ConnectionError, asyncio.CancelledError):  # the client is gone
-            logger.info("%s %s %s left after %.3f s", request_id, request.method, path, _since(began))
+            logger.info("%s %s %s left after %.3f s", request_id, request.method, path, time.monotonic() - began)
             raise
         except Exception as error:  # a bug: the client hears of it, the log says where, and neither says what was asked
-            where = error.__traceback__
-            while where is not None and where.tb_next is not None:
-                where = where.tb_next
-            line = f"{where.tb_frame.f_code.co_filename}:{where.tb_lineno}" if where is not None else "?"
-            logger.error("%s internal error %s at %s", request_id, type(error).__name__, line)
-            if request.writer.output_size:  # another head in the middle of a stream would be taken for text
-                if request.transport is not None:
-                    request.transport.abort()
-                raise ConnectionResetError("an answer is under way") from None
+            *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+            where = f"{frame.f_code.co_filename}:{line}"
+            logger.error("%s internal error %s at %s", request_id, type(error).__name__, where)
             failed = ApiError(500, "internal error", headers={"x-should-retry": "false"})
-            response = web.Response(
-                body=failed.body(), status=500, headers=failed.headers, content_type="application/json"
-            )
-        if not response.prepared:
-            response.headers["x-request-id"] = request_id
-        size = request.content_length or 0
-        logger.debug(
-            "%s %s %s %d, body %d, %.3f s",
-            request_id, request.method, path, response.status, size, _since(began),
-        )  # fmt: skip
+        if failed is not None:
+            if request.writer.output_size:  # another head in the middle of a stream would be taken for text
+                await request.writer.write_eof(b"data: " + failed.body() + b"\n\n")
+                raise ConnectionResetError("an answer was under way")
+            response = _error(failed)
+        sizes = request.content_length or 0, time.monotonic() - began
+        logger.debug("%s %s %s %d, body %d, %.3f s", request_id, request.method, path, response.status, *sizes)
         return response
 
     def _authorize(self, request: web.Request) -> None:
         if not self._keys:
             if request.path.startswith("/admin"):
-                _same_origin(request)
+                same_origin(request)
             return
         scheme, _, key = request.headers.get("Authorization", "").partition(" ")
         digest = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
@@ -153,28 +152,30 @@ class Server:
 
     def _generates(self, endpoint: Endpoint) -> Handler:
         async def handle(request: web.Request) -> web.StreamResponse:
-            if self.draining:
-                raise ApiError(503, "the server is shutting down", code="unavailable", headers={"Retry-After": "5"})
             view = self.frontend.router.view
             if view.waiting >= view.max_waiting:  # before the body is read
-                raise too_many("too many requests are waiting", 1.0)
+                raise too_many("too many requests are waiting", self.metrics.retry_after())
             job = await endpoint.read(await _body(request), self.tokenizer, self.frontend.max_model_len)
             if job.request.model and job.request.model not in self.names:
                 raise ApiError(404, f"there is no model {job.request.model!r}", "model", "model_not_found")
-            request_id = request[REQUEST_KEY]
+            if self.draining:  # here, since a body may take its time
+                raise ApiError(503, "the server is shutting down", code="unavailable", headers={"Retry-After": "5"})
+            request_id, began = request[REQUEST_KEY], time.monotonic()
             self.active += 1
             self.idle.clear()
             try:
                 with Generation(
-                    self.frontend, self.tokenizer, lambda: _cut_off(request.transport), self.metrics
+                    self.frontend, self.tokenizer, lambda: _cut_off(request.transport), self.metrics, endpoint.param
                 ) as generation:
                     priority = job.request.priority or 0
                     generation.submit(job.prompts, job.n, job.sampling, self._salt(request, job), priority)
                     answer = Answer(endpoint, job, generation, request_id, self.model)
                     if job.request.stream:
-                        return await answer.stream(request, {"x-request-id": request_id})
+                        return await answer.stream(request)
                     return web.Response(body=await answer.whole(), content_type="application/json")
             finally:
+                if generation.choices:
+                    logger.info("%s ended: %s, %.3f s", request_id, generation, time.monotonic() - began)
                 self.active -= 1
                 if not self.active:
                     self.idle.set()
@@ -190,20 +191,22 @@ class Server:
     # ------------------------------------------------------------ the rest
 
     async def health(self, _: web.Request) -> web.Response:
-        """200 while the engine lives and makes progress."""
+        """200 while the engine lives, makes progress, and has workers for both stages."""
         if reason := self.unhealthy():
             raise ApiError(503, reason, code="unavailable")
         return web.Response(body=b"{}", content_type="application/json")
 
     def unhealthy(self) -> str:
         """Why not, or nothing."""
-        router, now = self.frontend.router, time.monotonic()
+        router, history, now = self.frontend.router, self.history, time.monotonic()
         if self.draining:
             return "the server is shutting down"
-        if self.frontend.error:
+        if self.frontend.error.startswith("the router failed"):  # other errors end with the restart of their worker
             return self.frontend.error
-        if not router.view.workers:
-            return "no worker is up"
+        if (missing := history.missing()) and now - history.served_at > GRACE:
+            return f"no worker takes {' or '.join(missing)}"
+        if now - history.progress_at > STUCK_AFTER:
+            return "requests wait, and no worker makes progress"
         for name, beat in router.heartbeats.items():
             if beat.busy and now - beat.stepped_at > STUCK_AFTER:
                 return f"{name} makes no progress"
@@ -236,10 +239,7 @@ class Server:
     async def tokenize(self, request: web.Request) -> web.Response:
         asked = decode_plain(await _body(request), TokenizeRequest)
         if asked.messages is not None:
-            try:
-                text = self.tokenizer.apply_chat_template([message.as_dict() for message in asked.messages])
-            except ValueError as error:
-                raise ApiError(400, str(error), "messages") from None
+            text = templated(self.tokenizer, asked.messages)
         elif asked.prompt is not None:
             text = asked.prompt
         else:
@@ -260,15 +260,17 @@ class Server:
         })  # fmt: skip
 
 
-def _same_origin(request: web.Request) -> None:
-    """Without a key anybody on this machine may administer, but no web page that a browser here happens to show."""
-    if "Origin" in request.headers or request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
-        raise ApiError(401, "start the server with --api-key to administer it from a browser")
+async def _name(request: web.Request, response: web.StreamResponse) -> None:
+    response.headers["x-request-id"] = request.get(REQUEST_KEY) or uuid.uuid4().hex
 
 
 def _cut_off(transport: asyncio.Transport | None) -> None:
-    """A client that has left too much unread; if nothing waits in its socket, it is this process that is late."""
+    """A client that has left too much unread, with a reset: what it has not taken is dropped, by the kernel too.
+
+    If nothing waits in its socket, it is this process that is late.
+    """
     if transport is not None and transport.get_write_buffer_size():
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         transport.abort()
 
 
@@ -290,30 +292,56 @@ def _json(value: Any) -> web.Response:
     return web.Response(body=msgspec.json.encode(value), content_type="application/json")
 
 
+def _error(error: ApiError) -> web.Response:
+    return web.Response(body=error.body(), status=error.status, headers=error.headers, content_type="application/json")
+
+
 def _plain_error(error: web.HTTPException) -> web.Response:
     headers = {key: value for key, value in error.headers.items() if key in ("Allow", "Location")}
-    body = ApiError(error.status, error.reason.lower() if error.status != 404 else "there is nothing here").body()
-    return web.Response(body=body, status=error.status, headers=headers, content_type="application/json")
-
-
-def _since(began: float) -> float:
-    return time.monotonic() - began
+    reason = error.reason.lower() if error.status != 404 else "there is nothing here"
+    return _error(ApiError(error.status, reason, headers=headers))
 
 
 # ---------------------------------------------------------------- connections
 
 
 class _Connection(RequestHandler):
-    """aiohttp's, with an OpenAI error body where the bytes are no HTTP, and nothing of them in the log."""
+    """aiohttp's, with an OpenAI error body where the bytes are no HTTP, and nothing of them in the log.
+
+    Whatever a client is sent, it is cut off if it takes nothing of it for `WRITE_TIMEOUT`: to wait in `write` would
+    not do, since aiohttp writes whole bodies after the handler, and to close a connection waits for the client too.
+    """
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        transport.set_write_buffer_limits(0)  # writing is paused whenever the socket is full
+        # What the kernel takes ahead of the client is bounded too, and the smaller, the sooner it shows that some went.
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        self._wire = transport  # aiohttp forgets it when it begins to close it
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._look(-1)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._watch.cancel()
+
+    def _look(self, before: int) -> None:
+        left = self._wire.get_write_buffer_size()
+        if left == before:
+            _cut_off(self._wire)
+        else:
+            self._watch = self._loop.call_later(completions.WRITE_TIMEOUT, self._look, left)
 
     def handle_error(
         self, request: Any, status: int = 500, exc: BaseException | None = None, message: str | None = None
     ) -> web.StreamResponse:
-        logger.info("bad request from %s: %s", request.remote, type(exc).__name__)
         if request.writer.output_size > 0:
             raise ConnectionError("an answer is under way")
-        body = ApiError(status, "the request is not valid HTTP" if status < 500 else "internal error").body()
-        response = web.Response(body=body, status=status, content_type="application/json")
+        logger.info("bad request from %s: %s", request.remote, type(exc).__name__)
+        reason = "the request is not valid HTTP" if status < 500 else "internal error"
+        response = _error(ApiError(status, reason, headers={"x-request-id": uuid.uuid4().hex}))
         response.force_close()
         return response
 

@@ -33,6 +33,7 @@ from minidisagg.server.protocol import (
     ContentLogprob,
     Delta,
     GenerationRequest,
+    Message,
     Response,
     TopLogprob,
     Usage,
@@ -41,7 +42,7 @@ from minidisagg.server.protocol import (
 
 INLINE_TEXT = 4096  # characters that are tokenized on the event loop: less than a millisecond
 COMPLETION_TOKENS = 16  # OpenAI's default for completions
-WRITE_TIMEOUT = 30.0  # seconds in which a client must take something
+WRITE_TIMEOUT = 30.0  # seconds in which a client must take something of what it is sent
 ENCODER = msgspec.json.Encoder()
 
 
@@ -50,6 +51,7 @@ class Endpoint(ABC):
 
     kind: str  # of the object
     prefix: str  # of its id
+    param: str  # the field that prompts come from
 
     @abstractmethod
     async def read(self, data: bytes, tokenizer: Tokenizer, limit: int) -> Job:
@@ -82,7 +84,7 @@ class Job(msgspec.Struct):
 class Completions(Endpoint):
     """Text in, text out."""
 
-    kind, prefix = "text_completion", "cmpl-"
+    kind, prefix, param = "text_completion", "cmpl-", "prompt"
     decoder = msgspec.json.Decoder(CompletionRequest)
 
     async def read(self, data: bytes, tokenizer: Tokenizer, limit: int) -> Job:
@@ -93,30 +95,23 @@ class Completions(Endpoint):
             raise ApiError(400, "max_tokens is 0, which makes sense with echo only", "max_tokens")
         scored = request.logprobs if request.echo else None
         # One token is computed with max_tokens 0 too, and not shown: the engine's work ends with a token.
-        sampling = _sampling(request, max(1, max_tokens), request.logprobs, scored)
+        sampling = request.sampling(max(1, max_tokens), request.logprobs, scored)
         return Job(request, prompts, sampling, bool(request.echo), request.logprobs is not None)
 
     def chunk(
         self, job: Job, news: News, piece: Piece, first: bool, tokenizer: Tokenizer
     ) -> Sequence[CompletionChoice]:
-        choice = news.choice
-        pieces = [piece] if _shown(job) else []
-        text = "".join(p.text for p in pieces)
-        if first and job.echo:
-            text = tokenizer.decode(choice.prompt) + text
-        logprobs = self._logprobs(job, choice, pieces, first and bool(job.echo), tokenizer)
-        choice.offset += len(text)
-        return [CompletionChoice(choice.index, text, logprobs, piece.finish or None)]
+        return [self.choice(job, news.choice, [piece], tokenizer, first)]
 
-    def choice(self, job: Job, choice: Choice, pieces: list[Piece], tokenizer: Tokenizer) -> CompletionChoice:
-        finish = pieces[-1].finish
+    def choice(
+        self, job: Job, choice: Choice, pieces: list[Piece], tokenizer: Tokenizer, first: bool = True
+    ) -> CompletionChoice:
+        finish, echo = pieces[-1].finish or None, first and bool(job.echo)
         pieces = pieces if _shown(job) else []
-        text = "".join(piece.text for piece in pieces)
-        if job.echo:
-            text = tokenizer.decode(choice.prompt) + text
-        return CompletionChoice(
-            choice.index, text, self._logprobs(job, choice, pieces, bool(job.echo), tokenizer), finish
-        )
+        text = (tokenizer.decode(choice.prompt) if echo else "") + "".join(piece.text for piece in pieces)
+        logprobs = self._logprobs(job, choice, pieces, echo, tokenizer)
+        choice.offset += len(text)
+        return CompletionChoice(choice.index, text, logprobs, finish)
 
     def _logprobs(
         self, job: Job, choice: Choice, pieces: list[Piece], echo: bool, tokenizer: Tokenizer
@@ -149,23 +144,20 @@ class Completions(Endpoint):
 class Chat(Endpoint):
     """A conversation in, its next message out."""
 
-    kind, prefix = "chat.completion", "chatcmpl-"
+    kind, prefix, param = "chat.completion", "chatcmpl-", "messages"
     decoder = msgspec.json.Decoder(ChatRequest)
 
     async def read(self, data: bytes, tokenizer: Tokenizer, limit: int) -> Job:
         request = decode(data, self.decoder)
         if request.top_logprobs and not request.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
-        messages = [message.as_dict() for message in request.messages]
-        try:
-            prompt = tokenizer.apply_chat_template(messages)
-        except ValueError as error:
-            raise ApiError(400, str(error), "messages") from None
-        ids = await encode(tokenizer, prompt, add_special_tokens=False)
+        if request.echo:
+            raise ApiError(400, "echo is not supported by this server in chats", "echo")
+        ids = await encode(tokenizer, templated(tokenizer, request.messages), add_special_tokens=False)
         asked = request.max_completion_tokens or request.max_tokens
         max_tokens = max(1, limit - len(ids)) if asked is None else asked
         top = (request.top_logprobs or 0) if request.logprobs else None
-        return Job(request, [ids], _sampling(request, max_tokens, top, None), False, bool(request.logprobs))
+        return Job(request, [ids], request.sampling(max_tokens, top, None), False, bool(request.logprobs))
 
     def chunk(self, job: Job, news: News, piece: Piece, first: bool, tokenizer: Tokenizer) -> Sequence[ChatChunkChoice]:
         index = news.choice.index
@@ -179,28 +171,27 @@ class Chat(Endpoint):
     def _logprobs(self, job: Job, pieces: list[Piece], tokenizer: Tokenizer) -> ChatLogprobs | None:
         if not job.wants_logprobs:
             return None
-        content = []
-        for piece in pieces:
-            if piece.logprob is not None:
-                top = [
-                    TopLogprob(token_text(tokenizer, token), logprob, list(tokenizer.piece(token, False)))
-                    for token, logprob in piece.logprob.top
-                ]
-                text, raw = token_text(tokenizer, piece.token), list(tokenizer.piece(piece.token, False))
-                content.append(ContentLogprob(text, piece.logprob.logprob, raw, top))
-        return ChatLogprobs(content)
+
+        def entry(token: int, logprob: float) -> tuple[str, float, list[int]]:
+            return token_text(tokenizer, token), logprob, list(tokenizer.piece(token, False))
+
+        scored = [(piece.token, piece.logprob) for piece in pieces if piece.logprob is not None]
+        return ChatLogprobs([
+            ContentLogprob(*entry(token, value.logprob), [TopLogprob(*entry(*other)) for other in value.top])
+            for token, value in scored
+        ])  # fmt: skip
 
 
 def _shown(job: Job) -> bool:
     return job.request.max_tokens != 0
 
 
-def _sampling(
-    request: GenerationRequest, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None
-) -> SamplingParams:
-    if (request.min_tokens or 0) > max_tokens:
-        raise ApiError(400, f"min_tokens is {request.min_tokens}, more than max_tokens {max_tokens}", "min_tokens")
-    return request.sampling(max_tokens, logprobs, prompt_logprobs)
+def templated(tokenizer: Tokenizer, messages: list[Message]) -> str:
+    """The conversation as one text. Raises `ApiError` 400."""
+    try:
+        return tokenizer.apply_chat_template([message.as_dict() for message in messages])
+    except ValueError as error:
+        raise ApiError(400, str(error), "messages") from None
 
 
 async def encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -233,7 +224,7 @@ class Answer:
         self.tokenizer = generation.tokenizer
         self.id = endpoint.prefix + request_id
         self.created = int(time.time())
-        self.written = 0  # tokens
+        self.written = 0  # tokens; with max_tokens 0 the one that is computed is not the client's
         options = job.request.stream_options
         self.final_usage = options is not None and bool(options.include_usage)
         self.each_usage = options is not None and bool(options.continuous_usage_stats)
@@ -244,43 +235,36 @@ class Answer:
         async for batch in self.generation.news():
             for news in batch:
                 pieces[news.choice.index] += news.pieces
+                self.written += len(news.pieces) if _shown(self.job) else 0
         choices = [
             self.endpoint.choice(self.job, choice, pieces[choice.index], self.tokenizer)
             for choice in self.generation.choices
         ]
         return ENCODER.encode(Response(
-            self.id, self.endpoint.kind, self.created, self.model, choices, self.generation.usage(self.job.n),
+            self.id, self.endpoint.kind, self.created, self.model, choices, self.generation.usage(self.written),
             self._last_times(),
         ))  # fmt: skip
 
-    async def stream(self, request: web.BaseRequest, headers: dict[str, str]) -> web.StreamResponse:
+    async def stream(self, request: web.BaseRequest) -> web.StreamResponse:
         """Server-sent events: what comes together is written together. The headers leave with the first token."""
-        response = web.StreamResponse(headers={**headers, "Cache-Control": "no-cache"})
-        response.content_type = "text/event-stream"
-        try:
-            async for batch in self.generation.news():
-                data = bytearray()
-                for news in batch:
-                    for n, piece in enumerate(news.pieces):
-                        last = news.last and n == len(news.pieces) - 1
-                        data += self._event(news, piece, news.first and n == 0, last)
-                if not response.prepared:
-                    await response.prepare(request)
-                await _write(response, data)
-            data = bytearray()
-            if self.final_usage:
-                data += self._as_event([], self.generation.usage(self.job.n), self._last_times())
-            await _write(response, data + b"data: [DONE]\n\n")
-        except ApiError as error:
+        response = web.StreamResponse(headers={"Cache-Control": "no-cache", "Content-Type": "text/event-stream"})
+        async for batch in self.generation.news():
+            data = b"".join(
+                self._event(news, piece, news.first and n == 0, news.last and n == len(news.pieces) - 1)
+                for news in batch for n, piece in enumerate(news.pieces)
+            )  # fmt: skip
             if not response.prepared:
-                raise
-            await _write(response, b"data: " + error.body() + b"\n\n")
+                await response.prepare(request)
+            await response.write(data)
+        if self.final_usage:
+            await response.write(self._as_event([], self.generation.usage(self.written), self._last_times()))
+        await response.write_eof(b"data: [DONE]\n\n")
         return response
 
     def _event(self, news: News, piece: Piece, first: bool, last: bool) -> bytes:
         choices = self.endpoint.chunk(self.job, news, piece, first, self.tokenizer)
-        self.written += 1  # what has come may be more: several tokens are written together
-        usage = self.generation.usage(self.job.n, self.written) if self.each_usage else None
+        self.written += _shown(self.job)  # what has come may be more: several tokens are written together
+        usage = self.generation.usage(self.written) if self.each_usage else None
         return self._as_event(choices, usage, news.choice.times if last else None)
 
     def _as_event(self, choices: Sequence[Any], usage: Usage | None, times: StageTimes | None) -> bytes:
@@ -291,12 +275,3 @@ class Answer:
     def _last_times(self) -> StageTimes | None:
         times = [choice.times for choice in self.generation.choices if choice.times is not None]
         return max(times, key=lambda t: t.e2e, default=None)
-
-
-async def _write(response: web.StreamResponse, data: bytes | bytearray) -> None:
-    """Raises `ConnectionResetError` where the client takes nothing for too long."""
-    try:
-        async with asyncio.timeout(WRITE_TIMEOUT):
-            await response.write(bytes(data))
-    except TimeoutError:
-        raise ConnectionResetError("the client does not read") from None

@@ -6,8 +6,11 @@ somebody asks.
 
 from __future__ import annotations
 
+import functools
+import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from itertools import islice
+from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -18,7 +21,7 @@ from minidisagg.core.messages import LinkStats, Stats
 from minidisagg.core.router import Emit
 from minidisagg.runtime.frontend import Frontend
 from minidisagg.runtime.launch import role_name
-from minidisagg.server.history import History, Timing
+from minidisagg.server.history import WINDOW, History, Timing
 
 PREFIX = "minidisagg:"
 TTFT_BUCKETS = (
@@ -33,6 +36,8 @@ REQUEST_BUCKETS = (
     1920.0, 7680.0,
 )  # fmt: skip
 STAGES = ("queue", "prefill", "transfer", "decode_wait", "decode")
+LABELS = ("worker", "role")
+ROUTER = ("router", "router")  # the labels of what no worker has
 
 
 class Load(NamedTuple):
@@ -52,51 +57,74 @@ class Metrics:
     def __init__(self, frontend: Frontend, history: History) -> None:
         self.frontend, self.history = frontend, history
         self.registry = CollectorRegistry()
-        self.prompt_tokens = self.generation_tokens = 0
+        self._prompt = self._generated = 0  # tokens
 
         def histogram(name: str, text: str, buckets: tuple[float, ...] = REQUEST_BUCKETS) -> Histogram:
-            return Histogram(PREFIX + name, text, buckets=buckets, registry=self.registry)
+            return Histogram(PREFIX + name, text, LABELS, buckets=buckets, registry=self.registry)
 
-        self.ttft = histogram(
-            "time_to_first_token_seconds", "From a request's arrival to its first token.", TTFT_BUCKETS
-        )
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(PREFIX + name, text, [*labels, *LABELS], registry=self.registry)
+
+        self.ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.", TTFT_BUCKETS)
         self.itl = histogram("inter_token_latency_seconds", "Between two tokens of a request.", ITL_BUCKETS)
         self.e2e = histogram("e2e_request_latency_seconds", "From a request's arrival to its end.")
         self.stages = {
             stage: histogram(f"request_{stage}_time_seconds", f"A request's time in the stage {stage}.")
             for stage in STAGES
         }
-        self.ends = Counter(
-            PREFIX + "request_success", "Requests by how they ended.", ["finished_reason"], registry=self.registry
-        )
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of requests that have begun to answer.")
+        self.generation_tokens = counter("generation_tokens", "Output tokens.")
+        self.ends = counter("request_success", "Requests by how they ended.", "finished_reason")
+        # Of every token; to look up labels takes longer than to count.
+        self._rows = functools.cache(lambda *by: (self.itl.labels(*by), self.generation_tokens.labels(*by)))
+        for name in ("router", *frontend.hellos):
+            for reason in ("stop", "length", "abort", "error"):  # a rate wants a zero to begin with
+                self.ends.labels(reason, *self._labels(name))
         self.registry.register(_Workers(self))
 
     def on_emit(self, timing: Timing, emit: Emit, now: float) -> None:
         """News of a request."""
+        where = self._labels(timing.workers[-1] if timing.workers else "router")
         if emit.tokens:
-            self.generation_tokens += len(emit.tokens)
+            itl, tokens = self._rows(*where)
+            tokens.inc(len(emit.tokens))
+            self._generated += len(emit.tokens)
             timing.output_tokens += len(emit.tokens)
             if timing.first:
                 gap = now - timing.last
-                self.itl.observe(gap)
-                self.history.gaps.append((now, gap))
+                itl.observe(gap)
+                if not emit.handoff:  # as `bench` does: a handoff is a stage of its own
+                    self.history.recent["itl"].add(gap, now)
                 timing.max_itl = max(timing.max_itl, gap)
             else:
-                timing.first = now
-                self.ttft.observe(now - timing.arrived)
-                self.prompt_tokens += timing.prompt_tokens
+                timing.first, timing.prefilled = now, where
+                self.ttft.labels(*where).observe(now - timing.arrived)
+                self._prompt += timing.prompt_tokens
+                self.prompt_tokens.labels(*where).inc(timing.prompt_tokens)
             timing.last = now
         if emit.finish:
-            self.ends.labels(emit.finish).inc()
+            self.ends.labels(emit.finish, *where).inc()
             self.history.on_end(timing, emit, now)
-            if emit.times is not None and timing.first:
-                self.e2e.observe(emit.times.e2e)
+            if emit.times is not None and emit.finish in ("stop", "length"):
+                self.e2e.labels(*where).observe(emit.times.e2e)
                 for stage, histogram in self.stages.items():
-                    histogram.observe(getattr(emit.times, stage))
+                    by = timing.prefilled if stage in ("queue", "prefill") else where
+                    histogram.labels(*by).observe(getattr(emit.times, stage))
+
+    def _labels(self, name: str) -> tuple[str, str]:
+        """A worker's name, and its role; of a dead one, the router speaks."""
+        status = self.frontend.router.view.workers.get(name)
+        return name, "router" if status is None else role_name(status.role)
+
+    def retry_after(self) -> float:
+        """Seconds in which those that wait will have had their turn, as far as the latest ends tell; else 1."""
+        now = time.monotonic()
+        lately = [end.clock for end in islice(reversed(self.history.ends), 64) if end.clock > now - WINDOW and end.ttft]
+        return self.frontend.router.view.waiting * (now - lately[-1]) / len(lately) if lately else 1.0
 
     def totals(self) -> tuple[int, int]:
         """Prompt and output tokens since the start."""
-        return self.prompt_tokens, self.generation_tokens
+        return self._prompt, self._generated
 
     def load(self) -> Load:
         """Requests with and without a first token, and the workers' caches."""
@@ -118,32 +146,30 @@ def _used_pages(stats: Stats) -> int:
     return stats.pages_live + stats.pages_inflight + stats.pages_quarantined
 
 
-GAUGES: dict[str, tuple[str, Callable[[Stats], float]]] = {
-    "num_requests_running": ("Requests in the batch.", lambda s: s.running),
-    "num_requests_waiting": ("Requests that wait for the batch.", lambda s: s.waiting + s.offers),
-    "num_requests_held": ("Prefilled requests that wait for the decode worker.", lambda s: s.held),
+GAUGE = GaugeMetricFamily
+COUNTER = CounterMetricFamily
+WORKERS: dict[str, tuple[type[GAUGE | COUNTER], str, Callable[[Stats], float]]] = {
+    "num_requests_running": (GAUGE, "Requests in the batch.", lambda s: s.running),
+    "num_requests_waiting": (GAUGE, "Requests that wait for the batch.", lambda s: s.waiting + s.offers),
+    "num_requests_held": (GAUGE, "Prefilled requests that wait for the decode worker.", lambda s: s.held),
     "kv_cache_usage_perc": (
-        "Share of the KV pages in use, 1 is all.",
+        GAUGE, "Share of the KV pages in use, 1 is all.",
         lambda s: _used_pages(s) / max(1, _used_pages(s) + s.pages_free + s.pages_cached),
     ),
-}
-COUNTERS: dict[str, tuple[str, Callable[[Stats], float]]] = {
-    "num_preemptions": ("Requests put off because no page was free.", lambda s: s.preemptions),
-    "prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", lambda s: s.prefix_queries),
-    "prefix_cache_hits": ("Prompt tokens found there.", lambda s: s.prefix_hits),
-    "worker_steps": ("Steps.", lambda s: s.steps),
-    "worker_busy_seconds": ("Time in steps.", lambda s: s.busy_seconds),
-    "worker_cpu_seconds": ("CPU time of the worker's process.", lambda s: s.cpu_seconds),
-    "worker_flops": ("Floating-point operations of all steps.", lambda s: s.flops),
-    "worker_bytes_read": ("Bytes of weights and KV that the steps had to read.", lambda s: s.bytes_read),
-}
+    "kv_transfer_backlog": (GAUGE, "KV pieces on their way.", lambda s: sum(link.backlog for link in s.links)),
+    "num_preemptions": (COUNTER, "Requests put off because no page was free.", lambda s: s.preemptions),
+    "prefix_cache_queries": (COUNTER, "Prompt tokens looked up in the prefix cache.", lambda s: s.prefix_queries),
+    "prefix_cache_hits": (COUNTER, "Prompt tokens found there.", lambda s: s.prefix_hits),
+    "worker_steps": (COUNTER, "Steps.", lambda s: s.steps),
+    "worker_busy_seconds": (COUNTER, "Time in steps.", lambda s: s.busy_seconds),
+    "worker_cpu_seconds": (COUNTER, "CPU time of the worker's process.", lambda s: s.cpu_seconds),
+    "worker_flops": (COUNTER, "Floating-point operations of all steps.", lambda s: s.flops),
+    "worker_bytes_read": (COUNTER, "Bytes of weights and KV that the steps had to read.", lambda s: s.bytes_read),
+}  # fmt: skip
 LINKS: dict[str, tuple[str, Callable[[LinkStats], float]]] = {
     "kv_transfer_bytes": ("KV bytes sent.", lambda link: link.bytes),
     "kv_transfer_seconds": ("Time in which KV pieces were sent.", lambda link: link.seconds),
-    "kv_transfer_queue_seconds": (
-        "Time for which KV pieces waited to be sent.",
-        lambda link: link.queue_seconds,
-    ),
+    "kv_transfer_queue_seconds": ("Time for which KV pieces waited to be sent.", lambda link: link.queue_seconds),
     "kv_transfers": ("KV pieces sent.", lambda link: link.transfers),
     "kv_transfer_failures": ("KV pieces that did not arrive.", lambda link: link.failures),
 }
@@ -156,37 +182,30 @@ class _Workers(Collector):
         self.metrics = metrics
 
     def collect(self) -> Iterator[Metric]:
-        metrics, frontend = self.metrics, self.metrics.frontend
-        for name, text, value in (
-            ("prompt_tokens", "Prompt tokens of requests that have begun to answer.", metrics.prompt_tokens),
-            ("generation_tokens", "Output tokens.", metrics.generation_tokens),
-            ("worker_restarts", "Workers that died and were started again.", len(frontend.restarted)),
-        ):
-            yield CounterMetricFamily(PREFIX + name, text, value=value)
-        load = metrics.load()
-        yield GaugeMetricFamily(PREFIX + "cluster_waiting", "Requests without a first token.", value=load.waiting)
-        yield GaugeMetricFamily(PREFIX + "cluster_running", "Requests that decode.", value=load.running)
+        metrics, frontend, router = self.metrics, self.metrics.frontend, self.metrics.frontend.router
+        load, restarts = metrics.load(), len(frontend.restarted)
+        yield COUNTER(PREFIX + "worker_restarts", "Workers that died and were started again.", value=restarts)
+        yield GAUGE(PREFIX + "cluster_waiting", "Requests without a first token.", value=load.waiting)
+        yield GAUGE(PREFIX + "cluster_running", "Requests that decode.", value=load.running)
 
         workers = sorted(frontend.stats.items())
-        kinds: tuple[tuple[type[GaugeMetricFamily | CounterMetricFamily], Any], ...] = (
-            (GaugeMetricFamily, GAUGES), (CounterMetricFamily, COUNTERS),
-        )  # fmt: skip
-        for kind, families in kinds:
-            for name, (text, read) in families.items():
-                family = kind(PREFIX + name, text, labels=["worker", "role"])
-                for worker, stats in workers:
-                    family.add_metric([worker, role_name(stats.role)], read(stats))
-                yield family
+        for name, (kind, text, read) in WORKERS.items():
+            family = kind(PREFIX + name, text, labels=LABELS)
+            if name == "num_requests_waiting":
+                family.add_metric(ROUTER, sum(parked in router.requests for parked in router.parked))
+            for worker, stats in workers:
+                family.add_metric([worker, role_name(stats.role)], read(stats))
+            yield family
 
-        for name, (text, read) in LINKS.items():
-            sent = CounterMetricFamily(PREFIX + name, text, labels=["worker", "role", "peer", "link"])
+        for name, (text, read_link) in LINKS.items():
+            sent = COUNTER(PREFIX + name, text, labels=[*LABELS, "peer", "link"])
             for worker, stats in workers:
                 for link in stats.links:
-                    sent.add_metric([worker, role_name(stats.role), link.peer, link.kind], read(link))
+                    sent.add_metric([worker, role_name(stats.role), link.peer, link.kind], read_link(link))
             yield sent
-        backlog = GaugeMetricFamily(
-            PREFIX + "kv_transfer_backlog", "KV pieces on their way.", labels=["worker", "role"]
-        )
+        share = GAUGE(PREFIX + "worker_busy_share", "Share of the last 5 s spent in steps.", labels=LABELS)
         for worker, stats in workers:
-            backlog.add_metric([worker, role_name(stats.role)], sum(link.backlog for link in stats.links))
-        yield backlog
+            old = (metrics.history.reports.get(worker) or [stats])[0]
+            busy = (stats.busy_seconds - old.busy_seconds) / max(1e-9, stats.clock - old.clock)
+            share.add_metric([worker, role_name(stats.role)], min(1.0, max(0.0, busy)))  # it may have begun anew
+        yield share

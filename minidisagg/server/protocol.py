@@ -19,9 +19,10 @@ from minidisagg.core.messages import SamplingParams
 from minidisagg.core.router import StageTimes
 
 MAX_TEXT = 4 << 20  # characters of a prompt
-MAX_PROMPTS = 64  # of one request
+MAX_PROMPTS = 256  # of one request
 Count = Annotated[int, Meta(ge=1, le=1 << 20)]
 TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
+TokenIds = Annotated[list[TokenId], Meta(max_length=1 << 20)]
 Text = Annotated[str, Meta(max_length=MAX_TEXT)]
 StopText = Annotated[str, Meta(min_length=1, max_length=256)]
 Stops = Annotated[list[StopText], Meta(max_length=16)]
@@ -87,7 +88,9 @@ class GenerationRequest(Struct, frozen=True, kw_only=True):
     priority: Annotated[int, Meta(ge=-1000, le=1000)] | None = None
 
     def sampling(self, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None) -> SamplingParams:
-        """As the engine has it; unset fields take OpenAI's defaults."""
+        """As the engine has it; unset fields take OpenAI's defaults. Raises `ApiError` 400."""
+        if (self.min_tokens or 0) > max_tokens:
+            raise ApiError(400, f"min_tokens is {self.min_tokens}, more than max_tokens {max_tokens}", "min_tokens")
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         given: dict[str, Any] = {
             "temperature": self.temperature, "top_p": self.top_p, "min_p": self.min_p, "seed": self.seed,
@@ -105,7 +108,7 @@ class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
     """POST /v1/completions. `prompt` is a text, token ids, or a list of either."""
 
     # msgspec allows one list type in a union, so that what its items are together is checked in `prompts`.
-    prompt: Text | Annotated[list[TokenId | Text | list[TokenId]], Meta(min_length=1)]
+    prompt: Text | Annotated[list[TokenId | Text | TokenIds], Meta(min_length=1, max_length=1 << 20)]
     max_tokens: Annotated[int, Meta(ge=0, le=1 << 20)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
@@ -135,6 +138,12 @@ class Message(Struct, frozen=True):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | Annotated[list[TextPart], Meta(max_length=256)] | None = None
     name: Id | None = None
+    tool_calls: Any = None
+    tool_call_id: Any = None
+
+    def __post_init__(self) -> None:
+        if self.tool_calls or self.tool_call_id:
+            raise ValueError(f"{'tool_calls' if self.tool_calls else 'tool_call_id'} is not supported by this server")
 
     def as_dict(self) -> dict[str, str]:
         """As chat templates read it; parts are joined."""
@@ -149,6 +158,7 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    echo: bool | None = None  # refused where it is true; `UNSUPPORTED` is of both endpoints
 
 
 def _is_any_of(value: object, harmless: tuple[object, ...]) -> bool:
@@ -162,7 +172,10 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "functions": ([],), "function_call": ("none", "auto"), "response_format": ({"type": "text"},),
     "modalities": (["text"],), "audio": (), "prediction": (), "web_search_options": (), "guided_json": (),
     "guided_regex": (), "guided_choice": (), "guided_grammar": (), "structured_outputs": (), "prompt_logprobs": (),
-    "use_beam_search": (False,), "length_penalty": (1, 1.0), "parallel_tool_calls": (True, False),
+    "use_beam_search": (False,), "length_penalty": (1, 1.0), "parallel_tool_calls": (True, False), "chat_template": (),
+    "chat_template_kwargs": ({},), "add_generation_prompt": (True,), "continue_final_message": (False,),
+    "skip_special_tokens": (True,), "include_stop_str_in_output": (False,), "truncate_prompt_tokens": (),
+    "bad_words": ([],), "allowed_token_ids": (), "return_tokens_as_token_ids": (False,), "detokenize": (True,),
 }  # fmt: skip
 _Unsupported = msgspec.defstruct(
     "_Unsupported", [(name, Any, UNSET) for name in UNSUPPORTED], namespace={"__doc__": "Fields that are refused."}
