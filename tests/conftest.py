@@ -1,18 +1,15 @@
-"""`pytest --full` runs the slow tests too."""
+"""Marks alone decide what runs: without a `-m` of its own, pytest leaves out what is slow.
+
+    pytest                              everything but the slow tests
+    pytest -m slow tests/test_soak.py   the slow tests of one file
+    scripts/test.sh --full              slow ones and others
+"""
 
 from __future__ import annotations
 
 import pytest
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """Adds `--full`."""
-    parser.addoption("--full", action="store_true", help="run the tests marked slow as well")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without it, slow tests are skipped."""
-    if not config.getoption("--full"):
-        for item in items:
-            if item.get_closest_marker("slow") is not None:
-                item.add_marker(pytest.mark.skip(reason="slow: only with --full"))
+def pytest_configure(config: pytest.Config) -> None:
+    """The default of `-m`."""
+    config.option.markexpr = config.option.markexpr or "not slow"

@@ -25,6 +25,15 @@ STRUCTS: dict[str, type[msgspec.Struct]] = {
     "/tokenize": TokenizeRequest, "/detokenize": DetokenizeRequest,
 }  # fmt: skip
 GETS = ("/health", "/version", "/metrics", "/v1/models", "/models", "/openapi.json", "/tokenizer_info")
+ADMIN_BODIES = {  # with a good body each, which changes nothing of the server under test
+    "/admin/policy": b'{"policy":"fcfs"}', "/admin/mode": b'{"mode":"colocated"}',
+    "/admin/workers/worker-0/role": b'{"role":"both"}',
+}  # fmt: skip
+ADMIN_GETS = ("/admin/state", "/admin/workers", "/admin/requests", "/admin/links", "/admin/events")
+ADMIN_POSTS = (  # those without a body; only to be asked without a key
+    "/admin/pause", "/admin/resume", "/admin/workers/worker-0/kill", "/admin/workers/worker-0/drain",
+    "/admin/workers/worker-0/restart", "/admin/requests/00000000/abort",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,18 @@ def base_fields(path: str) -> dict[str, bytes]:
 def as_body(fields: dict[str, bytes]) -> bytes:
     """A JSON object of raw values."""
     return b"{" + b",".join(b'"%s":%s' % (name.encode(), value) for name, value in fields.items()) + b"}"
+
+
+def target(rng: random.Random) -> tuple[str, bytes]:
+    """A path that takes a body, and a good one."""
+    path = rng.choice(("/v1/completions", "/v1/chat/completions", "/tokenize", *ADMIN_BODIES))
+    return path, ADMIN_BODIES.get(path) or as_body(base_fields(path))
+
+
+def head(path: str, key: str | None) -> bytes:
+    """A request's first lines, without an end."""
+    authorization = b"" if key is None else b"Authorization: Bearer %s\r\n" % key.encode()
+    return b"POST %s HTTP/1.1\r\nHost: a\r\n%s" % (path.encode(), authorization)
 
 
 def good(path: str = "/v1/completions", **fields: Any) -> bytes:
@@ -117,13 +138,16 @@ def _duplicated(rng: random.Random) -> Case:
 
 def _not_json(rng: random.Random) -> Case:
     path = rng.choice(list(STRUCTS))
-    body = as_body(base_fields(path))
-    broken = rng.choice((
+    return Case(request(path, _broken(rng, as_body(base_fields(path)))), 1, frozenset({400}))
+
+
+def _broken(rng: random.Random, body: bytes) -> bytes:
+    """No JSON, or no object."""
+    return rng.choice((
         body[: rng.randrange(len(body))], body + b"}", body + b" " + body, b"\xef\xbb\xbf" + body, body + b"\0",
         body.decode().encode("utf-16"), rng.randbytes(rng.randrange(1, 200)), b"", b"null", b"1", b'"a"', b"[]",
         b"[" + body + b"]", b"\0" * 50, b"[" * 100_000, b'{"a":' * 50_000, body.replace(b'"', b"'"), b"a=1&b=2",
     ))  # fmt: skip
-    return Case(request(path, broken), 1, frozenset({400}))
 
 
 def _too_large(rng: random.Random) -> Case:
@@ -188,7 +212,7 @@ def _leaves(rng: random.Random) -> Case:
 
 
 def _truncated(rng: random.Random) -> Case:
-    data = good(rng.choice(list(STRUCTS)))
+    data = request(*target(rng))
     return Case(data[: rng.randrange(len(data))], half_close=rng.random() < 0.7)
 
 
@@ -198,14 +222,14 @@ def _half_closed(rng: random.Random) -> Case:
 
 def _slow(rng: random.Random) -> Case:
     """The body comes in two halves, or its second half never comes."""
-    data = good(rng.choice(list(STRUCTS)))
+    data = request(*target(rng))
     if rng.random() < 0.5:
         return Case(data, 1, frozenset({200}), pause=0.1)
     return Case(data[: -rng.randrange(1, 10)], 1, frozenset({408}))
 
 
 def _content_length(rng: random.Random) -> Case:
-    body = as_body(base_fields("/v1/completions"))
+    path, body = target(rng)
     size = len(body)
     lines = rng.choice((
         b"-1", b"1e2", b"0x20", b"9" * 30, b"18446744073709551617", b"1 1", b"+%d" % size, b"", b"a", b"\xb2",
@@ -213,12 +237,12 @@ def _content_length(rng: random.Random) -> Case:
         b"%d\r\nTransfer-Encoding: chunked" % size, b"0\r\nTransfer-Encoding: chunked", b"%d" % (size - 5),
         b"%d" % (size + 5), b"0", b"%d" % (1 << 40), b"00%d" % size, b"1\x00",
     ))  # fmt: skip
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer %s\r\n" % KEY.encode()
-    return Case(head + b"Content-Length: " + lines + b"\r\n\r\n" + body, half_close=rng.random() < 0.3)
+    begun = head(path, _maybe_key(rng))
+    return Case(begun + b"Content-Length: " + lines + b"\r\n\r\n" + body, half_close=rng.random() < 0.3)
 
 
 def _chunks(rng: random.Random) -> Case:
-    body = as_body(base_fields("/v1/completions"))
+    path, body = target(rng)
     whole = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
     kind = rng.choice((b"chunked", b"chunked", b"chunked", b"CHUNKED", b"gzip, chunked", b"chunked, gzip", b"identity",
                        b"chunked, chunked", b"xchunked", b"", b"\x0bchunked"))  # fmt: skip
@@ -229,8 +253,35 @@ def _chunks(rng: random.Random) -> Case:
         b"0" * 30 + whole, b"".join(b"1\r\n%c\r\n" % c for c in body) + b"0\r\n\r\n", b"\r\n" + whole,
         whole[:-2] + b"Content-Length: 3\r\n\r\n", b"%x \r\n" % len(body) + whole.partition(b"\r\n")[2],
     ))  # fmt: skip
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer %s\r\n" % KEY.encode()
-    return Case(head + b"Transfer-Encoding: " + kind + b"\r\n\r\n" + sent, half_close=rng.random() < 0.3)
+    begun = head(path, _maybe_key(rng))
+    return Case(begun + b"Transfer-Encoding: " + kind + b"\r\n\r\n" + sent, half_close=rng.random() < 0.3)
+
+
+def _maybe_key(rng: random.Random) -> str | None:
+    return rng.choice((KEY, KEY, KEY, "wrong", None))
+
+
+def _admin(rng: random.Random) -> Case:
+    """What only operators use, misused."""
+    path, body = rng.choice(list(ADMIN_BODIES.items()))
+    name = json.loads(body).popitem()[0].encode()
+    refused = frozenset({400})
+    data = rng.choice((
+        request(path, _broken(rng, body)), request(path, b'{"%s":%s}' % (name, rng.choice(VALUES))),
+        request(path, b'{"%sx":"fcfs"}' % name), request(path, b""), request(path, b'{"%s":"./x.py:X"}' % name),
+    ))  # fmt: skip
+    kind = rng.randrange(4)
+    if kind == 0:
+        hz = rng.choice(("", "0", "-1", "nan", "inf", "1e9", "a", "%00", "21", "0x1"))
+        data = request(f"/admin/events?hz={hz}")
+    elif kind == 1:
+        refused = frozenset({404, 405})
+        data = request(rng.choice((
+            "/admin/workers/nobody/kill", "/admin/workers/%2e%2e/drain", "/admin/workers//restart",
+            "/admin/workers/worker-0/explode", "/admin/requests/x/abort", "/admin/requests/%ff/abort", "/admin/nothing",
+            "/admin/state", "/admin/",
+        )), rng.choice((b"", body, b"\xff" * 100)))  # fmt: skip
+    return Case(data, 1, refused)
 
 
 def _method(rng: random.Random) -> Case:
@@ -271,11 +322,7 @@ def _header(rng: random.Random) -> Case:
         b"Accept-Encoding: gzip", b"Origin: http://evil", b"Trailer: X", b"TE: trailers", b"X: 1\nY: 2", b"X: 1\rY: 2",
         b"Content-Type: multipart/form-data; boundary=x", b"Sec-WebSocket-Key: a", b"X-Forwarded-For: 1.2.3.4",
     ))  # fmt: skip
-    return Case(
-        request(
-            rng.choice(("/v1/completions", "/tokenize")), as_body(base_fields("/v1/completions")), extra=extra + b"\r\n"
-        )
-    )
+    return Case(request(*target(rng), extra=extra + b"\r\n"))
 
 
 def _compressed(rng: random.Random) -> Case:
@@ -297,7 +344,9 @@ def _squeeze(body: bytes) -> bytes:
 
 
 def _flipped(rng: random.Random) -> Case:
-    data = bytearray(good(rng.choice(list(STRUCTS)), stream=rng.random() < 0.3))
+    data = bytearray(
+        request(*target(rng)) if rng.random() < 0.3 else good(rng.choice(list(STRUCTS)), stream=rng.random() < 0.3)
+    )
     for _ in range(rng.choice((1, 1, 2, 5, 30))):
         at = rng.randrange(len(data))
         kind = rng.randrange(4)
@@ -329,7 +378,8 @@ def _pipelined(rng: random.Random) -> Case:
 
 def _unauthorized(rng: random.Random) -> Case:
     """Every route but /health, with no key or a wrong one; the body is not even looked at."""
-    path = rng.choice((*STRUCTS, *GETS[1:], "/v1/models/x", "/admin/state", "/admin/pause", "/nothing", "/", "/Health"))
+    known = rng.choice(((*STRUCTS, *GETS[1:]), (*ADMIN_BODIES, *ADMIN_GETS, *ADMIN_POSTS)))
+    path = rng.choice((*known, "/v1/models/x", "/nothing", "/", "/Health", "/admin", "/admin/nothing"))
     body = rng.choice((None, as_body(base_fields("/v1/completions")), b"\xff", b"[" * 5000))
     key = KEY.encode()
     value = rng.choice((
@@ -355,10 +405,19 @@ def _unknown_model(rng: random.Random) -> Case:
 # The weight of each kind; those that wait or are large are few.
 KINDS: tuple[tuple[Callable[[random.Random], Case], int], ...] = (
     (_wrong_field, 60), (_unsupported, 8), (_duplicated, 6), (_not_json, 25), (_too_large, 3), (_too_long, 10),
-    (_valid, 30), (_leaves, 10), (_truncated, 12), (_half_closed, 5), (_slow, 2), (_content_length, 20), (_chunks, 20),
+    (_valid, 30), (_leaves, 10), (_truncated, 12), (_half_closed, 5), (_slow, 2), (_content_length, 30), (_chunks, 30),
     (_method, 15), (_request_line, 20), (_header, 20), (_compressed, 2), (_flipped, 30), (_garbage, 8), (_pipelined, 6),
-    (_unauthorized, 12), (_unknown, 8), (_unknown_model, 4),
+    (_admin, 15), (_unauthorized, 15), (_unknown, 8), (_unknown_model, 4),
 )  # fmt: skip
+# Whole and well-formed, though some of them are refused for what they want.
+WELL_FORMED = frozenset({"valid", "leaves", "half_closed", "method", "unauthorized", "unknown", "unknown_model"})
+NEVER_ANSWERED = frozenset({"truncated", "garbage"})  # or seldom: they have no end, or are no HTTP
+
+
+def is_malformed(name: str, statuses: list[int]) -> bool:
+    """Whether a case of this kind that was answered so counts as a malformed request: only what surely is one."""
+    refused = max(statuses) >= 400 or name in NEVER_ANSWERED
+    return name not in WELL_FORMED and refused
 
 
 def make_case(seed: int, index: int) -> tuple[str, Case]:

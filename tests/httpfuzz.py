@@ -1,19 +1,24 @@
 """Runs the cases of `httpcases` against a server over raw sockets and checks every answer.
 
 Of every case: the server sends valid HTTP or nothing, never a status of 500 or above, and from 400 on the OpenAI
-error body.
+error body. `Apart` runs the fuzzer, or a client that behaves well, in a process of its own.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import multiprocessing
+import os
 import re
+import time
 from collections import Counter
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
-from httpcases import Case, make_case
+import uvloop
+from httpcases import Case, good, is_malformed, make_case
 
 ANSWER_TIMEOUT = 20.0  # seconds for an answer that must come
 LINGER = 0.03  # seconds to wait where none need come
@@ -36,6 +41,7 @@ class Summary:
     """What a run saw: how often each kind of case ended in each status (0: no answer)."""
 
     seen: Counter[tuple[str, int]] = field(default_factory=Counter)
+    malformed: int = 0  # cases; the rest is well-formed, or was answered as if it were
     failures: list[str] = field(default_factory=list)
 
     @property
@@ -195,7 +201,9 @@ async def fuzz(port: int, seed: int, count: int, concurrency: int = 16) -> Summa
         for index in indices:
             name, case = make_case(seed, index)
             try:
-                for status in await run_case(case, port):
+                statuses = await run_case(case, port)
+                summary.malformed += is_malformed(name, statuses)
+                for status in statuses:
                     summary.seen[name, status] += 1
             except Broken as error:
                 summary.failures.append(f"seed {seed} case {index} ({name}): {error}\n  sent {case.data[:600]!r}")
@@ -204,3 +212,47 @@ async def fuzz(port: int, seed: int, count: int, concurrency: int = 16) -> Summa
 
     await asyncio.gather(*(work() for _ in range(concurrency)))
     return summary
+
+
+async def behave(port: int, seconds: float, every: float = 0.05, tokens: int = 8) -> list[float]:
+    """One short request every `every` seconds, however long the others take; from when each was due to its end."""
+    case = Case(good(max_tokens=tokens, ignore_eos=True), 1, frozenset({200}), choices=1)
+    took, began = list[float](), time.monotonic()
+
+    async def one(due: float) -> None:
+        await run_case(case, port)
+        took.append(time.monotonic() - due)
+
+    async with asyncio.TaskGroup() as tasks:
+        for turn in range(int(seconds / every)):
+            due = began + turn * every
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            tasks.create_task(one(due))
+    return took
+
+
+class Apart:
+    """`work(*arguments)`, a coroutine function of a module, in another process."""
+
+    def __init__(
+        self, work: Callable[..., Coroutine[Any, Any, Any]], *arguments: Any, cpus: set[int], nice: int = 0
+    ) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_apart, args=(theirs, work, arguments, cpus, nice), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    async def result(self) -> Any:
+        """Waits for it. Raises `EOFError` where the process died."""
+        found = await asyncio.to_thread(self._pipe.recv)
+        await asyncio.to_thread(self._process.join)
+        return found
+
+
+def _apart(
+    pipe: Any, work: Callable[..., Coroutine[Any, Any, Any]], arguments: tuple[Any, ...], cpus: set[int], nice: int
+) -> None:
+    os.sched_setaffinity(0, cpus)
+    os.nice(nice)
+    pipe.send(uvloop.run(work(*arguments)))

@@ -3,24 +3,41 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
+import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import aiohttp
 import cluster
+import msgspec
 import openai
 import pytest
 from cluster import assert_clean, needs_two_cores
-from serving import real_engine, serving
+from serving import Serving, real_engine, serving
 
 from minidisagg import LLM, SamplingParams
-from minidisagg.config import Mode, RunSettings
+from minidisagg.config import Mode, ModelSettings, RunSettings
+from minidisagg.core.messages import Role
+from minidisagg.core.router import Router, Tracked
 from minidisagg.model.loader import cached_path
+from minidisagg.model.tokenizer import Tokenizer
+from minidisagg.runtime.frontend import Frontend
+from minidisagg.server.app import Server, ServerSettings, listening
 
 pytestmark = needs_two_cores
 TEXTS = ["Once", "The quick brown fox jumps", "x" * 90, "a", "Prefill and decode"]
@@ -50,34 +67,165 @@ def test_greedy_output_is_that_of_the_offline_api(mode: Mode) -> None:
         served.call(assert_clean(served.frontend))
 
 
+@dataclass
+class Client:
+    """One of many: which stage it leaves at ("": it stays), and how it ended."""
+
+    leaves_at: str
+    task: asyncio.Task[None] | None = None
+    end: str = ""
+
+
+def router_stage(request: Tracked) -> str:
+    """Where the router has a request. It does not hear when a worker begins with a prompt: the decision log knows."""
+    if request.prefilling:
+        return "prefilling" if request.prefill else "queued"
+    return "transferring" if request.moving else "decoding"
+
+
+def seems_at(router: Router, request: Tracked) -> str:
+    """A guess, to leave at the right time: FCFS prefills the oldest first, and 32 tokens of two prompts in a step."""
+    stage = router_stage(request)
+    if stage == "prefilling":
+        older = [r for r in router.requests.values() if r.prefilling and r.arrival < request.arrival]
+        return "queued" if len(older) > 4 else "prefilling" if not older else "between"
+    return stage
+
+
+def first_planned(directory: Path, workers: Sequence[str]) -> dict[str, float]:
+    """When the workers that prefill planned the first tokens of each request: the same clock as here."""
+    first: dict[str, float] = {}
+    for name in workers:
+        for line in (directory / f"{name}.jsonl").read_text().splitlines():
+            decision = json.loads(line)
+            if decision["hook"] == "compose":
+                for request_id, *_ in decision["answer"]:
+                    first.setdefault(request_id, decision["clock"])
+    return first
+
+
 @pytest.mark.parametrize("mode", ["colocated", "disagg"])
-def test_300_clients_of_which_many_leave(mode: Mode) -> None:
-    settings = cluster.settings(mode, pages=400)
+def test_a_prompt_is_scored_as_often_as_it_is_sent(mode: Mode) -> None:
+    """What is scored shares its prefix with nothing, itself included; and what the worker says of itself is there."""
+    settings = cluster.settings(mode, link="unix" if mode == "disagg" else "auto")
+    prompt = cluster.random_prompt(random.Random(3), 300)
+    run = RunSettings(seed=(1 << 32) - 1)  # the largest that --seed takes
+    with serving(partial(real_engine, cluster.MODEL, settings, run)) as served:
+        with openai.OpenAI(base_url=served.url + "/v1", api_key="none", max_retries=0) as client:
+            found = [
+                client.completions.create(
+                    model=cluster.MODEL.model, prompt=prompt, echo=True, logprobs=1, max_tokens=1, temperature=0
+                ).choices[0].logprobs
+                for _ in range(6)
+            ]  # fmt: skip
+            sampled = client.completions.create(model=cluster.MODEL.model, prompt=prompt, max_tokens=3)
+        values = [scores.token_logprobs for scores in found if scores is not None]
+        assert len(values) == 6 and all(value == values[0] for value in values) and len(values[0] or ()) == 301
+        assert sampled.usage is not None and sampled.usage.completion_tokens >= 1
+        text = served.server.metrics.render().decode()
+        for name, role in {"colocated": (("both", "both"),), "disagg": (("prefill", "decode"),)}[mode]:
+            assert f'minidisagg:time_to_first_token_seconds_count{{role="{name}"' in text
+            assert f'minidisagg:request_decode_time_seconds_count{{role="{role}"' in text
+            assert f'minidisagg:worker_busy_share{{role="{role}"' in text
+        served.call(assert_clean(served.frontend))
+
+
+@pytest.mark.parametrize("mode", ["colocated", "disagg"])
+def test_300_clients_of_which_most_leave(mode: Mode, tmp_path: Path) -> None:
+    """At every stage, as it was when the abort came; then nothing is left of them, and all pages can be had."""
+    stages = ["queued", "prefilling", "transferring", "decoding"]
+    if mode == "colocated":
+        stages.remove("transferring")
     rng = random.Random(5)
+    shape = cluster.settings(mode, pages=500)
+    worker = msgspec.structs.replace(shape.prefill, max_num_batched_tokens=64)
+    shape = msgspec.structs.replace(shape, prefill=worker, decode=worker)
+    delays = {"prefill": 0.01, "transfer": 0.15, "decode": 0.02}  # seconds, else a tiny model is through at once
+    model = ModelSettings(model="dummy:tiny,std=0.15,max_len=4096", block_size=cluster.PAGE)
+    shared = cluster.random_prompt(rng, 5 * cluster.PAGE)
+    clients = [Client(leaves_at) for leaves_at in [*stages, ""] * (300 // (len(stages) + 1))]
+    rng.shuffle(clients)
+    left: list[tuple[float, str, int, str]] = []  # when, request id, client, stage by the router
 
-    async def one(session: aiohttp.ClientSession, url: str, slots: asyncio.Semaphore) -> str:
+    async def one(session: aiohttp.ClientSession, url: str, number: int) -> None:
+        client = clients[number]
+        prompt = [*(shared if rng.random() < 0.2 else ()), *cluster.random_prompt(rng, rng.randint(4, 250))]
         body = {
-            "prompt": cluster.random_prompt(rng, rng.randint(4, 300)), "max_tokens": rng.randint(1, 60),
-            "ignore_eos": True, "stream": rng.random() < 0.7, "n": rng.choice((1, 1, 1, 3)),
+            "prompt": [*prompt, *divmod(number, 512)], "max_tokens": rng.randint(20, 60), "ignore_eos": True,
+            "stream": rng.random() < 0.7, "n": rng.choice((1, 1, 1, 3)),
         }  # fmt: skip
-        patience = rng.choice((60.0, 60.0, rng.uniform(0.0, 0.5), rng.uniform(0.0, 3.0)))
-        async with slots:
-            try:
-                async with asyncio.timeout(patience), session.post(url + "/v1/completions", json=body) as answer:
-                    await answer.read()
-                    return "ended" if answer.status == 200 else f"status {answer.status}"
-            except TimeoutError:
-                return "left"
+        async with session.post(url, json=body) as answer:
+            await answer.read()
+            client.end = "ended" if answer.status == 200 else f"status {answer.status}"
 
-    async def load(url: str) -> list[str]:
+    def asker(request: Tracked) -> int:
+        return request.prompt[-2] * 512 + request.prompt[-1]
+
+    async def watch(router: Router) -> None:
+        """Has each client leave once its request is where it wants to leave."""
+        while True:
+            for request in router.requests.values():
+                client = clients[asker(request)]
+                if client.task is not None and not client.end and seems_at(router, request) == client.leaves_at:
+                    client.end = "left"
+                    client.task.cancel()
+            await asyncio.sleep(0.002)
+
+    async def load(frontend: Frontend, session: aiohttp.ClientSession, url: str) -> None:
         slots = asyncio.Semaphore(40)
-        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-            return await asyncio.gather(*(one(session, url, slots) for _ in range(300)))
 
-    with serving(partial(real_engine, cluster.MODEL, settings, RunSettings())) as served:
-        ends = asyncio.run(load(served.url))
-        assert set(ends) == {"ended", "left"} and min(ends.count("ended"), ends.count("left")) >= 60
-        served.call(assert_clean(served.frontend, within=10.0))
+        async def take_turn(number: int) -> None:
+            async with slots:
+                clients[number].task = asyncio.create_task(one(session, url, number))
+                await asyncio.wait([clients[number].task])
+            if number in (100, 101):  # for a while all that comes waits in the router
+                frontend.pause(True)
+                asyncio.get_running_loop().call_later(0.3, frontend.pause, False)
+
+        await asyncio.gather(*map(take_turn, range(len(clients))))
+
+    async def run() -> Counter[str]:
+        async with real_engine(model, shape, RunSettings(delays=delays, decision_dir=str(tmp_path))) as frontend:
+            abort, router = frontend.abort, frontend.router
+
+            def noting(request_id: str) -> None:
+                if (request := router.requests.get(request_id)) is not None and not request.incarnation:
+                    left.append((time.monotonic(), request_id, asker(request), router_stage(request)))
+                abort(request_id)
+
+            frontend.abort = noting  # type: ignore[method-assign]
+            server = Server(frontend, Tokenizer.load(model.model), ServerSettings(port=0))
+            many = aiohttp.TCPConnector(limit=0)
+            async with listening(server) as port, aiohttp.ClientSession(connector=many) as session:
+                url = f"http://127.0.0.1:{port}/v1/completions"
+                watching = asyncio.create_task(watch(router))
+                await load(frontend, session, url)
+                watching.cancel()
+                await asyncio.wait_for(server.idle.wait(), 5)  # it is about to hear of the last ones
+                await assert_clean(frontend, within=10.0)
+                planned = first_planned(tmp_path, [name for name, role, _ in shape.roles() if role & Role.PREFILL])
+                # One request that needs every page there is, and then as many as fit in a batch.
+                size = frontend.max_model_len
+                assert {hello.num_pages * cluster.PAGE for hello in frontend.hellos.values()} == {size}
+                whole = {"prompt": cluster.random_prompt(rng, size - 4), "max_tokens": 4}
+                batch = {"prompt": [cluster.random_prompt(rng, 20) for _ in range(3)], "max_tokens": 40, "n": 16}
+                for body in (whole, batch):
+                    async with session.post(url, json=body | {"ignore_eos": True}) as answer:
+                        made = await answer.json()
+                        assert answer.status == 200, made
+                        assert {choice["finish_reason"] for choice in made["choices"]} == {"length"}, made
+                await assert_clean(frontend)
+        hits = set[tuple[int, str]]()  # several choices of a client count once
+        for at, request_id, number, stage in left:
+            begun = stage != "prefilling" or planned.get(request_id, at) < at
+            hits.add((number, stage if begun else "queued"))
+        return Counter(stage for _, stage in hits)
+
+    hits = asyncio.run(run())
+    ends = Counter(client.end for client in clients)
+    sys.stdout.write(f"{mode}: clients {dict(ends)}; they left at {dict(hits)}\n")
+    assert set(ends) == {"ended", "left"} and min(ends.values()) >= 300 // (len(stages) + 1)
+    assert all(hits[stage] >= 5 for stage in stages), hits
 
 
 def test_smollm2_through_the_openai_client() -> None:
@@ -101,44 +249,175 @@ def test_smollm2_through_the_openai_client() -> None:
             served.call(assert_clean(served.frontend))
 
 
+CANARY = "zyx-canary-4711"  # in every prompt
+KEY = "right-key-5820"
+
+
+@dataclass
+class Command:
+    """A `minidisagg serve` that runs, and all that it and its workers say."""
+
+    process: subprocess.Popen[str]
+    url: str
+    folder: Path  # $TMPDIR: its run directory is in it
+    said: list[str] = field(default_factory=list)
+
+    def run_dir(self) -> Path:
+        (found,) = self.folder.glob("minidisagg-*")
+        return found
+
+    def family(self) -> set[int]:
+        """Its process and all below it."""
+        found, new = set[int](), {self.process.pid}
+        while new:
+            found |= new
+            new = {int(pid) for parent in new for pid in _children(parent)} - found
+        return found
+
+    async def post(self, path: str, body: Any, **headers: str) -> tuple[int, Any]:
+        async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {KEY}", **headers}) as session:
+            data = body if isinstance(body, bytes) else json.dumps(body).encode()
+            async with session.post(self.url + path, data=data) as answer:
+                return answer.status, await answer.text()
+
+
+def _children(pid: int) -> list[str]:
+    return [pid for task in Path(f"/proc/{pid}/task").iterdir() for pid in (task / "children").read_text().split()]
+
+
+@contextlib.contextmanager
+def serve_command(*arguments: str, model: str = "dummy:tiny,max_len=512") -> Iterator[Command]:
+    """In disagg mode; at the end it is killed if it still runs."""
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="serve-") as folder:  # short: it will hold sockets
+        process = subprocess.Popen(
+            [sys.executable, "-m", "minidisagg", "serve", model, "--mode", "disagg", "--port", "0", *arguments],
+            stderr=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": folder},
+        )  # fmt: skip
+        assert process.stderr is not None
+        said: list[str] = []
+        for line in process.stderr:
+            said.append(line)
+            if "serving on" in line:
+                break
+        else:
+            raise AssertionError("".join(said))
+        url = next(word for word in said[-1].split() if word.startswith("http")).removesuffix("/v1")
+        reader = threading.Thread(target=lambda: said.extend(process.stderr or ()), daemon=True)
+        reader.start()
+        try:
+            yield Command(process, url, Path(folder), said)
+        finally:
+            process.kill()
+            process.wait()
+            reader.join(5)
+            process.stderr.close()
+
+
 def test_the_command_serves_drains_and_leaves_nothing() -> None:
-    command = [
-        sys.executable, "-m", "minidisagg", "serve", "dummy:tiny", "--mode", "disagg", "--port", "0",
-        "--max-model-len", "512",
-    ]  # fmt: skip
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    url = next(line for line in process.stderr if "serving on" in line).split()[2]
-    port = url.partition("//")[2].partition("/")[0].rpartition(":")[2]
-    taken = subprocess.run([*command[:-3], port], capture_output=True, text=True)
-    assert taken.returncode == 2 and "Address already in use" in taken.stderr and taken.stderr.count("\n") == 1
-    listening = subprocess.run(["ss", "-ltnp"], capture_output=True, text=True).stdout if _has_ss() else ""
-    for line in listening.splitlines():
-        if f"pid={process.pid}," in line:
-            assert line.split()[3].startswith(("127.", "[::1]")), f"open beyond loopback: {line}"
+    with serve_command() as command:
+        port = command.url.rpartition(":")[2]
+        taken = subprocess.run(
+            [sys.executable, "-m", "minidisagg", "serve", "dummy:tiny", "--port", port], capture_output=True, text=True
+        )
+        assert taken.returncode == 2 and "Address already in use" in taken.stderr and taken.stderr.count("\n") == 1
 
-    async def drive() -> str:
-        async with aiohttp.ClientSession() as session:
+        async def drive() -> str:
             body = {"prompt": "abc", "max_tokens": 400, "ignore_eos": True}
-            asking = asyncio.create_task(session.post(f"{url}/completions", json=body).__aenter__())
+            asking = asyncio.create_task(command.post("/v1/completions", body))
             await asyncio.sleep(0.3)
-            process.send_signal(signal.SIGTERM)
-            answer = await asking
-            made = await answer.json()
-            answer.release()
-            return str(made["choices"][0]["finish_reason"])
+            command.process.send_signal(signal.SIGTERM)
+            return str(json.loads((await asking)[1])["choices"][0]["finish_reason"])
 
-    assert asyncio.run(drive()) == "length"
-    began = time.monotonic()
-    _, rest = process.communicate(timeout=20)
-    assert process.returncode == 0 and "Traceback" not in rest
-    assert time.monotonic() - began < 10
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout
-    assert children == ""
+        family = command.family()
+        assert asyncio.run(drive()) == "length"
+        began = time.monotonic()
+        assert command.process.wait(20) == 0
+        assert time.monotonic() - began < 10
+        assert len(family) == 3 and not [pid for pid in family if Path(f"/proc/{pid}").exists()]
+        assert not list(command.folder.glob("minidisagg-*"))
+    assert "Traceback" not in "".join(command.said)
 
 
-def _has_ss() -> bool:
-    return any(os.access(os.path.join(path, "ss"), os.X_OK) for path in os.environ["PATH"].split(":"))
+def test_all_sockets_are_on_loopback() -> None:
+    """Those of the workers too, of which gloo opens several, in use."""
+    if shutil.which("ss") is None:
+        pytest.skip("there is no `ss` to ask which sockets listen")
+    with serve_command("--link", "gloo") as command:
+        body = {"prompt": "abc", "max_tokens": 4}
+        assert asyncio.run(command.post("/v1/completions", body))[0] == 200  # the link is there
+        family = command.family()
+        listed = subprocess.run(["ss", "-Hltnp"], capture_output=True, text=True, check=True).stdout
+        addresses: dict[int, list[str]] = {pid: [] for pid in family}
+        for line in listed.splitlines():
+            for pid in family:
+                if f"pid={pid}," in line:
+                    addresses[pid].append(line.split()[3])
+    sys.stdout.write(f"listening: {addresses}\n")
+    assert len(family) == 3 and sum(map(bool, addresses.values())) >= 2, "gloo listens in the workers"
+    for address in itertools.chain(*addresses.values()):
+        assert address.startswith(("127.", "[::1]")), f"open beyond loopback: {address}"
+
+
+def test_prompts_and_keys_are_in_no_log() -> None:
+    """`serve -v` through all that can go wrong with a prompt; its own log, and those of its workers."""
+    prompt = f"say {CANARY}"
+
+    async def drive(command: Command) -> list[int]:
+        chat = {"messages": [{"role": "user", "content": prompt}], "max_tokens": 3}
+        requests: list[tuple[str, Any]] = [
+            ("/v1/completions", {"prompt": prompt, "max_tokens": 3}), ("/v1/chat/completions", chat),
+            ("/v1/completions", {"prompt": prompt, "max_tokens": 3, "stream": True, "logprobs": 2, "echo": True}),
+            ("/v1/completions", {"prompt": prompt * 100, "max_tokens": 3}), ("/v1/completions", prompt.encode()),
+            ("/v1/completions", {"prompt": prompt, "top_p": CANARY}), ("/v1/completions", {"prompt": {CANARY: 1}}),
+            ("/v1/completions", {"prompt": prompt, "model": CANARY}), ("/v1/completions", {CANARY: 1}),
+            ("/v1/chat/completions", chat | {"messages": [{"role": CANARY, "content": prompt}]}),
+            ("/tokenize", {"prompt": prompt}), ("/v1/completions", b'{"prompt": "' + prompt.encode() + b"\xff"),
+        ]  # fmt: skip
+        statuses = [(await command.post(path, body))[0] for path, body in requests]
+        with contextlib.suppress(TimeoutError):  # a client that leaves
+            body = {"prompt": prompt, "max_tokens": 400, "ignore_eos": True}
+            await asyncio.wait_for(command.post("/v1/completions", body), 0.2)
+        asking = [asyncio.create_task(command.post("/v1/completions", body | {"seed": n})) for n in range(3)]
+        await asyncio.sleep(0.1)
+        killed = await command.post("/admin/workers/decode-0/kill", b"")  # with prompts in hand
+        return [*statuses, killed[0], *(status for status, _ in await asyncio.gather(*asking))]
+
+    with serve_command("-v", "--api-key", KEY) as command:
+        statuses = asyncio.run(drive(command))
+        logs = {path.name: path.read_text(errors="replace") for path in command.run_dir().glob("*.log")}
+        command.process.send_signal(signal.SIGTERM)
+        assert command.process.wait(20) == 0
+    logs["stderr"] = "".join(command.said)
+    sizes = {name: len(text) for name, text in logs.items()}
+    sys.stdout.write(f"statuses {statuses}, characters in logs {sizes}\n")
+    assert statuses == [200] * 3 + [400] * 4 + [404] + [400, 400, 200, 400, 200, 200, 200, 200]
+    assert set(logs) == {"stderr", "prefill-0.log", "decode-0.log"}
+    assert logs["stderr"].count("/v1/completions") >= 10 and "decode-0 is down" in logs["stderr"]
+    for name, text in logs.items():
+        assert CANARY not in text and KEY not in text and "Traceback" not in text, name
+
+
+def test_no_key_learns_what_another_has_asked() -> None:
+    """Each key has a prefix cache of its own: else the time to the first token, or `cached_tokens`, would tell."""
+    prompt = cluster.random_prompt(random.Random(1), 20 * cluster.PAGE)
+    settings = cluster.settings("disagg")
+
+    async def ask(url: str, key: str, salt: str | None = None) -> int:
+        body = {"prompt": prompt, "max_tokens": 2, "ignore_eos": True} | ({"cache_salt": salt} if salt else {})
+        async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {key}"}) as session:
+            async with session.post(url + "/v1/completions", json=body) as answer:
+                return int((await answer.json())["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+    async def run(served: Serving) -> list[int]:
+        asked = [("a-key", None), ("a-key", None), ("b-key", None), ("b-key", None), ("a-key", "x"), ("b-key", "x")]
+        return [await ask(served.url, key, salt) for key, salt in asked]
+
+    with serving(partial(real_engine, cluster.MODEL, settings, RunSettings()), api_keys=("a-key", "b-key")) as served:
+        cached = asyncio.run(run(served))
+        stats = served.call(served.frontend.fresh_stats())
+    most = len(prompt) - cluster.PAGE  # one token is computed always
+    assert cached == [0, most, 0, most, 0, 0]
+    assert stats["prefill-0"].prefix_hits == 2 * most
 
 
 def test_beyond_loopback_a_key_is_needed() -> None:
