@@ -6,6 +6,7 @@ stderr, exit code 2 for what the user can mend in the command and 1 for the rest
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -29,6 +30,7 @@ from minidisagg.bench.options import (
     Server,
     Trials,
     Workload,
+    check_measurable,
     make_sides,
     parse_base_url,
     parse_rate,
@@ -46,7 +48,7 @@ from minidisagg.options import (
     stack,
 )
 
-SLO_PAIR = re.compile(r"(ttft|tpot|itl|e2el?):")
+SLO_PAIR, NUMBER = re.compile(r"(ttft|tpot|itl|e2el?):"), re.compile(r"[\d.]+")
 ARRIVALS, WORKLOAD, TRIALS = Arrivals(), Workload(), Trials()
 # What `bench` takes for one of its two kinds of target only; the seed is the workload's too.
 ENGINE_FLAGS = {str(p.name) for p in engine_options(click.Command("engine")).params} - {"seed"} | {"mode", "against"}
@@ -172,7 +174,32 @@ def chat(model: str, system: str, mode: str, **flags: Any) -> None:
     run_chat(engine, sampling, system)
 
 
-@cli.command()
+class SpreadCommand(click.Command):
+    """Takes `--goodput ttft:200 tpot:50` as vLLM does, where click wants one value per flag, and --demo-load alone."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        spread: list[str] = []
+        for arg, after in zip(args, [*args, ""][1:], strict=True):
+            if SLO_PAIR.match(arg) and len(spread) >= 2 and spread[-2] == "--goodput":
+                spread.append("--goodput")
+            spread.append("--demo-load=1" if arg == "--demo-load" and not NUMBER.fullmatch(after) else arg)
+        return super().parse_args(ctx, spread)
+
+
+watch_options = [
+    click.option("--demo-load", type=click.FloatRange(min=0), metavar="[RATE]",
+                 help="Send so many requests per second from the monitor, where + and - change it.  [RATE: 1]"),
+    click.option("--goodput", multiple=True, metavar="NAME:MS …",
+                 help="The monitor's SLO lines, of ttft, tpot, itl and e2el.  [default: ttft:2500 tpot:60]"),
+]  # fmt: skip
+
+
+def _read_slo(flags: dict[str, Any]) -> dict[str, float]:
+    pairs = flags.pop("goodput")
+    return {name: limit for name, limit in asdict(parse_slo(pairs)).items() if limit is not None} if pairs else {}
+
+
+@cli.command(cls=SpreadCommand)
 @model_argument
 @mode_option
 @click.option("--host", default="127.0.0.1", show_default=True, help="Another one needs --api-key.")
@@ -184,30 +211,33 @@ def chat(model: str, system: str, mode: str, **flags: Any) -> None:
 @click.option("--drain-timeout", type=click.FloatRange(min=0), default=30.0, show_default=True,
               help="Seconds that requests have to end after SIGTERM.")  # fmt: skip
 @click.option("--verbose", "-v", is_flag=True, help="A log line for each request.")
-@click.option("--monitor", "with_monitor", is_flag=True, help="The full-screen monitor on this terminal.")
-@click.option("--demo-load", type=click.FloatRange(min=0), default=None, metavar="RATE",
-              help="With --monitor: send so many requests per second.")  # fmt: skip
+@click.option("--monitor", "with_monitor", is_flag=True,
+              help="The full-screen monitor on this terminal; where no number is given, over two workers.")  # fmt: skip
+@stack(watch_options)
+@click.option("--beside", is_flag=True, hidden=True)  # a monitor has started this process, with its own command line
 @engine_options
-def serve(model: str, mode: str, verbose: bool, with_monitor: bool, demo_load: float | None, **flags: Any) -> None:
+def serve(model: str, mode: str, verbose: bool, with_monitor: bool, beside: bool, **flags: Any) -> None:
     """Serve the model over HTTP, as OpenAI's clients expect it.
 
     \b
     minidisagg serve
     minidisagg serve --mode disagg --prefill chunk=256 --link shm
-    minidisagg serve --prefill-workers 1 --decode-workers 1 --monitor --demo-load 1    # m: disagg or colocated
+    minidisagg serve --monitor --demo-load    # m: disaggregated or colocated, while requests run
     minidisagg serve --host 0.0.0.0 --api-key "$KEY" --port 8080
     curl localhost:8000/v1/completions -d '{"prompt": "The sea is", "max_tokens": 16}'
     """
     limits = flags.pop("max_waiting"), flags.pop("max_waiting_tokens")
     own = {key: flags.pop(key) for key in ("host", "port", "api_keys", "drain_timeout")}
-    served_name = flags.pop("served_model_name")
-    engine = read_engine(model, flags, mode, one_worker=True)
-    if demo_load is not None and not with_monitor:
-        raise ValueError("--demo-load needs --monitor")
-    if with_monitor:
+    served_name, demo_load, slo = flags.pop("served_model_name"), flags.pop("demo_load"), _read_slo(flags)
+    engine = read_engine(model, flags, mode, one_worker=not with_monitor)  # with two, `m` has something to switch
+    if (demo_load is not None or slo) and not with_monitor:
+        raise ValueError("--demo-load and --goodput need --monitor")
+    if with_monitor and not beside:
+        from minidisagg.monitor.app import MonitorOptions
         from minidisagg.monitor.beside import serve_and_monitor
 
-        serve_and_monitor(sys.argv[1:], own["host"], own["port"], own["api_keys"], demo_load)
+        watch = MonitorOptions(api_key=next(iter(own["api_keys"]), ""), demo_load=demo_load, slo=slo)
+        serve_and_monitor(["serve", "--beside", *sys.argv[2:]], own["host"], watch)
         return
     from minidisagg.server.app import ServerSettings
     from minidisagg.server.run import serve as run_server
@@ -215,47 +245,32 @@ def serve(model: str, mode: str, verbose: bool, with_monitor: bool, demo_load: f
     run_server(engine, ServerSettings(**own, served_name=served_name), limits, verbose)
 
 
-@cli.command()
+@cli.command(cls=SpreadCommand)
 @click.argument("url", default="http://127.0.0.1:8000")
 @click.option("--api-key", default="", envvar="MINIDISAGG_API_KEY", metavar="KEY")
-@click.option(
-    "--goodput", multiple=True, metavar="NAME:MS", help="SLO lines: ttft:500, tpot:50, itl, e2el. Repeatable."
-)
-@click.option("--demo-load", type=click.FloatRange(min=0), default=None, metavar="RATE",
-              help="Send so many requests per second; + and - change it.")  # fmt: skip
+@stack(watch_options)
 @click.option("--once", is_flag=True, help="One frame, then leave.")
 @click.option("--json", "as_json", is_flag=True, help="With --once: what the server says, as JSON.")
-@click.option("--record", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Keep every event.")
+@click.option("--record", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+              help="Keep every event; gzipped if it ends in .gz.")  # fmt: skip
 @click.option("--replay", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="FILE",
               help="Show a recording instead of a server.")  # fmt: skip
-def monitor(url: str, goodput: tuple[str, ...], **flags: Any) -> None:
+def monitor(url: str, **flags: Any) -> None:
     """Watch a running server, and act on it: ? in the monitor lists the keys.
 
     \b
     minidisagg monitor
-    minidisagg monitor http://127.0.0.1:8000 --goodput ttft:500 --goodput tpot:60 --demo-load 1
+    minidisagg monitor http://127.0.0.1:8000 --goodput ttft:500 tpot:60 --demo-load 2
     minidisagg monitor --once --json | jq .stages
     minidisagg monitor --replay session.jsonl
     """
-    slo = {name: limit for name, limit in asdict(parse_slo(goodput)).items() if limit is not None} if goodput else {}
+    slo = _read_slo(flags)
     from minidisagg.monitor.app import MonitorOptions, run_monitor
 
     run_monitor(MonitorOptions(url=url, slo=slo, **flags))
 
 
 # ---------------------------------------------------------------- bench
-
-
-class BenchCommand(click.Command):
-    """Takes `--goodput ttft:200 tpot:50` as vLLM does, where click wants one value per flag."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        spread: list[str] = []
-        for arg in args:
-            if SLO_PAIR.match(arg) and len(spread) >= 2 and spread[-2] == "--goodput":
-                spread.append("--goodput")
-            spread.append(arg)
-        return super().parse_args(ctx, spread)
 
 
 def _use_preset(ctx: click.Context, _: click.Parameter, name: str | None) -> str:
@@ -282,13 +297,15 @@ bench_options = stack(
         click.option("--goodput", multiple=True, metavar="NAME:MS …", 
                      help="SLOs, as in: --goodput ttft:200 tpot:50  [default: 8 unloaded prefills, 2 steps]"),
         click.option("--request-rate", metavar="RATE",
-                     help="Requests per second, inf, or 0.5x: half of what one prefill worker was "
-                         f"measured to do.  [default: {ARRIVALS.request_rate}x, or the trace's own times]"),
+                     help="Requests per second, inf, or 0.5x: half of what one prefill worker was measured to do, "
+                         "one request at a time under fcfs whatever the sides' policies, on the disagg side if there "
+                         f"is one.  [default: {ARRIVALS.request_rate}x, or the trace's own times]"),
         click.option("--burstiness", type=float, default=ARRIVALS.burstiness, show_default=True,
                      help="Shape of the gaps between arrivals: 1 is a Poisson process, less is burstier."),
         click.option("--max-concurrency", default="", metavar="N[,N…]",
                      help="Closed loop: as many requests at a time. A list is a sweep."),
-        click.option("--num-prompts", type=positive, default=WORKLOAD.num_prompts, show_default=True),
+        click.option("--num-prompts", type=positive,
+                     help=f"Of each run.  [default: {WORKLOAD.num_prompts}; with --preset quick by the rate]"),
         click.option("--num-warmups", type=click.IntRange(min=0), default=ARRIVALS.num_warmups, show_default=True),
         click.option("--repeats", type=positive, default=TRIALS.repeats, show_default=True),
         click.option("--dataset-name", type=click.Choice(DATASETS), default=WORKLOAD.dataset_name, show_default=True),
@@ -310,7 +327,7 @@ bench_options = stack(
 # fmt: on
 
 
-@cli.command(cls=BenchCommand)
+@cli.command(cls=SpreadCommand)
 @model_argument
 @bench_options
 @engine_options
@@ -321,7 +338,7 @@ def bench(ctx: click.Context, /, model: str, mode: str, against: str, base_url: 
     \b
     minidisagg bench --mode both --preset quick
     minidisagg bench --mode disagg --against colocated:sarathi:chunk=64
-    minidisagg bench --mode both --find-goodput --goodput ttft:1500 tpot:40
+    minidisagg bench --mode both --find-goodput --preset quick
     minidisagg bench --mode colocated --request-rate inf --num-prompts 64
     minidisagg bench --dataset-name azure --dataset-path azure_conv.csv --trace-scale-len 0.2
     minidisagg bench --base-url http://127.0.0.1:8000 --request-rate 4
@@ -355,46 +372,39 @@ def _read_bench(model: str, mode: str, against: str, server: Server | None, flag
         settings, run = ModelSettings(model=server.model), RunSettings(seed=flags["seed"])
     if flags["dataset_name"] in TRACES and not flags["dataset_path"]:
         raise ValueError(f"--dataset-name {flags['dataset_name']} needs --dataset-path FILE")
-    prompts, warmups = flags["num_prompts"], flags["num_warmups"]
-    if prompts <= warmups and not (flags["find_goodput"] or flags["preset"]):
-        raise ValueError(f"--num-prompts {prompts} with --num-warmups {warmups}: nothing is left to measure")
-    has_times = flags["dataset_name"] in ("azure", "mooncake", "burstgpt")
+    has_times = flags["dataset_name"] in TRACES and flags["dataset_name"] != "sharegpt"
     default_rate = (0.0, False) if has_times else (ARRIVALS.request_rate, ARRIVALS.relative)
     rate, relative = parse_rate(flags["request_rate"]) if flags["request_rate"] else default_rate
+    concurrencies = _concurrencies(flags["max_concurrency"])
+    if flags["find_goodput"] and (concurrencies or not 0 < rate < math.inf):
+        raise ValueError(
+            "--find-goodput searches for a rate: it starts at a finite --request-rate, which a trace must be given, "
+            "and takes no --max-concurrency"
+        )
+    prompts = flags["num_prompts"] or (0 if flags["preset"] else WORKLOAD.num_prompts)
+    if prompts:
+        check_measurable(prompts, flags["num_warmups"], math.isinf(rate) and not concurrencies)
     return BenchOptions(
         model=settings,
         sides=sides,
         server=server,
         run=run,
         workload=Workload(
-            dataset_name=flags["dataset_name"],
-            dataset_path=flags["dataset_path"] or "",
-            num_prompts=flags["num_prompts"],
-            input_len=flags["random_input_len"],
-            output_len=flags["random_output_len"],
-            range_ratio=flags["random_range_ratio"],
-            trace_speedup=flags["trace_speedup"],
+            dataset_name=flags["dataset_name"], dataset_path=flags["dataset_path"] or "", num_prompts=prompts,
+            input_len=flags["random_input_len"], output_len=flags["random_output_len"],
+            range_ratio=flags["random_range_ratio"], trace_speedup=flags["trace_speedup"],
             trace_scale_len=flags["trace_scale_len"],
         ),
         arrivals=Arrivals(
-            request_rate=rate,
-            relative=relative,
-            burstiness=flags["burstiness"],
-            max_concurrency=_concurrencies(flags["max_concurrency"]),
+            request_rate=rate, relative=relative, burstiness=flags["burstiness"], max_concurrency=concurrencies,
             num_warmups=flags["num_warmups"],
         ),
         trials=Trials(
-            repeats=flags["repeats"],
-            find_goodput=flags["find_goodput"],
+            repeats=flags["repeats"], find_goodput=flags["find_goodput"], preset=flags["preset"],
             slo=parse_slo(flags["goodput"]) if flags["goodput"] else None,
-            preset=flags["preset"],
         ),
-        output=Output(
-            directory=flags["result_dir"],
-            json=flags["as_json"],
-            dry_run=flags["dry_run"],
-        ),
-    )
+        output=Output(directory=flags["result_dir"], json=flags["as_json"], dry_run=flags["dry_run"]),
+    )  # fmt: skip
 
 
 def _concurrencies(text: str) -> tuple[int, ...]:

@@ -77,7 +77,7 @@ engine_options = stack(
                      help="How KV moves."),
         click.option("--kv-codec", type=click.Choice(KV_CODECS), default=CLUSTER.kv_codec, show_default=True,
                      help="How KV is written on the wire."),
-        click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True),
+        click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True),
         click.option("--no-prefix-caching", is_flag=True, help="Compute every prompt in full."),
         click.option("--prefill", default="", metavar="KEY=VAL,…", help="Settings of the prefill workers alone."),
         click.option("--decode", default="", metavar="KEY=VAL,…",

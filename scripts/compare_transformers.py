@@ -4,6 +4,7 @@
 
 16 requests of 128-384 random prompt tokens, 64 out, end-of-sequence ignored, bfloat16. Also prints the decode step at
 512 tokens of context against its floor: the bytes that it must read / the bandwidth of a plain read just before it.
+--skip-steps and --skip-transformers leave that and the other engine out. The last line is all of it as JSON.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 
+from minidisagg.measure.machine import command_line, machine
 from minidisagg.model.loader import resolve
 from minidisagg.runtime.launch import MALLOC_TUNABLES
 
@@ -89,6 +91,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--skip-transformers", action="store_true")
+    parser.add_argument("--skip-steps", action="store_true")
     arguments = parser.parse_args()
     if "GLIBC_TUNABLES" not in os.environ:  # read when a process begins; workers are started with it
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"GLIBC_TUNABLES": MALLOC_TUNABLES})
@@ -98,9 +101,12 @@ def main() -> None:
     from minidisagg.config import WorkerSettings
 
     torch.set_num_threads(arguments.threads)
-    result: dict[str, object] = {"threads": arguments.threads, "torch": torch.__version__}
-    result["steps"] = steps(arguments.threads)
-    for row in result["steps"]:  # type: ignore[attr-defined]
+    rows = [] if arguments.skip_steps else steps(arguments.threads)
+    result: dict[str, object] = {
+        "command": command_line(), "machine": machine(), "threads": arguments.threads, "torch": torch.__version__,
+        "steps": rows,
+    }  # fmt: skip
+    for row in rows:
         sys.stdout.write("  ".join(f"{key} {value:.2f}" for key, value in row.items()) + "\n")
     cores = sorted(os.sched_getaffinity(0))[: arguments.threads]
     worker = WorkerSettings(dtype="bfloat16", cpus="+".join(map(str, cores)))

@@ -3,7 +3,8 @@
     python scripts/isolation.py --seconds 15
 
 Eight requests decode on one worker, pinned to its cores, while the prefill worker beside it (a) sleeps, (b) prefills
-without a pause. Prints the inter-token latency in both cases, and the front end's share of a core.
+without a pause. Prints the inter-token latency in both cases, and the front end's share of a core. Then the same load
+in colocated mode, where both workers do both: what the separation is worth, and the front end's share there.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import statistics
 import sys
 import time
 
-from minidisagg.config import ClusterSettings, ModelSettings, RunSettings, WorkerSettings
+from minidisagg.config import ClusterSettings, Mode, ModelSettings, RunSettings, WorkerSettings
 from minidisagg.core.messages import SamplingParams
 from minidisagg.core.router import Emit
+from minidisagg.measure.machine import command_line, machine
 from minidisagg.runtime.frontend import Frontend
 
 PROMPT, STREAMS = 256, 8
@@ -51,10 +53,11 @@ class Stream:
             self.go()
 
 
-async def measure(seconds: float) -> dict[str, float]:
+async def measure(mode: Mode, seconds: float) -> dict[str, float]:
+    """One cluster under the two loads."""
     rng = random.Random(0)
     worker = WorkerSettings(dtype="bfloat16")
-    cluster = ClusterSettings(mode="disagg", prefill=worker, decode=worker, link="shm")
+    cluster = ClusterSettings(mode=mode, prefill=worker, decode=worker, link="shm")
     async with await Frontend.start(ModelSettings(prefix_caching=False), cluster, RunSettings()) as frontend:
         streams = [Stream(frontend, rng, 1500) for _ in range(STREAMS)]
         await asyncio.gather(*(stream.warm.wait() for stream in streams))
@@ -79,7 +82,7 @@ async def measure(seconds: float) -> dict[str, float]:
             "prefilling_p50_ms": statistics.median(busy) * 1e3, "prefilling_p99_ms": busy[int(len(busy) * 0.99)] * 1e3,
             "ratio_p50": statistics.median(busy) / statistics.median(idle),
             "frontend_cpu_idle": idle_share, "frontend_cpu_prefilling": busy_share,
-            "prefill_steps": float(stats["prefill-0"].steps),
+            "prefill_steps": float(stats["prefill-0"].steps if mode == "disagg" else 0),
         }  # fmt: skip
     return result
 
@@ -87,10 +90,13 @@ async def measure(seconds: float) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=15.0)
-    result = asyncio.run(measure(parser.parse_args().seconds))
-    for name, value in result.items():
-        sys.stdout.write(f"{name:24s} {value:8.2f}\n")
-    sys.stdout.write(json.dumps(result) + "\n")
+    seconds = parser.parse_args().seconds
+    found = asyncio.run(measure("disagg", seconds))
+    beside = asyncio.run(measure("colocated", seconds))
+    found |= {f"colocated_{name}": value for name, value in beside.items() if name != "prefill_steps"}
+    for name, value in found.items():
+        sys.stdout.write(f"{name:36s} {value:8.2f}\n")
+    sys.stdout.write(json.dumps({"command": command_line(), "machine": machine(), **found}) + "\n")
 
 
 if __name__ == "__main__":

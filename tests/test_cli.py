@@ -144,12 +144,24 @@ def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         (["bench", "--request-rate", "fast"], "request rate 'fast'"),
         (["bench", "--goodput", "speed:3"], "unknown SLO 'speed:3'"),
         (["bench", "--dataset-name", "azure"], "needs --dataset-path FILE"),
-        (["bench", "--num-prompts", "8"], "--num-prompts 8 with --num-warmups 8: nothing is left to measure"),
+        (["bench", "--num-prompts", "9"], "--num-prompts 9 with --num-warmups 8, and 1 at the end left out: nothing"),
+        (["bench", "--num-prompts", "8", "--request-rate", "inf"], "--num-warmups 8: nothing is left to measure"),
+        (["bench", "--find-goodput", "--request-rate", "inf"], "starts at a finite --request-rate"),
+        (["bench", "--find-goodput", "--max-concurrency", "2"], "takes no --max-concurrency"),
+        (["bench", "--find-goodput", "--dataset-name", "azure", "--dataset-path", __file__], "a trace must be given"),
+        (["bench", "--dataset-name", "azure", "--dataset-path", __file__], "header must have TIMESTAMP"),
+        (["bench", "--burstiness", "0"], "burstiness must be positive, not 0.0"),
+        (["bench", "--random-range-ratio", "1.5"], "random range ratio must be in [0, 1)"),
+        (["bench", "dummy:tiny", "--random-input-len", "2000"], "up to 2064 tokens, more than the limit of 2048"),
+        (["bench", "--policy", "lifo", "--mode", "disagg", "--against", "colocated:fcfs"], "unknown policy 'lifo'"),
         (["bench", "--max-concurrency", "4,many"], "--max-concurrency '4,many'"),
         (["bench", "--against", "elsewhere", "--mode", "disagg"], "a mode of colocated, disagg"),
     ],
 )
-def test_bad_input_is_one_line(fails: Any, args: list[str], message: str) -> None:
+def test_bad_input_is_one_line(
+    fails: Any, args: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # bench makes its directory of results before it starts anything
     code, line = fails(*args)
     assert message in line
     assert code == 2
@@ -170,6 +182,8 @@ def test_an_unwritable_directory_is_told_by_its_name(fails: Any, tmp_path: Path)
     (tmp_path / "file").write_text("")
     code, line = fails("generate", *TINY, "--record", str(tmp_path / "file" / "logs"))
     assert (code, line) == (1, f"{tmp_path / 'file' / 'logs'}: Not a directory")
+    code, line = fails("bench", "dummy:tiny", "--result-dir", str(tmp_path / "file" / "results"))
+    assert code == 1 and line.startswith(str(tmp_path / "file" / "results")) and line.endswith("Not a directory")
 
 
 # ---------------------------------------------------------------- bad models, and errors that a worker finds
@@ -400,6 +414,27 @@ def test_a_preset_sets_defaults_and_flags_win(asked: Any) -> None:
         assert options.trials.preset == "quick"
         assert options.trials.repeats == 9
         assert options.arrivals.num_warmups == quick["num_warmups"]
+        assert options.workload.num_prompts == 0  # by the rate
+    assert asked("--preset", "quick", "--num-prompts", "33").workload.num_prompts == 33
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        ([], "6 runs of 300 requests, each 300 / (0.5 \u00d7 capacity) s of arrivals, where calibration decides"),
+        (["--request-rate", "2.5"], "6 runs of 300 requests, each 120 s of arrivals, 720 s in all"),
+        (["--preset", "quick"], "6 runs of 20 to 60 requests, each 18 s of arrivals, 108 s in all"),
+        (["--max-concurrency", "1,2,4", "--repeats", "2"], "12 runs of 300 requests, each until the last"),
+        (["--mode", "disagg", "--request-rate", "inf"], "3 runs of 300 requests, each until the last"),
+        (["--find-goodput", "--request-rate", "3"], "at most 32 runs of 300 requests, each 100 s of arrivals"),
+        (["--find-goodput", "--preset", "quick"], "at most 20 runs of 40 requests, each 40 / (0.5"),
+    ],
+)
+def test_a_dry_run_says_how_long(args: list[str], told: str, env: dict[str, str], tmp_path: Path) -> None:
+    done = minidisagg({**env, "COLUMNS": "200"}, "bench", *args, "--dry-run", "--result-dir", str(tmp_path / "none"))
+    assert done.returncode == 0, done.stderr
+    assert told in done.stdout
+    assert not (tmp_path / "none").exists()
 
 
 def test_bench_flags(asked: Any, tmp_path: Path) -> None:
@@ -423,3 +458,4 @@ def test_a_trace_keeps_its_own_times(asked: Any, tmp_path: Path) -> None:
     args = ["--dataset-name", "azure", "--dataset-path", str(trace)]
     assert asked(*args).arrivals.request_rate == 0.0
     assert asked(*args, "--request-rate", "3").arrivals.request_rate == 3.0
+    assert asked(*args, "--request-rate", "3", "--find-goodput").trials.find_goodput

@@ -1,21 +1,32 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import itertools
 import json
 import math
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
-from minidisagg.measure.comparison import TIMES, compare_runs, verdict_of, worker_usage
-from minidisagg.measure.goodput import SLO, Trial, attainment, find_goodput, find_goodput_async, monotone_fit, parse_slo
-from minidisagg.measure.intervals import Ratio, block_weights, compare, resampled, student_t
+from minidisagg.measure.comparison import TIMES, Comparison, compare_runs, goodput_verdict, verdict_of, worker_usage
+from minidisagg.measure.goodput import (
+    SLO,
+    GoodputResult,
+    Trial,
+    attainment,
+    find_goodput,
+    monotone_fit,
+    parse_slo,
+)
+from minidisagg.measure.intervals import Ratio, block_weights, compare, resampled, share_error, student_t
 from minidisagg.measure.records import LinkRecord, RequestRecord, RunRecord, WorkerRecord
-from minidisagg.measure.report import to_dict, to_text, write_run_directory
+from minidisagg.measure.report import render, to_dict, write_run_directory
 from minidisagg.measure.stats import Sample, Samples, Window, samples_of, send_lag, summarize, void_reasons, window_of
 from minidisagg.workload.arrivals import arrival_times
 
@@ -136,16 +147,28 @@ def test_monotone_fit_pools_violators() -> None:
     ]
 
 
-def md1_attainment(
-    rate: float, service: float = 0.1, limit: float = 0.3, n: int = 400, seed: int | None = None
-) -> float:
-    """Share of an M/D/1 queue's customers done within the limit; without a seed, of a long run."""
-    done, met = 0.0, 0
-    n = n if seed is not None else 40_000
-    for arrival in arrival_times(n, rate, seed=seed or 0):
+def md1_met(rate: float, service: float = 0.1, limit: float = 0.3, n: int = 400, seed: int = 0) -> np.ndarray:
+    """Which customers of an M/D/1 queue are done within the limit, as ones and zeros."""
+    done, met = 0.0, []
+    for arrival in arrival_times(n, rate, seed=seed):
         done = max(done, arrival) + service
-        met += done - arrival <= limit
-    return met / n
+        met.append(float(done - arrival <= limit))
+    return np.array(met)
+
+
+def md1_attainment(rate: float, seed: int | None = None) -> float:
+    """Their share; without a seed, of a long run."""
+    return float(md1_met(rate, n=40_000 if seed is None else 400, seed=seed or 0).mean())
+
+
+def searched(run: Callable[[float], float], start: float, **options: Any) -> GoodputResult:
+    """The search over a function that is certain of what it says."""
+
+    async def attained(rate: float) -> tuple[float, float]:
+        await asyncio.sleep(0)
+        return run(rate), 0.0
+
+    return asyncio.run(find_goodput(attained, start, **options))
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +182,7 @@ def md1_rate() -> float:
 
 @pytest.mark.parametrize("start", [0.5, 6.0, 40.0])
 def test_goodput_search_finds_the_md1_rate(md1_rate: float, start: float) -> None:
-    found = find_goodput(md1_attainment, start, tolerance=0.03)
+    found = searched(md1_attainment, start, tolerance=0.03)
     assert found.converged and found.attainment >= 0.9
     assert found.rate <= md1_rate * 1.001 <= found.upper <= found.rate * 1.0301 * 1.001
 
@@ -167,15 +190,15 @@ def test_goodput_search_finds_the_md1_rate(md1_rate: float, start: float) -> Non
 def test_goodput_search_survives_noise(md1_rate: float) -> None:
     for seed in range(8):
         runs = itertools.count(1 + 1000 * seed)
-        found = find_goodput(lambda rate, runs=runs: md1_attainment(rate, seed=next(runs)), 2.0)  # type: ignore[misc]
+        found = searched(lambda rate, runs=runs: md1_attainment(rate, seed=next(runs)), 2.0)  # type: ignore[misc]
         assert found.rate == pytest.approx(md1_rate, rel=0.12)
         assert len(found.trials) <= 16
 
 
 def test_goodput_search_ends() -> None:
-    never = find_goodput(lambda rate: 0.0, 8.0, max_runs=4)
+    never = searched(lambda rate: 0.0, 8.0, max_runs=4)
     assert (never.rate, never.converged, [t.rate for t in never.trials]) == (0.0, False, [8.0, 4.0, 2.0, 1.0])
-    always = find_goodput(lambda rate: 1.0, 8.0, max_runs=3)
+    always = searched(lambda rate: 1.0, 8.0, max_runs=3)
     assert (always.rate, always.upper, always.converged) == (32.0, math.inf, False)
     seen: list[float] = []
 
@@ -183,15 +206,56 @@ def test_goodput_search_ends() -> None:
         seen.append(rate)
         return 0.91 if seen == [8.0] else float(rate <= 6.0)
 
-    assert find_goodput(lucky, 8.0).rate == pytest.approx(6.0, rel=0.05)
-
-    async def run(rate: float) -> float:
-        await asyncio.sleep(0)
-        return float(rate <= 5.0)
-
-    assert asyncio.run(find_goodput_async(run, 1.0)).rate == pytest.approx(5.0, rel=0.05)
+    assert searched(lucky, 8.0).rate == pytest.approx(6.0, rel=0.05)
     with pytest.raises(ValueError, match="goodput search"):
-        find_goodput(md1_attainment, 0.0)
+        searched(md1_attainment, 0.0)
+
+
+def test_what_surely_holds_and_what_surely_fails() -> None:
+    trials = [Trial(1.0, 1.0), Trial(2.0, 0.93, 0.03), Trial(2.1, 0.87, 0.03), Trial(4.0, 0.5, 0.05)]
+    found = GoodputResult(2.0, 2.1, 0.93, 0.9, True, trials)
+    assert found.sure == (1.0, 4.0)
+    certain = GoodputResult(2.0, 2.1, 0.93, 0.9, True, [Trial(2.0, 0.93), Trial(2.1, 0.87)])
+    assert certain.sure == (2.0, 2.1)
+    noisy = [Trial(1.0, 1.0), Trial(2.0, 0.5), Trial(3.0, 1.0), Trial(4.0, 0.0)]  # 2 fails although 3 holds
+    assert GoodputResult(1.0, 2.0, 1.0, 0.9, True, noisy).sure == (1.0, 4.0)
+    assert GoodputResult(1.0, math.inf, 1.0, 0.9, False, [Trial(1.0, 0.95, 0.1)]).sure == (0.0, math.inf)
+
+
+def test_a_few_that_all_met_prove_little() -> None:
+    few, many = share_error(np.ones(9)), share_error(np.ones(300))
+    assert 0.2 > few > 5 * many > 0
+    clustered, spread = (share_error(np.array(met)) for met in ([0.0] * 30 + [1.0] * 270, ([0.0] + [1.0] * 9) * 30))
+    assert clustered > 1.5 * spread
+
+
+def md1_search(service: float, seed: int) -> GoodputResult:
+    """A search as the bench makes it, each run with a workload of its own."""
+    runs = itertools.count(100 * seed)
+
+    async def attained(rate: float) -> tuple[float, float]:
+        met = md1_met(rate, service, n=300, seed=next(runs))
+        return float(met.mean()), share_error(met)
+
+    return asyncio.run(find_goodput(attained, 2.0))
+
+
+def test_a_goodput_of_equals_names_no_winner_and_a_real_one_is_found() -> None:
+    wins = 0
+    for seed in range(10):
+        a, same, better = (md1_search(service, 3 * seed + i) for i, service in enumerate((0.1, 0.1, 0.06)))
+        assert 0 < a.sure[0] <= a.rate < a.upper <= a.sure[1] < math.inf
+        ratio, verdict = goodput_verdict({"x A": a, "x B": same}, [])
+        wins += ratio.clear
+        assert ratio.clear or verdict.startswith("No winner: no clear difference in goodput between x A and x B. x B /")
+        ratio, verdict = goodput_verdict({"x": a, "y": better}, [])
+        assert ratio.clear and verdict.startswith("y is better than x: goodput ")
+        assert ratio.low > 1.0
+    assert wins <= 1
+    assert goodput_verdict({"x": a, "y": better}, ["x: late"])[1] == "Void, no verdict: x: late."
+    nothing = GoodputResult(0.0, 1.0, 0.0, 0.9, False, [Trial(1.0, 0.0)])
+    assert goodput_verdict({"x": nothing, "y": nothing}, [])[1].startswith("No winner")
+    assert goodput_verdict({"x": nothing, "y": better}, [])[1].startswith("y is better than x: goodput inf")
 
 
 # ---------------------------------------------------------------- intervals
@@ -292,6 +356,13 @@ def test_identical_runs_are_equal() -> None:
     assert comparison.ratios["p99_itl"].ratio == 1.0
 
 
+def to_text(comparison: Comparison, width: int = 100) -> str:
+    """The report without colours."""
+    console = Console(width=width, file=io.StringIO(), record=True, color_system=None)
+    console.print(render(comparison))
+    return console.export_text()
+
+
 @pytest.fixture(scope="module")
 def sides() -> tuple[list[RunRecord], list[RunRecord]]:
     rng = random.Random(0)
@@ -361,6 +432,26 @@ def test_verdict_wording() -> None:
     none = wording("a", "b", {"p99_itl": rate, "output_throughput": rate})
     assert none == "No winner: no clear difference in p99 ITL and throughput between a and b."
     assert wording("a", "b", {}) == "No winner: nothing to compare between a and b."
+
+
+def test_one_result_over_all_repetitions(sides: tuple[list[RunRecord], list[RunRecord]]) -> None:
+    alone = compare_runs(sides[0], slo=SLO(ttft=300))
+    one, each = to_dict(alone), alone.a.results
+    assert one["repetitions"] == 3 and "repetition" not in one and one["label"] == "colocated"
+    for key in ("completed", "num_prompts", "total_output_tokens", "duration", "wall"):
+        assert one[key] == pytest.approx(sum(result[key] for result in each)), key  # type: ignore[misc]
+    for key, name in (("p99_itl_ms", "p99_itl"), ("mean_ttft_ms", "mean_ttft"), ("median_tpot_ms", "p50_tpot")):
+        assert one[key] == pytest.approx(alone.a.values[name] * 1000)  # as in the table
+    assert one["output_throughput"] == pytest.approx(alone.a.values["output_throughput"])
+    assert (one["seed"], one["slo"], one["burstiness"]) == (0, "ttft:300", 1.0)
+
+
+def test_what_measuring_took_stands_beside_its_limits(sides: tuple[list[RunRecord], list[RunRecord]]) -> None:
+    sides[1][2].frontend_cpu_share = 0.125
+    text = to_text(compare_runs(*sides, SLO(ttft=300)))
+    sides[1][2].frontend_cpu_share = 0.0
+    assert "void above 20% of a core, or 5% of the TTFT SLO" in text
+    assert "disagg: 12.5% of a core, p99 send lag 0.00 ms" in text
 
 
 def test_one_side_alone_and_files(sides: tuple[list[RunRecord], list[RunRecord]], tmp_path: Path) -> None:

@@ -71,7 +71,9 @@ class Load:
         sampling = SamplingParams(
             max_tokens=item.output_len, temperature=0.0, ignore_eos=True, seed=(self.seed << 32) + item.index
         )
-        self.frontend.submit(item.prompt, sampling, on_emit, arrival=scheduled, salt=item.salt)
+        request_id = self.frontend.submit(item.prompt, sampling, on_emit, arrival=scheduled, salt=item.salt)
+        if (tracked := self.frontend.router.requests.get(request_id)) is not None:  # not rejected at once
+            record.workers = tracked.workers  # the router's own list: it grows with each move
 
     def _finish(self, record: RequestRecord, emit: Emit) -> None:
         record.finish_reason = emit.finish

@@ -2,7 +2,7 @@
 
 With `--base-url` the one side is a server that runs already.
 
-    calibrate   a few requests one at a time: unloaded prefill and step time → capacity, default SLOs
+    calibrate   a few requests one at a time, under fcfs: unloaded prefill and step time → capacity, default SLOs
     measure     for each repetition: a workload of its own; both sides run it, A B B A …
     report      tables, verdict, run directory
 
@@ -17,12 +17,11 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, AsyncExitStack, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AsyncExitStack, suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import msgspec
 from msgspec import Struct
@@ -34,18 +33,21 @@ from rich.table import Table
 from minidisagg.bench.client import Load, worker_records
 from minidisagg.bench.client import Progress as OnDone
 from minidisagg.bench.http_client import HttpServer
-from minidisagg.bench.options import TEXTS, TRACES, BenchOptions, Server, Workload
+from minidisagg.bench.options import TEXTS, BenchOptions, Server, Workload, check_length, check_measurable
 from minidisagg.config import ClusterSettings
-from minidisagg.core.messages import Hello, Stats
-from minidisagg.measure.comparison import TIMES, Comparison, compare_runs
-from minidisagg.measure.goodput import SLO, GoodputResult, attainment, find_goodput_async
+from minidisagg.measure.comparison import TIMES, Comparison, compare_runs, goodput_verdict, marks_of
+from minidisagg.measure.goodput import SLO, GoodputResult, find_goodput
 from minidisagg.measure.html import write_html
+from minidisagg.measure.intervals import share_error
 from minidisagg.measure.machine import command_line, machine
 from minidisagg.measure.records import RequestRecord, RunRecord
-from minidisagg.measure.report import render, to_dict, write_run_directory
+from minidisagg.measure.report import goodput_table, marks_text, render, to_dict, write_run_directory
+from minidisagg.measure.stats import samples_of, void_reasons
 from minidisagg.measure.timeline import Timeline, write_timeline
+from minidisagg.model.loader import load_config
 from minidisagg.model.pull import ensure
 from minidisagg.model.tokenizer import Tokenizer
+from minidisagg.policies import load_policy
 from minidisagg.runtime.frontend import Frontend
 from minidisagg.workload.arrivals import arrival_times
 from minidisagg.workload.lengths import Encode, WorkItem, random_items, text_items, with_arrivals, with_prompts
@@ -54,6 +56,7 @@ from minidisagg.workload.traces import load_trace
 CALIBRATION = 6  # requests one at a time, after two to warm up
 TTFT_SLO, TPOT_SLO = 8.0, 2.0  # times the unloaded prefill and decode step
 QUICK_SECONDS = 18.0  # of arrivals per run under the quick preset
+SEARCH = {"": {"max_runs": 16, "tolerance": 0.05}, "quick": {"max_runs": 10, "tolerance": 0.1}}  # by preset
 REPEAT_SEED = 1_000_003  # repetition r of seed s draws its workload from s + r · this
 
 
@@ -67,28 +70,6 @@ class Unloaded(Struct, frozen=True):
     def capacity(self) -> float:
         """Requests per second that one prefill worker sustains."""
         return 1.0 / self.prefill
-
-
-class Target(Protocol):
-    """What is measured: a cluster of this process, or a server. `mode` and `policy` only go into the records."""
-
-    label: str
-    mode: str
-    policy: str
-    model: str
-    max_model_len: int
-    encode: Encode | None  # None: no tokenizer is at hand, and texts are sent as they are
-    vocab_size: int  # 0: not known
-    hellos: dict[str, Hello]
-
-    def load(self, items: Sequence[WorkItem], seed: int, on_done: OnDone | None) -> Load:
-        """One run of a workload."""
-
-    async def fresh_stats(self) -> dict[str, Stats]:
-        """The counters of its workers, as far as it tells."""
-
-    def notes(self, records: Sequence[RequestRecord]) -> list[str]:
-        """Remarks on a run."""
 
 
 class Cluster:
@@ -110,14 +91,8 @@ class Cluster:
     def notes(self, records: Sequence[RequestRecord]) -> list[str]:
         return []
 
-    @contextmanager
-    def recorded(self, timeline: Timeline) -> Iterator[None]:
-        """What happens within goes into the timeline."""
-        self.frontend.observers.append(timeline)
-        try:
-            yield
-        finally:
-            self.frontend.observers.remove(timeline)
+
+Target = Cluster | HttpServer  # what is measured
 
 
 class Bench:
@@ -129,11 +104,12 @@ class Bench:
         self.targets: list[Target] = []
         self.unloaded = Unloaded(0.0, 0.0)
         self.slo = SLO()
-        self.timelines: dict[str, Timeline] = {}  # of each side's first run
+        self.timelines: dict[int, Timeline] = {}  # of each side's first run
         self._runs = itertools.count()
+        self._trace_report = ""
         self.progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TimeRemainingColumn(), console=console, transient=True,
+            TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal,
         )  # fmt: skip
 
     # ------------------------------------------------------------ set-up
@@ -144,12 +120,16 @@ class Bench:
             await self._start_clusters(stack)
         else:
             await self._connect(stack, self.options.server, api_key)
-        await self._calibrate()
+        check_length(self.options.workload, self.targets[0].max_model_len)
+        where = await self._calibrate()
+        if not self.options.workload.num_prompts:
+            count = quick_prompts(self.options, self.rate)
+            self.options = replace(self.options, workload=replace(self.options.workload, num_prompts=count))
         given, alone = self.options.trials.slo, self.unloaded
         self.slo = given or SLO(ttft=_limit(TTFT_SLO * alone.prefill), tpot=_limit(TPOT_SLO * alone.step))
         sustains = "one prefill worker sustains" if self.options.sides else "one prefill after another makes"
         self.console.print(
-            f"unloaded: prefill {alone.prefill * 1e3:.0f} ms, decode step {alone.step * 1e3:.1f} ms, "
+            f"unloaded, {where}: prefill {alone.prefill * 1e3:.0f} ms, decode step {alone.step * 1e3:.1f} ms, "
             f"so {sustains} {alone.capacity:.2f} requests/s; "
             f"SLO {self.slo}{'' if given else ' (derived)'}",
             style="dim", highlight=False,
@@ -182,24 +162,35 @@ class Bench:
             style="dim", highlight=False,
         )  # fmt: skip
 
-    async def _calibrate(self) -> None:
-        """Requests like the workload's, one at a time; the other clusters are warmed up with two as well.
+    async def _calibrate(self) -> str:
+        """Requests like the workload's, one at a time, after two on each side to warm up; says where it was.
 
-        Raises RuntimeError where one fails: what goes wrong alone would go wrong under load.
+        Under fcfs, and on the disaggregated side if there is one: neither rates nor SLOs depend on the policies that
+        are compared.
         """
         items = self._items(-1, CALIBRATION + 2)
-        for target in reversed(self.targets):
-            count = len(items) if target is self.targets[0] else 2
-            short = [replace(item, output_len=min(item.output_len, 17), salt="calibration") for item in items[:count]]
-            records = await target.load(short, 0, None).run(1)
-            if failed := next((record for record in records if not record.ok), None):
-                raise RuntimeError(f"{target.label}: a request alone failed: {failed.error or 'no tokens'}")
-        records = records[2:]
+        for target in self.targets:
+            await self._alone(target, items[:2])
+        target = next((target for target in self.targets if target.mode == "disagg"), self.targets[0])
+        if isinstance(target, Cluster):
+            target.frontend.set_policy("fcfs")
+        records = await self._alone(target, items[2:])
+        if isinstance(target, Cluster):
+            target.frontend.set_policy(target.policy)
         prefill = statistics.median(record.token_times[0] - record.sent for record in records)
         steps = [
             (r.token_times[-1] - r.token_times[1]) / (len(r.token_times) - 2) for r in records if len(r.token_times) > 2
         ]
         self.unloaded = Unloaded(prefill, statistics.median(steps) if steps else prefill)
+        return f"{target.mode} under fcfs" if isinstance(target, Cluster) else target.label
+
+    async def _alone(self, target: Target, items: Sequence[WorkItem]) -> list[RequestRecord]:
+        """Raises RuntimeError where a request fails: what goes wrong alone would go wrong under load."""
+        short = [replace(item, output_len=min(item.output_len, 17), salt="calibration") for item in items]
+        records = await target.load(short, 0, None).run(1)
+        if failed := next((record for record in records if not record.ok), None):
+            raise RuntimeError(f"{target.label}: a request alone failed: {failed.error or 'no tokens'}")
+        return records
 
     # ------------------------------------------------------------ measuring
 
@@ -207,7 +198,7 @@ class Bench:
     def rate(self) -> float:
         """Requests per second; nan where the trace says when its requests arrive."""
         arrivals = self.options.arrivals
-        if has_arrivals(self.options.workload) and (arrivals.relative or not arrivals.request_rate):
+        if not arrivals.request_rate:
             return math.nan
         return arrivals.request_rate * (self.unloaded.capacity if arrivals.relative else 1.0)
 
@@ -215,9 +206,10 @@ class Bench:
         workload, seed = self.options.workload, self.options.run.seed + REPEAT_SEED * repetition
         target = self.targets[0]
         limit = target.max_model_len
-        items = build_items(workload, number or workload.num_prompts, seed, target.encode, limit)
-        if not items:
-            raise ValueError(f"{workload.dataset_path}: no request fits into {limit} tokens")
+        items, report = build_items(workload, number or workload.num_prompts, seed, target.encode, limit)
+        if number is None and report != self._trace_report:  # it is the same for all runs
+            self._trace_report = report
+            self.console.print(f"{workload.dataset_path}: {report}", style="dim", highlight=False)
         # A salt of its own keeps the prefix cache of earlier runs out of this one, those of a sweep too.
         run = next(self._runs)
         salted = [replace(item, salt=f"{item.salt}#{run}") for item in items]
@@ -225,23 +217,24 @@ class Bench:
             return salted  # the server has a tokenizer
         return with_prompts(salted, target.vocab_size, seed)
 
-    async def one_run(
-        self, side: int, repetition: int, rate: float, concurrency: int | None, on_done: Callable[[int], None] | None
-    ) -> RunRecord:
-        """One side, one repetition."""
+    async def one_run(self, side: int, repetition: int, rate: float, concurrency: int | None, title: str) -> RunRecord:
+        """One side, one repetition, under a progress bar."""
         options, target = self.options, self.targets[side]
         items = self._items(repetition)
+        check_measurable(len(items), options.arrivals.num_warmups, math.isinf(rate))
         if not math.isnan(rate) and concurrency is None:
             seed = options.run.seed + REPEAT_SEED * repetition
             items = with_arrivals(items, arrival_times(len(items), rate, options.arrivals.burstiness, seed))
         before = await target.fresh_stats()
         cpu, started = time.process_time(), time.monotonic()
-        recorded: AbstractContextManager[None] = nullcontext()
-        if isinstance(target, Cluster) and target.label not in self.timelines:
-            timeline = self.timelines[target.label] = Timeline(target.label)
-            recorded = target.recorded(timeline)
-        with recorded:
-            requests = await target.load(items, options.run.seed, on_done).run(concurrency)
+        if isinstance(target, Cluster) and side not in self.timelines:
+            self.timelines[side] = Timeline(target.label)
+            target.frontend.observers.append(self.timelines[side])
+        task = self.progress.add_task(f"{target.label} {title}", total=len(items))
+        requests = await target.load(items, options.run.seed, partial(self.progress.advance, task)).run(concurrency)
+        self.progress.remove_task(task)
+        if isinstance(target, Cluster):
+            target.frontend.observers.clear()
         wall, cpu = time.monotonic() - started, time.process_time() - cpu
         workers, links = worker_records(target.hellos, before, await target.fresh_stats())
         quick = ["quick preset, not for publication"] if options.trials.preset == "quick" else []
@@ -258,34 +251,28 @@ class Bench:
         """All repetitions of all sides, A B B A …, as one comparison."""
         runs: list[list[RunRecord]] = [[] for _ in self.targets]
         what = f"{concurrency} at a time" if concurrency else f"{rate:.2f} req/s"
-        with self.progress as progress:
-            for repetition in range(self.options.trials.repeats):
-                order = range(len(self.targets)) if repetition % 2 == 0 else reversed(range(len(self.targets)))
-                for side in order:
-                    name = self.targets[side].label
-                    label = f"{name} {repetition + 1}/{self.options.trials.repeats}, {what}"
-                    task = progress.add_task(label, total=self.options.workload.num_prompts)
-                    advance = partial(progress.advance, task)
-                    runs[side].append(await self.one_run(side, repetition, rate, concurrency, advance))
-                    progress.remove_task(task)
+        for repetition in range(self.options.trials.repeats):
+            for side in range(len(runs))[:: -1 if repetition % 2 else 1]:
+                title = f"{repetition + 1}/{self.options.trials.repeats}, {what}"
+                runs[side].append(await self.one_run(side, repetition, rate, concurrency, title))
         return await asyncio.to_thread(
             compare_runs, runs[0], runs[1] if len(runs) > 1 else (), self.slo, seed=self.options.run.seed
         )
 
 
-def build_items(workload: Workload, count: int, seed: int, encode: Encode | None, max_model_len: int) -> list[WorkItem]:
-    """The workload's requests; traces bring their own arrival times."""
+def build_items(
+    workload: Workload, count: int, seed: int = 0, encode: Encode | None = None, max_model_len: int | None = None
+) -> tuple[list[WorkItem], str]:
+    """The workload's requests, and what was left out of a trace; traces bring their own arrival times."""
     if workload.dataset_name == "random":
-        return random_items(count, workload.input_len, workload.output_len, workload.range_ratio, seed)
+        return random_items(count, workload.input_len, workload.output_len, workload.range_ratio, seed), ""
     if workload.dataset_name == "text":
-        return text_items(count, workload.output_len, encode, seed)
+        return text_items(count, workload.output_len, encode, seed), ""
     items, report = load_trace(
         workload.dataset_name, workload.dataset_path, count=count, speedup=workload.trace_speedup,
         scale_len=workload.trace_scale_len, max_model_len=max_model_len, encode=encode,
     )  # fmt: skip
-    if seed == 0:
-        sys.stderr.write(f"{report}\n")
-    return items
+    return items, str(report)
 
 
 def describe_workload(workload: Workload) -> str:
@@ -298,63 +285,65 @@ def describe_workload(workload: Workload) -> str:
     return f"{workload.dataset_name} trace {Path(workload.dataset_path).name}"
 
 
-def has_arrivals(workload: Workload) -> bool:
-    """The data set says itself when its requests arrive."""
-    return workload.dataset_name in TRACES and workload.dataset_name != "sharegpt"
+def quick_prompts(options: BenchOptions, rate: float) -> int:
+    """How many requests a run has under the quick preset; a search needs some to tell 90 % from less."""
+    if options.trials.find_goodput or not math.isfinite(rate):
+        return 40
+    return 20 if options.arrivals.max_concurrency else max(20, min(60, round(rate * QUICK_SECONDS)))
 
 
 # ---------------------------------------------------------------- the three kinds of benchmark
 
 
-async def at_one_rate(bench: Bench) -> Comparison:
-    """The usual benchmark: one offered load."""
-    options = bench.options
-    rate = bench.rate
-    if options.trials.preset == "quick" and math.isfinite(rate):
-        fewer = replace(options.workload, num_prompts=max(20, min(60, round(rate * QUICK_SECONDS))))
-        bench.options = replace(options, workload=fewer)
-    return await bench.interleaved(rate)
-
-
 async def goodput(bench: Bench) -> dict[str, object]:
     """The highest rate at 90 % attainment, per side. The sides' runs take turns, so that both see the same machine."""
-    turn = asyncio.Lock()
+    turn, began = asyncio.Lock(), time.monotonic()
+    runs: list[RunRecord] = []
+    limits = SEARCH[bench.options.trials.preset]
 
-    async def search(index: int) -> GoodputResult:
-        repetition = 0
+    async def search(side: int) -> GoodputResult:
+        numbers = itertools.count(1)
 
-        async def attained(rate: float) -> float:
-            nonlocal repetition
-            repetition += 1
+        async def attained(rate: float) -> tuple[float, float]:
+            number = next(numbers)
+            title = f"run {number} of at most {limits['max_runs']}, {rate:.2f} req/s"
             async with turn:
-                run = await bench.one_run(index, repetition, rate, None, None)
-            share = attainment(run.requests, bench.slo)
-            bench.console.print(f"{run.label} at {rate:.2f}/s: {share:.1%}", style="dim", highlight=False)
-            return share
+                runs.append(run := await bench.one_run(side, number, rate, None, title))
+            met = samples_of(run, bench.slo).metrics["attainment"].values  # without warm-up and drain
+            line = f"{time.monotonic() - began:4.0f} s  {run.label} {title}: {met.mean():.1%} within the SLO"
+            bench.console.print(line, style="dim", highlight=False)
+            return float(met.mean()), share_error(met)
 
-        return await find_goodput_async(attained, bench.rate)
+        return await find_goodput(attained, bench.rate, **limits)
 
-    results = await asyncio.gather(*(search(index) for index in range(len(bench.targets))))
-    found = {}
-    table = Table(title=f"Goodput: highest rate with 90 % of requests within {bench.slo}", title_justify="left")
-    for head in ("", "requests/s", "fails from", "attainment", "runs"):
-        table.add_column(head, justify="right" if head else "left")
-    for index, (target, result) in enumerate(zip(bench.targets, results, strict=True)):
-        found[f"{index}: {target.label}"] = result
-        cells = f"{result.rate:.2f}", f"{result.upper:.2f}", f"{result.attainment:.1%}", str(len(result.trials))
-        table.add_row(target.label, *cells)
-    bench.console.print(table)
-    rates = [result.rate for result in found.values()]
-    if len(rates) == 2 and rates[0]:
-        names = " / ".join(target.label for target in reversed(bench.targets))
-        verdict = f"goodput of {names}: {rates[1] / rates[0]:.2f}{TIMES}"
+    results = await asyncio.gather(*(search(side) for side in range(len(bench.targets))))
+    labels = [target.label for target in bench.targets]
+    if len(set(labels)) < len(labels):
+        labels = [f"{label} {letter}" for label, letter in zip(labels, "AB", strict=True)]
+    found = dict(zip(labels, results, strict=True))
+    voids = {run.label: reason for run in runs for reason in void_reasons(run, bench.slo)}  # one per side will do
+    void = [f"{label}: {reason}" for label, reason in voids.items()]
+    early = [f"{label}: the search did not converge" for label, one in found.items() if not one.converged]
+    marks = [*marks_of(runs, len(runs)), *early]
+    bench.console.print(goodput_table(found), marks_text(marks, void))
+    by_side = {f"{side}: {label}": one for side, (label, one) in enumerate(found.items())}
+    result: dict[str, object] = {"goodput": by_side, "slo": str(bench.slo), "void": void, "marks": marks}
+    if len(found) == 2:
+        result["ratio"], verdict = goodput_verdict(found, void)
         bench.console.print(verdict, style="bold", highlight=False)
-    return {"goodput": {name: msgspec.to_builtins(result) for name, result in found.items()}}
+        result["verdict"] = verdict
+    return result
 
 
-async def sweep(bench: Bench) -> list[tuple[int, Comparison]]:
+async def sweep(bench: Bench, directory: Path) -> dict[str, object]:
     """A handful of users: closed loop, so many requests at a time."""
-    return [(n, await bench.interleaved(math.nan, n)) for n in bench.options.arrivals.max_concurrency]
+    steps = [(n, await bench.interleaved(math.nan, n)) for n in bench.options.arrivals.max_concurrency]
+    marks = marks_text([mark for _, one in steps for mark in one.marks], [why for _, one in steps for why in one.void])
+    bench.console.print(sweep_table(steps), marks)
+    for n, one in steps:
+        bench.console.print(f"{n} at a time: {one.verdict}", style="bold", highlight=False)
+        write_run_directory(directory / f"concurrency-{n}", one)
+    return {str(n): to_dict(one) for n, one in steps}
 
 
 def sweep_table(comparisons: list[tuple[int, Comparison]]) -> Table:
@@ -388,35 +377,44 @@ def run(options: BenchOptions, api_key: str = "") -> int:
     `api_key` is the server's; it is no part of the options, which are written to the run directory.
     """
     console = Console(stderr=options.output.json)
+    # What can be known to be wrong is told before anything is started.
+    arrival_times(1, 1.0, options.arrivals.burstiness)
+    items, _ = build_items(options.workload, options.workload.num_prompts or quick_prompts(options, math.nan))
+    for side in options.sides:
+        load_policy(side.policy)
     if options.output.dry_run:
-        console.print(_dry_run(options), highlight=False)
+        console.print(_dry_run(options, items[-1].arrival_s), highlight=False)
         return 0
-    if options.server is None:
-        ensure(options.model.model, lambda line: console.print(line, style="dim", highlight=False))
-    return asyncio.run(_run(options, console, api_key))
+    directory = Path(options.output.directory) / datetime.now().strftime("%Y%m%d-%H%M%S")
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        if options.server is None:
+            ensure(options.model.model, lambda line: console.print(line, style="dim", highlight=False))
+            limit = options.model.max_model_len or load_config(options.model.model).max_model_len
+            check_length(options.workload, limit)
+        return asyncio.run(_run(options, console, api_key, directory))
+    finally:
+        with suppress(OSError):
+            directory.rmdir()  # where nothing was measured it is empty
 
 
-async def _run(options: BenchOptions, console: Console, api_key: str) -> int:
+async def _run(options: BenchOptions, console: Console, api_key: str, directory: Path) -> int:
     async with AsyncExitStack() as stack:
         bench = Bench(options, console)
         await bench.start(stack, api_key)
-        directory = Path(options.output.directory) / datetime.now().strftime("%Y%m%d-%H%M%S")
-        if options.trials.find_goodput:
-            result = await goodput(bench)
-            _write(directory, options, result)
-        elif options.arrivals.max_concurrency:
-            comparisons = await sweep(bench)
-            console.print(sweep_table(comparisons))
-            for concurrency, comparison in comparisons:
-                write_run_directory(directory / f"concurrency-{concurrency}", comparison)
-            result = {str(n): to_dict(comparison) for n, comparison in comparisons}
-            _write(directory, options, result)
-        else:
-            comparison = await at_one_rate(bench)
-            console.print(render(comparison))
-            write_run_directory(directory, comparison)
-            result = to_dict(comparison)
-            _write(directory, options, {})
+        with bench.progress:
+            if options.trials.find_goodput:
+                result = await goodput(bench)
+            elif options.arrivals.max_concurrency:
+                result = await sweep(bench, directory)
+            else:
+                comparison = await bench.interleaved(bench.rate)
+                console.print(render(comparison))
+                write_run_directory(directory, comparison)
+                result = to_dict(comparison)
+        asked = {"command": command_line(), "machine": machine(), **msgspec.to_builtins(bench.options)}
+        for name, content in (("options", asked), ("result", result)):
+            (directory / f"{name}.json").write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=2))
         if bench.timelines:
             write_timeline(directory / "trace.json", list(bench.timelines.values()))
         write_html(directory)
@@ -426,21 +424,29 @@ async def _run(options: BenchOptions, console: Console, api_key: str) -> int:
         return 0
 
 
-def _write(directory: Path, options: BenchOptions, result: dict[str, object]) -> None:
-    """The exact question beside the answer; and the answer, where `write_run_directory` has not written it."""
-    directory.mkdir(parents=True, exist_ok=True)
-    asked = {"command": command_line(), "machine": machine(), **msgspec.to_builtins(options)}
-    (directory / "options.json").write_bytes(msgspec.json.format(msgspec.json.encode(asked), indent=2))
-    if result:
-        (directory / "result.json").write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2))
-
-
-def _dry_run(options: BenchOptions) -> str:
-    count, repeats = options.workload.num_prompts, options.trials.repeats
-    lines = [f"would run {describe_workload(options.workload)}, {count} requests {TIMES} {repeats}, on"]
+def _dry_run(options: BenchOptions, trace_s: float) -> str:
+    """What would be done and how long it would take. `trace_s` is from a trace's first to its last arrival."""
+    workload, arrivals, trials = options.workload, options.arrivals, options.trials
+    rate, most, at_first = arrivals.request_rate or math.nan, "", ""
+    runs = max(1, len(options.sides)) * trials.repeats * max(1, len(arrivals.max_concurrency))
+    if trials.find_goodput:
+        runs = max(1, len(options.sides)) * int(SEARCH[trials.preset]["max_runs"])
+        most, at_first = "at most ", ", at the first rate that the search tries"
+    known = workload.num_prompts or not arrivals.relative or trials.find_goodput or arrivals.max_concurrency
+    count = workload.num_prompts or quick_prompts(options, rate)
+    if arrivals.max_concurrency or math.isinf(rate):
+        each = "each until the last request has ended"
+    elif known and arrivals.relative:
+        each = f"each {count} / ({rate:g} {TIMES} capacity) s of arrivals, where calibration decides on the capacity"
+        each += ": 1 / seconds of a prefill alone"
+    else:
+        seconds = QUICK_SECONDS if not known else trace_s if math.isnan(rate) else count / rate
+        each = f"each {seconds:.0f} s of arrivals, {runs * seconds:.0f} s in all"
+    lines = [f"would run {describe_workload(workload)} on"]
     lines += [f"  {label_of(side)}: {_workers(side)}" for side in options.sides]
     lines += [f"  {options.server.base_url}"] if options.server is not None else []
-    return "\n".join(lines)
+    lines.append(f"{most}{runs} runs of {count if known else '20 to 60'} requests, {each}{at_first};")
+    return "\n".join([*lines, "and the start, the calibration, and what the last requests of each run take"])
 
 
 def label_of(side: ClusterSettings) -> str:

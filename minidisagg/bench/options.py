@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 from urllib.parse import urlsplit
 
@@ -10,6 +11,7 @@ from msgspec.structs import replace
 
 from minidisagg.config import MODES, ClusterSettings, ModelSettings, RunSettings
 from minidisagg.measure.goodput import SLO
+from minidisagg.measure.records import TRIM
 
 Dataset = Literal["random", "text", "sharegpt", "azure", "mooncake", "burstgpt"]
 DATASETS: tuple[Dataset, ...] = ("random", "text", "sharegpt", "azure", "mooncake", "burstgpt")
@@ -18,7 +20,10 @@ TRACES = ("sharegpt", "azure", "mooncake", "burstgpt")  # data sets that are a f
 
 
 class Workload(Struct, frozen=True, kw_only=True):
-    """What is sent. `trace_*` are for data sets that are a file: times divided by, lengths multiplied by."""
+    """What is sent. `trace_*` are for data sets that are a file: times divided by, lengths multiplied by.
+
+    `num_prompts` 0: as many as the quick preset finds right for the rate.
+    """
 
     dataset_name: Dataset = "random"
     dataset_path: str = ""
@@ -85,7 +90,7 @@ class BenchOptions(Struct, frozen=True, kw_only=True):
     output: Output
 
 
-# What a preset sets where no flag does; the number of prompts follows from the rate (QUICK_SECONDS).
+# What a preset sets where no flag does; the number of prompts follows from the rate (`compare.quick_prompts`).
 PRESETS: dict[str, dict[str, int]] = {"quick": {"repeats": 3, "num_warmups": 2}}
 
 
@@ -104,6 +109,24 @@ def make_sides(mode: str, against: str, cluster: ClusterSettings) -> tuple[Clust
     if other not in MODES:
         raise ValueError(f"--against {against}: expected MODE or MODE:POLICY with a mode of {', '.join(MODES)}")
     return replace(cluster, mode=other, policy=policy or cluster.policy), b
+
+
+def check_measurable(prompts: int, warmups: int, at_once: bool) -> None:
+    """Raises ValueError where warm-up and drain leave nothing of a run (see `stats.window_of`)."""
+    cut = 0 if at_once else math.ceil(TRIM * prompts)
+    if max(warmups, cut) >= prompts - cut:
+        drain = f", and {cut} at the end left out" if cut else ""
+        raise ValueError(f"--num-prompts {prompts} with --num-warmups {warmups}{drain}: nothing is left to measure")
+
+
+def check_length(workload: Workload, limit: int) -> None:
+    """Raises ValueError where a random request can be longer than `limit` tokens. Traces are clamped to it."""
+    longest = sum(math.ceil(mean * (1 + workload.range_ratio)) for mean in (workload.input_len, workload.output_len))
+    if workload.dataset_name == "random" and longest > limit:
+        raise ValueError(
+            f"--random-input-len {workload.input_len} and --random-output-len {workload.output_len} make requests of "
+            f"up to {longest} tokens, more than the limit of {limit}"
+        )
 
 
 def parse_base_url(text: str) -> str:

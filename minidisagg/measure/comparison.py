@@ -6,11 +6,11 @@ A comparison names a winner only for what its intervals separate clearly, and no
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from msgspec import Struct
 
-from minidisagg.measure.goodput import SLO
+from minidisagg.measure.goodput import SLO, GoodputResult
 from minidisagg.measure.intervals import RUN_NOISE, STATISTICS, Ratio, center, compare
 from minidisagg.measure.records import RunRecord
 from minidisagg.measure.stats import RATES, Samples, samples_of, summarize, value_of, void_reasons
@@ -69,7 +69,7 @@ def compare_runs(
     side_a = _side(a, samples[: len(a)], slo, " A" if same else "")
     side_b = _side(b, samples[len(a) :], slo, " B" if same else "") if b else None
     verdict = verdict_of(side_a.label, side_b.label, ratios, void) if side_b else single_verdict(side_a, void)
-    return Comparison(side_a, side_b, ratios, _marks(runs, len(a)), void, verdict)
+    return Comparison(side_a, side_b, ratios, marks_of(runs, len(a)), void, verdict)
 
 
 def _side(runs: Sequence[RunRecord], samples: Sequence[Samples], slo: SLO | None, suffix: str) -> Side:
@@ -83,7 +83,8 @@ def _side(runs: Sequence[RunRecord], samples: Sequence[Samples], slo: SLO | None
     return Side(runs[0].label + suffix, values, list(runs), [summarize(run, slo) for run in runs])
 
 
-def _marks(runs: Sequence[RunRecord], repeats: int) -> list[str]:
+def marks_of(runs: Sequence[RunRecord], repeats: int) -> list[str]:
+    """What limits the use of these runs, one line each; `repeats` are those of each side."""
     marks = list(dict.fromkeys(mark for run in runs for mark in run.marks))
     fewest = min(len(run.requests) for run in runs)
     if fewest < PUBLISHABLE_REQUESTS:
@@ -117,16 +118,11 @@ def worker_usage(runs: Sequence[RunRecord]) -> list[Usage]:
     for name in dict.fromkeys(worker.name for run in runs for worker in run.workers):
         seen = [(worker, run.wall_s) for run in runs for worker in run.workers if worker.name == name]
         wall, busy = sum(wall for _, wall in seen), sum(worker.busy_s for worker, _ in seen)
-        usages.append(
-            Usage(
-                name,
-                seen[0][0].role,
-                ratio(busy, wall),
-                ratio(sum(worker.cpu_s for worker, _ in seen), wall),
-                ratio(sum(w.flops for w, _ in seen), sum(w.busy_s * w.peak_flops for w, _ in seen)),
-                ratio(sum(w.bytes_read for w, _ in seen), sum(w.busy_s * w.peak_bytes for w, _ in seen)),
-            )
-        )
+        usages.append(Usage(
+            name, seen[0][0].role, ratio(busy, wall), ratio(sum(worker.cpu_s for worker, _ in seen), wall),
+            ratio(sum(w.flops for w, _ in seen), sum(w.busy_s * w.peak_flops for w, _ in seen)),
+            ratio(sum(w.bytes_read for w, _ in seen), sum(w.busy_s * w.peak_bytes for w, _ in seen)),
+        ))  # fmt: skip
     return usages
 
 
@@ -158,6 +154,20 @@ def verdict_of(a: str, b: str, ratios: dict[str, Ratio], void: Sequence[str] = (
     else:
         head = f"{b} is worse than {a}: {listing(wins['a'])}"
     return f"{head}; {same}." if same else f"{head}."
+
+
+def goodput_verdict(found: Mapping[str, GoodputResult], void: Sequence[str]) -> tuple[Ratio, str]:
+    """B / A of two searches, and one sentence on it.
+
+    The interval has every ratio that is left open by what surely holds and what surely fails.
+    """
+    (name, a), (other, b) = found.items()
+    (low_a, high_a), (low_b, high_b) = a.sure, b.sure
+    middle = b.rate / a.rate if a.rate else math.inf if b.rate else math.nan
+    low, high = low_b / high_a, high_b / low_a if low_a else math.inf
+    ratio = Ratio(a.rate, b.rate, middle, low, high, low > 1.0 or high < 1.0)
+    verdict = verdict_of(name, other, {"request_goodput": ratio}, void)
+    return ratio, verdict if ratio.clear or void else f"{verdict} {other} / {name} is {ratio_text(ratio)}."
 
 
 def single_verdict(side: Side, void: Sequence[str]) -> str:

@@ -72,12 +72,15 @@ def attainment(records: Iterable[RequestRecord], slo: SLO) -> float:
 
 # ---------------------------------------------------------------- search
 
+DOUBT = 1.4  # standard errors: a ratio's two sides are both so far off, in opposite directions, in 5 % of cases
+
 
 class Trial(Struct, frozen=True):
-    """One run of the search: requests per second, and the attainment seen."""
+    """One run of the search: requests per second, and the attainment seen, with its standard error where known."""
 
     rate: float
     attainment: float
+    error: float = 0.0
 
 
 class GoodputResult(Struct, frozen=True):
@@ -93,6 +96,18 @@ class GoodputResult(Struct, frozen=True):
     target: float
     converged: bool
     trials: list[Trial]
+
+    @property
+    def sure(self) -> tuple[float, float]:
+        """The tried rates between which the truth lies: the highest that surely holds, the lowest that surely fails.
+
+        Never closer than `rate` and `upper`; where noise has a rate hold above one that fails, both are inside.
+        """
+        holds = [t.rate for t in self.trials if t.attainment - DOUBT * t.error >= self.target]
+        fails = [t.rate for t in self.trials if t.attainment + DOUBT * t.error < self.target]
+        low = max((rate for rate in holds if rate < min(fails, default=math.inf)), default=0.0)
+        high = min((rate for rate in fails if rate > max(holds, default=0.0)), default=math.inf)
+        return min(low, self.rate), max(high, self.upper)
 
 
 def monotone_fit(trials: Iterable[Trial]) -> list[Trial]:
@@ -120,20 +135,21 @@ def search_goodput(
     max_runs: int = 16,
     noise: float = 0.03,
     growth: float = 2.0,
-) -> Generator[float, float, GoodputResult]:
-    """Yields the rate to try next, is sent its attainment, returns the result. No clock, no I/O.
+    step: float = 1.25,
+) -> Generator[float, tuple[float, float], GoodputResult]:
+    """Yields the rate to try next, is sent its attainment and that one's error, returns the result. No clock, no I/O.
 
     Rates grow (or shrink) geometrically from `start_rate` until the target is bracketed, then the bracket is halved,
     on a log scale, until its ends are within `tolerance`. Ends are read from `monotone_fit`, and an end seen once and
-    within `noise` of the target is run again before it is trusted, so one lucky run does not set the result.
+    within `noise` of the target is run again before it is trusted, so one lucky run does not set the result. At last
+    the search steps outwards, by `step`, until a rate surely holds and one surely fails.
     """
     if not (start_rate > 0 and 0 < target <= 1 and tolerance > 0 and max_runs >= 1 and growth > 1):
         raise ValueError("goodput search needs a positive start rate, tolerance and run count, and a target in (0, 1]")
     trials: list[Trial] = []
     rate = start_rate
     while True:
-        seen = yield rate
-        trials.append(Trial(rate, seen))
+        trials.append(Trial(rate, *(yield rate)))
         fit = monotone_fit(trials)
         low = max((t.rate for t in fit if t.attainment >= target), default=0.0)
         high = min((t.rate for t in fit if t.attainment < target), default=math.inf)
@@ -143,11 +159,15 @@ def search_goodput(
             for end in (low, high)
             if [abs(t.attainment - target) < noise for t in trials if t.rate == end] == [True]
         ]
-        if len(trials) >= max_runs or (narrow and not doubtful):
-            reached = next((t.attainment for t in fit if t.rate == low), 0.0)
-            return GoodputResult(low, high, reached, target, narrow, trials)
-        if narrow:
+        reached = next((t.attainment for t in fit if t.rate == low), 0.0)
+        result = GoodputResult(low, high, reached, target, narrow, trials)
+        least, most = result.sure
+        if len(trials) >= max_runs or (narrow and not doubtful and 0.0 < least <= most < math.inf):
+            return result
+        if narrow and doubtful:
             rate = doubtful[0]
+        elif narrow:
+            rate = max(t.rate for t in trials) * step if math.isinf(most) else min(t.rate for t in trials) / step
         elif low == 0.0:
             rate = high / growth
         elif math.isinf(high):
@@ -156,22 +176,10 @@ def search_goodput(
             rate = math.sqrt(low * high)
 
 
-def find_goodput(run_at_rate: Callable[[float], float], start_rate: float, **options: Any) -> GoodputResult:
-    """`search_goodput` over a function from rate to attainment."""
-    search = search_goodput(start_rate, **options)
-    rate = next(search)
-    while True:
-        try:
-            rate = search.send(run_at_rate(rate))
-        except StopIteration as stop:
-            result: GoodputResult = stop.value
-            return result
-
-
-async def find_goodput_async(
-    run_at_rate: Callable[[float], Awaitable[float]], start_rate: float, **options: Any
+async def find_goodput(
+    run_at_rate: Callable[[float], Awaitable[tuple[float, float]]], start_rate: float, **options: Any
 ) -> GoodputResult:
-    """`search_goodput` over an async function from rate to attainment."""
+    """`search_goodput` over an async function from rate to attainment and its standard error."""
     search = search_goodput(start_rate, **options)
     rate = next(search)
     while True:

@@ -96,6 +96,18 @@ def block_weights(n: int, resamples: int, rng: np.random.Generator) -> Weights:
     return np.bincount(flat, minlength=resamples * n).reshape(resamples, n).astype(np.float32)
 
 
+def share_error(met: Array) -> float:
+    """The standard error of the share of ones in `met`, which is in order of schedule: neighbours share a queue.
+
+    Not less than independent requests have, of which two more met and two did not (Agresti & Coull 1998): that all of
+    a few did proves little.
+    """
+    n = len(met)
+    share = (met.sum() + 2) / (n + 4)
+    blocks = block_weights(n, 200, np.random.default_rng(0)) @ met / n
+    return float(max(blocks.std(), math.sqrt(share * (1 - share) / n)))
+
+
 def resampled(sample: Sample, weights: Weights) -> Array:
     """[resamples, statistics]: the rate, or mean and quantiles, of every resample; nan where one has no value."""
     if sample.seconds:

@@ -16,7 +16,8 @@ def command_line(argv: Sequence[str] | None = None) -> str:
     """The command as it could be typed again, without the key of a server."""
     words = list(sys.argv if argv is None else argv)
     name = Path(words[0]).name
-    words[:1] = ["python", "-m", "minidisagg"] if name == "__main__.py" else [name]
+    script = ["python", words[0]] if name.endswith(".py") else [name]
+    words[:1] = ["python", "-m", "minidisagg"] if name == "__main__.py" else script
     for i, word in enumerate(words):
         if word.startswith("--api-key="):
             words[i] = "--api-key=..."

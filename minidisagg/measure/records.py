@@ -8,6 +8,7 @@ from __future__ import annotations
 from msgspec import Struct, field
 
 STAGES = ("queue", "prefill", "transfer", "decode_wait", "decode")
+TRIM = 0.05  # of the requests, at each end of a run: they are not measured (see `stats`)
 
 
 class RequestRecord(Struct, kw_only=True, omit_defaults=True):

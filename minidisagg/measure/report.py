@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -24,12 +23,14 @@ from minidisagg.measure.comparison import (
     share,
     worker_usage,
 )
-from minidisagg.measure.intervals import STATISTICS, Ratio
+from minidisagg.measure.goodput import GoodputResult
+from minidisagg.measure.intervals import STATISTICS, Ratio, center
 from minidisagg.measure.records import STAGES
-from minidisagg.measure.stats import LATENCIES, RATES
+from minidisagg.measure.stats import LATENCIES, MAX_FRONTEND_SHARE, MAX_SEND_LAG, RATES, send_lag
 
 LATENCY_TITLES = ("TTFT", "2nd token", "TPOT", "ITL, no handoffs", "handoff gap", "max ITL", "E2E")
 RATE_TITLES = ("requests/s", "output tok/s", "total tok/s", "goodput req/s")
+COUNTS = ("num_prompts", "measured", "completed", "failed", "rejected", "total_input_tokens", "total_output_tokens")
 UNKNOWN = Ratio(math.nan, math.nan, math.nan, math.nan, math.nan)
 
 
@@ -38,17 +39,9 @@ UNKNOWN = Ratio(math.nan, math.nan, math.nan, math.nan, math.nan)
 
 def _table(title: str, caption: str = "") -> Table:
     return Table(
-        title=title,
-        caption=caption or None,
-        box=box.SIMPLE_HEAD,
-        title_style="bold",
-        title_justify="left",
-        caption_justify="left",
-        caption_style="dim",
-        pad_edge=False,
-        show_edge=False,
-        header_style="bold",
-    )
+        title=title, caption=caption or None, box=box.SIMPLE_HEAD, title_style="bold", title_justify="left",
+        caption_justify="left", caption_style="dim", pad_edge=False, show_edge=False, header_style="bold",
+    )  # fmt: skip
 
 
 def main_table(comparison: Comparison) -> Table:
@@ -72,15 +65,9 @@ def main_table(comparison: Comparison) -> Table:
         if ratio.differs:
             name, style = (a.label, "cyan") if better(statistic, ratio) == "a" else (b.label, "green")
             name, style = (name, style) if ratio.clear else (f"? {name}", "dim")
-        table.add_row(
-            Text(title, style="bold"),
-            kind,
-            write(a.values.get(statistic)),
-            write(b.values.get(statistic)),
-            ratio_text(ratio) if known else "",
-            Text(name, style=style),
-            end_section=last,
-        )
+        values = [write(side.values.get(statistic)) for side in (a, b)]
+        cells = [kind, *values, ratio_text(ratio) if known else ""]
+        table.add_row(Text(title, style="bold"), *cells, Text(name, style=style), end_section=last)
 
     for title, metric in zip(LATENCY_TITLES, LATENCIES, strict=True):
         if f"mean_{metric}" in a.values or f"mean_{metric}" in b.values:
@@ -124,13 +111,10 @@ def stage_table(comparison: Comparison) -> Table | None:
     for stage in STAGES:
         if not any(f"mean_stage_{stage}" in side.values for side in comparison.sides):
             continue
-        cells = []
+        cells: list[str] = []
         for side in comparison.sides:
             mean, whole = (side.values.get(f"mean_{name}", math.nan) for name in (f"stage_{stage}", "e2el"))
-            cells += [
-                milliseconds(mean),
-                *(milliseconds(side.values.get(f"{q}_stage_{stage}")) for q in ("p50", "p99")),
-            ]
+            cells += map(milliseconds, (mean, *(side.values.get(f"{q}_stage_{stage}") for q in ("p50", "p99"))))
             cells.append(f"{100 * mean / whole:.0f}" if whole and not math.isnan(mean) else "")
         table.add_row(Text(stage.replace("_", " "), style="bold"), *cells)
         rows += 1
@@ -178,23 +162,39 @@ def link_table(comparison: Comparison) -> Table | None:
             moved, seconds = sum(link.bytes for link in links), sum(link.seconds for link in links)
             wall = sum(run.wall_s for run in side.runs)
             table.add_row(
-                f"  {source} → {dest}",
-                kind,
-                f"{sum(link.transfers for link in links):,}",
-                number(moved / 1e6),
-                number(seconds),
-                number(moved / seconds / 1e9 if seconds else None),
-                share(seconds / wall if wall else None),
-                str(sum(link.failures for link in links)),
-            )
+                f"  {source} → {dest}", kind, f"{sum(link.transfers for link in links):,}", number(moved / 1e6),
+                number(seconds), number(moved / seconds / 1e9 if seconds else None),
+                share(seconds / wall if wall else None), str(sum(link.failures for link in links)),
+            )  # fmt: skip
     return table if table.row_count else None
 
 
-def marks_text(comparison: Comparison) -> Text | None:
-    """Remarks that limit what the numbers may be used for; None if there are none."""
-    lines = [(f"void: {reason}", "bold red") for reason in comparison.void]
-    lines += [(f"note: {mark}", "yellow") for mark in comparison.marks]
-    return Text("\n").join(Text(line, style=style) for line, style in lines) if lines else None
+def goodput_table(found: Mapping[str, GoodputResult]) -> Table:
+    """What the searches found, by side."""
+    table = _table("Goodput: the highest rate at which enough requests are within the SLO")
+    for head in ("", "requests/s", "fails from", "surely within", "attainment", "runs"):
+        table.add_column(head, justify="right" if head else "left")
+    for label, one in found.items():
+        low, high = map(number, one.sure)
+        cells = number(one.rate), number(one.upper), f"[{low}, {high}]", share(one.attainment), str(len(one.trials))
+        table.add_row(label, *cells)
+    return table
+
+
+def overhead_text(comparison: Comparison) -> Text:
+    """What measuring took from the machine at worst, beside what makes a run void; a line per side."""
+    lines = [f"The front end, void above {MAX_FRONTEND_SHARE:.0%} of a core, or {MAX_SEND_LAG:.0%} of the TTFT SLO:"]
+    for side in comparison.sides:
+        cpu, lag = max(run.frontend_cpu_share for run in side.runs), max(send_lag(run.requests) for run in side.runs)
+        lines.append(f"  {side.label}: {share(cpu)} of a core, p99 send lag {milliseconds(lag)} ms")
+    return Text("\n".join(lines), style="dim")
+
+
+def marks_text(marks: Iterable[str], void: Iterable[str]) -> Text:
+    """Remarks that limit what the numbers may be used for, each once."""
+    lines = [Text(f"void: {reason}", style="bold red") for reason in dict.fromkeys(void)]
+    lines += [Text(f"note: {mark}", style="yellow") for mark in dict.fromkeys(marks)]
+    return Text("\n").join(lines)
 
 
 def head_text(comparison: Comparison) -> Text:
@@ -216,24 +216,19 @@ def head_text(comparison: Comparison) -> Text:
 def render(comparison: Comparison) -> Group:
     """The whole report, for a rich console."""
     parts: list[RenderableType] = [head_text(comparison)]
-    for draw in (main_table, stage_table, worker_table, link_table, marks_text):
+    for draw in (main_table, stage_table, worker_table, link_table, overhead_text):
         if (drawn := draw(comparison)) is not None:
             parts += [Text(""), drawn]
+    if comparison.marks or comparison.void:
+        parts.append(marks_text(comparison.marks, comparison.void))
     return Group(*parts, Text(""), Text(comparison.verdict, style="bold"))
-
-
-def to_text(comparison: Comparison, width: int = 100) -> str:
-    """The report without colours."""
-    console = Console(width=width, file=io.StringIO(), record=True, color_system=None)
-    console.print(render(comparison))
-    return console.export_text()
 
 
 # ---------------------------------------------------------------- files
 
 
 def to_dict(comparison: Comparison) -> dict[str, object]:
-    """The report as plain data. A result's keys are vLLM's; with two sides, each has its own list of results."""
+    """The report as plain data: vLLM's keys in each side's results, and over all of them where one side ran alone."""
     sides = {
         side.label: {
             "repetitions": side.results,
@@ -243,6 +238,7 @@ def to_dict(comparison: Comparison) -> dict[str, object]:
         for side in comparison.sides
     }
     return {
+        **(overall(comparison.a.results) if comparison.b is None else {}),
         "verdict": comparison.verdict,
         "void": comparison.void,
         "marks": comparison.marks,
@@ -251,16 +247,24 @@ def to_dict(comparison: Comparison) -> dict[str, object]:
     }
 
 
-def write_run_directory(directory: str | Path, comparison: Comparison) -> Path:
-    """Write result.json and requests.jsonl (one line per request of every run); returns the directory.
+def overall(results: Sequence[dict[str, object]]) -> dict[str, object]:
+    """One result over repetitions: counts and durations are sums, rates and latencies centers, as in the tables."""
+    found: dict[str, object] = {"repetitions": len(results)}
+    for key in dict.fromkeys(key for one in results for key in one if key != "repetition"):
+        seen = [one[key] for one in results if key in one]
+        values = [value for value in seen if isinstance(value, int | float)]
+        if key in (*COUNTS, "duration", "wall"):
+            found[key] = sum(values)
+        else:  # a center of equal values may differ from them in the last bit
+            found[key] = center(values) if len(set(seen)) > 1 else seen[0]
+    return found
 
-    The first level of result.json has the first run's vLLM keys where one mode ran alone. Raises OSError.
-    """
+
+def write_run_directory(directory: str | Path, comparison: Comparison) -> Path:
+    """Write result.json and requests.jsonl, one line per request of every run. Raises OSError."""
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
-    flat = comparison.a.results[0] if comparison.b is None else {}
-    result = msgspec.json.encode({**flat, **to_dict(comparison)})
-    (path / "result.json").write_bytes(msgspec.json.format(result, indent=2) + b"\n")
+    (path / "result.json").write_bytes(msgspec.json.format(msgspec.json.encode(to_dict(comparison)), indent=2))
     with (path / "requests.jsonl").open("wb") as file:
         for letter, side in zip("AB", comparison.sides, strict=False):
             for run in side.runs:

@@ -24,12 +24,11 @@ from msgspec import Struct
 from numpy.typing import NDArray
 
 from minidisagg.measure.goodput import SLO
-from minidisagg.measure.records import STAGES, RequestRecord, RunRecord
+from minidisagg.measure.records import STAGES, TRIM, RequestRecord, RunRecord
 
 Array = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-TRIM = 0.05  # of the requests, at each end
 MAX_SEND_LAG = 0.05  # p99 send lag, of the TTFT limit
 MAX_FRONTEND_SHARE = 0.20  # of one core
 LATENCIES = ("ttft", "ttst", "tpot", "itl", "handoff", "max_itl", "e2el")
@@ -176,17 +175,10 @@ def summarize(run: RunRecord, slo: SLO | None = None, trim: float = TRIM) -> dic
     metrics, window = samples.metrics, samples.window
     output = float(metrics["output_throughput"].values.sum())
     result: dict[str, object] = {
-        "label": run.label,
-        "mode": run.mode,
-        "policy": run.policy,
+        **{name: getattr(run, name) for name in ("label", "mode", "policy", "workload", "seed", "repetition")},
+        **{name: getattr(run, name) for name in ("request_rate", "burstiness", "max_concurrency")},
         "model_id": run.model,
-        "workload": run.workload,
-        "seed": run.seed,
-        "repetition": run.repetition,
         "num_prompts": len(run.requests),
-        "request_rate": run.request_rate,
-        "burstiness": run.burstiness,
-        "max_concurrency": run.max_concurrency,
         "measured": window.last - window.first,
         "completed": int(metrics["request_throughput"].values.sum()),
         "failed": sum(not r.ok and not r.rejected for r in run.requests),

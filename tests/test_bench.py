@@ -1,0 +1,164 @@
+"""The bench as its users run it: real clusters of a tiny model, and all that a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cluster import needs_two_cores
+
+from minidisagg.bench.compare import SEARCH, quick_prompts
+from minidisagg.bench.options import Arrivals, BenchOptions, Trials
+from minidisagg.cli import main
+from minidisagg.runtime.frontend import Frontend
+
+pytestmark = needs_two_cores
+FILES = {"options.json", "report.html", "requests.jsonl", "result.json", "trace.json"}
+SHORT = (
+    "dummy:tiny,std=0.15", "--random-input-len", "24", "--random-output-len", "4", "--num-warmups", "2",
+    "--goodput", "ttft:2000", "tpot:500", "--link", "unix",
+)  # fmt: skip
+
+
+class Done:
+    """What came of one command."""
+
+    def __init__(self, out: str, directory: Path) -> None:
+        self.out = out
+        self.flat = " ".join(out.split())  # as if the terminal were wide
+        self.directory = directory
+        self.result: dict[str, Any] = json.loads((directory / "result.json").read_bytes())
+        self.options: dict[str, Any] = json.loads((directory / "options.json").read_bytes())
+        self.files = {path.name for path in directory.iterdir()}
+
+    def requests(self, name: str = "requests.jsonl") -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.directory / name).read_text().splitlines()]
+
+
+@pytest.fixture
+def bench(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Runs `minidisagg bench` on the tiny model in this process, to its end."""
+    monkeypatch.delenv("MINIDISAGG_DEBUG", raising=False)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(*args: str) -> Done:
+        with pytest.raises(SystemExit) as ended:
+            main(["bench", *SHORT, "--result-dir", str(tmp_path), *args])
+        captured = capsys.readouterr()
+        assert ended.value.code == 0, captured.err
+        (directory,) = tmp_path.iterdir()
+        return Done(captured.out, directory)
+
+    yield run
+    signal.signal(signal.SIGTERM, before)
+
+
+Bench = Callable[..., Done]
+
+
+def test_both_modes(bench: Bench) -> None:
+    done = bench("--request-rate", "60", "--num-prompts", "24", "--repeats", "1")
+    for part in (
+        "unloaded, disagg under fcfs: prefill", "SLO ttft:2000 tpot:500", "Latency (ms) and throughput", "2nd token",
+        "handoff gap", "Stages of a request", "KV on the wire", "void above 20% of a core, or 5% of the TTFT SLO",
+        "24 requests a run (< 300)", "1 repetition (< 3)",
+    ):  # fmt: skip
+        assert part in done.flat, part
+    assert done.files == FILES
+    result = done.result
+    assert result["verdict"] in done.flat
+    assert result["void"] or "colocated" in result["verdict"]
+    assert set(result["sides"]) == {"colocated", "disagg"} and "mean_ttft_ms" not in result
+    for side in result["sides"].values():
+        (one,) = side["repetitions"]
+        assert one["failed"] == one["rejected"] == 0 and one["num_prompts"] == 24
+        assert {"p99_itl_ms", "median_ttft_ms", "mean_stage_queue_ms", "output_throughput"} <= one.keys()
+    assert result["ratios"]["p99_itl"]["low"] <= result["ratios"]["p99_itl"]["high"]
+    requests = done.requests()
+    assert [(r["side"], len(r["token_times"])) for r in requests] == [("A", 4)] * 24 + [("B", 4)] * 24
+    assert {tuple(r["workers"]) for r in requests if r["side"] == "B"} == {("prefill-0", "decode-0")}
+    assert {tuple(r["workers"]) for r in requests if r["side"] == "A"} == {("worker-0",), ("worker-1",)}
+    assert done.options["command"] and done.options["machine"]["cpu"]
+    assert "prefill-0" in (done.directory / "trace.json").read_text()
+    assert result["verdict"] in (done.directory / "report.html").read_text()
+
+
+def test_a_control_calibrates_under_fcfs_whatever_its_policy(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    told, change = [], Frontend.set_policy
+    monkeypatch.setattr(Frontend, "set_policy", lambda self, spec: (told.append(spec), change(self, spec))[1])
+    sarathi = "sarathi:chunk=16"
+    done = bench("--mode", "colocated", "--policy", sarathi, "--against", "colocated", "--request-rate", "0.2x",
+                 "--preset", "quick", "--num-prompts", "21", "--repeats", "1", "--json")  # fmt: skip
+    assert told == ["fcfs", sarathi]
+    result = json.loads(done.out)
+    assert result == done.result
+    assert set(result["sides"]) == {f"colocated {sarathi} A", f"colocated {sarathi} B"}
+    assert f"colocated {sarathi} A and colocated {sarathi} B" in result["verdict"] or result["void"]
+    assert "quick preset, not for publication" in result["marks"]
+    assert done.options["workload"]["num_prompts"] == 21  # what is asked for wins over the preset
+    assert len(done.requests()) == 42 and done.files == FILES
+
+
+def test_one_mode_alone_over_its_repetitions_and_a_trace(bench: Bench, tmp_path_factory: Any) -> None:
+    trace = tmp_path_factory.mktemp("trace") / "trace.csv"
+    rows = [f"{0.01 * i},{0 if i == 5 else 4000 if i == 6 else 20},4" for i in range(31)]
+    trace.write_text("\n".join(["arrived_at,num_prefill_tokens,num_decode_tokens", *rows]))
+    done = bench("--mode", "disagg", "--repeats", "2", "--dataset-name", "azure", "--dataset-path", str(trace),
+                 "--num-prompts", "30", "--seed", "7")  # fmt: skip
+    assert done.flat.count("30 requests over 0.3 s, 1 skipped, 1 clamped") == 1
+    result, each = done.result, done.result["sides"]["disagg"]["repetitions"]
+    assert [one["repetition"] for one in each] == [0, 1] and result["repetitions"] == 2
+    assert result["num_prompts"] == 60 and result["completed"] == sum(one["completed"] for one in each)
+    assert min(one["p90_ttft_ms"] for one in each) <= result["p90_ttft_ms"] <= max(one["p90_ttft_ms"] for one in each)
+    assert result["verdict"] in done.flat and result["request_rate"] == "trace"
+
+
+def test_a_search_for_goodput(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SEARCH, "quick", {"max_runs": 3, "tolerance": 0.5})
+    done = bench("--find-goodput", "--preset", "quick", "--num-prompts", "24", "--request-rate", "200",
+                 "--goodput", "e2el:60")  # fmt: skip
+    result = done.result
+    assert set(result["goodput"]) == {"0: colocated", "1: disagg"}
+    for key, one in result["goodput"].items():
+        label, trials = key.partition(": ")[2], one["trials"]
+        assert 1 <= len(trials) <= 3 and all(0 <= trial["attainment"] <= 1 for trial in trials)
+        assert all(trial["error"] > 0 for trial in trials)
+        for number, trial in enumerate(trials, 1):
+            told = f"{label} run {number} of at most 3, {trial['rate']:.2f} req/s: {trial['attainment']:.1%} within"
+            assert told in done.flat
+    # Of 24 requests two at each end are warm-up and drain: attainments are of the other twenty.
+    first = result["goodput"]["1: disagg"]["trials"][0]["attainment"]
+    assert first * 20 == pytest.approx(round(first * 20))
+    assert result["verdict"] in done.flat and "quick preset, not for publication" in done.flat
+    assert result["slo"] == "ttft:2000 tpot:500 e2el:60"
+    ratio = result["ratio"]
+    assert ratio["clear"] == (ratio["low"] > 1 or (ratio["high"] or 2) < 1)  # JSON has no infinity
+    assert result["void"] or ratio["clear"] or result["verdict"].startswith("No winner")
+    assert done.files == FILES - {"requests.jsonl"}
+
+
+def test_a_sweep_of_concurrencies(bench: Bench) -> None:
+    done = bench("--mode", "disagg", "--max-concurrency", "1,2", "--num-prompts", "20", "--repeats", "1")
+    assert set(done.result) == {"1", "2"}
+    for users, one in done.result.items():
+        assert f"{users} at a time: {one['verdict']}" in done.flat
+        assert len(done.requests(f"concurrency-{users}/requests.jsonl")) == 20
+        assert one["sides"]["disagg"]["repetitions"][0]["max_concurrency"] == int(users)
+    assert "20 requests a run (< 300)" in done.flat
+    assert done.files == (FILES | {"concurrency-1", "concurrency-2"}) - {"requests.jsonl"}
+
+
+def test_the_quick_preset_asks_for_what_the_rate_can_fill() -> None:
+    def options(**more: Any) -> BenchOptions:
+        trials, arrivals = Trials(preset="quick", **more), Arrivals()
+        fields: dict[str, Any] = dict.fromkeys(("model", "sides", "run", "workload", "output"))
+        return BenchOptions(**fields, arrivals=arrivals, trials=trials)
+
+    assert [quick_prompts(options(), rate) for rate in (0.1, 2.5, 50.0, float("inf"), float("nan"))] == [
+        20, 45, 60, 40, 40,
+    ]  # fmt: skip
+    assert quick_prompts(options(find_goodput=True), 0.1) == 40
