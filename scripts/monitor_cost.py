@@ -1,12 +1,13 @@
 """What watching costs: the server's throughput with and without a monitor on its event stream, in turn.
 
-    python scripts/monitor_cost.py --windows 12 --seconds 10
-    python scripts/monitor_cost.py -- --prefill-workers 1 --decode-workers 1 --mode disagg
+    python scripts/monitor_cost.py --windows 24 --seconds 20 --out monitor-cost.json
+    python scripts/monitor_cost.py -- --prefill-workers 1 --decode-workers 0 --prefill cpus=0
 
-Starts `minidisagg serve` (what follows -- are its flags; without them, one worker on the first core), keeps eight
-streams going, and counts output tokens per second in windows of A B B A: without the monitor, and with `minidisagg
-monitor` drawing 120 x 40 at 10 Hz in a pseudo-terminal. Prints the ratio of each pair's windows, their mean with a 95 %
-interval (Student's t over pairs), and the monitor's own share of a core.
+Starts `minidisagg serve` (what follows -- are its flags; without them, a prefill and a decode worker on a core each,
+which the front end and the monitor share with them), keeps eight streams going, and counts output tokens per second in
+windows of A B B A: without the monitor, and with `minidisagg monitor` drawing 120 x 40 at 10 Hz in a pseudo-terminal.
+Prints the ratio of each pair's windows, their mean with a 95 % interval (Student's t over pairs of neighbours), and the
+monitor's own share of a core; as JSON, with the command and the machine.
 """
 
 from __future__ import annotations
@@ -28,8 +29,11 @@ import threading
 import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator
+from pathlib import Path
 
 import aiohttp
+
+from minidisagg.measure.machine import command_line, machine
 
 STREAMS, PROMPT, OUTPUT = 8, 64, 192  # tokens
 SETTLE = 2.0  # seconds before a window: the monitor has started, or ended
@@ -109,13 +113,14 @@ async def run(arguments: Namespace, url: str) -> dict[str, object]:
         await asyncio.gather(*streams, return_exceptions=True)
     pairs = [sorted(windows[n : n + 2]) for n in range(0, len(windows) - 1, 2)]  # without, with
     logs = [math.log(watched / alone) for (_, alone), (_, watched) in pairs]
-    mean, half = statistics.mean(logs), math.nan
-    if len(logs) > 1:
-        t = T95[max(d for d in T95 if d < len(logs))]
-        half = t * statistics.stdev(logs) / math.sqrt(len(logs))
+    t = T95[max(d for d in T95 if d < len(logs))]
+    mean, half = statistics.mean(logs), t * statistics.stdev(logs) / math.sqrt(len(logs))
     return {
+        "command": command_line(), "machine": machine(), "model": arguments.model, "serve": arguments.serve,
+        "streams": STREAMS, "prompt_tokens": PROMPT, "output_tokens": OUTPUT, "window_seconds": arguments.seconds,
         "ratio": math.exp(mean), "low": math.exp(mean - half), "high": math.exp(mean + half),
         "pairs": [math.exp(value) for value in logs], "monitor_cores": statistics.mean(shares),
+        "tokens_per_second": [{"monitor": watched, "rate": rate} for watched, rate in windows],
     }  # fmt: skip
 
 
@@ -125,13 +130,14 @@ def main() -> int:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--port", type=int, default=8766)
+    parser.add_argument("--out", type=Path, help="write the JSON here, too")
     parser.add_argument("serve", nargs="*", help="flags of minidisagg serve, after --")
     arguments = parser.parse_args()
-    if arguments.windows < 2:
-        parser.error("at least two windows")
-    flags = arguments.serve or ["--prefill-workers", "1", "--decode-workers", "0", "--prefill", "cpus=0"]
+    if arguments.windows < 4:
+        parser.error("at least four windows, which are two pairs")
+    arguments.serve = arguments.serve or ["--mode", "disagg", "--prefill-workers", "1", "--decode-workers", "1"]
     server = subprocess.Popen(
-        [sys.executable, "-m", "minidisagg", "serve", arguments.model, "--port", str(arguments.port), *flags],
+        [sys.executable, "-m", "minidisagg", "serve", arguments.model, "--port", str(arguments.port), *arguments.serve],
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
@@ -147,6 +153,8 @@ def main() -> int:
     sys.stdout.write("throughput with / without {ratio:.3f} [{low:.3f}, {high:.3f}]\n".format(**result))
     sys.stdout.write(f"the monitor uses {100 * result['monitor_cores']:.1f} % of a core\n")  # type: ignore[operator]
     sys.stdout.write(json.dumps(result) + "\n")
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -21,6 +22,8 @@ from minidisagg.measure import html, report
 from minidisagg.measure.comparison import Comparison, compare_runs
 from minidisagg.measure.figures import (
     GAPS,
+    SCALES,
+    attainment_figure,
     gaps_of,
     goodput_figure,
     interference_figure,
@@ -35,7 +38,7 @@ from minidisagg.measure.plots import Axis, Figure, Panel, Series, svg
 from minidisagg.measure.records import LinkRecord, RequestRecord, RunRecord, WorkerRecord
 
 NASTY = '</script><img src="http://example.com/x"><b>'
-PANELS = 6 + 2 + 2 + 2 + 2  # of the workers no bandwidth, as their ceilings are not known
+PANELS = 1 + 6 + 2 + 2 + 2 + 2  # of the workers no bandwidth, as their ceilings are not known
 LIMITS = SLO(ttft=300, tpot=60)
 
 
@@ -93,6 +96,29 @@ def run_dir(tmp_path: Path) -> Path:
     report.write_run_directory(tmp_path, comparison())
     write_options(tmp_path, command="minidisagg bench --mode both", machine={"cpu": "Abacus 9000"})
     return tmp_path
+
+
+def write_sweep(directory: Path) -> dict[int, Comparison]:
+    steps = {n: comparison(count=20 + n) for n in (1, 4)}
+    for n, one in steps.items():
+        report.write_run_directory(directory / f"concurrency-{n}", one)
+    result = {str(n): report.to_dict(one) for n, one in steps.items()}
+    (directory / "result.json").write_bytes(msgspec.json.encode(result))
+    write_options(directory)
+    return steps
+
+
+def write_search(directory: Path) -> dict[str, GoodputResult]:
+    trials = [Trial(1.0, 1.0), Trial(2.0, 0.95), Trial(4.0, 0.2)]
+    found = {
+        "0: colocated": GoodputResult(2.0, 4.0, 0.95, 0.9, True, trials),
+        "1: disagg": GoodputResult(4.0, float("inf"), 0.97, 0.9, False, [Trial(3.0, 1.0), Trial(4.0, 0.97)]),
+    }
+    result = {"goodput": {name: msgspec.to_builtins(one) for name, one in found.items()}, "slo": str(LIMITS)}
+    result |= {"void": [], "marks": ["disagg: the search did not converge"], "verdict": "disagg holds more."}
+    (directory / "result.json").write_bytes(msgspec.json.encode(result))
+    write_options(directory)
+    return found
 
 
 @pytest.fixture
@@ -166,7 +192,7 @@ def test_the_page_shows_the_tables_verdict_and_marks(run_dir: Path, no_plotly: N
     for table in (report.main_table(original), report.link_table(original)):
         assert {*cells_of(table)} <= {*reader.cells}
     for expected in (original.verdict, "a remark", "failed or were rejected", "minidisagg bench --mode both",
-                     "Abacus 9000", "40 requests \u00d7 3 repetitions", "Figure 5."):  # fmt: skip
+                     "Abacus 9000", "40 requests \u00d7 3 repetitions", "Figure 6."):  # fmt: skip
         assert expected in reader.plain
     assert text.count("<svg viewBox") == PANELS
     assert write_html(run_dir).read_text() == text
@@ -219,31 +245,35 @@ def test_where_the_library_is_too_large_the_figures_are_svg(run_dir: Path, monke
     assert path.stat().st_size < 400_000 and "<svg viewBox" in path.read_text()
 
 
+def test_figures_that_do_not_fit_are_left_out_and_it_says_so(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(html, "_plotly_js", lambda: "")
+    (run_dir / "trace.json").write_text(json.dumps({"traceEvents": trace(2, "colocated worker-0")}))
+    whole = write_html(run_dir).read_text()
+    monkeypatch.setattr(html, "LIMIT", len(whole.encode()) - 1)
+    text = write_html(run_dir).read_text()
+    assert len(text.encode()) <= html.LIMIT
+    assert "1 figures are left out" in text and whole.count("<svg viewBox") - text.count("<svg viewBox") == 1
+    monkeypatch.setattr(html, "LIMIT", 1)
+    text = write_html(run_dir).read_text()
+    assert "<svg" not in text and {*cells_of(report.main_table(comparison()))} <= {*Reader(text).cells}
+
+
 def test_a_sweep_has_a_report_and_one_per_step(tmp_path: Path, no_plotly: None) -> None:
-    steps = {n: comparison(count=20 + n) for n in (1, 4)}
-    for n, one in steps.items():
-        report.write_run_directory(tmp_path / f"concurrency-{n}", one)
-    result = {str(n): report.to_dict(one) for n, one in steps.items()}
-    (tmp_path / "result.json").write_bytes(msgspec.json.encode(result))
-    write_options(tmp_path)
+    steps = write_sweep(tmp_path)
     text = write_html(tmp_path).read_text()
     assert_closed(text)
     assert 'href="concurrency-4/report.html"' in text and text.count("<svg viewBox") == 4
     for panel in ("SLO attainment", "p90 TTFT", "Mean TPOT", "Throughput"):
         assert f"<h3>{panel}</h3>" in text
+    assert text.count("Note: a remark") == 1
     assert steps[4].verdict in Reader((tmp_path / "concurrency-4" / "report.html").read_text()).plain
 
 
 def test_a_search_shows_attainment_over_rate(tmp_path: Path, no_plotly: None) -> None:
-    trials = [Trial(1.0, 1.0), Trial(2.0, 0.95), Trial(4.0, 0.2)]
-    found = {"0: colocated": GoodputResult(2.0, 4.0, 0.95, 0.9, True, trials),
-             "1: disagg": GoodputResult(4.0, float("inf"), 0.97, 0.9, False, [Trial(4.0, 0.97)])}  # fmt: skip
-    result = {"goodput": {name: msgspec.to_builtins(one) for name, one in found.items()}}
-    (tmp_path / "result.json").write_bytes(msgspec.json.encode(result))
-    write_options(tmp_path)
+    found = write_search(tmp_path)
     reader = Reader(write_html(tmp_path).read_text())
-    assert "The goodput of disagg is 2.00\u00d7 that of colocated." in reader.plain
-    assert "disagg: the search ran out of runs" in reader.plain and "95.0%" in reader.cells
+    assert "disagg holds more." in reader.plain
+    assert "disagg: the search did not converge" in reader.plain and "95.0%" in reader.cells
     points = [s for s in goodput_figure(found).panels[0].series if s.kind == "points"]
     assert points[0].x == [1.0, 2.0, 4.0] and points[0].y == [100.0, 95.0, 20.0]
 
@@ -303,6 +333,20 @@ def test_curves_are_distributions_and_points_are_bounded() -> None:
     assert GAPS / 2 < len(plain.x) <= GAPS
 
 
+def test_attainment_over_scale_is_the_table_s_at_one() -> None:
+    both = comparison(reps=2)
+    [panel] = attainment_figure(both, LIMITS).panels
+    for side, color in zip(both.sides, "ab", strict=True):
+        curves = [s for s in panel.series if s.color == color]
+        assert len(curves) == 3 and all(x <= y for s in curves for x, y in pairwise(s.y))
+        for curve, result in zip(curves, side.results, strict=False):
+            assert curve.y[SCALES.index(1.0)] == pytest.approx(100 * float(str(result["slo_attainment"])), abs=0.01)
+        for scale in (SCALES[40], SCALES[60]):
+            run = side.runs[0]
+            met = [SLO(ttft=300 * scale, tpot=60 * scale).met_by(r) for r in run.requests[2:38]]
+            assert curves[0].y[SCALES.index(scale)] == pytest.approx(100 * sum(met) / 36, abs=0.01)
+
+
 def test_a_sweep_stands_at_its_numbers_of_users() -> None:
     figure = sweep_figure({16: comparison(count=20), 2: comparison(count=30)})
     throughput = figure.panels[-1]
@@ -317,8 +361,11 @@ def trace(pid: int, worker: str) -> list[dict[str, Any]]:
                 "args": {"prefill_tokens": prefill}}  # fmt: skip
 
     name = {"name": "process_name", "ph": "M", "pid": pid, "tid": 0, "args": {"name": worker}}
-    pages = {"name": "pages", "ph": "C", "pid": pid, "tid": 0, "ts": 51e6, "args": {"live": 7, "cached": 2}}
-    return [name, step(52.0, 300, 64), step(50.0, 40, 0), step(51.0, 45, 0), pages]
+    pages = [
+        {"name": "pages", "ph": "C", "pid": pid, "tid": 0, "ts": at * 1e6, "args": {"live": 7, "cached": 2}}
+        for at in (51.0, 51.5)
+    ]
+    return [name, step(52.0, 300, 64), step(50.0, 40, 0), step(51.0, 45, 0), *pages]
 
 
 def test_steps_of_a_trace_are_drawn_per_worker(run_dir: Path, no_plotly: None) -> None:
@@ -333,11 +380,11 @@ def test_steps_of_a_trace_are_drawn_per_worker(run_dir: Path, no_plotly: None) -
         decode, prefill = panel.series
         assert (decode.x, decode.y, decode.color) == ([0.0, 1.0], [40.0, 45.0], color)
         assert (prefill.x, prefill.y) == ([2.0], [300.0])
-    assert [(s.x, s.y) for s in pages.panels[1].series] == [([1.0], [2.0]), ([1.0], [7.0])]
+    assert [(s.x, s.y) for s in pages.panels[1].series] == [([1.0, 1.5], [2.0] * 2), ([1.0, 1.5], [7.0] * 2)]
     assert trace_figures([]) == []
     (run_dir / "trace.json").write_text(json.dumps({"traceEvents": events}))
     text = write_html(run_dir).read_text()
-    assert "Figure 7." in text and "disagg &lt;decode-0&gt;: time of a step" in text
+    assert "Figure 8." in text and "disagg &lt;decode-0&gt;: time of a step" in text
     assert_closed(text)
 
 
@@ -359,12 +406,23 @@ def test_svg_puts_data_where_the_axes_say() -> None:
         (Axis("", 0, 100), ["0", "20", "40", "60", "80", "100"]),
         (Axis("", 30, 1200, True), ["50", "100", "200", "500", "1,000"]),
         (Axis("", 60, -1), ["0", "20", "40", "60"]),
-        (Axis("", 41, 47, True), ["42", "44", "46"]),
+        (Axis("", 41, 47, True), ["41", "42", "43", "44", "45", "46", "47"]),
         (Axis("", 1.4, -0.6, names=["x", "y"]), ["x", "y"]),
     ],
 )
 def test_ticks_are_round(axis: Axis, expected: list[str]) -> None:
     assert [text for _, text in axis.ticks()] == expected
+
+
+def test_numbers_of_an_axis_have_room() -> None:
+    axis = Axis("ms", 1900, 4000, True)
+    assert [text for _, text in axis.ticks()] == ["2,000", "2,500", "3,000", "3,500", "4,000"]
+    for length in range(60, 400):
+        ends = [
+            (length * axis.place(v) - 3.3 * len(t), length * axis.place(v) + 3.3 * len(t))
+            for v, t in axis.ticks(length)
+        ]
+        assert ends and ends[-1][1] <= length + 12 and all(one[1] < two[0] for one, two in pairwise(ends))
 
 
 def test_a_legend_names_what_is_drawn_in_order() -> None:
@@ -394,38 +452,75 @@ def test_the_machine_is_described_in_plain_values() -> None:
 
 # ---------------------------------------------------------------- in a browser
 
-WATCH = "<script>window.seen = []; addEventListener('securitypolicyviolation', e => seen.push(e.blockedURI))</script>"
+BROWSERS = "chromium", "chromium-browser", "google-chrome", "chrome"
+WATCH = """<script>
+const told = {seen: [], errors: [], drawn: []};
+addEventListener('securitypolicyviolation', event => told.seen.push(event.blockedURI));
+addEventListener('error', event => told.errors.push(event.message || event.target.outerHTML), true);
+addEventListener('unhandledrejection', event => told.errors.push(String(event.reason)));
+for (const level of ['error', 'warn']) console[level] = (...what) => told.errors.push(what.join(' '));
+</script>"""
 TELL = """<script>addEventListener('load', () => setTimeout(() => {
-  const fetched = performance.getEntriesByType('resource').map(entry => entry.name);
-  document.body.dataset.seen = JSON.stringify([...seen, ...fetched]);
-  document.body.dataset.plots = document.querySelectorAll('.plot .main-svg, main div > svg').length;
+  for (const plot of document.querySelectorAll('.plot, main svg[role=img]')) {
+    const frame = plot.getBoundingClientRect();
+    const inside = box => box.right > frame.left && box.left < frame.right && box.bottom > frame.top
+      && box.top < frame.bottom;  // what is not drawn is at 0, 0
+    const shown = trace => [trace, ...trace.querySelectorAll('path')].some(
+      element => element.matches('path') && inside(element.getBoundingClientRect()));
+    told.drawn.push([...plot.querySelectorAll('.trace, .line, .points[style], .spans')].filter(shown).length);
+  }
+  told.seen.push(...performance.getEntriesByType('resource').map(entry => entry.name));
+  document.body.dataset.told = JSON.stringify(told);
 }, 200))</script>"""
 FLAGS = (
-    "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update "
-    "--disable-sync --disable-extensions --host-resolver-rules=MAP*~NOTFOUND --virtual-time-budget=5000 --dump-dom"
-)
+    "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--disable-extensions", "--host-resolver-rules=MAP * ~NOTFOUND",
+    "--virtual-time-budget=5000", "--dump-dom",
+)  # fmt: skip
 
 
-def browse(path: Path, text: str, profile: Path) -> tuple[list[str], int]:
-    """What the page tried to load in a headless browser, and how many plots it drew."""
-    names = ("chromium", "chromium-browser", "google-chrome")
+def browse(text: str, tmp_path: Path) -> dict[str, Any]:
+    """What the page did in a headless browser: loads it tried, errors, and how much of each plot is to be seen."""
+    asked = [os.environ.get(name, "") for name in ("BROWSER", "CHROME")]
+    names = [name for name in asked if "chrom" in Path(name).name] + [*BROWSERS]  # others take other flags
     browser = next((found for name in names if (found := shutil.which(name))), None)
     if browser is None:
-        pytest.skip(f"no headless browser: none of {', '.join(names)}")
+        pytest.skip(f"no headless browser: neither $BROWSER, $CHROME, nor one of {', '.join(BROWSERS)} is a Chrome")
+    path = tmp_path / "watched.html"
     path.write_text(text.replace("<style>", WATCH + "<style>", 1).replace("</body>", TELL + "</body>"))
-    command = [browser, *FLAGS.split(), f"--user-data-dir={profile}", path.as_uri()]
+    command = [browser, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", path.as_uri()]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True).stdout
-    reader = Reader(dom)
-    body = next(attributes for name, attributes in reader.tags if name == "body")
-    return json.loads(body["data-seen"] or "[]"), int(body["data-plots"] or 0)
+    body = next(attributes for name, attributes in Reader(dom).tags if name == "body")
+    told: dict[str, Any] = json.loads(body["data-told"] or "{}")
+    return told
 
 
-def test_a_browser_draws_it_and_loads_nothing(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = write_html(run_dir).read_text()
-    seen, plots = browse(tmp_path / "a.html", text, tmp_path / "profile")
-    assert seen == [] and plots >= PANELS
-    leaky = text.replace("</h1>", '</h1><img src="http://127.0.0.1:9/leak.png">', 1)
-    assert {*browse(tmp_path / "b.html", leaky, tmp_path / "profile")[0]} == {"http://127.0.0.1:9/leak.png"}
+@pytest.mark.parametrize(("kind", "panels"), [("run", PANELS + 4), ("search", 1), ("sweep", 4)])
+def test_a_browser_draws_it_and_loads_nothing(
+    kind: str, panels: int, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("plotly")
+    if kind == "run":
+        events = [*trace(2, "colocated worker-0"), *trace(102, "disagg decode-0")]
+        (run_dir / "trace.json").write_text(json.dumps({"traceEvents": events}))
+    else:
+        (write_search if kind == "search" else write_sweep)(run_dir)
+    interactive = write_html(run_dir).read_text()
     monkeypatch.setattr(html, "_plotly_js", lambda: "")
-    seen, plots = browse(tmp_path / "c.html", write_html(run_dir).read_text(), tmp_path / "profile")
-    assert seen == [] and plots == PANELS
+    plain = write_html(run_dir).read_text()
+    series = [len(re.findall(r'<path class="(?:line|points|spans)', one)) for one in plain.split('role="img"')[1:]]
+    for text in (interactive, plain):
+        told = browse(text, tmp_path)
+        assert told["seen"] == [] and told["errors"] == []
+        assert told["drawn"] == series and len(series) == panels and all(series)
+
+
+def test_a_browser_would_tell_of_loads_and_errors(run_dir: Path, tmp_path: Path, no_plotly: None) -> None:
+    text = write_html(run_dir).read_text()
+    wrong = '<img src="http://127.0.0.1:9/leak.png"><script>console.error("one"); throw Error("two")</script>'
+    told = browse(
+        text.replace("</h1>", f"</h1>{wrong}", 1).replace('class="line', 'display="none" class="line'), tmp_path
+    )
+    assert {*told["seen"]} == {"http://127.0.0.1:9/leak.png"}
+    assert "one" in told["errors"] and "Uncaught Error: two" in told["errors"]
+    assert told["drawn"][0] == 0 < told["drawn"][-1], "lines are hidden, bars are not"

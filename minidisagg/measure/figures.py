@@ -12,15 +12,17 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from msgspec.structs import astuple
 from numpy.typing import ArrayLike
 
 from minidisagg.measure.comparison import Comparison, worker_usage
 from minidisagg.measure.goodput import SLO, GoodputResult, monotone_fit
 from minidisagg.measure.plots import Axis, Figure, Panel, Series
-from minidisagg.measure.records import STAGES, RequestRecord
-from minidisagg.measure.stats import Array, by_schedule, samples_of
+from minidisagg.measure.records import STAGES, RequestRecord, RunRecord
+from minidisagg.measure.stats import Array, by_schedule, samples_of, window_of
 
 SIDES = ("a", "b")  # their colours
+SCALES = [2.0 ** (k / 24) for k in range(-48, 49)]  # of an SLO
 CURVE, GAPS, STEPS, BARS = 240, 4000, 600, 60  # points of a CDF, gaps of a side, samples over time, requests
 TIME = "seconds after the first arrival"
 UNTIL_FIRST = "until first token"  # of a request whose server told no stages
@@ -34,6 +36,33 @@ def rounded(values: ArrayLike, digits: int = 5) -> list[float]:
 
 
 # ---------------------------------------------------------------- distributions
+
+
+def attainment_figure(comparison: Comparison, slo: SLO) -> Figure:
+    """The table's attainment, and what it would be under tighter and looser limits."""
+    scaled = [SLO(*(limit and limit * scale for limit in astuple(slo))) for scale in SCALES]
+
+    def least(request: RequestRecord) -> int:
+        return bisect_left(scaled, True, key=lambda limits: limits.met_by(request))
+
+    def attained(run: RunRecord) -> Array:
+        window = window_of(run)
+        kept = by_schedule(run)[window.first : window.last]
+        return 100 * np.bincount([least(r) for r in kept], minlength=len(scaled) + 1).cumsum()[:-1] / len(kept)
+
+    scale = Axis("the SLO's limits, multiplied by", SCALES[0], SCALES[-1], True)
+    series = [Series("line", "dim", [1.0] * 2, [0.0, 103.0], "the SLO", size=1.2, marker="dash")]
+    for side, color in zip(comparison.sides, SIDES, strict=False):
+        shares = [attained(run) for run in side.runs]
+        if len(shares) > 1:
+            series += [Series("line", color, rounded(SCALES), rounded(s), size=0.8, opacity=0.4) for s in shares]
+        series.append(Series("line", color, rounded(SCALES), rounded(np.mean(shares, axis=0)), side.label))
+    return Figure(
+        "SLO attainment over its scale",
+        f"Share of the measured requests within {slo} (ms), with all limits multiplied by the same number; failed ones "
+        "never are. Thick lines are means over the repetitions, thin ones single repetitions.",
+        [Panel("", scale, Axis("requests within the SLO, %", 0, 103), series, 250)],
+    )
 
 
 def latency_figure(comparison: Comparison, slo: SLO) -> Figure:
@@ -317,7 +346,7 @@ def sweep_figure(comparisons: Mapping[int, Comparison]) -> Figure:
         ("SLO attainment", "%", "attainment", 100.0),
         ("p90 TTFT", "ms", "p90_ttft", 1e3),
         ("Mean TPOT", "ms", "mean_tpot", 1e3),
-        ("Throughput", "output tokens per second", "output_throughput", 1.0),
+        ("Throughput", "output tokens/s", "output_throughput", 1.0),
     ):
         series, top = [], 0.0
         for index, color in enumerate(SIDES):

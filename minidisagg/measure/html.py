@@ -15,24 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from rich.table import Table
+from msgspec.structs import replace
 
-from minidisagg.measure.comparison import TIMES, Comparison, Side, Usage, number
-from minidisagg.measure.figures import (
-    goodput_figure,
-    interference_figure,
-    latency_figure,
-    load_figure,
-    sweep_figure,
-    trace_figures,
-    usage_figure,
-    waterfall_figure,
-)
+from minidisagg.measure import figures
+from minidisagg.measure.comparison import Comparison, Side, Usage, number
 from minidisagg.measure.goodput import SLO, GoodputResult, parse_slo
 from minidisagg.measure.intervals import STATISTICS, Ratio, center
 from minidisagg.measure.page import Content, html_table, page, paragraphs
 from minidisagg.measure.records import LinkRecord, RequestRecord, RunRecord, WorkerRecord
-from minidisagg.measure.report import head_text, link_table, main_table, stage_table, worker_table
+from minidisagg.measure.report import goodput_table, head_text, link_table, main_table, stage_table, worker_table
 from minidisagg.measure.stats import RATES
 
 LIMIT = 6_000_000  # bytes of a report; where plotly does not fit the figures are SVG
@@ -61,16 +52,21 @@ def _write(run_dir: Path, options: dict[str, Any]) -> Path:
     if "sides" in result:
         content = _of_comparison(result, _requests(run_dir / "requests.jsonl"), options)
     elif "goodput" in result:
-        content = _of_goodput(result["goodput"])
+        content = _of_goodput(result)
     else:
         content = _of_sweep(result)
         for users in result:
             _write(run_dir / f"concurrency-{users}", options)
     if (run_dir / "trace.json").exists():
-        content.figures += trace_figures(_read(run_dir / "trace.json")["traceEvents"])
-    text = page(content, options, _plotly_js())
+        content.figures += figures.trace_figures(_read(run_dir / "trace.json")["traceEvents"])
+    text, left_out = page(content, options, _plotly_js()), 0
     if len(text.encode()) > LIMIT:
         text = page(content, options, "")
+    while len(text.encode()) > LIMIT and content.figures:
+        content.figures.pop()  # the last ones are those of the trace, which grow with the workers
+        left_out += 1
+        note = f"{left_out} figures are left out, as the file would be larger than {LIMIT / 1e6:g} MB with them."
+        text = page(replace(content, tail=content.tail + paragraphs("note", [note])), options, "")
     path = run_dir / "report.html"
     path.write_text(text, encoding="utf-8")
     return path
@@ -155,52 +151,51 @@ def _values(repetitions: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def _of_comparison(result: Mapping[str, Any], lines: Sequence[Line], options: Mapping[str, Any]) -> Content:
     comparison = read_comparison(result, lines, options["arrivals"]["num_warmups"])
     a, b = comparison.a, comparison.b
-    slo = a.results[0].get("slo")
-    figures = [
-        latency_figure(comparison, parse_slo([slo]) if isinstance(slo, str) else SLO()),
-        interference_figure(comparison),
-        waterfall_figure(comparison),
-        load_figure(comparison),
-        usage_figure(comparison),
+    told = a.results[0].get("slo")
+    slo = parse_slo([told]) if isinstance(told, str) else None
+    drawn = [
+        figures.attainment_figure(comparison, slo) if slo else None,
+        figures.latency_figure(comparison, slo or SLO()),
+        figures.interference_figure(comparison),
+        figures.waterfall_figure(comparison),
+        figures.load_figure(comparison),
+        figures.usage_figure(comparison),
     ]
-    notes = [f"Void: {reason}" for reason in comparison.void] + [f"Note: {mark}" for mark in comparison.marks]
     head = paragraphs("what", [head_text(comparison).plain])
     head += paragraphs("verdict void" if comparison.void else "verdict", [comparison.verdict])
-    head += paragraphs("note", notes) + html_table(main_table(comparison))
+    head += _notes(comparison.void, comparison.marks) + html_table(main_table(comparison))
     tables = [draw(comparison) for draw in (stage_table, worker_table, link_table)]
     title = f"{b.label} against {a.label}" if b else a.label
     tail = "".join(html_table(table) for table in tables if table is not None)
-    return Content(title, head, [figure for figure in figures if figure and figure.drawn], tail)
+    return Content(title, head, [figure for figure in drawn if figure and figure.drawn], tail)
 
 
 def _of_goodput(result: Mapping[str, Any]) -> Content:
     found = {}
-    for key, one in result.items():
-        index, _, label = key.partition(": ")
-        label = f"{label} {'AB'[int(index)]}" if label in found else label
+    for key, one in result["goodput"].items():
         upper = math.inf if one["upper"] is None else one["upper"]  # JSON has no infinity
-        found[label] = msgspec.convert({**one, "upper": upper}, GoodputResult)
-    table = Table(title="Goodput: the highest rate at which enough requests are within the SLO")
-    for title in ("", "requests/s", "fails from", "attainment", "runs"):
-        table.add_column(title, justify="right" if title else "left")
-    for name, one in found.items():
-        table.add_row(name, number(one.rate), number(one.upper), f"{one.attainment:.1%}", str(len(one.trials)))
-    (name, first), *others = found.items()
-    verdict = f"{name} holds {number(first.rate)} requests/s with {first.target:.0%} of them within the SLO."
-    if others and first.rate:
-        verdict = f"The goodput of {others[0][0]} is {others[0][1].rate / first.rate:.2f}{TIMES} that of {name}."
-    notes = [f"Note: {name}: the search ran out of runs before it converged" for name, one in found.items()
-             if not one.converged]  # fmt: skip
-    head = paragraphs("verdict", [verdict]) + paragraphs("note", notes) + html_table(table)
-    return Content("Goodput of " + " and ".join(found), head, [goodput_figure(found)])
+        found[key.partition(": ")[2]] = msgspec.convert({**one, "upper": upper}, GoodputResult)
+    name, first = next(iter(found.items()))
+    alone = f"{name} holds {number(first.rate)} requests/s with {first.target:.0%} of them within the SLO."
+    head = paragraphs("what", [f"SLO (ms): {result['slo']}"])
+    head += paragraphs("verdict void" if result["void"] else "verdict", [result.get("verdict", alone)])
+    head += _notes(result["void"], result["marks"]) + html_table(goodput_table(found))
+    return Content("Goodput of " + " and ".join(found), head, [figures.goodput_figure(found)])
+
+
+def _notes(void: Sequence[str], marks: Sequence[str]) -> str:
+    return paragraphs("note", [f"Void: {reason}" for reason in void] + [f"Note: {mark}" for mark in marks])
 
 
 def _of_sweep(result: Mapping[str, Any]) -> Content:
     comparisons = {int(users): read_comparison(one, (), 0) for users, one in result.items()}
-    head = ""
+    head, said = "", set[str]()
     for users, one in comparisons.items():
         link = f'<a href="concurrency-{users}/report.html">{users} at a time</a>'
         head += f'<p class="verdict{" void" if one.void else ""}">{link}: {escape(one.verdict)}</p>'
-        head += paragraphs("note", [f"Note: {mark}" for mark in one.marks])
+        head += _notes((), [mark for mark in one.marks if mark not in said])
+        said.update(one.marks)
     sides = next(iter(comparisons.values())).sides
-    return Content("A handful of users: " + " and ".join(s.label for s in sides), head, [sweep_figure(comparisons)])
+    return Content(
+        "A handful of users: " + " and ".join(s.label for s in sides), head, [figures.sweep_figure(comparisons)]
+    )

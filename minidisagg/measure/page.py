@@ -52,7 +52,7 @@ def _figure(figure: Figure, index: int, interactive: bool) -> str:
     for panel in figure.drawn:
         drawn = svg(panel, figure.columns)
         if interactive:
-            drawn = f'<div class="plot"></div><script type="application/json">{plotly(panel)}</script>'
+            drawn = f'<div class="plot"></div><script type="application/json">{plotly(panel, figure.columns)}</script>'
         panels += f"<div><h3>{escape(panel.title)}</h3>{drawn}</div>"
     return (
         f'<figure><h2>{escape(figure.title)}</h2><div class="legend">{figure.legend()}</div>'

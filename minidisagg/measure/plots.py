@@ -14,6 +14,7 @@ from msgspec import Struct
 
 WIDTHS = {1: 780, 2: 390, 3: 270}  # of a panel by the figure's columns, where letters are 12 high
 LETTER = 6.6  # width
+MARGIN = 12  # to the right of the axes
 
 
 class Series(Struct, frozen=True):
@@ -44,13 +45,19 @@ class Axis(Struct, frozen=True):
         low, high, at = (math.log(max(v, 1e-12)) if self.log else v for v in (self.low, self.high, value))
         return (at - low) / (high - low)
 
-    def ticks(self) -> list[tuple[float, str]]:
-        """Where the axis has its numbers, and how they are written."""
-        if self.names:
-            return [(float(i), name) for i, name in enumerate(self.names)]
+    def ticks(self, length: float = 0.0) -> list[tuple[float, str]]:
+        """Where the axis has its numbers, and how they are written; with a `length`, those with room side by side."""
         low, high = sorted((self.low, self.high))
-        found = _log_ticks(low, high) if self.log else []
-        return [(value, f"{value:,.10g}") for value in (found if len(found) > 1 else _linear_ticks(low, high))]
+        values = _log_ticks(low, high) if self.log else []
+        values = values if len(values) > 2 else _linear_ticks(low, high)
+        found = [(float(i), name) for i, name in enumerate(self.names)] or [(v, f"{v:,.10g}") for v in values]
+        kept, free = [], -math.inf
+        for value, text in found:
+            middle, half = length * self.place(value), LETTER * len(text) / 2
+            if not length or (middle - half >= free and middle + half <= length + MARGIN):
+                kept.append((value, text))
+                free = middle + half + LETTER
+        return kept
 
 
 class Panel(Struct, frozen=True):
@@ -74,7 +81,7 @@ class Figure(Struct, frozen=True):
     @property
     def drawn(self) -> list[Panel]:
         """The panels that have data."""
-        return [panel for panel in self.panels if any(s.x for s in panel.series)]
+        return [panel for panel in self.panels if any(len(s.x) > (s.kind == "line") for s in panel.series)]
 
     def legend(self) -> str:
         """One line of HTML for all panels."""
@@ -88,7 +95,7 @@ class Figure(Struct, frozen=True):
 
 
 def _linear_ticks(low: float, high: float) -> list[float]:
-    rough = (high - low) / 5
+    rough = (high - low) / 6
     unit = 10.0 ** math.floor(math.log10(rough))
     step = next(unit * m for m in (1, 2, 5, 10) if unit * m >= rough * 0.999)
     return [float(f"{k * step:.10g}") for k in range(math.ceil(low / step), math.floor(high / step + 1e-9) + 1)]
@@ -105,15 +112,15 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 def svg(panel: Panel, columns: int) -> str:
     """The panel as one SVG element."""
-    width, height, top, bottom, right = WIDTHS[columns], panel.height, 6, 40, 12
+    width, height, top, bottom = WIDTHS[columns], panel.height, 6, 40
     longest = max((len(text) for _, text in panel.y.ticks()), default=0)
     left = 12 + LETTER * longest + (16 if panel.y.label else 0)
-    wide, high = width - left - right, height - top - bottom
+    wide, high = width - left - MARGIN, height - top - bottom
 
     def at(x: float, y: float) -> tuple[float, float]:
         return round(left + wide * panel.x.place(x), 1), round(top + high * (1 - panel.y.place(y)), 1)
 
-    columns_at = [(at(value, panel.y.low)[0], escape(text)) for value, text in panel.x.ticks()]
+    columns_at = [(at(value, panel.y.low)[0], escape(text)) for value, text in panel.x.ticks(wide)]
     rows_at = [(at(panel.x.low, value)[1], escape(text)) for value, text in panel.y.ticks()]
     thick = 0.8 * high / abs(panel.y.high - panel.y.low)
     box = f"{left:.1f} {top} {wide:.1f} {high}"
@@ -150,27 +157,27 @@ def _path(s: Series, points: list[tuple[float, float]], ends: list[float], thick
 # ---------------------------------------------------------------- plotly
 
 
-def plotly(panel: Panel) -> str:
+def plotly(panel: Panel, columns: int) -> str:
     """The panel as JSON, safe in a script element, once the page has put its colours for `var(--…)`."""
     layout = {
-        "height": panel.height + 10, "margin": {"l": 52, "r": 12, "t": 8, "b": 42}, "showlegend": False,
+        "height": panel.height + 10, "margin": {"l": 52, "r": MARGIN, "t": 8, "b": 42}, "showlegend": False,
         "font": {"color": "var(--ink)", "size": 12}, "paper_bgcolor": "var(--bg)", "plot_bgcolor": "var(--bg)",
         "barmode": "overlay", "hovermode": "closest",
-        "xaxis": _plotly_axis(panel.x), "yaxis": _plotly_axis(panel.y),
+        "xaxis": _plotly_axis(panel.x, WIDTHS[columns] - 52 - MARGIN), "yaxis": _plotly_axis(panel.y),
     }  # fmt: skip
     traces = [_trace(s) for s in panel.series if s.x]
     return msgspec.json.encode({"data": traces, "layout": layout}).decode().replace("<", "\\u003c")
 
 
-def _plotly_axis(axis: Axis) -> dict[str, object]:
+def _plotly_axis(axis: Axis, length: float = 0.0) -> dict[str, object]:
     text = {"text": escape(axis.label), "standoff": 6, "font": {"size": 12}}  # plotly reads some HTML
     found: dict[str, object] = {
         "title": text, "type": "log" if axis.log else "linear", "gridcolor": "var(--grid)", "zeroline": False,
         "range": [math.log10(v) if axis.log else v for v in (axis.low, axis.high)], "linecolor": "var(--dim)",
-        "automargin": True, "nticks": 7, "minor": {"ticks": ""},
+        "automargin": True, "nticks": 7, "minor": {"ticks": ""}, "separatethousands": True,
     }  # fmt: skip
     if axis.names or axis.log:  # plotly's own numbers on a logarithmic axis crowd
-        ticks = axis.ticks()
+        ticks = axis.ticks(length)
         found |= {"tickvals": [value for value, _ in ticks], "ticktext": [escape(name) for _, name in ticks]}
     return found
 

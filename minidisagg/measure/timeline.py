@@ -1,8 +1,8 @@
 """One timeline of a run over all processes, as a Chrome trace that https://ui.perfetto.dev opens.
 
-Each worker is a process with a track of steps, one of sends and one of receives, and counters of its queues; each
-request is a track of the front end, with its stages one after the other. A piece of KV is an arrow from its send to its
-receive.
+Each worker is a process with a track of steps, one of sends and one of receives per peer, and counters of its queues;
+each request is a track of the front end, with its stages one after the other. A piece of KV is an arrow from its send
+to its receive. On every track what overlaps nests, to the nanosecond.
 
 Workers stamp what they report with their own clocks. A report arrives a little later than its stamp says, so a worker's
 clock is ahead of the front end's by stamp - arrival and the delay: the largest difference, of the least delayed message
@@ -11,19 +11,41 @@ of hundreds, is taken.
 
 from __future__ import annotations
 
+import itertools
+import math
+import time
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from minidisagg.core.messages import Envelope, Hello, Piece, Pieces, Stats, StepOutput
-from minidisagg.core.router import Emit
+from minidisagg.core.messages import Envelope, Hello, Piece, Pieces, Role, Stats, StepOutput
+from minidisagg.core.router import Emit, StageTimes
 
 STAGES = ("queue", "prefill", "transfer", "decode_wait", "decode")
-STEPS, SENDS, RECEIVES = 1, 2, 3
-TRACKS = {STEPS: "steps", SENDS: "sends", RECEIVES: "receives"}  # of a worker
+SLACK = 1000  # ns by which a piece may begin before the one ahead of it on its link has ended
 Incarnation = tuple[str, int]  # worker, epoch
 Event = dict[str, Any]
+
+
+class Tracks:
+    """Gives each span a track; what overlaps there, as pieces with an emulated latency do, gets another beside it."""
+
+    def __init__(self) -> None:
+        self.names: list[Event] = []
+        self._ends: dict[tuple[int, str], dict[int, int]] = {}  # (process, name) → per track, when it is free again
+
+    def place(self, pid: int, name: str, begin: int, end: int, slack: float = SLACK) -> tuple[int, int, int]:
+        """The track, and the span in ns on it: moved by up to `slack` to where the track is free, and never empty."""
+        tracks = self._ends.setdefault((pid, name), {})
+        tid = next((tid for tid, free in tracks.items() if free - begin <= slack), 0)
+        if not tid:
+            tid = len(self.names) + 1
+            beside = f" ({len(tracks) + 1})" if tracks else ""
+            self.names.append(_name("thread_name", pid, tid, name + beside))
+        begin = max(begin, tracks.get(tid, begin))
+        tracks[tid] = end = max(end, begin + 2)
+        return tid, begin, end
 
 
 class Timeline:
@@ -31,25 +53,28 @@ class Timeline:
 
     def __init__(self, label: str = "") -> None:
         self.label = label
-        self._ahead: dict[Incarnation, float] = {}  # seconds that a worker's clock is ahead of this one
-        self._roles: dict[Incarnation, str] = {}
+        self.ahead: dict[Incarnation, float] = {}  # seconds that a worker's clock is ahead of this one
+        self._roles: dict[Incarnation, Role] = {}
         self._steps: list[tuple[Incarnation, StepOutput]] = []
         self._stats: list[tuple[Incarnation, Stats]] = []
         self._pieces: list[tuple[Incarnation, Piece]] = []
-        self._ends: list[tuple[float, Emit]] = []
+        self._ends: list[tuple[float, Emit, StageTimes]] = []
+        self._news: list[tuple[float, str]] = []
 
     # ------------------------------------------------------------ hearing
 
     def on_message(self, envelope: Envelope, now: float) -> None:
         """Keep what a worker reports, and what its stamp says of its clock."""
         who, body = (envelope.source, envelope.epoch), envelope.body
-        if isinstance(body, Hello):
-            self._roles[who] = body.role.name.lower()
-        elif isinstance(body, StepOutput):
-            self._hear(who, body.clock, now)
+        if isinstance(body, Hello | Stats):
+            if self._roles.setdefault(who, body.role) != body.role:  # by an operator's order, or the policy's
+                self._news.append((now, f"{who[0]} is {body.role.name.lower()} now"))
+            self._roles[who] = body.role
+        if isinstance(body, StepOutput | Stats):
+            self.ahead[who] = max(self.ahead.get(who, -math.inf), body.clock - now)
+        if isinstance(body, StepOutput):
             self._steps.append((who, body))
         elif isinstance(body, Stats):
-            self._hear(who, body.clock, now)
             self._stats.append((who, body))
         elif isinstance(body, Pieces):
             self._pieces += [(who, piece) for piece in body.pieces]
@@ -57,65 +82,71 @@ class Timeline:
     def on_emit(self, emit: Emit, now: float) -> None:
         """Keep the ends of requests."""
         if emit.finish and emit.times is not None:
-            self._ends.append((now, emit))
+            self._ends.append((now, emit, emit.times))
 
     def on_event(self, text: str) -> None:
-        """Deaths and restarts show as processes that end and begin."""
-
-    def _hear(self, who: Incarnation, stamp: float, now: float) -> None:
-        self._ahead[who] = max(self._ahead.get(who, stamp - now), stamp - now)
+        """Keep deaths, restarts, and what operators do."""
+        self._news.append((time.monotonic(), text))
 
     # ------------------------------------------------------------ telling
 
     def events(self, first_pid: int = 1) -> list[Event]:
         """Trace events; timestamps in microseconds of the front end's clock. The front end is process `first_pid`."""
-        workers = sorted({who for who, _ in self._steps} | self._roles.keys() | self._ahead.keys())
+        workers = sorted({who for who, _ in self._steps} | self._roles.keys() | self.ahead.keys())
         pids = {who: first_pid + 1 + n for n, who in enumerate(workers)}
-        prefix = self.label + " " if self.label else ""
+        prefix, tracks = self.label + " " if self.label else "", Tracks()
         out = [_name("process_name", first_pid, 0, prefix + "requests")]
         for who, pid in pids.items():
             restarted = f" (epoch {who[1]})" if who[1] > 1 else ""
             out.append(_name("process_name", pid, 0, f"{prefix}{who[0]}{restarted}"))
-            out += [
-                _name("thread_name", pid, t, n) for t, n in ((STEPS, "steps"), (SENDS, "sends"), (RECEIVES, "receives"))
-            ]
         for who, step in self._steps:
             end = self._here(who, step.clock)
             kind = "prefill" if not step.decode_tokens else "mixed" if step.prefill_tokens else "decode"
-            out.append(_span(kind, "step", pids[who], STEPS, end - step.seconds, end, {
+            # A step that was planned ahead may begin before news of the one before it were stamped.
+            where = tracks.place(pids[who], "steps", end - _ns(step.seconds), end, slack=math.inf)
+            out.append(_span(kind, "step", pids[who], *where, {
                 "prefill_tokens": step.prefill_tokens, "decode_tokens": step.decode_tokens,
                 "context_tokens": step.context_tokens, "requests": [token.request_id for token in step.tokens],
             }))  # fmt: skip
         for who, stats in self._stats:
             at = self._here(who, stats.clock)
             out.append(_counter("queue", pids[who], at, waiting=stats.waiting, running=stats.running, held=stats.held))
-            out.append(_counter(
-                "pages", pids[who], at, live=stats.pages_live, inflight=stats.pages_inflight,
-                cached=stats.pages_cached, quarantined=stats.pages_quarantined,
-            ))  # fmt: skip
-        for who, piece in self._pieces:
-            out += self._piece(who, piece, pids[who])
-        for track, (now, emit) in enumerate(sorted(self._ends, key=lambda end: end[1].request_id), 1):
-            out += _request(first_pid, track, now, emit)
-        return out
+            pages = {state: getattr(stats, f"pages_{state}") for state in ("live", "inflight", "cached", "quarantined")}
+            out.append(_counter("pages", pids[who], at, **pages))
+        for who, piece in sorted(self._pieces, key=lambda of: of[1].begun):  # of one worker that is one clock
+            out += self._piece(who, piece, pids[who], tracks)
+        for now, emit, times in sorted(self._ends, key=lambda end: end[1].request_id):
+            out += _request(first_pid, now, emit, times, tracks)
+        out += self._waiting(first_pid)
+        for now, text in self._news:
+            out.append({"name": text, "ph": "i", "s": "p", "pid": first_pid, "tid": 0, "ts": _ns(now) / 1e3})
+        return out + tracks.names
 
-    def _here(self, who: Incarnation, stamp: float) -> float:
-        return stamp - self._ahead.get(who, 0.0)
+    def _here(self, who: Incarnation, stamp: float) -> int:
+        return _ns(stamp - self.ahead.get(who, 0.0))
 
-    def _piece(self, who: Incarnation, piece: Piece, pid: int) -> list[Event]:
-        begun, ended = self._here(who, piece.begun), self._here(who, piece.ended)
+    def _piece(self, who: Incarnation, piece: Piece, pid: int, tracks: Tracks) -> list[Event]:
         source, dest = (who[0], piece.peer) if piece.send else (piece.peer, who[0])
-        track = SENDS if piece.send else RECEIVES
-        span = _span(f"KV of {piece.request_id}", "transfer", pid, track, begun, ended, {
+        name = f"sends to {dest}" if piece.send else f"receives from {source}"
+        tid, begin, end = tracks.place(pid, name, self._here(who, piece.begun), self._here(who, piece.ended))
+        span = _span(f"KV of {piece.request_id}", "transfer", pid, tid, begin, end, {
             "request": piece.request_id, "bytes": piece.nbytes, "seq": piece.seq, "ok": piece.ok,
             "queued_ms": 1e3 * (piece.begun - piece.queued),
         })  # fmt: skip
-        arrow = f"{self.label}/{source}/{dest}/{piece.link_epoch}/{piece.seq}"
         flow = {
-            "name": "KV", "cat": "transfer", "ph": "s" if piece.send else "f", "pid": pid, "tid": track,
-            "ts": 1e6 * (begun if piece.send else ended), "id": arrow,
+            "name": "KV", "cat": "transfer", "ph": "s" if piece.send else "f", "pid": pid, "tid": tid,
+            "ts": (begin if piece.send else end - 1) / 1e3,  # what is at a span's end is outside of it
+            "id": f"{self.label}/{source}/{dest}/{piece.link_epoch}/{piece.seq}",
         }  # fmt: skip
         return [span, flow if piece.send else flow | {"bp": "e"}]
+
+    def _waiting(self, pid: int) -> list[Event]:
+        """The router's waiting requests: those that have arrived, and have no first token yet."""
+        changes = [(now - times.e2e, 1) for now, _, times in self._ends]
+        changes += [(now - times.e2e + times.queue + times.prefill, -1) for now, _, times in self._ends]
+        changes.sort()
+        waiting = itertools.accumulate(change for _, change in changes)
+        return [_counter("waiting", pid, _ns(at), requests=n) for (at, _), n in zip(changes, waiting, strict=True)]
 
 
 def write_timeline(path: Path, timelines: list[Timeline]) -> None:
@@ -126,34 +157,34 @@ def write_timeline(path: Path, timelines: list[Timeline]) -> None:
     path.write_bytes(msgspec.json.encode({"traceEvents": events, "displayTimeUnit": "ms"}))
 
 
-def _request(pid: int, track: int, now: float, emit: Emit) -> list[Event]:
-    times = emit.times
-    assert times is not None
-    begin = now - times.e2e
-    out = [
-        _name("thread_name", pid, track, f"request {emit.request_id}"),
-        _span(f"request {emit.request_id}", "request", pid, track, begin, now, {
-            "finish": emit.finish, "output_tokens": emit.index + len(emit.tokens), "cached_tokens": emit.cached_tokens,
-        }),
-    ]  # fmt: skip
+def _request(pid: int, now: float, emit: Emit, times: StageTimes, tracks: Tracks) -> list[Event]:
+    name, begin = f"request {emit.request_id}", now - times.e2e
+    tid, first, last = tracks.place(pid, name, _ns(begin), _ns(now))
+    out = [_span(name, "request", pid, tid, first, last, {
+        "finish": emit.finish, "output_tokens": emit.index + len(emit.tokens), "cached_tokens": emit.cached_tokens,
+    })]  # fmt: skip
     for stage in STAGES:
-        seconds = getattr(times, stage)
-        if seconds > 0:
-            out.append(_span(stage, "stage", pid, track, begin, begin + seconds, {}))
-        begin += seconds
+        begin, start = begin + getattr(times, stage), first
+        first = min(_ns(begin), last)
+        if first > start:
+            out.append(_span(stage, "stage", pid, tid, start, first, {}))
     return out
+
+
+def _ns(seconds: float) -> int:
+    return round(1e9 * seconds)
 
 
 def _name(kind: str, pid: int, tid: int, name: str) -> Event:
     return {"name": kind, "ph": "M", "pid": pid, "tid": tid, "args": {"name": name}}
 
 
-def _span(name: str, kind: str, pid: int, tid: int, begin: float, end: float, args: dict[str, Any]) -> Event:
+def _span(name: str, kind: str, pid: int, tid: int, begin: int, end: int, args: dict[str, Any]) -> Event:
     return {
-        "name": name, "cat": kind, "ph": "X", "pid": pid, "tid": tid, "ts": 1e6 * begin, "dur": 1e6 * (end - begin),
+        "name": name, "cat": kind, "ph": "X", "pid": pid, "tid": tid, "ts": begin / 1e3, "dur": (end - begin) / 1e3,
         "args": args,
     }  # fmt: skip
 
 
-def _counter(name: str, pid: int, at: float, **values: int) -> Event:
-    return {"name": name, "ph": "C", "pid": pid, "tid": 0, "ts": 1e6 * at, "args": values}
+def _counter(name: str, pid: int, at: int, **values: int) -> Event:
+    return {"name": name, "ph": "C", "pid": pid, "tid": 0, "ts": at / 1e3, "args": values}

@@ -1,8 +1,8 @@
 """`minidisagg monitor`: the terminal, the stream of events and the clock.
 
-Three tasks share `State` and `Ui`: one reads events (from the server or a file), one sends load if asked to, and one
-paints, at most ten times a second. Keys come by callback. Whatever ends one of them ends all, and the terminal is as
-it was.
+Tasks share `State` and `Ui`: one reads events (from the server or a file), one paints, at most ten times a second, and
+one sends load once asked to. Keys come by callback. Whatever ends one of the first two ends all, and the terminal is
+as it was.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from contextlib import ExitStack
 from enum import Enum
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal, cast
 from urllib.parse import urlsplit
 
 import aiohttp
-import msgspec
 from msgspec import Struct
 from prompt_toolkit.input import Input, create_input
 from rich.console import Console
@@ -35,11 +35,13 @@ from minidisagg.monitor.view import frame
 
 HZ = 10  # events and frames per second
 SILENCE = 5.0  # seconds without an event: the server is gone
+TIMEOUT = aiohttp.ClientTimeout(total=SILENCE)  # of everything but the events
 BACKOFF = 0.25, 2.0  # seconds before the first and the later attempts to reconnect
 KEPT_BYTES = 16 << 20  # of events, for `s`
 MAX_EVENT = 16 << 20  # bytes
 MAX_PAUSE = 5.0  # seconds between two events of a replay
 ESCAPE = 0.05  # seconds after which an escape is the key, not the start of a sequence
+STATUS = 5.0  # seconds for which the footer says what happened
 
 
 class MonitorOptions(Struct, frozen=True, kw_only=True):
@@ -47,12 +49,13 @@ class MonitorOptions(Struct, frozen=True, kw_only=True):
 
     url: str = "http://127.0.0.1:8000"
     api_key: str = ""
-    slo: dict[str, float] = {}  # milliseconds of ttft, tpot, itl, e2el
+    slo: dict[str, float] = {}  # milliseconds of ttft, tpot, itl, e2el; empty: a default
     demo_load: float | None = None  # requests per second
     record: Path | None = None
     replay: Path | None = None
     once: bool = False
     as_json: bool = False
+    ended: Callable[[], str] = str  # says why a server that is gone will not come back, if somebody knows
 
 
 class MonitorError(OSError):
@@ -68,6 +71,8 @@ def run_monitor(options: MonitorOptions) -> None:
         raise ValueError("--json needs --once")
     if options.demo_load is not None and (options.replay or options.once):
         raise ValueError("--demo-load needs a live monitor")
+    if options.record and options.replay and options.record.resolve() == options.replay.resolve():
+        raise ValueError(f"--record {options.record} would overwrite what --replay reads")
     if not options.once and not (sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"):
         raise ValueError("the monitor needs a terminal; without one: --once or --once --json")
     asyncio.run(_run(options))
@@ -80,48 +85,48 @@ async def _run(options: MonitorOptions) -> None:
         f"{address.scheme}://{address.netloc}", headers=headers, connector=aiohttp.TCPConnector(limit=0),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=SILENCE), read_bufsize=MAX_EVENT,
     ) as session:  # fmt: skip
-        with options.record.open("wb") if options.record else contextlib.nullcontext() as record:
-            monitor = Monitor(session, options, record)
+        with ExitStack() as files:
+            monitor = Monitor(session, options, files)
             try:
-                await (monitor.once() if options.once else monitor.live(Console()))
-            except aiohttp.ClientError as error:
+                await (monitor.once() if options.once else monitor.live())
+            except (aiohttp.ClientError, TimeoutError) as error:
                 raise MonitorError(f"the server at {options.url} is gone: {error}") from None
 
 
 class Monitor:
     """One run of the monitor."""
 
-    def __init__(self, session: aiohttp.ClientSession, options: MonitorOptions, record: IO[bytes] | None) -> None:
-        self.options, self.session, self.record = options, session, record
-        self.state, self.ui = State(options.slo), Ui(load=options.demo_load)
-        self.load = DemoLoad(session, options.demo_load) if options.demo_load is not None else None
+    def __init__(self, session: aiohttp.ClientSession, options: MonitorOptions, files: ExitStack) -> None:
+        self.options, self.session, self.files = options, session, files
+        self.state, self.ui = State(options.slo), Ui()
+        self.load: DemoLoad | None = None
+        self._record: IO[bytes] | None = None
         self._received: deque[bytes] = deque()  # the latest events, at most KEPT_BYTES
         self._bytes = 0
         self._changed, self._quit = asyncio.Event(), asyncio.Event()
-        self._posts: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()  # the load, and what keys asked for
 
     # ------------------------------------------------------------ without a screen
 
     async def once(self) -> None:
         """Print what there is, as JSON or as a frame: the last one of a file, the server's after a second of events."""
         if self.options.replay is not None:
-            recorded = list(read_events(self.options.replay))
-            if not recorded:
-                raise ValueError(f"{self.options.replay} holds no event")
-            for data in recorded:
+            for data in read_events(self.options.replay):
                 self._take(data)
-            raw = recorded[-1]
         elif self.options.as_json:
-            raw = await self._get("/admin/state")
+            self._take(await self._get("/admin/state"))
         else:
-            raw, began = await self._get("/admin/state"), time.monotonic()
+            await self._get("/admin/state")
+            began = time.monotonic()
             async with contextlib.aclosing(self._events()) as events:
-                async for raw in events:
-                    self._take(raw)
+                async for data in events:
+                    self._take(data)
                     if time.monotonic() - began > 1.0:
                         break
+        if not self._received:
+            raise ValueError(f"{self.options.replay or self.options.url} holds no event")
         if self.options.as_json:
-            sys.stdout.write(raw.decode() + "\n")
+            sys.stdout.write(self._received[-1].decode() + "\n")
             return
         console = Console()
         self.ui.live = "once"
@@ -130,33 +135,40 @@ class Monitor:
 
     # ------------------------------------------------------------ full screen
 
-    async def live(self, console: Console) -> None:
+    async def live(self) -> None:
         """The full-screen monitor."""
         if self.options.replay is None:
-            decode(await self._get("/admin/state"))  # early and in one line, before the screen is taken
+            await self._get("/admin/state")  # early and in one line, before the screen is taken
+        # COLUMNS and LINES, where a shell has exported them, are true until the first change of size.
+        console = Console(_environ={**os.environ, "COLUMNS": "", "LINES": ""})
         loop, source = asyncio.get_running_loop(), create_input(sys.stdin)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self._quit.set)
         loop.add_signal_handler(signal.SIGWINCH, self._changed.set)
-        work: list[Coroutine[Any, Any, Any]] = [self._quit.wait(), self._follow()]
-        if self.load is not None:
-            work.append(self.load.run())
+        if self.options.demo_load is not None:
+            self._set_load(self.options.demo_load)
         screen = Live(console=console, screen=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
         with source.raw_mode(), source.attach(lambda: self._on_input(source, loop)), screen:
-            tasks = [asyncio.create_task(one) for one in [*work, self._paint(console, screen)]]
+            work: list[Coroutine[Any, Any, Any]] = [self._quit.wait(), self._follow(), self._paint(console, screen)]
+            tasks = [asyncio.create_task(one) for one in work]
             try:
                 done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             finally:
-                for task in [*tasks, *self._posts]:
+                for task in [*tasks, *self._tasks]:
                     task.cancel()
-                await asyncio.gather(*tasks, *self._posts, return_exceptions=True)
+                await asyncio.gather(*tasks, *self._tasks, return_exceptions=True)
         for task in done:
             task.result()
 
     async def _paint(self, console: Console, screen: Live) -> None:
         while True:
-            await self._changed.wait()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1.0):  # statuses end while nothing happens, too
+                    await self._changed.wait()
             self._changed.clear()
+            if time.monotonic() - self.ui.said > STATUS:
+                self.ui.status = ""
+            self.ui.trouble = self.load.trouble if self.load is not None else ""
             screen.update(frame(self.state, self.ui, *console.size), refresh=True)
             await asyncio.sleep(0.95 / HZ)
 
@@ -170,24 +182,30 @@ class Monitor:
             try:
                 async for data in self._events():
                     self._take(data)
+                    if self.ui.lost:
+                        self.ui.say("connected again")
                     self.ui.lost, delay = "", BACKOFF[0]
-                reason = "it ended the stream"
-            except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-                reason = str(error) or type(error).__name__
-            self.ui.lost = "server gone, reconnecting"
-            self.ui.say(f"server gone: {reason}", failed=True)
+                what, reason = "gone", "it ended the stream"
+            except TimeoutError:
+                what, reason = "hangs", f"no event for {SILENCE:g} s"
+            except (aiohttp.ClientError, ValueError) as error:
+                what, reason = "gone", str(error) or type(error).__name__
+            if why := self.options.ended():
+                raise MonitorError(why)
+            self.ui.lost = f"server {what}, reconnecting"
+            self.ui.say(f"server {what}: {reason}", failed=True)
             self._changed.set()
             await asyncio.sleep(delay)
             delay = min(2 * delay, BACKOFF[1])
 
     async def _replay(self, path: Path) -> None:
         self.ui.live = "replay"
+        clock = None
         for data in read_events(path):
-            before = self.state.now
-            after = decode(data)
-            if before is not None:
-                await asyncio.sleep(min(max(after.clock - before.clock, 0.0), MAX_PAUSE))
-            self._take(data, after)
+            snapshot = decode(data)
+            await asyncio.sleep(min(max(snapshot.clock - (clock or snapshot.clock), 0.0), MAX_PAUSE))
+            clock = snapshot.clock
+            self._take(data, snapshot)
         self.ui.say("the replay has ended")
         self._changed.set()
         await self._quit.wait()
@@ -201,18 +219,25 @@ class Monitor:
                 yield data.removeprefix(b"data: ").strip()
 
     async def _get(self, path: str) -> bytes:
+        """An answer that is a snapshot, or `MonitorError`."""
         try:
-            async with self.session.get(path, timeout=aiohttp.ClientTimeout(total=SILENCE)) as answer:
+            async with self.session.get(path, timeout=TIMEOUT) as answer:
                 await _check(answer)
-                return await answer.read()
+                data = await answer.read()
+                decode(data)
+                return data
+        except ValueError:
+            raise MonitorError(f"what answers at {self.options.url} is no minidisagg server") from None
         except (aiohttp.ClientError, TimeoutError):
             where = f"{self.options.url} (minidisagg serve starts one, minidisagg monitor URL names another)"
             raise MonitorError(f"no server answers at {where}") from None
 
     def _take(self, data: bytes, snapshot: Snapshot | None = None) -> None:
         self.state.apply(snapshot or decode(data))
-        if self.record is not None:
-            self.record.write(data + b"\n")
+        if (path := self.options.record) is not None:
+            if self._record is None:  # with the first event: without one, no empty file
+                self._record = self.files.enter_context(_open(path, "wb"))
+            self._record.write(data + b"\n")
         self._received.append(data)
         self._bytes += len(data)
         while self._bytes > KEPT_BYTES:
@@ -238,48 +263,64 @@ class Monitor:
     def _act(self, action: Action) -> None:
         if action == "quit":
             self._quit.set()
-        elif action == "save":
-            self._save()
-        elif isinstance(action, SetLoad) and self.load is not None:
-            self.load.set_rate(action.rate)
-            self.ui.load = action.rate
-            failed = f", {self.load.failed} failed" if self.load.failed else ""
-            self.ui.say(f"load {action.rate:g} requests/s ({self.load.sent} sent{failed})")
+        elif self.options.replay is not None:
+            self.ui.say("this is a replay: nothing is done", failed=True)
+        elif isinstance(action, SetLoad):
+            self._set_load(action.rate)
         elif isinstance(action, Post):
-            if self.options.replay is not None:
-                return self.ui.say(f"{action.label}: this is a replay", failed=True)
             self.ui.say(f"{action.label} …")
-            task = asyncio.get_running_loop().create_task(self._post(action))
-            self._posts.add(task)
-            task.add_done_callback(self._posts.discard)
+            self._start(self._post(action))
+        else:
+            self._start(self._save())
+
+    def _set_load(self, rate: float) -> None:
+        if self.load is None:
+            self.load = DemoLoad(self.session, rate)
+            self._start(self.load.run())
+        self.load.set_rate(rate)
+        self.ui.load = rate
+        self.ui.say(f"load {rate:g} requests/s, {self.load.sent} sent so far")
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _post(self, action: Post) -> None:
-        timeout = aiohttp.ClientTimeout(total=SILENCE)
         try:
-            async with self.session.post(f"/admin/{action.path}", json=action.body, timeout=timeout) as answer:
+            async with self.session.post(f"/admin/{action.path}", json=action.body, timeout=TIMEOUT) as answer:
                 error = "" if answer.status == 200 else await _message(answer)
         except (aiohttp.ClientError, TimeoutError) as failure:
             error = str(failure) or "no answer"
         self.ui.say(f"{action.label}: {error or 'done'}", failed=bool(error))
         self._changed.set()
 
-    def _save(self) -> None:
-        path = Path(time.strftime("monitor-%Y%m%d-%H%M%S.jsonl"))
+    async def _save(self) -> None:
+        name, events = Path(time.strftime("monitor-%Y%m%d-%H%M%S.jsonl")), list(self._received)
         try:
-            path.write_bytes(b"".join(data + b"\n" for data in self._received))
-        except OSError as error:
-            return self.ui.say(f"not saved: {error}", failed=True)
-        self.ui.say(f"saved {len(self._received)} events to {path}, for --replay")
+            await asyncio.to_thread(name.write_bytes, b"".join(data + b"\n" for data in events))
+            async with self.session.get("/admin/trace", timeout=TIMEOUT) as answer:
+                answer.raise_for_status()
+                await asyncio.to_thread(name.with_suffix(".trace.json").write_bytes, await answer.read())
+            self.ui.say(f"saved {len(events)} events: {name} and .trace.json")
+        except (OSError, aiohttp.ClientError, TimeoutError) as error:
+            self.ui.say(f"not all is saved: {error}", failed=True)
+        self._changed.set()
+
+
+def _open(path: Path, mode: Literal["rb", "wb"]) -> IO[bytes]:
+    """Gzipped if its name ends in .gz."""
+    return cast(IO[bytes], gzip.open(path, mode)) if path.suffix == ".gz" else path.open(mode)
 
 
 def read_events(path: Path) -> Iterator[bytes]:
-    """The lines of a recording, gzipped if its name ends in .gz. Raises `ValueError` at one that is none."""
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
+    """The lines of a recording, up to where its writer was killed. Raises `ValueError` at one that is none."""
+    with _open(path, "rb") as lines, contextlib.suppress(EOFError):
         for number, line in enumerate(lines, 1):
             try:
                 decode(line)
-            except msgspec.MsgspecError as error:
-                raise ValueError(f"{path}, line {number}: not an event of the monitor: {error}") from None
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from None
             yield line.strip()
 
 

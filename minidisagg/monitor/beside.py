@@ -2,72 +2,84 @@
 
 from __future__ import annotations
 
-import os
-import socket
+import ctypes
+import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
+from pathlib import Path
 
+import msgspec
 from rich.console import Console
+from rich.text import Text
 
 from minidisagg.monitor.app import MonitorOptions, run_monitor
 
-OWN_FLAGS = ("--monitor", "--demo-load")
+START_TIMEOUT = 600.0  # seconds without a new line in the log: weights are downloaded and loaded
+END_TIMEOUT = 20.0  # seconds for a server that was told twice to end
+SERVING = re.compile(r"serving on http://\S+:(\d+)/v1")  # what it says once it listens
 
 
-def serve_and_monitor(
-    arguments: Sequence[str], host: str, port: int, api_keys: Sequence[str], demo_load: float | None
-) -> None:
-    """Start `minidisagg ARGUMENTS` without the monitor's flags, wait until it is healthy, watch it, and end it.
+def serve_and_monitor(arguments: Sequence[str], host: str, options: MonitorOptions) -> None:
+    """Run `minidisagg ARGUMENTS` (`serve --beside …`), watch it once it listens, and end it.
 
-    Raises `OSError` with the last line of its log where it does not come up.
+    Its address comes from its own log: whatever else listens on that port is never watched, nor killed with K. Raises
+    `OSError` with the last line of that log where it does not come up, or ends before the monitor does.
     """
-    port = port or _free_port(host)
-    command = [sys.executable, "-m", "minidisagg", *_without_own(arguments), "--port", str(port)]
-    with tempfile.NamedTemporaryFile("w+", prefix="minidisagg-serve-", suffix=".log") as log:
+    with tempfile.NamedTemporaryFile("w+", prefix="minidisagg-serve-", suffix=".log") as file:
+        log = Path(file.name)
+        # SIGHUP ends the terminal's processes, which this one outlives by the time that its server takes to end.
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGINT))
         # A session of its own: Ctrl-C is the monitor's, which then ends the server.
-        server = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+        server = subprocess.Popen(
+            [sys.executable, "-m", "minidisagg", *arguments], stdout=file, stderr=file, stdin=subprocess.DEVNULL,
+            start_new_session=True, preexec_fn=_end_with_parent,
+        )  # fmt: skip
         try:
-            url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
-            _wait(server, url, log.name)
-            run_monitor(MonitorOptions(url=url, api_key=api_keys[0] if api_keys else "", demo_load=demo_load))
+            port = _wait(server, log)
+            name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+            url = f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
+            run_monitor(msgspec.structs.replace(
+                options, url=url,
+                ended=lambda: "" if server.poll() is None else f"the server has ended, last: {_last_line(log)}",
+            ))  # fmt: skip
         finally:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN)
             server.terminate()
-            if server.poll() is None:
-                time.sleep(0.1)
-                server.terminate()  # the second does not wait for the requests that run
-            server.wait()
-
-
-def _without_own(arguments: Sequence[str]) -> list[str]:
-    """The command line less what is not the server's; its own --port follows, and the last one counts."""
-    kept: list[str] = []
-    skip = False
-    for argument in arguments:
-        if not skip and argument.partition("=")[0] not in OWN_FLAGS:
-            kept.append(argument)
-        skip = argument == "--demo-load"
-    return kept
-
-
-def _free_port(host: str) -> int:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
-
-
-def _wait(server: subprocess.Popen[bytes], url: str, log: str) -> None:
-    with Console(stderr=True).status("starting the server"):
-        while server.poll() is None:
+            time.sleep(0.1)
+            server.terminate()  # the second does not wait for the requests that run
             try:
-                with urllib.request.urlopen(f"{url}/health", timeout=1):
-                    return
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.1)
-    with open(log, encoding="utf-8", errors="replace") as file:
-        lines = file.read().strip().splitlines()
-    raise OSError(lines[-1].removeprefix("minidisagg: error: ") if lines else f"the server ended with {os.EX_SOFTWARE}")
+                server.wait(END_TIMEOUT)
+            except subprocess.TimeoutExpired:
+                server.kill()
+
+
+def _end_with_parent() -> None:
+    """However this process ends: also by SIGKILL."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def _wait(server: subprocess.Popen[bytes], log: Path) -> str:
+    """The port, once it listens; meanwhile, what it says."""
+    before, since = "", time.monotonic()
+    with Console(stderr=True).status("starting the server") as status:
+        while server.poll() is None and time.monotonic() - since < START_TIMEOUT:
+            text = log.read_text(errors="replace")
+            if found := SERVING.search(text):
+                return found[1]
+            if text != before:
+                before, since = text, time.monotonic()
+                status.update(Text(f"starting the server: {_last_line(log)}"))
+            time.sleep(0.05)
+    silent = f"the server has said nothing for {START_TIMEOUT:g} s, last: " if server.poll() is None else ""
+    raise OSError(silent + _last_line(log))
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return lines[-1].removeprefix("minidisagg: error: ") if lines else "nothing"

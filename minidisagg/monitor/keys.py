@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -18,12 +19,13 @@ HELP = (
     ("f", "flip the selected worker's role, once it has finished what it has"),
     ("R", "restart the selected worker, once it has finished what it has"),
     ("K", "kill the selected worker; its requests are recomputed elsewhere"),
-    ("+ -", "more or less load from the built-in generator (--demo-load RATE)"),
+    ("+ -", "more or less load from the built-in generator"),
     ("← →", "select a request of the waterfall"),
     ("enter", "details of the selected request"),
     ("1 … 7", "one panel alone; again: all of them"),
+    ("", "5: a tall red column is a step in which all that decode there wait for a prefill"),
     ("/", "filter the log"),
-    ("s", "save what was received lately, for --replay"),
+    ("s", "save what was received lately: for --replay, and as a trace for ui.perfetto.dev"),
     ("esc", "back"),
     ("q", "quit"),
 )
@@ -55,21 +57,22 @@ class Ui:
     panel: int = 0  # alone on the screen; 0: all
     filter: str = ""
     mode: str = ""  # or filter, kill, help, details
-    status: str = ""
+    status: str = ""  # for some seconds since `said`
     failed: bool = False  # `status` is bad news
+    said: float = 0.0
     lost: str = ""  # why there are no events
     live: str = "live"
     load: float | None = None  # requests per second; None: there is no generator
+    trouble: str = ""  # what became of some of its requests
 
     def say(self, status: str, failed: bool = False) -> None:
-        """In the footer, until there is something else to say."""
-        self.status, self.failed = status, failed
+        """In the footer, for some seconds or until there is something else to say."""
+        self.status, self.failed, self.said = status, failed, time.monotonic()
 
 
 def selected_worker(ui: Ui, state: State) -> Worker | None:
     """The worker that f, K and R are about."""
-    workers = state.now.workers if state.now else []
-    return workers[min(ui.worker, len(workers) - 1)] if workers else None
+    return state.now.workers[min(ui.worker, len(state.now.workers) - 1)] if state.now.workers else None
 
 
 def selected_request(ui: Ui, state: State) -> End | None:
@@ -103,17 +106,15 @@ def press(ui: Ui, key: str, state: State) -> Action | None:
         ui.mode = "details" if ui.mode != "details" and state.ends else ""
         end = selected_request(ui, state)
         ui.request = end.id if end is not None else ""
+        if not state.ends:
+            ui.say("no request yet")
     elif key in ("?", "/"):
         ui.mode = "help" if key == "?" else "filter"
     elif key == "s":
         return "save"
     elif key in ("+", "=", "-"):
-        if ui.load is None:
-            ui.say("start the monitor with --demo-load RATE to send load from here", failed=True)
-            return None
-        rates = RATES[::-1] if key == "-" else RATES
-        beyond = (rate for rate in rates if (rate < ui.load if key == "-" else rate > ui.load))
-        return SetLoad(next(beyond, ui.load))
+        load, rates = ui.load or 0.0, RATES[::-1] if key == "-" else RATES
+        return SetLoad(next((rate for rate in rates if (rate < load if key == "-" else rate > load)), load))
     else:
         return _operate(ui, key, state)
     return None
@@ -137,7 +138,7 @@ def _step_request(ui: Ui, state: State, by: int) -> None:
 
 def _operate(ui: Ui, key: str, state: State) -> Post | None:
     now, worker = state.now, selected_worker(ui, state)
-    if now is None or worker is None:
+    if worker is None:
         return None
     if key == " ":
         return Post("resume", "resume admission") if now.paused else Post("pause", "pause admission")

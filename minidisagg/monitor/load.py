@@ -7,9 +7,16 @@ import contextlib
 import random
 
 import aiohttp
+import msgspec
 
 PROMPT, OUTPUT = 256, 64  # tokens
 MAX_IN_FLIGHT = 256  # requests; arrivals beyond that are left out
+
+
+class TokenizerInfo(msgspec.Struct):
+    """Of the server's answer, what prompts are made from."""
+
+    vocab_size: int
 
 
 class DemoLoad:
@@ -22,6 +29,12 @@ class DemoLoad:
         self._changed = asyncio.Event()
         self._running: set[asyncio.Task[None]] = set()
         self._vocab_size = 0
+
+    @property
+    def trouble(self) -> str:
+        """What became of the requests that were not answered."""
+        counts = {"failed": self.failed, "left out": self.skipped}
+        return ", ".join(f"{count} {what}" for what, count in counts.items() if count)
 
     def set_rate(self, rate: float) -> None:
         """From now on; a request that is due at the old rate comes earlier or later in proportion."""
@@ -63,7 +76,7 @@ class DemoLoad:
             if not self._vocab_size:
                 async with self._session.get("/tokenizer_info") as answer:
                     answer.raise_for_status()
-                    self._vocab_size = int((await answer.json())["vocab_size"])
+                    self._vocab_size = msgspec.json.decode(await answer.read(), type=TokenizerInfo).vocab_size
             body = {
                 "prompt": [int(share * self._vocab_size) for share in prompt], "max_tokens": OUTPUT,
                 "ignore_eos": True, "temperature": 0.0, "stream": True,
@@ -74,5 +87,5 @@ class DemoLoad:
                 async for data in answer.content.iter_any():
                     tail = (tail + data)[-32:]
             self.failed += b"[DONE]" not in tail
-        except (aiohttp.ClientError, TimeoutError):  # counted: the monitor shows it
+        except (aiohttp.ClientError, TimeoutError, msgspec.MsgspecError, ValueError):  # counted, and shown
             self.failed += 1

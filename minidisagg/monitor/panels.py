@@ -1,39 +1,43 @@
 """The seven panels: each a function of the state and its size, made of rich's segments.
 
 Segments cost a tenth of what rich's layouts and tables do. Colours are the terminal's own, so that a light background
-works, and every colour has a shape, a place or a word beside it.
+works (bold yellow and bold cyan do not: many terminals draw them in a bright, pale tone), and every colour has a shape,
+a place or a word beside it.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
-from itertools import groupby
+from collections.abc import Callable, Collection, Iterable, Sequence
+from itertools import groupby, islice
 from typing import NamedTuple
 
 from rich.segment import Segment
 from rich.style import Style
 
 from minidisagg.monitor.keys import Ui, selected_request, selected_worker
-from minidisagg.monitor.state import BUCKET, PARTS, STAGES, Bucket, End, Link, State, Worker
+from minidisagg.monitor.state import BUCKET, PARTS, STAGES, Bucket, End, Link, State, Stats, Worker
 
 Line = list[Segment]
 PLAIN, BOLD, DIM, GOOD, BAD = Style(), Style(bold=True), Style(dim=True), Style(color="green"), Style(color="red")
-ACCENT, WARN = Style(color="cyan", bold=True), Style(color="yellow")
+ACCENT, WARN = Style(color="cyan"), Style(color="yellow")
 COLOURS = [Style(color=name) for name in ("yellow", "blue", "magenta", "cyan", "green")]  # of waiting … decoding
-STAGE_STYLES, PART_STYLES = dict(zip(STAGES, COLOURS, strict=True)), dict(zip(PARTS, COLOURS, strict=True))
+NAMES = ("queue", "prefill", "transfer", "wait", "decode")
+PART_LOOKS = dict(zip(PARTS, zip(NAMES, "·█▒░▄", COLOURS, strict=True), strict=True))
+STAGE_LOOKS = dict(zip(STAGES, PART_LOOKS.values(), strict=True))
 PAGES = (
     ("live", "█", Style(color="green")), ("in flight", "▓", Style(color="magenta")),
     ("cached", "▒", Style(color="cyan")), ("quarantined", "x", Style(color="red")), ("free", "·", DIM),
 )  # fmt: skip
-STEPS = (  # what is in them, said at length and in short
-    ("decode only", "decode", Style(color="green")), ("decode + some prefill", "+ some", Style(color="yellow")),
-    ("decode + mostly prefill", "+ much prefill", Style(color="red")), ("prefill only", "prefill", Style(color="blue")),
+STEPS = (  # by the most prefill tokens in them
+    (0, "0", "·", Style(color="green")), (64, "1-64", "░", Style(color="yellow")),
+    (256, "65-256", "▒", Style(color="magenta")), (math.inf, ">256", "█", Style(color="red")),
 )  # fmt: skip
 ROLES = {"prefill": Style(color="blue"), "decode": Style(color="green"), "both": Style(color="magenta")}
 EIGHTHS, RISING = " ▏▎▍▌▋▊▉█", " ▁▂▃▄▅▆▇█"
 GUTTER = 14  # columns left of a strip
+TICK = 5  # seconds between the times under it
 GOOD_SHARE = 0.9  # of the requests: DistServe's measure
 NONE = "-"
 
@@ -46,67 +50,86 @@ class Drawn(NamedTuple):
 
 
 def _pipeline(state: State, ui: Ui, width: int, height: int) -> Drawn:
-    assert state.now is not None
     counts = [state.now.stages.get(stage, 0) for stage in STAGES]
     each, full = width // len(STAGES), max(*counts, 8)
-    names: Line = []
-    bars: Line = []
-    ages: Line = []
-    for number, (stage, count) in enumerate(zip(STAGES, counts, strict=True)):
-        style = STAGE_STYLES[stage]
-        label = (" " if number == 0 else "→ ") + stage.replace("_waiting", " wait")
-        names.append(Segment(f"{label:<{each}}", style + BOLD))
-        figure = f"{'' if number == 0 else ' '} {count:<4d} "
+    workers = [worker for worker in state.now.workers if worker.state == "up"]
+    idle = [role for role in ("prefill", "decode") if not any(w.role in (role, "both") for w in workers)]
+    legend = [Segment(f"no worker takes {' or '.join(idle)}: new requests wait ", BAD + BOLD)] if idle else []
+    names, bars, ages = Line(), Line(), Line()
+    for stage, count in zip(STAGES, counts, strict=True):
+        style, arrow, age = STAGE_LOOKS[stage][2], "→ " if names else " ", state.now.oldest.get(stage)
+        names.append(Segment(f"{arrow + stage.replace('_waiting', ' wait'):<{each}}", style))
+        figure = f"{'':{len(arrow)}}{count:<4d} "
         bars += [Segment(figure, BOLD), Segment(_bar(count / full, max(each - len(figure) - 2, 1)) + "  ", style)]
-        age = state.now.oldest.get(stage)
         text = f"oldest {duration(age)}" if count and age is not None else NONE
-        ages.append(Segment(f"{'' if number == 0 else ' '} {text:<{each - 2 + (number == 0)}}", DIM))
-    return Drawn([], [names, bars, ages])
+        ages.append(Segment(f"{'':{len(arrow)}}{text:<{each - len(arrow)}}", DIM))
+    return Drawn(legend, [names, bars, ages])
 
 
 def _latency(state: State, ui: Ui, width: int, height: int) -> Drawn:
-    assert state.now is not None
-    legend = [Segment(f"{'p50':>5}{'p90':>9}{'p99':>9}  {'of the last minute' if width >= 60 else '1 min'} ", DIM)]
+    wide = width >= 60
+    each, given = 9 if wide else 8, "(default)" if state.default_slo else "SLO"
+    legend = [Segment(f"{'p50':>{each - 4}}{'p90':>{each}}{'p99':>{each}} {given} ", DIM)]
+    legend += [Segment(" of the last minute ", DIM)] * wide
     lines: list[Line] = []
     for name in ("ttft", "tpot", "itl"):
         values, limit = state.now.latencies.get(name, []), state.slo.get(name)
         line = [Segment(f" {name.upper():<7}", BOLD)]
         for value in values or (None, None, None):
             style = PLAIN if limit is None or value is None else GOOD if value * 1000 <= limit else BAD
-            line.append(Segment(f"{duration(value):>9}", style))
+            line.append(Segment(f"{duration(value):>{each}}", style))
         if limit is not None:
-            line.append(Segment(f"  ≤ {duration(limit / 1000)} ", DIM))
+            line.append(Segment(f" ≤ {duration(limit / 1000)} ", DIM))
             line += _gauge(values[2] * 1000 / limit if values else 0.0, width - Segment.get_line_length(line) - 1)
         lines.append(line)
     rates = state.tokens.rates() or [0.0, 0.0]
     lines.append([
-        Segment(" tokens ", BOLD), Segment(f"{rates[0]:>9,.0f}"), Segment(" prompt/s", DIM),
-        Segment(f"{rates[1]:>9,.0f}"), Segment(" output/s", DIM),
+        Segment(" tokens ", BOLD), Segment(f"{rates[0]:>{each},.0f}"), Segment(" prompt/s", DIM),
+        Segment(f"{rates[1]:>{each},.0f}"), Segment(" output/s", DIM),
     ])  # fmt: skip
     good, share, ended = state.goodput()
-    line = [Segment(" goodput" if state.slo else " ended  ", BOLD), Segment(f"{good:>9.2f}"), Segment(" req/s", DIM)]
-    if state.slo:
-        style = PLAIN if not ended else GOOD if share >= GOOD_SHARE else BAD
-        line += [Segment(f"  {share:>6.1%}" if ended else f"{NONE:>8}", style), Segment(f" of {ended} requests", DIM)]
-    else:
-        line.append(Segment(f"  {ended} in the last minute", DIM))
-    return Drawn(legend, [*lines, line])
+    style = PLAIN if not ended else GOOD if share >= GOOD_SHARE else BAD
+    lines.append([
+        Segment(" goodput", BOLD), Segment(f"{good:>{each}.2f}"), Segment(" req/s", DIM),
+        Segment(f"  {share:>6.1%}" if ended else f"{NONE:>8}", style),
+        Segment(f" of {ended} requests" if wide else f" of {ended}/min", DIM),
+    ])  # fmt: skip
+    return Drawn(legend, lines)
 
 
 def _workers(state: State, ui: Ui, width: int, height: int) -> Drawn:
-    assert state.now is not None
     workers, chosen = state.now.workers, selected_worker(ui, state)
     wide = max((len(worker.name) for worker in workers), default=6)
     room = max(width - wide - 61, 4)
-    legend: Line = []
-    for name, glyph, style in PAGES:
-        legend += [Segment(glyph, style), Segment(f" {name}  ", DIM)]
+    legend = [part for name, glyph, style in PAGES for part in (Segment(glyph, style), Segment(f" {name}  ", DIM))]
     head = f"   {'':<{wide}} {'role':<8}{'state':<10}{'epoch':<6}{'KV pages':<{room}}"
-    lines: list[Line] = [[Segment(f"{head} used{'run/wait':>10}{'tok/s':>9}{'busy':>6}", DIM)]]
     first = _first(workers.index(chosen) if chosen else 0, len(workers), height - 1)
-    for worker in workers[first : first + max(height - 1, 1)]:
-        lines.append(_worker(state, worker, worker is chosen, wide, room))
+    lines: list[Line] = [[Segment(f"{head} used{'run/wait':>10}{'tok/s':>9}{'busy':>6}", DIM)]]
+    lines += (_worker(state, one, one is chosen, wide, room) for one in workers[first : first + max(height - 1, 1)])
+    if ui.panel == 3:
+        known = [(worker.name, worker.stats) for worker in workers if worker.stats is not None]
+        if (each := (height - len(lines)) // max(len(known), 1)) < 4 and chosen is not None:
+            known, each = [(name, stats) for name, stats in known if name == chosen.name], height - len(lines)
+        for name, stats in known:
+            lines += _page_grid(name, _pages(stats), width - 6, each - 2)
     return Drawn(legend, lines)
+
+
+def _page_grid(name: str, pages: Sequence[int], width: int, height: int) -> Iterable[Line]:
+    """All pages by their state: a cell for each, or for as many as it takes to fit in `height` lines."""
+    each = max(1, math.ceil(sum(pages) / max(1, width * height)))
+    cells = math.ceil(sum(pages) / each)
+    counts = ", ".join(f"{count} {state}" for count, (state, _, _) in zip(pages, PAGES, strict=True))
+    drawn = [Segment(glyph * n, style) for n, (_, glyph, style) in zip(split(pages, cells), PAGES, strict=True)]
+    yield []
+    yield [Segment(f"   {name} ", BOLD), Segment(f"KV pages by state, {each} a cell: {counts}", DIM)]
+    for line in Segment.divide(drawn, range(width, cells + width, width)):
+        yield [Segment("   "), *line]
+
+
+def _pages(stats: Stats) -> tuple[int, ...]:
+    """Counts in the order of `PAGES`."""
+    return stats.pages_live, stats.pages_inflight, stats.pages_cached, stats.pages_quarantined, stats.pages_free
 
 
 def _worker(state: State, worker: Worker, chosen: bool, wide: int, room: int) -> Line:
@@ -120,7 +143,7 @@ def _worker(state: State, worker: Worker, chosen: bool, wide: int, room: int) ->
     ]  # fmt: skip
     if stats is None:
         return [*line, Segment("·" * room, DIM)]
-    pages = (stats.pages_live, stats.pages_inflight, stats.pages_cached, stats.pages_quarantined, stats.pages_free)
+    pages = _pages(stats)
     for (_, glyph, style), cells in zip(PAGES, split(pages, room), strict=True):
         line.append(Segment(glyph * cells, style))
     used = (pages[0] + pages[1] + pages[3]) / max(1, sum(pages))
@@ -130,22 +153,23 @@ def _worker(state: State, worker: Worker, chosen: bool, wide: int, room: int) ->
 
 
 def _links(state: State, ui: Ui, width: int, height: int) -> Drawn:
-    assert state.now is not None
-    wide = max(width - 26, 5)
-    lines: list[Line] = [[Segment(f" {'':<{wide}}{'GB/s':>6}{'piece':>8}{'open':>5}{'fail':>5}", DIM)]]
+    unit, each = ("B/s", 10) if width >= 64 else ("", 6)
+    wide = max(width - 19 - 2 * each, 5)
+    head = f" {'':<{wide}}{'now' if unit else 'B/s':>{each}}{'wire':>{each}}{'piece':>8}{'open':>5}{'fail':>5}"
+    lines: list[Line] = [[Segment(head, DIM)]]
     for worker in state.now.workers:
         for link in worker.stats.links if worker.stats else []:
-            speed, piece = state.link_rates(worker, link)
+            speed, wire, piece = state.link_rates(worker, link)
             lines.append([
-                Segment(f" {_link_name(worker.name, link, wide):<{wide}}"), Segment(f"{speed / 1e9:>6.3f}", BOLD),
+                Segment(f" {_link_name(worker.name, link, wide):<{wide}}"),
+                Segment(f"{rate(speed, unit):>{each}}", BOLD), Segment(f"{rate(wire, unit):>{each}}"),
                 Segment(f"{duration(piece):>8}"), Segment(f"{link.backlog:>5}", WARN if link.backlog else DIM),
                 Segment(f"{link.failures:>5}", BAD if link.failures else DIM),
             ])  # fmt: skip
     if len(lines) == 1:
         lines.append([Segment(" no KV has moved yet", DIM)])
-    hidden = len(lines) - height
-    if hidden > 0:
-        lines[height - 1 :] = [[Segment(f" and {hidden + 1} more", DIM)]]
+    if len(lines) > height:
+        lines[height - 1 :] = [[Segment(f" and {len(lines) - height + 1} more", DIM)]]
     return Drawn([], lines)
 
 
@@ -158,82 +182,105 @@ def _link_name(source: str, link: Link, width: int) -> str:
 
 
 def _interference(state: State, ui: Ui, width: int, height: int) -> Drawn:
-    assert state.now is not None
     workers, chosen = state.now.workers, selected_worker(ui, state)
-    legend: Line = []
-    for name, short, style in STEPS:
-        legend += [Segment("█ ", style), Segment(f"{name}  " if width > 96 else f"{short} ", DIM)]
+    legend = [Segment("prefill tokens:  " if width > 61 else "prefill ", DIM)]
+    legend += (part for _, name, glyph, style in STEPS for part in (Segment(glyph, style), Segment(f" {name} ", DIM)))
     each = max(1, min(height if ui.panel else 7, (height - 1) // max(1, len(workers))))
-    room, tall = max(1, (height - 1) // each), each - (each > 3)  # a free line above each strip that is high enough
-    first = _first(workers.index(chosen) if chosen else 0, len(workers), room)
+    # The last line of each strip has a glyph of what was in the step; the first is free where it is high enough.
+    count, tall = max(1, (height - 1) // each), each - (each > 1) - (each > 4)
+    first = _first(workers.index(chosen) if chosen else 0, len(workers), count)
     newest, columns = int(state.now.clock / BUCKET), max(width - GUTTER, 1)
-    strips = {}
-    for worker in workers[first : first + room]:
-        strip = strips[worker.name] = dict[int, Bucket]()
-        for bucket in reversed(state.buckets.get(worker.name, ())):
-            if bucket.index <= newest - columns:
-                break
-            strip[bucket.index - newest + columns - 1] = bucket
-    full = _scale([bucket.longest.seconds for strip in strips.values() for bucket in strip.values()])
+    oldest = newest - columns + 1
+    strips = {
+        worker.name: {b.index - oldest: b for b in islice(reversed(state.buckets.get(worker.name, ())), columns)}
+        for worker in workers[first : first + count]
+    }
+    full = _scale([b.longest.seconds for strip in strips.values() for at, b in strip.items() if at >= 0])
+    marks = [(int(clock / BUCKET) - oldest, name, text) for clock, name, text in state.marks]
     lines: list[Line] = []
     for name, strip in strips.items():
-        longest = max((bucket.longest.seconds for bucket in strip.values()), default=None)
+        longest = max((bucket.longest.seconds for at, bucket in strip.items() if at >= 0), default=None)
         notes = [_cut(name, GUTTER - 2), "no steps" if longest is None else f"max {duration(longest)}"]
-        lines += [[]] * (each - tall)
-        for n in range(tall):
+        cuts = {column for column, worker, _ in marks if worker in ("", name)}
+        lines += [[]] * (each > 4)
+        for n in range(tall + (each > 1)):
             note = Segment(f" {notes[n] if n < len(notes) else '':<{GUTTER - 1}}", DIM if n else BOLD)
-            lines.append([note, *_level(strip, columns, tall - 1 - n, tall, full)])
-    text = f" full height {duration(full)} · tall red: decodes behind a prefill"
-    lines.append([Segment(f"{text} · a column: the longest step in {BUCKET:g} s" if width > 110 else text, DIM)])
+            lines.append([note, *_level(strip, cuts, columns, tall - 1 - n, tall, full)])
+    axis, seconds = [" "] * columns, range(TICK, int(columns * BUCKET), TICK)
+    labels = [(columns - 1 - int(ago / BUCKET), f"-{ago} s") for ago in seconds]
+    labels += [(columns - 3, "now"), *((column, f"│{mode}") for column, worker, mode in marks if not worker)]
+    for column, text in labels:
+        if 0 <= column <= columns - len(text):
+            axis[column : column + len(text)] = text
+    lines.append([Segment(f"{f' high: {duration(full)}':<{GUTTER}}{''.join(axis)}", DIM)])
     return Drawn(legend, lines)
 
 
-def _level(strip: dict[int, Bucket], columns: int, level: int, tall: int, full: float) -> Iterable[Segment]:
-    """One line of a strip of `tall` lines; 0 is the lowest."""
+def _level(
+    strip: dict[int, Bucket], cuts: Collection[int], columns: int, level: int, tall: int, full: float
+) -> Iterable[Segment]:
+    """One line of a strip of `tall` lines; 0 is the lowest, and below it stands what was in the steps."""
     cells = []
     for column in range(columns):
         bucket = strip.get(column)
-        if bucket is None:
+        if column in cuts:
+            cells.append((ACCENT, "│"))
+        elif bucket is None:
             cells.append((PLAIN, " "))
-            continue
-        step = bucket.longest
-        eighths = max(1, round(min(step.seconds / full, 1.0) * tall * 8)) - level * 8
-        share = step.prefill_tokens / max(1, step.prefill_tokens + step.decode_tokens)
-        kind = 0 if not step.prefill_tokens else 3 if not step.decode_tokens else 1 if share < 0.5 else 2
-        cells.append((STEPS[kind][2], RISING[min(max(eighths, 0), 8)]))
+        else:
+            step = bucket.longest
+            _, _, glyph, style = next(kind for kind in STEPS if step.prefill_tokens <= kind[0])
+            eighths = max(1, round(min(step.seconds / full, 1.0) * tall * 8)) - level * 8
+            cells.append((style, glyph if level < 0 else RISING[min(max(eighths, 0), 8)]))
     for style, run in groupby(cells, key=lambda cell: cell[0]):
         yield Segment("".join(glyph for _, glyph in run), style)
 
 
 def _waterfall(state: State, ui: Ui, width: int, height: int) -> Drawn:
-    legend: Line = []
-    for part, style in PART_STYLES.items():
-        legend += [Segment("█ "[: 1 + (width >= 60)], style), Segment(f"{part.replace('decode_', '')} ", DIM)]
-    ends = list(state.ends)
-    if not ends:
-        return Drawn(legend, [[Segment(" none has ended yet", DIM)]])
+    """The requests on one axis of time: those that run, the newest first, and below them those that have ended."""
+    now, ends, live = state.now.clock, list(state.ends), [] if ui.request else state.now.requests
+    legend = [Segment(f"{len(live)} live  ", DIM)] if live and width > 63 else []
+    for name, glyph, style in PART_LOOKS.values():
+        legend += [Segment(glyph, style), Segment(f"{name} ", DIM)]
+    if not ends and not live:
+        return Drawn(legend, [[Segment(" no request yet", DIM)]])
+    live = live[: max(1, height // 2) if ends else height - 1]
+    rows = max(height - 1 - len(live), 0)
     at = next((i for i, end in enumerate(ends) if end.id == ui.request), len(ends) - 1)
-    first = max(0, min(at - height // 2, len(ends) - height)) if ui.request else max(0, len(ends) - height)
-    shown = ends[first : first + height]
-    room, full = max(width - 22, 4), max(end.e2e for end in shown) or 1.0
+    first = max(0, min(at - rows // 2, len(ends) - rows)) if ui.request else max(0, len(ends) - rows)
+    shown = ends[first : first + rows]
+    begin = min([now - request.age for request in live] + [end.clock - end.e2e for end in shown], default=now)
+    until = now if live else max((end.clock for end in shown), default=now)
+    room = max(width - 22, 4)
+    scale = room / max(until - begin, 1e-3)
+
+    def line(name: str, begun: float, bars: Line, text: Segment) -> Line:
+        label = Segment(f" {'▸' if name == ui.request else ' '}{name[-8:]:<9}", BOLD if name == ui.request else DIM)
+        start = max(0, min(int((begun - begin) * scale), room - Segment.get_line_length(bars)))
+        return [label, *fit([Segment(" " * start), *bars], room), text]
+
     lines = []
+    for request in reversed(live):  # of what was before its stage, the router tells when it has ended
+        name, glyph, style = STAGE_LOOKS[request.stage]
+        cells = max(1, round(request.age * scale))
+        last = min(cells, max(1, round(request.in_stage * scale)))
+        bars = [Segment("─" * (cells - last), DIM), Segment(glyph * last, style)]
+        lines.append(line(request.id, now - request.age, bars, Segment(f"{name:>9}", style)))
     for end in reversed(shown):
-        chosen = end.id == ui.request
-        name = Segment(f" {'▸' if chosen else ' '}{end.id[-8:]:<9}", BOLD if chosen else DIM)
-        bars = parts(end, max(1, round(end.e2e / full * room)))
-        text = f"{duration(end.e2e) if end.stages else end.finish:>9}"
-        lines.append([name, *fit(bars, room), Segment(text, PLAIN if not state.slo or state.meets(end) else BAD)])
+        text = Segment(f"{duration(end.e2e) if end.stages else end.finish:>9}", PLAIN if state.meets(end) else BAD)
+        lines.append(line(end.id, end.clock - end.e2e, parts(end, max(1, round(end.e2e * scale))), text))
+    left, right = f"-{duration(now - begin)}", "now" if until > now - 1 else f"-{duration(now - until)}"
+    lines.append([Segment(f"{'':<11}{left}{right:>{max(room - len(left), 0)}}", DIM)])
     return Drawn(legend, lines)
 
 
 def parts(end: End, room: int) -> Line:
     """A bar of the stages of a request, `room` wide."""
     cells = split([end.stages.get(part, 0.0) for part in PARTS], room, least=0)
-    return [Segment("█" * n, PART_STYLES[part]) for part, n in zip(PARTS, cells, strict=True) if n]
+    return [Segment(glyph * n, style) for n, (_, glyph, style) in zip(cells, PART_LOOKS.values(), strict=True) if n]
 
 
 def _log(state: State, ui: Ui, width: int, height: int) -> Drawn:
-    assert state.now is not None
     wanted = [event for event in state.log if ui.filter.lower() in event.text.lower()]
     legend = [Segment(f"/{ui.filter} {len(wanted)} of {len(state.log)} ", ACCENT)] if ui.filter else []
     lines: list[Line] = []
@@ -253,25 +300,18 @@ def details(state: State, ui: Ui, width: int) -> Drawn:
     lines: list[Line] = [
         [Segment(f" {end.id}", BOLD)],
         [Segment(f" {end.prompt_tokens} prompt tokens, {end.output_tokens} output tokens, end: {end.finish}")],
-        [],
-        [Segment(" "), *parts(end, max(width - 2, 5))],
-        [],
-    ]
-    for part in PARTS:
+        [], [Segment(" "), *parts(end, max(width - 2, 5))], [],
+    ]  # fmt: skip
+    for part, (_, glyph, look) in PART_LOOKS.items():
         seconds = end.stages.get(part, 0.0)
-        lines.append([
-            Segment(" █ ", PART_STYLES[part]),
-            Segment(f"{part.replace('_', ' '):<13}{duration(seconds):>9}"),
-            Segment(f"{seconds / end.e2e if end.e2e else 0.0:>8.1%}", DIM),
-        ])  # fmt: skip
-    lines += [[Segment(f"   {'end to end':<13}{duration(end.e2e):>9}", BOLD)], []]
-    for name, value in (("ttft", end.ttft), ("tpot", end.tpot), ("itl", end.max_itl), ("e2el", end.e2e)):
-        limit = state.slo.get(name)
-        label = {"itl": "longest ITL", "e2el": "end to end"}.get(name, name.upper())
-        style = PLAIN if limit is None else GOOD if value * 1000 <= limit else BAD
-        if limit is not None or name != "e2el":
-            text = "" if limit is None else f"  ≤ {duration(limit / 1000)}"
-            lines.append([Segment(f"   {label:<13}"), Segment(f"{duration(value):>9}", style), Segment(text, DIM)])
+        text = Segment(f"{part.replace('_', ' '):<13}{duration(seconds):>9}")
+        lines.append([Segment(f" {glyph} ", look), text, Segment(f"{seconds / (end.e2e or 1.0):>8.1%}", DIM)])
+    names = {"e2el": "end to end", "ttft": "TTFT", "tpot": "TPOT", "itl": "longest ITL"}
+    for name, label in names.items():
+        seconds, limit = end.seen[name], state.slo.get(name)
+        style = PLAIN if limit is None else GOOD if seconds * 1000 <= limit else BAD
+        line = [Segment(f"   {label:<13}"), Segment(f"{duration(seconds):>9}", style)]
+        lines.append([*line, Segment("" if limit is None else f"  ≤ {duration(limit / 1000)}", DIM)])
     return Drawn([Segment("← → another, esc back ", DIM)], lines)
 
 
@@ -293,6 +333,15 @@ def duration(seconds: float | None, whole: bool = False) -> str:
         return f"{seconds / size:.0f} {unit}"
     value, unit = (seconds, "s") if seconds >= 0.9995 else (seconds * 1000, "ms")
     return f"{value:.{0 if value >= 99.95 else 1 if value >= 9.995 else 2}f} {unit}"
+
+
+def rate(per_second: float | None, unit: str) -> str:
+    """Three digits of bytes, and K, M or G before the unit."""
+    if per_second is None:
+        return NONE
+    size, prefix = next(((10.0**n, p) for n, p in ((9, "G"), (6, "M")) if per_second >= 0.9995 * 10**n), (1e3, "K"))
+    value = per_second / size
+    return f"{value:.{0 if value >= 99.95 else 1 if value >= 9.995 else 2}f}{' ' if unit else ''}{prefix}{unit}"
 
 
 def fit(line: Line, width: int) -> Line:

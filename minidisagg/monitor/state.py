@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import msgspec
 from msgspec import Struct
@@ -15,7 +16,9 @@ SPAN = 5.0  # seconds over which rates are taken
 MINUTE = 60.0  # seconds over which goodput is taken, as the server does for percentiles
 KEPT = 500  # ended requests, and lines of the log
 STAGES = ("waiting", "prefilling", "transferring", "decode_waiting", "decoding")
+Mark = tuple[float, str, str]  # a change: when, of which worker (empty: of the mode), to what
 PARTS = ("queue", "prefill", "transfer", "decode_wait", "decode")  # of an ended request's time
+DEFAULT_SLO = {"ttft": 2500.0, "tpot": 60.0}  # milliseconds; for a small model on two cores
 
 
 # ---------------------------------------------------------------- GET /admin/events
@@ -46,6 +49,11 @@ class End(Struct, frozen=True):
     max_itl: float = 0.0
     e2e: float = 0.0
     stages: dict[str, float] = {}
+
+    @property
+    def seen(self) -> dict[str, float]:
+        """What the limits of an SLO are about."""
+        return {"ttft": self.ttft, "tpot": self.tpot, "itl": self.max_itl, "e2el": self.e2e}
 
 
 class Event(Struct, frozen=True):
@@ -95,6 +103,15 @@ class Worker(Struct, frozen=True):
     stats: Stats | None = None
 
 
+class Live(Struct, frozen=True):
+    """A request that has not ended: seconds since it came, and since it came to this stage."""
+
+    id: str
+    stage: str
+    age: float
+    in_stage: float = 0.0
+
+
 class Snapshot(Struct, frozen=True):
     """One event. Fields that the monitor does not show are skipped."""
 
@@ -110,6 +127,7 @@ class Snapshot(Struct, frozen=True):
     stages: dict[str, int] = {}
     oldest: dict[str, float] = {}
     workers: list[Worker] = []
+    requests: list[Live] = []  # the oldest first
     latencies: dict[str, list[float]] = {}
     steps: list[Step] = []
     ends: list[End] = []
@@ -121,7 +139,10 @@ _decoder = msgspec.json.Decoder(Snapshot)
 
 def decode(data: bytes | str) -> Snapshot:
     """One event's JSON. Raises `ValueError` on anything else."""
-    return _decoder.decode(data)
+    try:
+        return _decoder.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise ValueError(f"not an event of the monitor: {error}") from None
 
 
 # ---------------------------------------------------------------- what they add up to
@@ -166,26 +187,28 @@ class State:
     """Everything that is shown. `slo`: limits in milliseconds of ttft, tpot, itl (the longest gap) and e2el."""
 
     def __init__(self, slo: Mapping[str, float] | None = None) -> None:
-        self.slo = dict(slo or {})
-        self.now: Snapshot | None = None
+        self.slo, self.default_slo = dict(slo or DEFAULT_SLO), not slo
+        self.now = Snapshot(0.0, -1)  # until the first event
         self._clear()
 
     def _clear(self) -> None:
         self.ends: deque[End] = deque(maxlen=KEPT)
         self.log: deque[Event] = deque(maxlen=KEPT)
+        self.marks: deque[Mark] = deque(maxlen=KEPT)  # changes of roles, and of the mode
         self.buckets: dict[str, deque[Bucket]] = {}
         self.tokens = Window()  # prompt, generation
-        self.busy: dict[tuple[str, int], Window] = {}  # by worker and epoch: seconds in steps
-        self.links: dict[tuple[str, int, str], Window] = {}  # by source, epoch and peer: bytes, pieces, seconds
+        # By worker and epoch: seconds in steps; by these and peer: bytes, pieces, seconds of sending.
+        self.windows: dict[tuple[object, ...], Window] = {}
         self._minute: deque[tuple[float, bool]] = deque()  # (clock, met the SLO) of each end
-        self._met = 0
-        self._since = float("inf")  # the first that is known
+        self._since = float("inf")  # what ended before is not known
         self._seq = 0
 
     def apply(self, snapshot: Snapshot) -> None:
         """One event more. Records that were seen before (after a reconnection) count once."""
-        if self.now is not None and _is_another(self.now, snapshot):
+        if _is_another(self.now, snapshot):
             self._clear()
+        else:
+            self.marks += _changes(self.now, snapshot)
         self.now = snapshot
         for step in snapshot.steps:
             if step.seq > self._seq:
@@ -197,81 +220,70 @@ class State:
         self._seq = max(self._seq, snapshot.seq)
         self._since = min(self._since, snapshot.clock)
         while self._minute and self._minute[0][0] <= snapshot.clock - MINUTE:
-            self._met -= self._minute.popleft()[1]
+            self._minute.popleft()
         self.tokens.add(snapshot.clock, (snapshot.prompt_tokens, snapshot.generation_tokens))
         self._count(snapshot.workers)
 
     def _step(self, step: Step) -> None:
         buckets = self.buckets.setdefault(step.worker, deque(maxlen=BUCKETS))
         index, tokens = int(step.clock / BUCKET), step.prefill_tokens + step.decode_tokens
-        if buckets and buckets[-1].index == index:
-            last = buckets[-1]
-            last.tokens += tokens
-            if step.seconds > last.longest.seconds:
-                last.longest = step
-        else:
-            buckets.append(Bucket(index, step, tokens))
-        self._since = min(self._since, step.clock)
+        if not buckets or buckets[-1].index != index:
+            buckets.append(Bucket(index, step, 0))
+        buckets[-1].tokens += tokens
+        buckets[-1].longest = max(buckets[-1].longest, step, key=lambda step: step.seconds)
 
     def _end(self, end: End) -> None:
         self.ends.append(end)
         self._since = min(self._since, end.clock)
         if end.finish != "abort":  # its client did not want it any more: neither good nor bad
-            met = self.meets(end)
-            self._minute.append((end.clock, met))
-            self._met += met
+            self._minute.append((end.clock, self.meets(end)))
 
     def _count(self, workers: list[Worker]) -> None:
-        busy, links = {}, {}
+        before, self.windows = self.windows, {}
         for worker in workers:
             if (stats := worker.stats) is not None:
-                key = worker.name, worker.epoch
-                busy[key] = self.busy.get(key) or Window()
-                busy[key].add(stats.clock, (stats.busy_seconds,))
-                for link in stats.links:
-                    links[*key, link.peer] = self.links.get((*key, link.peer)) or Window()
-                    links[*key, link.peer].add(stats.clock, (link.bytes, link.transfers, link.seconds))
-        self.busy, self.links = busy, links
+                counters: dict[tuple[str, ...], tuple[float, ...]] = {(): (stats.busy_seconds,)}
+                counters |= {(link.peer,): (link.bytes, link.transfers, link.seconds) for link in stats.links}
+                for of, values in counters.items():
+                    key = worker.name, worker.epoch, *of
+                    self.windows[key] = before.get(key) or Window()
+                    self.windows[key].add(stats.clock, values)
 
     # ------------------------------------------------------------ what the panels show
 
     def meets(self, end: End) -> bool:
         """Whether the request was answered within all limits."""
-        seen = {"ttft": end.ttft, "tpot": end.tpot, "itl": end.max_itl, "e2el": end.e2e}
-        return end.finish in ("stop", "length") and all(seen[n] * 1000 <= limit for n, limit in self.slo.items())
+        return end.finish in ("stop", "length") and all(end.seen[n] * 1000 <= limit for n, limit in self.slo.items())
 
     def goodput(self) -> tuple[float, float, int]:
         """Of the last minute: good requests per second, their share, and how many have ended."""
-        if self.now is None or not self._minute:
-            return 0.0, 0.0, 0
-        seconds = min(MINUTE, max(1.0, self.now.clock - self._since))
-        return self._met / seconds, self._met / len(self._minute), len(self._minute)
+        met, ended = sum(met for _, met in self._minute), len(self._minute)
+        return met / min(MINUTE, max(1.0, self.now.clock - self._since)), met / max(1, ended), ended
 
     def worker_tokens(self, name: str) -> float:
         """Tokens per second over the last whole buckets of `SPAN`."""
-        if self.now is None:
-            return 0.0
-        end = int(self.now.clock / BUCKET)
-        begin, total = end - int(SPAN / BUCKET), 0
-        for bucket in reversed(self.buckets.get(name, ())):
-            if bucket.index < begin:
-                break
-            total += bucket.tokens * (bucket.index < end)
-        return total / SPAN
+        end, count = int(self.now.clock / BUCKET), int(SPAN / BUCKET)
+        recent = islice(reversed(self.buckets.get(name, ())), count + 1)
+        return sum(bucket.tokens for bucket in recent if end - count <= bucket.index < end) / SPAN
 
     def worker_busy(self, worker: Worker) -> float | None:
         """Share of the time that it spends in steps."""
-        window = self.busy.get((worker.name, worker.epoch))
-        rates = window.rates() if window else []
-        return rates[0] if rates else None
+        window = self.windows.get((worker.name, worker.epoch), Window())
+        return next(iter(window.rates()), None)
 
-    def link_rates(self, worker: Worker, link: Link) -> tuple[float, float | None]:
-        """Bytes per second now, and seconds per piece (now, else since the start; None: it never sent one)."""
-        window = self.links.get((worker.name, worker.epoch, link.peer))
-        rates = window.rates() if window else []
-        if rates and rates[1]:
-            return rates[0], rates[2] / rates[1]
-        return 0.0, link.seconds / link.transfers if link.transfers else None
+    def link_rates(self, worker: Worker, link: Link) -> tuple[float, float | None, float | None]:
+        """Bytes per second now; while it sends, and seconds per piece (now, else since the start; None: never)."""
+        window = self.windows.get((worker.name, worker.epoch, link.peer), Window())
+        moved, pieces, seconds = window.rates() or (0.0, 0.0, 0.0)
+        sent = (moved, pieces, seconds) if pieces else (link.bytes, link.transfers, link.seconds)
+        return moved, sent[0] / sent[2] if sent[2] else None, sent[2] / sent[1] if sent[1] else None
+
+
+def _changes(before: Snapshot, after: Snapshot) -> Iterator[Mark]:
+    old, new = ({"": one.mode, **{worker.name: worker.role for worker in one.workers}} for one in (before, after))
+    for name, role in new.items():
+        if role and old.get(name) not in ("", None, role):
+            yield after.clock, name, role
 
 
 def _is_another(before: Snapshot, after: Snapshot) -> bool:

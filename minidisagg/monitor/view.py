@@ -3,7 +3,7 @@
     ─ 1 pipeline ──────────────────────────────   the requests in each stage, and how old the oldest is
     ─ 2 latency ────────────  ─ 4 links ───────   side by side
     ─ 3 workers ───────────────────────────────
-    ─ 5 interference ───────  ─ 6 requests ────   side by side where there is room, else the strip alone
+    ─ 5 interference ───────  ─ 6 requests ────   side by side where there is room, else one above the other
     ─ 7 log ───────────────────────────────────
 
 A row that does not fit is left out.
@@ -30,7 +30,7 @@ def frame(state: State, ui: Ui, width: int, height: int) -> SegmentLines:
         lines = _panel("?", "help", _help(), width)
     elif ui.mode == "details":
         lines = _panel("⏎", "request", details(state, ui, width), width)
-    elif state.now is None:
+    elif state.now.seq < 0:
         lines = [[Segment("  waiting for the first event …", DIM)]]
     elif ui.panel:
         lines = _row([(ui.panel, width)], state, ui, body)
@@ -53,18 +53,19 @@ class Row(NamedTuple):
 
 
 def _overview(state: State, ui: Ui, width: int, height: int) -> list[Line]:
-    workers = len(state.now.workers) if state.now else 0
+    workers = len(state.now.workers)
     table = 2 + min(workers, 4)
     strips = max(table, min(2 + 3 * workers, height - 10 - table))  # three lines each before the log gets any
 
     def pair(one: int, other: int, least: int) -> list[tuple[int, int]]:
-        right = max((width - GAP) * 2 // 5, least)
+        right = min(max((width - GAP) * 2 // 5, least), (width - GAP) // 2)
         return [(one, width - GAP - right), (other, right)]
 
+    beside = width >= 110
     rows = [
-        Row([(1, width)], 4, 4), Row(pair(2, 4, 0), 6, 6), Row([(3, width)], table, 2 + workers),
-        Row(pair(5, 6, 54) if width >= 110 else [(5, width)], strips, 2 + 7 * workers),
-        Row([(7, width)], 4, height),
+        Row([(1, width)], 4, 4), Row(pair(2, 4, 36), 6, 6), Row([(3, width)], table, 2 + workers),
+        Row(pair(5, 6, 54) if beside else [(5, width)], strips, 2 + 7 * workers),
+        *([] if beside else [Row([(6, width)], 6, 12)]), Row([(7, width)], 4, height),
     ]  # fmt: skip
     kept = []
     for row in rows:
@@ -98,13 +99,12 @@ def _panel(number: str, name: str, drawn: Drawn, width: int) -> list[Line]:
 def _header(state: State, ui: Ui, width: int) -> Line:
     now = state.now
     left = [Segment(" minidisagg ", ACCENT)]
-    if now is not None:
-        left += [Segment(f" {now.model} ", BOLD), Segment(f" {now.mode}  {now.policy}  {now.link} ")]
-        if now.paused:
-            left.append(Segment(" admission paused ", Style(color="yellow", reverse=True)))
+    left += [Segment(f" {now.model} ", BOLD), Segment(f" {now.mode}  {now.policy}  {now.link} ")]
+    if now.paused:
+        left.append(Segment(" admission paused ", Style(color="yellow", reverse=True)))
     right = [Segment(f" {ui.lost} ", Style(color="red", reverse=True)) if ui.lost else Segment(f"● {ui.live} ", GOOD)]
     if ui.load is not None:
-        right.insert(0, Segment(f"load {ui.load:g}/s  ", Style(color="magenta")))
+        right[:0] = [Segment(f"load {ui.load:g}/s ", Style(color="magenta")), Segment(f"{ui.trouble} ", BAD)]
     space = width - Segment.get_line_length(right)
     return [*fit(left, max(space, 0)), *right]
 

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import pkgutil
 import sys
+from functools import cache, partial
 from importlib.metadata import entry_points
 from pathlib import Path
 
+from minidisagg.core.messages import ROUTER
 from minidisagg.core.policy import Policy
-from minidisagg.policies._log import Logged
+from minidisagg.policies._log import Logged, Write
 
 
 def names() -> list[str]:
@@ -51,15 +54,21 @@ def load_policy(spec: str) -> Policy:
 def make_policy(spec: str, who: str, log_dir: str) -> Policy:
     """`load_policy`, with each decision of it written to `log_dir`/`who`.jsonl where there is a `log_dir`."""
     policy = load_policy(spec)
-    if not log_dir:
-        return policy
-    path = Path(log_dir) / f"{who}.jsonl"
+    return Logged(policy, spec, who, _appender(Path(log_dir) / f"{who}.jsonl")) if log_dir else policy
 
-    def append(line: bytes) -> None:
-        with path.open("ab") as file:  # each time: a kill loses nothing, and nobody need close it
-            file.write(line)
 
-    return Logged(policy, who, append)
+@cache
+def _appender(path: Path) -> Write:
+    """Once per process: a policy that is set later, or a worker that is started again, goes on in the same file.
+
+    The front end makes its file first, and refuses one of an earlier run with a `ValueError` of one line.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    if path.stem == ROUTER and os.fstat(file).st_size:
+        os.close(file)
+        raise ValueError(f"{path.parent} has the decisions of an earlier run: name another directory, or empty it")
+    return partial(os.write, file)  # at once: a kill loses nothing
 
 
 def _own() -> list[str]:

@@ -1,74 +1,75 @@
-"""The decision log: what each hook of a policy was asked and what it answered, as JSON lines.
+"""The decision log: what each hook of a policy was asked and what it answered, as JSON lines (`docs/decisions.md`).
 
-    {"clock": 12.3, "who": "router", "hook": "place", "request": {…}, "cluster": {…}, "answer": {"prefill": …}}
+    {"clock": 12.3, "who": "router", "policy": "fcfs", "hook": "place", "request": {…}, "cluster": {…}, "answer": {…}}
 
-To diff two policies offline, or to see why one did what it did.
+To diff two policies offline, or to see why one did what it did: a line has all that the hook could see, so that a fresh
+policy gives the same answer to it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from minidisagg.core.messages import KVOffer
-from minidisagg.core.policy import (
-    Accept,
-    ClusterView,
-    Placement,
-    Policy,
-    Reject,
-    RequestView,
-    RoleChange,
-    Stage,
-    Victim,
-    WorkerView,
-)
+from minidisagg.core.policy import Accept, Policy, Reject
 
 if TYPE_CHECKING:
     from minidisagg.core.batch import BatchBuilder
+    from minidisagg.core.messages import KVOffer
+    from minidisagg.core.policy import ClusterView, Placement, RequestView, RoleChange, Stage, Victim, WorkerView
     from minidisagg.core.request import Request
 
 A = TypeVar("A")
 Write = Callable[[bytes], object]
+REQUEST = "request_id", "arrival", "priority", "prefill_len", "max_tokens", "prefill"
+CLUSTER = "waiting", "waiting_tokens", "max_waiting", "max_waiting_tokens", "workers"
+WORKER = "name", "role", "options", "page_size", "num_pages", "free_pages", "expected"
+ON_WORKER = "request_id", "arrival", "priority", "prefill_len", "num_scheduled", "remaining", "is_prefill"
 
 
 class Logged(Policy):
-    """Asks `policy`, and writes a line per answer. `rebalance` is written where it changes something."""
+    """Asks `policy`, which `spec` names, and writes a line per answer."""
 
-    def __init__(self, policy: Policy, who: str, write: Write) -> None:
-        self.policy, self.who, self.write = policy, who, write
-        self.dynamic_order = policy.dynamic_order
+    def __init__(self, policy: Policy, spec: str, who: str, write: Write) -> None:
+        self.policy, self.dynamic_order = policy, policy.dynamic_order
+        self._head, self._write = {"who": who, "policy": spec}, write
+        self._still = False  # `rebalance` wanted nothing the last time
 
     def admit(self, request: RequestView, cluster: ClusterView) -> Accept | Reject:
-        answer = self.policy.admit(request, cluster)
-        return self._log("admit", cluster.now, answer, request=_request(request), cluster=_cluster(cluster))
+        return self._routed("admit", cluster, lambda: self.policy.admit(request, cluster), request=request)
 
     def place(self, request: RequestView, cluster: ClusterView) -> Placement | Reject:
-        before = _cluster(cluster)  # the router acts on the answer at once
-        answer = self.policy.place(request, cluster)
-        return self._log("place", cluster.now, answer, request=_request(request), cluster=before)
+        return self._routed("place", cluster, lambda: self.policy.place(request, cluster), request=request)
 
     def rebalance(self, cluster: ClusterView) -> list[RoleChange]:
-        answer = self.policy.rebalance(cluster)
-        return self._log("rebalance", cluster.now, answer, cluster=_cluster(cluster)) if answer else answer
+        return self._routed("rebalance", cluster, lambda: self.policy.rebalance(cluster))
 
     def accept(self, offer: KVOffer, worker: WorkerView) -> bool:
         answer = self.policy.accept(offer, worker)
-        return self._log("accept", worker.now, answer, request=offer.request_id, worker=_worker(worker))
+        asked = _seen(offer, "request_id", "arrival", "priority") | {
+            "prefill_len": len(offer.prompt) + len(offer.emitted), "max_tokens": offer.sampling.max_tokens,
+        }  # fmt: skip
+        self._log("accept", worker.now, answer, request=asked, worker=_worker(worker))
+        return answer
 
     def order(self, request: Request, stage: Stage, worker: WorkerView) -> Any:
         answer = self.policy.order(request, stage, worker)
-        return self._log("order", worker.now, answer, request=_request(request), stage=stage)
+        self._log("order", worker.now, answer, request=_work(request), stage=stage, worker=_seen(worker, *WORKER))
+        return answer
 
     def compose(self, batch: BatchBuilder, worker: WorkerView) -> None:
-        before = _worker(worker)
+        before, add, adds = _worker(worker), batch.add, list[tuple[str, int | None, int]]()
+
+        def noted(request: Request, limit: int | None = None) -> int:
+            adds.append((request.request_id, limit, count := add(request, limit)))
+            return count
+
+        batch.add = noted  # type: ignore[method-assign]  # a builder is of one step
         self.policy.compose(batch, worker)
-        if batch.items or before["waiting"] or before["running"]:
-            answer = [[item.request_id, item.start, item.count] for item in batch.items]
-            self._log("compose", worker.now, answer, worker=before)
+        if adds or before["waiting"] or before["running"]:
+            self._log("compose", worker.now, adds, worker=before)
 
     def evict(self, worker: WorkerView, candidates: Sequence[Request]) -> Victim | None:
         answer = self.policy.evict(worker, candidates)
@@ -77,34 +78,36 @@ class Logged(Policy):
         self._log("evict", worker.now, victim, candidates=names, worker=_worker(worker))
         return answer
 
-    def _log(self, hook: str, now: float, answer: A, **inputs: Any) -> A:
+    def _routed(self, hook: str, cluster: ClusterView, ask: Callable[[], A], **more: RequestView) -> A:
+        dice = cluster.rng.getstate()
+        answer = ask()
         shown: Any = answer
         if isinstance(answer, Accept | Reject):
-            shown = {"verdict": type(answer).__name__.lower(), **asdict(answer)}
-        elif isinstance(answer, Placement):
-            shown = asdict(answer)
-        elif hook == "rebalance":
-            shown = [asdict(change) for change in cast(list[RoleChange], answer)]
-        line = {"clock": now, "who": self.who, "hook": hook, **inputs, "answer": shown}
-        self.write(msgspec.json.encode(line, enc_hook=repr) + b"\n")
+            shown = {"verdict": type(answer).__name__.lower(), **msgspec.to_builtins(answer)}
+        inputs: dict[str, Any] = {name: _seen(request, *REQUEST) for name, request in more.items()}
+        inputs["cluster"] = _seen(cluster, *CLUSTER)
+        if cluster.rng.getstate() != dice:
+            inputs["rng"] = dice
+        if answer or not self._still:  # of `rebalance`, which is asked on every tick, what it wants and when it stops
+            self._log(hook, cluster.now, shown, **inputs)
+        if hook == "rebalance":
+            self._still = not answer
         return answer
 
-
-def _request(request: RequestView | Request) -> dict[str, Any]:
-    return {
-        "id": request.request_id, "arrival": request.arrival, "priority": request.priority,
-        "prefill_len": request.prefill_len,
-    }  # fmt: skip
+    def _log(self, hook: str, now: float, answer: object, **inputs: Any) -> None:
+        line = {"clock": now, **self._head, "hook": hook, **inputs, "answer": answer}
+        self._write(msgspec.json.encode(line, enc_hook=repr) + b"\n")
 
 
-def _cluster(cluster: ClusterView) -> dict[str, Any]:
-    workers = {name: asdict(status) for name, status in cluster.workers.items()}
-    return {"waiting": cluster.waiting, "waiting_tokens": cluster.waiting_tokens, "workers": workers}
+def _seen(of: object, *names: str) -> dict[str, Any]:
+    return {name: getattr(of, name) for name in names}
+
+
+def _work(request: Request) -> dict[str, Any]:
+    sizes = {"max_tokens": request.sampling.max_tokens, "output": len(request.output), "pages": len(request.pages)}
+    return _seen(request, *ON_WORKER) | sizes
 
 
 def _worker(worker: WorkerView) -> dict[str, Any]:
-    return {
-        "name": worker.name, "free_pages": worker.free_pages, "expected": worker.expected,
-        "running": [request.request_id for request in worker.running],
-        "waiting": [request.request_id for request in worker.waiting],
-    }  # fmt: skip
+    lists = {"running": [_work(r) for r in worker.running], "waiting": [_work(r) for r in worker.waiting]}
+    return _seen(worker, *WORKER) | lists
