@@ -149,11 +149,13 @@ class Bench:
 
     async def _start_clusters(self, stack: AsyncExitStack) -> None:
         tokenizer = Tokenizer.load(self.options.model.model)
-        for side in self.options.sides:
+        for letter, side in zip("AB", self.options.sides, strict=False):
             self.console.print(f"starting {label_of(side)}: {_workers(side)} …", style="dim", highlight=False)
-            frontend = await Frontend.start(
-                self.options.model, side, replace(self.options.run, ceilings=True, trace=True)
-            )
+            run = replace(self.options.run, ceilings=True, trace=True)
+            if len(self.options.sides) > 1:  # each side's logs apart
+                record, decisions = _apart(run.record_dir, letter), _apart(run.decision_dir, letter)
+                run = replace(run, record_dir=record, decision_dir=decisions)
+            frontend = await Frontend.start(self.options.model, side, run)
             self.targets.append(Cluster(await stack.enter_async_context(frontend), side, tokenizer))
         hello = next(iter(self.targets[0].hellos.values()))
         self.console.print(
@@ -456,6 +458,14 @@ def label_of(side: ClusterSettings) -> str:
 
 def _workers(side: ClusterSettings) -> str:
     return ", ".join(name for name, _, _ in side.roles())
+
+
+def _apart(directory: str, letter: str) -> str:
+    if not directory:
+        return ""
+    path = Path(directory) / letter
+    path.mkdir(exist_ok=True)
+    return str(path)
 
 
 def _limit(seconds: float) -> int:

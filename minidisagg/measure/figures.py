@@ -334,7 +334,7 @@ def goodput_figure(found: Mapping[str, GoodputResult]) -> Figure:
             x, y = rounded([t.rate for t in trials]), rounded([100 * t.attainment for t in trials])
             name, size = (label, 7.0) if kind == "points" else ("", 1.6)
             series.append(Series(kind, color, x, y, name, size=size))  # type: ignore[arg-type]
-    rate, share = Axis("requests per second", low, high, True), Axis("requests within the SLO, %", 0, 103)
+    rate, share = Axis("requests per second", low, high, True), Axis("requests within the SLO, %", -3, 103)
     note = "A point is one run of the search, a line the falling curve nearest to the points."
     return Figure("Attainment over rate", note, [Panel("", rate, share, series, 300)])
 
