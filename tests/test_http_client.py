@@ -524,13 +524,17 @@ def test_a_sweep_and_no_stage_times(bench: Any, url: Any, tmp_path: Path) -> Non
 def test_a_server_that_fails_alone_is_not_measured(bench: Any, url: Any, tmp_path: Path) -> None:
     fake = Fake(lambda _: (400, "application/json", [b'{"error": {"message": "min_tokens is not supported"}}']))
     base = url(fake)
-    code, _, err = bench("--base-url", base, "--result-dir", str(tmp_path / "none"))
+    short = ("--base-url", base, "--random-input-len", "5", "--result-dir", str(tmp_path))
+    code, _, err = bench(*short)
     host = base.removeprefix("http://")
     assert (code, err.splitlines()[-1]) == (
         1,
         f"minidisagg: error: {host}: a request alone failed: 400: min_tokens is not supported",
     )
+    code, _, err = bench(*short, "--random-output-len", "252")
+    assert (code, err.count("more than the limit of 256")) == (2, 1)
     fake.models = {"data": [{"id": "unknown"}]}
-    code, _, err = bench("--base-url", base)
+    code, _, err = bench(*short)
     assert code == 2
+    assert list(tmp_path.iterdir()) == []
     assert "does not tell the vocabulary of unknown, which --dataset-name random needs: give --tokenizer" in err
