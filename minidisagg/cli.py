@@ -232,7 +232,9 @@ def serve(model: str, mode: str, verbose: bool, with_monitor: bool, beside: bool
     engine = read_engine(model, flags, mode, one_worker=not with_monitor)  # with two, `m` has something to switch
     if (demo_load is not None or slo) and not with_monitor:
         raise ValueError("--demo-load and --goodput need --monitor")
-    if with_monitor and not beside:
+    if beside:
+        own["drain_timeout"] = 0.0  # whoever watches has seen enough
+    elif with_monitor:
         from minidisagg.monitor.app import MonitorOptions
         from minidisagg.monitor.beside import serve_and_monitor
 

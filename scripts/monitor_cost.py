@@ -36,7 +36,7 @@ import aiohttp
 from minidisagg.measure.machine import command_line, machine
 
 STREAMS, PROMPT, OUTPUT = 8, 64, 192  # tokens
-SETTLE = 2.0  # seconds before a window: the monitor has started, or ended
+SETTLE = 5.0  # seconds before a window: the monitor has loaded its modules, or ended
 T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 7: 2.36, 9: 2.26, 11: 2.20, 14: 2.14, 19: 2.09}
 
 

@@ -25,7 +25,8 @@ from typing import Any
 
 MODEL = "smollm2-135m"
 KEY = "a-key-of-this-test"
-TASK = "plain_statements"
+SHOWN = 40  # statements before each of the long items, which are the rest: more than two pages of 128 tokens
+LONGER_THAN = 200  # tokens of every context of theirs
 TOLERANCE = 1e-3  # absolute, of a log-likelihood
 MAX_TOKENS = 12  # of a greedy answer
 GONE_WITHIN = 30.0  # seconds in which nothing is left of a request whose client is gone; a step under way ends first
@@ -97,6 +98,13 @@ def statements() -> list[tuple[str, list[str]]]:
     return [(row[0], row[1:]) for row in rows]
 
 
+def items() -> dict[str, list[tuple[str, list[str]]]]:
+    """By task. The long ones share a prefix, as the examples of a few-shot task do."""
+    short = statements()
+    shown = "".join(f"{beginning} {ends[0]}.\n" for beginning, ends in short[:SHOWN])
+    return {"plain_statements": short, "long_statements": [(shown + text, ends) for text, ends in short[SHOWN:]]}
+
+
 # ---------------------------------------------------------------- what the answers must be: the project's environment
 
 
@@ -119,18 +127,19 @@ def reference() -> dict[str, Any]:
 
     config, cpu, tokenizer = load_config(MODEL), torch.device("cpu"), Tokenizer.load(MODEL)
     model = Transformer(config, load_weights(MODEL, config), torch.float32, cpu)
-    scores = []
-    for beginning, ends in statements():
-        first = len(tokenizer.encode(beginning))
-        for end in ends:
-            ids = tokenizer.encode(f"{beginning} {end}")
-            cache = KVCache(config, 1, len(ids), torch.float32, cpu)
-            batch = build_batch([PlanItem("", 0, 0, len(ids), ids, [0], True, 0)], [ids], cache, torch.float32, cpu)
-            logprobs_NV = model.logits(model.hidden(batch, cache)).log_softmax(-1)
-            rows = logprobs_NV[first - 1 : -1]  # row i is of token i + 1
-            target = torch.tensor(ids[first:])
-            own = rows[torch.arange(len(target)), target]
-            scores.append([own.sum().item(), bool((rows.argmax(-1) == target).all())])
+
+    def score(beginning: str, end: str) -> tuple[float, bool, int]:
+        """Log-likelihood, whether it is greedy, and tokens of the context."""
+        first, ids = len(tokenizer.encode(beginning)), tokenizer.encode(f"{beginning} {end}")
+        cache = KVCache(config, 1, len(ids), torch.float32, cpu)
+        batch = build_batch([PlanItem("", 0, 0, len(ids), ids, [0], True, 0)], [ids], cache, torch.float32, cpu)
+        logprobs_NV = model.logits(model.hidden(batch, cache)).log_softmax(-1)
+        rows = logprobs_NV[first - 1 : -1]  # row i is of token i + 1
+        target = torch.tensor(ids[first:])
+        own = rows[torch.arange(len(target)), target]
+        return own.sum().item(), bool((rows.argmax(-1) == target).all()), first
+
+    scores = {task: [score(text, end) for text, ends in rows for end in ends] for task, rows in items().items()}
     return {"texts": texts, "scores": scores, "directory": str(resolve(MODEL))}
 
 
@@ -249,40 +258,42 @@ def guidellm(run: Run, endpoint: str, profile: str, count: int) -> tuple[str, bo
 # ---------------------------------------------------------------- lm-eval
 
 
-def lm_eval(run: Run) -> tuple[str, bool]:
+def lm_eval(run: Run, name: str, concurrency: int, batch: int) -> tuple[str, bool]:
     """Its log-likelihoods are the model's own."""
-    folder = run.folder / "lm-eval"
+    folder, rows = run.folder / name, items()[name]
     folder.mkdir()
-    items = [json.dumps({"beginning": text, "ends": ends, "label": 0}) for text, ends in statements()]
-    (folder / "items.jsonl").write_text("\n".join(items) + "\n")
+    lines = [json.dumps({"beginning": text, "ends": ends, "label": 0}) for text, ends in rows]
+    (folder / "items.jsonl").write_text("\n".join(lines) + "\n")
     task = {
-        "task": TASK, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "items.jsonl")}},
+        "task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "items.jsonl")}},
         "test_split": "test", "output_type": "multiple_choice", "num_fewshot": 0, "doc_to_text": "{{beginning}}",
         "doc_to_choice": "ends", "doc_to_target": "label", "metric_list": [{"metric": "acc"}],
         "metadata": {"version": 1.0},
     }  # fmt: skip
-    (folder / f"{TASK}.yaml").write_text(json.dumps(task))  # JSON is YAML
+    (folder / f"{name}.yaml").write_text(json.dumps(task))  # JSON is YAML
     arguments = (
         f"model={MODEL},base_url={run.url}/v1/completions,tokenizer={run.expected['directory']},"
-        "tokenizer_backend=huggingface,tokenized_requests=True,num_concurrent=2,max_retries=1"
+        f"tokenizer_backend=huggingface,tokenized_requests=True,num_concurrent={concurrency},max_retries=1"
     )
     tool(
-        "lm-eval", "run", "--model", "local-completions", "--model_args", arguments, "--batch_size", "4",
-        "--tasks", TASK, "--include_path", str(folder), "--output_path", str(folder / "out"), "--log_samples",
+        "lm-eval", "run", "--model", "local-completions", "--model_args", arguments, "--batch_size", str(batch),
+        "--tasks", name, "--include_path", str(folder), "--output_path", str(folder / "out"), "--log_samples",
         folder=folder,
     )  # fmt: skip
-    (samples,) = (folder / "out").rglob(f"samples_{TASK}_*.jsonl")
+    (samples,) = (folder / "out").rglob(f"samples_{name}_*.jsonl")
     logged = sorted((json.loads(line) for line in samples.read_text().splitlines()), key=lambda row: row["doc_id"])
     found = [(float(score), str(greedy) == "True") for row in logged for ((score, greedy),) in row["resps"]]
-    expected = [(score, greedy) for score, greedy in run.expected["scores"]]
-    far = max(abs(a - b) for (a, _), (b, _) in zip(found, expected, strict=True))
-    greedy = sum(a == b for (_, a), (_, b) in zip(found, expected, strict=True))
+    expected = run.expected["scores"][name]
+    far = max(abs(a - b) for (a, _), (b, _, _) in zip(found, expected, strict=True))
+    greedy = sum(a == b for (_, a), (_, b, _) in zip(found, expected, strict=True))
     right = sum(found[i][0] > found[i + 1][0] for i in range(0, len(found), 2))
+    shortest, longest = (pick(tokens for _, _, tokens in expected) for pick in (min, max))
     figure = (
-        f"{len(logged)} items, {len(found)} log-likelihoods, largest difference {far:.1e}, "
-        f"is_greedy equal {greedy}, accuracy {right}/{len(logged)}"
+        f"{len(logged)} items of {shortest} to {longest} tokens, {len(found)} log-likelihoods, largest difference "
+        f"{far:.1e}, is_greedy equal {greedy}, accuracy {right}/{len(logged)}"
     )
-    return figure, len(logged) == len(statements()) and far <= TOLERANCE and greedy == len(expected)
+    long_enough = name != "long_statements" or shortest >= LONGER_THAN
+    return figure, len(logged) == len(rows) and far <= TOLERANCE and greedy == len(expected) and long_enough
 
 
 # ---------------------------------------------------------------- the openai package
@@ -423,7 +434,9 @@ def check_mode(python: str, mode: str, expected: dict[str, Any], folder: Path) -
             run.check("openai, chat", lambda: openai_chat(run))
             run.check("openai, errors", lambda: openai_errors(run))
             run.check("openai, disconnects", lambda: openai_disconnect(run))
-            run.check("lm-eval local-completions", lambda: lm_eval(run))
+            run.check("lm-eval, short items", lambda: lm_eval(run, "plain_statements", concurrency=2, batch=4))
+            run.check("lm-eval, one prefix, one by one",
+                      lambda: lm_eval(run, "long_statements", concurrency=1, batch=1))  # fmt: skip
             run.check("guidellm, completions, synchronous", lambda: guidellm(run, "/v1/completions", "synchronous", 10))
             run.check("guidellm, chat, 1 request/s",
                       lambda: guidellm(run, "/v1/chat/completions", "constant,rate=1", 20))  # fmt: skip

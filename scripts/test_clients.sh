@@ -7,10 +7,13 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 CLIENTS=${MINIDISAGG_CLIENTS_VENV:-$ROOT/.venv-clients}
-PINS=("guidellm==0.8.1" "lm-eval[api]==0.4.13" "openai==3.54.0") # a set that installs together on Python 3.11
+WANTED=(guidellm "lm-eval[api]" openai)
+PINS=$ROOT/scripts/test_clients.txt # versions of these and of all that they need
+
+wanted_clients() { printf '%s %s' "${WANTED[*]}" "$(sha256sum "$PINS" | cut -c1-64)"; }
 
 clients_are_ready() {
-    [[ $(cat "$CLIENTS/clients.stamp" 2>/dev/null) == "${PINS[*]}" ]] && "$CLIENTS/bin/python" -c '' 2>/dev/null
+    [[ $(cat "$CLIENTS/clients.stamp" 2>/dev/null) == "$(wanted_clients)" ]] && "$CLIENTS/bin/python" -c '' 2>/dev/null
 }
 
 make_clients() {
@@ -18,16 +21,16 @@ make_clients() {
     python=$(find_python) || exit
     make_venv
     install_torch # guidellm needs one; pip by itself would take the build with CUDA
-    say "pip install ${PINS[*]}"
-    "$VENV/bin/python" -m pip install -qq "${PINS[@]}"
-    printf '%s' "${PINS[*]}" >"$VENV/clients.stamp"
+    say "pip install ${WANTED[*]}, versions of ${PINS#"$ROOT"/}"
+    "$VENV/bin/python" -m pip install -qq -c "$PINS" "${WANTED[@]}"
+    wanted_clients >"$VENV/clients.stamp"
 }
 
 { # the table or the JSON alone goes to stdout
     if clients_are_ready; then
         echo "clients in $CLIENTS: ready, nothing to download"
     else
-        echo "clients in $CLIENTS: to download: ${PINS[*]} and what they need (200 MB)," \
+        echo "clients in $CLIENTS: to download: ${WANTED[*]} and what they need (200 MB)," \
             "torch (190 MB where pip finds a CPU build)"
     fi
     set_up run

@@ -55,7 +55,7 @@ class MonitorOptions(Struct, frozen=True, kw_only=True):
     replay: Path | None = None
     once: bool = False
     as_json: bool = False
-    ended: Callable[[], str] = str  # says why a server that is gone will not come back, if somebody knows
+    ended: Callable[[], str] = str  # says why a server that is gone will not come back; "" where nobody knows
 
 
 class MonitorError(OSError):

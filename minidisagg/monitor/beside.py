@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import re
 import signal
@@ -19,7 +20,7 @@ from rich.text import Text
 from minidisagg.monitor.app import MonitorOptions, run_monitor
 
 START_TIMEOUT = 600.0  # seconds without a new line in the log: weights are downloaded and loaded
-END_TIMEOUT = 20.0  # seconds for a server that was told twice to end
+END_TIMEOUT = 20.0  # seconds for a server that was told to end
 SERVING = re.compile(r"serving on http://\S+:(\d+)/v1")  # what it says once it listens
 
 
@@ -47,15 +48,10 @@ def serve_and_monitor(arguments: Sequence[str], host: str, options: MonitorOptio
                 ended=lambda: "" if server.poll() is None else f"the server has ended, last: {_last_line(log)}",
             ))  # fmt: skip
         finally:
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                signal.signal(number, signal.SIG_IGN)
             server.terminate()
-            time.sleep(0.1)
-            server.terminate()  # the second does not wait for the requests that run
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 server.wait(END_TIMEOUT)
-            except subprocess.TimeoutExpired:
-                server.kill()
+            server.kill()  # one that hangs
 
 
 def _end_with_parent() -> None:

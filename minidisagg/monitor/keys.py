@@ -23,9 +23,9 @@ HELP = (
     ("← →", "select a request of the waterfall"),
     ("enter", "details of the selected request"),
     ("1 … 7", "one panel alone; again: all of them"),
-    ("", "5: a tall red column is a step in which all that decode there wait for a prefill"),
+    ("", "5: in a tall red step, all that decode there wait for a prefill"),
     ("/", "filter the log"),
-    ("s", "save what was received lately: for --replay, and as a trace for ui.perfetto.dev"),
+    ("s", "save the latest events for --replay, and a trace for ui.perfetto.dev"),
     ("esc", "back"),
     ("q", "quit"),
 )
@@ -146,9 +146,8 @@ def _operate(ui: Ui, key: str, state: State) -> Post | None:
         mode = "disagg" if now.mode == "colocated" else "colocated"
         return Post("mode", f"mode {mode}", {"mode": mode})
     if key == "p":
-        names = [policy.partition(":")[0] for policy in POLICIES]
-        name = now.policy.partition(":")[0]
-        policy = POLICIES[(names.index(name) + 1) % len(POLICIES)] if name in names else POLICIES[0]
+        names, name = [policy.partition(":")[0] for policy in POLICIES], now.policy.partition(":")[0]
+        policy = POLICIES[(names.index(name) + 1) % len(POLICIES) if name in names else 0]
         return Post("policy", f"policy {policy}", {"policy": policy})
     if key in ("up", "down"):
         ui.worker = min(max(now.workers.index(worker) + (1 if key == "down" else -1), 0), len(now.workers) - 1)

@@ -33,8 +33,8 @@ class DemoLoad:
     @property
     def trouble(self) -> str:
         """What became of the requests that were not answered."""
-        counts = {"failed": self.failed, "left out": self.skipped}
-        return ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+        counts = (self.failed, "failed"), (self.skipped, "left out")
+        return ", ".join(f"{count} {what}" for count, what in counts if count)
 
     def set_rate(self, rate: float) -> None:
         """From now on; a request that is due at the old rate comes earlier or later in proportion."""

@@ -82,18 +82,17 @@ def _latency(state: State, ui: Ui, width: int, height: int) -> Drawn:
             line.append(Segment(f" ≤ {duration(limit / 1000)} ", DIM))
             line += _gauge(values[2] * 1000 / limit if values else 0.0, width - Segment.get_line_length(line) - 1)
         lines.append(line)
-    rates = state.tokens.rates() or [0.0, 0.0]
-    lines.append([
-        Segment(" tokens ", BOLD), Segment(f"{rates[0]:>{each},.0f}"), Segment(" prompt/s", DIM),
-        Segment(f"{rates[1]:>{each},.0f}"), Segment(" output/s", DIM),
-    ])  # fmt: skip
+    come, made = state.tokens.rates() or (0.0, 0.0)
     good, share, ended = state.goodput()
     style = PLAIN if not ended else GOOD if share >= GOOD_SHARE else BAD
-    lines.append([
+    lines += [[
+        Segment(" tokens ", BOLD), Segment(f"{come:>{each},.0f}"), Segment(" prompt/s", DIM),
+        Segment(f"{made:>{each},.0f}"), Segment(" output/s", DIM),
+    ], [
         Segment(" goodput", BOLD), Segment(f"{good:>{each}.2f}"), Segment(" req/s", DIM),
         Segment(f"  {share:>6.1%}" if ended else f"{NONE:>8}", style),
         Segment(f" of {ended} requests" if wide else f" of {ended}/min", DIM),
-    ])  # fmt: skip
+    ]]  # fmt: skip
     return Drawn(legend, lines)
 
 

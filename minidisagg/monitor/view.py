@@ -11,8 +11,6 @@ A row that does not fit is left out.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from rich.segment import Segment, SegmentLines
 from rich.style import Style
 
@@ -27,7 +25,8 @@ def frame(state: State, ui: Ui, width: int, height: int) -> SegmentLines:
     """The whole screen."""
     body = max(0, height - 2)
     if ui.mode == "help":
-        lines = _panel("?", "help", _help(), width)
+        keys = ([Segment(f"  {key:<7}", ACCENT), Segment(text)] for key, text in HELP)
+        lines = _panel("?", "help", Drawn([Segment("any key: back ", DIM)], [[], *keys]), width)
     elif ui.mode == "details":
         lines = _panel("⏎", "request", details(state, ui, width), width)
     elif state.now.seq < 0:
@@ -44,12 +43,9 @@ def frame(state: State, ui: Ui, width: int, height: int) -> SegmentLines:
 # ---------------------------------------------------------------- layout
 
 
-class Row(NamedTuple):
-    """Panels side by side. It gets at least `least` lines or is left out, and no more than `most` of what is over."""
-
-    panels: list[tuple[int, int]]  # number, width
-    least: int
-    most: int
+# Panels side by side, each by number and width. The row gets at least so many lines or is left out, and no more than
+# the other number if some are over.
+Row = tuple[list[tuple[int, int]], int, int]
 
 
 def _overview(state: State, ui: Ui, width: int, height: int) -> list[Line]:
@@ -62,21 +58,20 @@ def _overview(state: State, ui: Ui, width: int, height: int) -> list[Line]:
         return [(one, width - GAP - right), (other, right)]
 
     beside = width >= 110
-    rows = [
-        Row([(1, width)], 4, 4), Row(pair(2, 4, 36), 6, 6), Row([(3, width)], table, 2 + workers),
-        Row(pair(5, 6, 54) if beside else [(5, width)], strips, 2 + 7 * workers),
-        *([] if beside else [Row([(6, width)], 6, 12)]), Row([(7, width)], 4, height),
+    rows: list[Row] = [
+        ([(1, width)], 4, 4), (pair(2, 4, 36), 6, 6), ([(3, width)], table, 2 + workers),
+        (pair(5, 6, 54) if beside else [(5, width)], strips, 2 + 7 * workers),
+        *([] if beside else [([(6, width)], 6, 12)]), ([(7, width)], 4, height),
     ]  # fmt: skip
-    kept = []
+    kept, lines = list[Row](), list[Line]()
     for row in rows:
-        if row.least <= height:
-            kept.append((row, row.least))
-            height -= row.least
-    lines: list[Line] = []
-    for row, least in kept:
-        more = min(height, row.most - least)
+        if row[1] <= height:
+            kept.append(row)
+            height -= row[1]
+    for panels, least, most in kept:
+        more = min(height, most - least)
         height -= more
-        lines += _row(row.panels, state, ui, least + more)
+        lines += _row(panels, state, ui, least + more)
     return lines
 
 
@@ -114,18 +109,10 @@ def _footer(state: State, ui: Ui, width: int) -> Line:
     if ui.mode == "kill" and worker is not None:
         return [Segment(f" kill {worker.name}? its requests are recomputed elsewhere  y/n", BAD + BOLD)]
     if ui.mode == "filter":
-        typed = [Segment(" filter the log: ", BOLD), Segment(ui.filter), Segment("▏", ACCENT)]
-        return [*typed, Segment("  enter: keep  esc: all", DIM)]
+        typed = Segment(ui.filter), Segment("▏", ACCENT)
+        return [Segment(" filter the log: ", BOLD), *typed, Segment("  enter: keep  esc: all", DIM)]
     hints = "" if ui.live == "once" else "space pause  m mode  p policy  f flip  K kill  ? help  q quit "
     status = [Segment(f" {ui.status} ", BAD if ui.failed else PLAIN)]
     if Segment.get_line_length(status) > width - len(hints):  # what just happened is worth more than the hints
         return status
     return [*fit(status, width - len(hints)), Segment(hints, DIM)]
-
-
-# ---------------------------------------------------------------- instead of the panels
-
-
-def _help() -> Drawn:
-    lines: list[Line] = [[Segment(f"  {key:<7}", ACCENT), Segment(text)] for key, text in HELP]
-    return Drawn([Segment("any key: back ", DIM)], [[], *lines])

@@ -122,8 +122,8 @@ class Server:
             raise
         except Exception as error:  # a bug: the client hears of it, the log says where, and neither says what was asked
             *_, (frame, line) = traceback.walk_tb(error.__traceback__)
-            where = f"{frame.f_code.co_filename}:{line}"
-            logger.error("%s internal error %s at %s", request_id, type(error).__name__, where)
+            kind, file = type(error).__name__, frame.f_code.co_filename
+            logger.error("%s internal error %s at %s:%d", request_id, kind, file, line)
             failed = ApiError(500, "internal error", headers={"x-should-retry": "false"})
         if failed is not None:
             if request.writer.output_size:  # another head in the middle of a stream would be taken for text
@@ -167,8 +167,8 @@ class Server:
                 with Generation(
                     self.frontend, self.tokenizer, lambda: _cut_off(request.transport), self.metrics, endpoint.param
                 ) as generation:
-                    priority = job.request.priority or 0
-                    generation.submit(job.prompts, job.n, job.sampling, self._salt(request, job), priority)
+                    salt, priority = self._salt(request, job), job.request.priority or 0
+                    generation.submit(job.prompts, job.n, job.sampling, salt, priority)
                     answer = Answer(endpoint, job, generation, request_id, self.model)
                     if job.request.stream:
                         return await answer.stream(request)

@@ -36,8 +36,7 @@ REQUEST_BUCKETS = (
     1920.0, 7680.0,
 )  # fmt: skip
 STAGES = ("queue", "prefill", "transfer", "decode_wait", "decode")
-LABELS = ("worker", "role")
-ROUTER = ("router", "router")  # the labels of what no worker has
+LABELS = ("worker", "role")  # both "router" for what no worker has
 
 
 class Load(NamedTuple):
@@ -192,7 +191,7 @@ class _Workers(Collector):
         for name, (kind, text, read) in WORKERS.items():
             family = kind(PREFIX + name, text, labels=LABELS)
             if name == "num_requests_waiting":
-                family.add_metric(ROUTER, sum(parked in router.requests for parked in router.parked))
+                family.add_metric(["router"] * 2, sum(parked in router.requests for parked in router.parked))
             for worker, stats in workers:
                 family.add_metric([worker, role_name(stats.role)], read(stats))
             yield family
