@@ -174,6 +174,19 @@ def test_a_worker_finishes_before_it_flips() -> None:
     assert not hand.router.view.workers["w"].takes(Role.PREFILL)
 
 
+def test_a_restarted_worker_takes_the_role_that_it_was_given() -> None:
+    hand = Hand({"w": Role.BOTH, "x": Role.BOTH})
+    hand.router.set_role(RoleChange("w", Role.DECODE), hand.now)
+    hand.router.on_tick(hand.now)
+    hand.say("w", stats(Role.DECODE))
+    hand.router.on_worker_down("w", 1, hand.now)
+    hand.take()
+    hand.say("w", Hello(Role.BOTH, 64, 4, 256, "f", "", 0, 1), epoch=2)
+    assert not hand.router.view.workers["w"].takes(Role.PREFILL)
+    hand.router.on_tick(hand.now)
+    assert ("w", SetRole(Role.DECODE)) in hand.take()
+
+
 class Late(Policy):
     """Leaves decode open, then says d2."""
 

@@ -166,6 +166,7 @@ class Router:
         self.stats: dict[str, Stats] = {}
         self.reports: dict[str, int] = {}  # how many `Stats` have come of each
         self.heartbeats: dict[str, Heartbeat] = {}
+        self.roles: dict[str, Role] = {}  # that were set while running: a restarted worker takes them again
         self.paused = False  # admission is paused: new requests are parked
         self.policy_spec = ""  # of a policy that was set while running
         self.view = ClusterView(
@@ -271,6 +272,7 @@ class Router:
     def set_role(self, change: RoleChange, now: float) -> None:
         """Finish-then-flip: the worker gets nothing new from now on, and the new role once it is empty."""
         status = self.view.workers[change.worker]
+        self.roles[change.worker] = change.role
         status.flipping = change.role if change.role != status.role else None
 
     def uses(self, name: str) -> bool:
@@ -396,6 +398,8 @@ class Router:
         )  # fmt: skip
         if self.policy_spec:
             self._send(name, SetPolicy(self.policy_spec))
+        if name in self.roles:
+            self.set_role(RoleChange(name, self.roles[name]), self.view.now)
         self.hellos[name] = hello
         self.heartbeats[name] = Heartbeat(self.view.now, stepped_at=self.view.now)
         self.place_parked(self.view.now)

@@ -19,7 +19,6 @@ from minidisagg.server.metrics import Metrics
 from minidisagg.server.protocol import ApiError, PromptDetails, Usage
 
 MAX_UNREAD = 1024  # tokens of each choice of a request that its client has not taken
-MAX_RETRY_AFTER = 60.0  # seconds: clients of OpenAI do not heed a longer one
 
 
 @dataclass
@@ -158,7 +157,7 @@ class Generation:
 
 def too_many(reason: str, retry_after: float) -> ApiError:
     """429, with the time after which it may go better."""
-    seconds = str(round(min(max(1.0, retry_after), MAX_RETRY_AFTER)))
+    seconds = str(round(min(max(1.0, retry_after), 60.0)))  # clients of OpenAI do not heed a longer one
     return ApiError(429, reason, code="rate_limit_exceeded", headers={"Retry-After": seconds})
 
 

@@ -21,7 +21,6 @@ KEPT = 4096  # of each kind
 TRACED = 2048  # messages of workers, and ends of requests, for a trace
 WINDOW = 60  # seconds over which percentiles are taken
 STALE = 0.5  # seconds for which they are not computed anew
-REPORTS = 20  # of each worker; it sends four a second
 R = TypeVar("R", bound="Record")
 
 
@@ -132,7 +131,7 @@ class History:
                 context_tokens=step.context_tokens,
             ))  # fmt: skip
         elif isinstance(step, Stats):
-            reports = self.reports.setdefault(envelope.source, deque(maxlen=REPORTS))
+            reports = self.reports.setdefault(envelope.source, deque(maxlen=20))  # of five seconds
             if not self.missing():
                 self.served_at = now
             if not self.router.requests or self.router.paused or (reports and reports[-1].steps != step.steps):
