@@ -124,6 +124,7 @@ def test_a_prompt_is_scored_as_often_as_it_is_sent(mode: Mode, monkeypatch: pyte
         values = [scores.token_logprobs for scores in found if scores is not None]
         assert len(values) == 6 and all(value == values[0] for value in values) and len(values[0] or ()) == 301
         assert sampled.usage is not None and sampled.usage.completion_tokens >= 1
+        served.call(served.frontend.fresh_stats())
         text = served.server.metrics.render().decode()
         for name, role in {"colocated": (("both", "both"),), "disagg": (("prefill", "decode"),)}[mode]:
             assert f'minidisagg:time_to_first_token_seconds_count{{role="{name}"' in text

@@ -159,7 +159,7 @@ class Frontend:
         limit = self.max_model_len
         if not prompt:
             raise ValueError("the prompt is empty")
-        if len(prompt) + sampling.max_tokens > limit:
+        if len(prompt) + sampling.max_tokens > limit + (sampling.max_tokens == 1):  # whose own KV nobody computes
             raise ValueError(
                 f"the prompt has {len(prompt)} tokens and max_tokens is {sampling.max_tokens}: "
                 f"together more than the limit of {limit}"
@@ -309,7 +309,11 @@ class Frontend:
             if isinstance(effect, Send):
                 channel = self.channels.get(effect.dest)
                 if channel is not None:  # else its process is dying, and `_on_worker_down` follows
-                    channel.send(Envelope(ROUTER, 0, effect.body))
+                    try:
+                        channel.send(Envelope(ROUTER, 0, effect.body))
+                    except ChannelError as error:  # it reads no more
+                        logger.warning("%s: %s", effect.dest, error)
+                        self.supervisor.kill(effect.dest, self.router.epochs[effect.dest])
             elif isinstance(effect, Emit):
                 self._emit(effect)
             elif isinstance(effect, Kill):
