@@ -21,7 +21,7 @@ from minidisagg.runtime.frontend import Frontend
 
 PAGE = 8
 MODEL = ModelSettings(model="dummy:tiny,std=0.15", block_size=PAGE)
-PAGE_BYTES = {"float64": 4096, "float32": 2048}  # 8 tokens of 2 layers, K and V, 2 heads of 16
+PAGE_BYTES = {"float64": 8192, "float32": 4096}  # 8 tokens of 2 layers, K and V, 2 heads of 16
 DEADLINE = 120.0  # seconds for any load in these tests
 
 needs_two_cores = pytest.mark.skipif(
@@ -36,7 +36,7 @@ def greedy(max_tokens: int) -> SamplingParams:
 
 
 def settings(
-    mode: Mode, link: str = "auto", pages: int = 512, dtype: str = "float64", policy: str = "fcfs",
+    mode: Mode, link: str = "auto", pages: int = 256, dtype: str = "float64", policy: str = "fcfs",
     max_num_seqs: int = 48, chunk: int = 32,
 ) -> ClusterSettings:  # fmt: skip
     """One worker, or a prefill and a decode worker, of one core each."""

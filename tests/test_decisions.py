@@ -152,7 +152,7 @@ def test_every_decision_is_written_and_can_be_asked_again(tmp_path: Path) -> Non
     curious = f"{tmp_path}/mine.py:Curious"
 
     async def run() -> None:
-        shape = cluster.settings("disagg", link="unix", pages=96, policy="sarathi:chunk=24")
+        shape = cluster.settings("disagg", link="unix", pages=48, policy="sarathi:chunk=24")
         async with cluster.cluster(shape, RunSettings(decision_dir=str(logs))) as frontend:
             await cluster.run_to_end(frontend, cluster.prompts(30, longest=120), cluster.greedy(40))
             frontend.set_policy("fcfs")

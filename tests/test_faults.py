@@ -189,7 +189,7 @@ def test_stopped_at_each_stage(worker: str, link: str, stage: str) -> None:
 async def aborts(mode: Mode, link: str, count: int, seed: int) -> None:
     rng = random.Random(seed)
     many = prompts(count, seed, longest=200)
-    async with cluster(settings(mode, link, pages=160), RunSettings(delays={"transfer": 0.01})) as frontend:
+    async with cluster(settings(mode, link, pages=80), RunSettings(delays={"transfer": 0.01})) as frontend:
         want = await run_to_end(frontend, many, greedy(24))
         load = Load(frontend)
         results = load.submit_all(many, greedy(24))

@@ -49,7 +49,7 @@ from minidisagg.runtime.kv_cache import KVCache
 
 PROMPTS = prompts(200)
 OUTPUT = 64
-POOL = 300  # pages: the longest request needs 72, and some twenty requests run at a time
+POOL = 150  # pages: the longest request needs 72, and some ten requests run at a time
 CPU = torch.device("cpu")
 
 
@@ -385,7 +385,7 @@ def test_one_zeroed_page_changes_the_tokens(colocated: Run, tmp_path: Path) -> N
     chosen = [index for index, prompt in enumerate(PROMPTS) if len(prompt) >= PAGE][:60]
 
     async def run() -> list[list[int]]:
-        shape = settings("disagg", policy=f"{tmp_path}/zero_page.py:ZeroPage", pages=8192)
+        shape = settings("disagg", policy=f"{tmp_path}/zero_page.py:ZeroPage", pages=4096)
         model = msgspec.structs.replace(MODEL, prefix_caching=False)
         async with cluster(shape, model=model) as frontend:
             return await run_to_end(frontend, [PROMPTS[index] for index in chosen], greedy(OUTPUT))

@@ -90,7 +90,7 @@ def test_a_run_with_faults_replays_to_the_same_plans(tmp_path: Path) -> None:
 
     async def run() -> float:
         rng = random.Random(3)
-        shape = settings("disagg", "gloo", pages=160)
+        shape = settings("disagg", "gloo", pages=80)
         async with cluster(shape, RunSettings(record_dir=str(tmp_path), delays={"transfer": 0.005})) as frontend:
             load = Load(frontend)
             results = load.submit_all(prompts(80, seed=4, longest=200), greedy(32))

@@ -140,7 +140,7 @@ def test_300_clients_of_which_most_leave(mode: Mode, tmp_path: Path) -> None:
     if mode == "colocated":
         stages.remove("transferring")
     rng = random.Random(5)
-    shape = cluster.settings(mode, pages=500)
+    shape = cluster.settings(mode, pages=250)
     worker = msgspec.structs.replace(shape.prefill, max_num_batched_tokens=64)
     shape = msgspec.structs.replace(shape, prefill=worker, decode=worker)
     delays = {"prefill": 0.01, "transfer": 0.15, "decode": 0.02}  # seconds, else a tiny model is through at once
