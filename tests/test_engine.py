@@ -203,11 +203,11 @@ def test_an_offer_that_stands_in_a_queue_keeps_its_lease() -> None:
 def test_a_destination_says_that_offers_wait_only_while_something_runs() -> None:
     hand = Hand(spec("w", num_pages=3))
     hand.receive(offer("a", 8, LINK), offer("b", 8, LINK), source="p", epoch=1)
-    hand.core.on_tick(hand.now)
+    hand.core.on_tick(hand.now + 0.1)
     assert not hand.sent(KVWait), "nothing runs here whose end would make room"
     hand.receive(KVDone("a", 0, 0, 9), source="p", epoch=1)
-    hand.core.on_tick(hand.now + 0.1)
     hand.core.on_tick(hand.now + 0.2)
+    hand.core.on_tick(hand.now + 0.3)
     assert [wait.request_id for wait in hand.sent(KVWait)] == ["b"], "once a quarter of a lease"  # type: ignore[union-attr]
 
 
