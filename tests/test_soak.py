@@ -147,8 +147,8 @@ def _name(pid: int) -> str:
 def test_ten_thousand_requests_of_which_three_in_ten_leave(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # By default torch and oneDNN each keep what they made for the last 1,024 shapes of a matmul: 700 MiB in a worker
-    # that prefills, reached after some 15,000 requests of random lengths. That would hide what this is to find.
+    # What torch and oneDNN keep for each shape of a matmul is bounded, but would grow for most of this run, and hide
+    # what it is to find.
     for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
         monkeypatch.setenv(name, os.environ.get(name, "64"))
     settings = (
