@@ -29,7 +29,7 @@ ADMIN_BODIES = {  # with a good body each, which changes nothing of the server u
     "/admin/policy": b'{"policy":"fcfs"}', "/admin/mode": b'{"mode":"colocated"}',
     "/admin/workers/worker-0/role": b'{"role":"both"}',
 }  # fmt: skip
-ADMIN_GETS = ("/admin/state", "/admin/workers", "/admin/requests", "/admin/links", "/admin/events")
+ADMIN_GETS = ("/admin/state", "/admin/workers", "/admin/requests", "/admin/links", "/admin/trace", "/admin/events")
 ADMIN_POSTS = (  # those without a body; only to be asked without a key
     "/admin/pause", "/admin/resume", "/admin/workers/worker-0/kill", "/admin/workers/worker-0/drain",
     "/admin/workers/worker-0/restart", "/admin/requests/00000000/abort",

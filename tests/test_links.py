@@ -21,7 +21,9 @@ import pytest
 import torch
 from msgspec import structs
 
+from minidisagg.config import ClusterSettings, WorkerSettings
 from minidisagg.core.plan import Completion, TransferOp
+from minidisagg.runtime.worker import link_kind
 from minidisagg.transfer.emulate import EmulatedLink, Emulation
 from minidisagg.transfer.links import LinkError, ThreadLink, make_link, resolve_kind
 
@@ -536,6 +538,26 @@ def test_a_cache_of_another_shape_is_not_mapped(make_pair: MakePair, tmp_path: P
 )
 def test_resolve_kind(kind: str, devices: tuple[str, ...], expected: str) -> None:
     assert resolve_kind(kind, *devices) == expected
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "two_ranks", "expected"),
+    [
+        ("cpu", "cpu", False, "gloo"),
+        ("cpu", "cuda:1", False, "gloo"),
+        ("cuda:0", "cuda:1", False, "nccl"),
+        ("cuda", "cuda:0", False, "gloo"),
+        ("cuda", "cuda:0", True, "nccl"),
+    ],
+)
+def test_auto_knows_all_devices_of_a_cluster(
+    prefill: str, decode: str, two_ranks: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1" if two_ranks else "")
+    cluster = ClusterSettings(
+        mode="disagg", prefill=WorkerSettings(device=prefill), decode=WorkerSettings(device=decode), decode_workers=2
+    )
+    assert link_kind(cluster) == expected
 
 
 def test_kinds_that_cannot_be_are_refused_in_one_line(tmp_path: Path) -> None:

@@ -71,6 +71,15 @@ def test_roles_may_compute_in_different_dtypes() -> None:
     assert tokens[0] == tokens[1] == tokens[2]
 
 
+def test_a_prompt_may_have_sampling_parameters_of_its_own(colocated: LLM) -> None:
+    each = [replace(GREEDY, max_tokens=4), SAMPLED]
+    short, sampled = colocated.generate(TEXTS[:2], each)
+    assert short.token_ids == colocated.generate(TEXTS[0], GREEDY)[0].token_ids[:4]
+    assert sampled.token_ids == colocated.generate(TEXTS[1], SAMPLED)[0].token_ids
+    with pytest.raises(ValueError, match="3 prompts, but 2 sampling parameters"):
+        colocated.generate(TEXTS[:3], each)
+
+
 def test_more_prompts_than_a_server_lets_wait(colocated: LLM) -> None:
     outputs = colocated.generate([[index % 512, index // 512] for index in range(1500)], replace(GREEDY, max_tokens=1))
     assert len(outputs) == 1500 and all(len(output.token_ids) == 1 for output in outputs)

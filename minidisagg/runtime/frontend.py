@@ -75,7 +75,8 @@ class Frontend:
         self.channels: dict[str, Channel] = {}
         self._greetings: dict[str, Hello] = {}  # the last of each worker, dead ones too: what it can hold stays true
         self.restarted: list[tuple[float, str]] = []  # when a worker died, and which
-        self.error = ""
+        self.error = ""  # why a worker did not start
+        self.router_error = ""  # after which nothing works any more
         self.observers: list[Observer] = []
         self._ids = itertools.count()
         self._callbacks: dict[str, OnEmit] = {}
@@ -294,10 +295,10 @@ class Frontend:
 
     def _on_router_failure(self, error: BaseException) -> None:
         """A bug in the router or its policy: nobody waits for ever."""
-        self.error = f"the router failed: {type(error).__name__}: {error}"
-        logger.error("%s", self.error, exc_info=error)
+        self.router_error = f"the router failed: {type(error).__name__}: {error}"
+        logger.error("%s", self.router_error, exc_info=error)
         for request_id in list(self._callbacks):
-            self._emit(Emit(request_id, finish="error", error=self.error))
+            self._emit(Emit(request_id, finish="error", error=self.router_error))
 
     def _event(self, text: str) -> None:
         logger.info("%s", text)

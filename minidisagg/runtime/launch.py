@@ -21,8 +21,13 @@ from minidisagg.core.messages import Role
 from minidisagg.model.loader import load_config
 
 # Weights on huge pages: a decode step streams all of them. What a step frees stays in the process, since the next step
-# would fault it in again, zeroed: together 1.5 times the throughput of 16 sequences on two cores. Ignored elsewhere.
-MALLOC_TUNABLES = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=268435456"
+# would fault it in again, zeroed: together 1.5 times the throughput of 16 sequences on two cores. One arena, since a
+# further thread's own consists of heaps of 64 MiB, each unmapped whenever it falls empty: where the temporaries of a
+# layer happened to begin a heap, steps took twice the time for seconds. Ignored elsewhere.
+MALLOC_TUNABLES = (
+    "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=268435456:"
+    "glibc.malloc.arena_max=1"
+)
 # torch and oneDNN each keep what they made for the last 1,024 shapes of a matmul: 700 MiB after some 10,000 prompts of
 # different lengths. With a quarter of that, prefill is as fast.
 SHAPE_CACHES = {"LRU_CACHE_CAPACITY": "256", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256"}

@@ -86,13 +86,9 @@ class LLM:
         self._thread = threading.Thread(target=self._loop.run_forever, name="minidisagg-llm", daemon=True)
         self._thread.start()
         try:
-            cluster = ClusterSettings(
-                **(
-                    {"prefill_workers": 1, "decode_workers": 0} | of_cluster
-                    if of_cluster.get("mode", "colocated") == "colocated"
-                    else of_cluster
-                )
-            )
+            colocated = of_cluster.get("mode", "colocated") == "colocated"
+            one_worker: dict[str, Any] = {"prefill_workers": 1, "decode_workers": 0} if colocated else {}
+            cluster = ClusterSettings(**one_worker | of_cluster)
             self.frontend = self._run(
                 Frontend.start(ModelSettings(model=model, **of_model), cluster, RunSettings(seed=seed))
             )
@@ -101,13 +97,21 @@ class LLM:
             raise
         atexit.register(self.close)  # a script that forgets it leaves no sockets behind
 
-    def generate(self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | None = None) -> list[Output]:
-        """All prompts (text or token ids) at once, continuously batched; outputs in the order of the prompts."""
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Output]:
+        """All prompts (text or token ids) at once, continuously batched; outputs in the order of the prompts.
+
+        `sampling` is for all prompts, or one for each. Raises `ValueError` and `GenerationError` in one line.
+        """
         batch = [prompts] if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)) else prompts
-        params = sampling or SamplingParams()
+        each = sampling if isinstance(sampling, Sequence) else [sampling or SamplingParams()] * len(batch)
+        if len(each) != len(batch):
+            raise ValueError(f"{len(batch)} prompts, but {len(each)} sampling parameters")
 
         async def all_of_them() -> list[Output]:
-            jobs = [complete(self.frontend, self.tokenizer, prompt, params) for prompt in batch]  # type: ignore[arg-type]
+            pairs = zip(batch, each, strict=True)
+            jobs = [complete(self.frontend, self.tokenizer, prompt, params) for prompt, params in pairs]  # type: ignore[arg-type]
             try:
                 async with asyncio.TaskGroup() as group:  # the first failure aborts the others
                     tasks = [group.create_task(job) for job in jobs]

@@ -153,7 +153,7 @@ class Worker:
 
     def _prepare(self, model_config: ModelConfig) -> Hello:
         config, cache = self.config, self.device.cache
-        kind = _link_kind(config.cluster, self.device.device)
+        kind = link_kind(config.cluster)
         bandwidth = flops = 0.0  # not known
         if config.run.ceilings and config.epoch == 1:  # later its neighbours are at work, and would be measured too
             bandwidth, flops = measure_ceilings(self.device.dtype, device=self.device.device)
@@ -385,12 +385,16 @@ def _dtype(settings: WorkerSettings, config: ModelConfig) -> torch.dtype:
     return dtype
 
 
-def _link_kind(cluster: ClusterSettings, device: torch.device) -> str:
-    """What was asked for. `auto` knows that NCCL refuses two ranks on one GPU unless a recent one is told otherwise."""
-    gpus = {torch.device(worker.device).index or 0 for _, _, worker in cluster.roles() if worker.device != "cpu"}
-    if cluster.link == "auto" and len(gpus) < 2 and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1":
+def link_kind(cluster: ClusterSettings) -> str:
+    """What was asked for; `auto` gives the same for all workers of a cluster.
+
+    It knows that NCCL refuses two ranks on one GPU unless a recent one is told otherwise.
+    """
+    devices = [torch.device(worker.device) for _, _, worker in cluster.roles()]
+    one_gpu = len({device.index or 0 for device in devices}) < 2
+    if cluster.link == "auto" and one_gpu and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1":
         return "gloo"
-    return resolve_kind(cluster.link, device.type)
+    return resolve_kind(cluster.link, *(device.type for device in devices))
 
 
 def _max_model_len(config: WorkerConfig, model: ModelConfig, cache: KVCache) -> int:

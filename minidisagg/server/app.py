@@ -201,8 +201,8 @@ class Server:
         router, history, now = self.frontend.router, self.history, time.monotonic()
         if self.draining:
             return "the server is shutting down"
-        if self.frontend.error.startswith("the router failed"):  # other errors end with the restart of their worker
-            return self.frontend.error
+        if self.frontend.router_error:
+            return self.frontend.router_error
         if (missing := history.missing()) and now - history.served_at > GRACE:
             return f"no worker takes {' or '.join(missing)}"
         if now - history.progress_at > STUCK_AFTER:
