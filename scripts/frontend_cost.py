@@ -42,8 +42,7 @@ def worker(name: str, epoch: int, path: str, vocab_size: int, limit: int) -> Non
     from fake_engine import FakeWorker
 
     pin(1)
-    fake = FakeWorker(name, 0.0, vocab_size, limit)
-    fake.epoch = epoch
+    fake = FakeWorker(name, vocab_size=vocab_size, max_model_len=limit, epoch=epoch)
     uvloop.run(fake.run(path))
 
 
@@ -124,11 +123,13 @@ async def stream(port: int, until: float, tokens: int, counts: list[int]) -> Non
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
     while time.monotonic() < until:
         writer.write(head + body)
+        if b" 200 " not in (answer := await reader.readuntil(b"\r\n\r\n")):
+            raise ConnectionError((answer + await reader.read(1 << 16)).decode())
         tail = b""
         while not tail.endswith(b"0\r\n\r\n"):
             data = await reader.read(1 << 16)
             if not data:
-                raise ConnectionError("the server closed the connection")
+                raise ConnectionError("the server closed the connection in mid-answer")
             counts[0] += data.count(b"data: {")
             tail = (tail + data)[-8:]
     writer.close()
@@ -147,11 +148,14 @@ def measure(connections: int, seconds: float, tokens: int, parts: bool) -> dict[
         await asyncio.gather(*(stream(port, began + seconds, tokens, counts) for _ in range(connections)))
         return time.monotonic() - began
 
-    took = uvloop.run(load())
-    mine.send("end")
-    cpu, spent = mine.recv()
-    mine.send("bye")
-    process.join()
+    try:
+        took = uvloop.run(load())
+        mine.send("end")
+        cpu, spent = mine.recv()
+        mine.send("bye")
+        process.join()
+    finally:
+        process.terminate()  # else it would outlive a client that fails
     return {
         "tokens_per_s": counts[0] / took, "cpu_us_per_token": 1e6 * cpu / counts[0], "server_core_busy": cpu / took,
         "parts_us": {what: 1e6 * spent.get(what, 0.0) / counts[0] for what, *_ in PARTS},

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import random
 import signal
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -35,6 +38,7 @@ from minidisagg.core.router import StageTimes
 from minidisagg.model.loader import cached_path
 from minidisagg.model.tokenizer import Tokenizer
 from minidisagg.policies import load_policy
+from minidisagg.runtime.launch import MALLOC_TUNABLES
 from minidisagg.workload.lengths import text_items
 
 figures = logging.getLogger("figures")  # pytest --log-cli-level=INFO shows them
@@ -178,3 +182,35 @@ def test_smollm2_says_what_transformers_says(smollm2: Any, count: int, length: i
     figures.info("%d of %d outputs are the same; logit gaps %s", same, count, gaps)
     assert same >= 0.9 * count, gaps
     assert all(gap < 1e-3 for gap in gaps)  # two tokens of the same logit, as far as float32 can tell
+
+
+# ---------------------------------------------------------------- memory
+
+STEADY = """
+import resource, threading, torch
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+def work():
+    kept, worst = [], 0
+    for _ in range(140):  # wherever in the thread's arena its temporaries come to lie
+        kept.append(torch.ones(1 << 17))
+        torch.ones(1 << 19)
+        before = faults()
+        for _ in range(10):
+            torch.ones(1 << 19)
+        worst = max(worst, faults() - before)
+    print(worst)
+
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the tunables are glibc's")
+def test_what_a_step_frees_stays_in_the_process() -> None:
+    environment = os.environ | {"GLIBC_TUNABLES": MALLOC_TUNABLES, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, "-c", STEADY], env=environment, capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 100  # each of the ten would take 512, or one of 2 MiB

@@ -428,3 +428,14 @@ def test_beyond_loopback_a_key_is_needed() -> None:
         [sys.executable, "-m", "minidisagg", "serve", "dummy:tiny", "--host", "0.0.0.0"], capture_output=True, text=True
     )
     assert made.returncode == 2 and "--api-key" in made.stderr and made.stderr.count("\n") == 1
+
+
+@needs_two_cores
+def test_what_the_front_end_costs_can_be_measured() -> None:
+    script = Path(__file__).parent.parent / "scripts" / "frontend_cost.py"
+    options = ("--connections", "8", "--seconds", "0.5", "--tokens", "64")
+    made = subprocess.run([sys.executable, script, *options], capture_output=True, text=True, timeout=60)
+    assert made.returncode == 0, made.stderr
+    measured = json.loads(made.stdout.splitlines()[-1])
+    assert measured["plain"]["tokens_per_s"] > 1000
+    assert all(spent > 0 for spent in measured["counted"]["parts_us"].values())
