@@ -101,8 +101,8 @@ class Frontend:
             frontend._server = await listen(path, frontend._serve_worker)
             await frontend.supervisor.start()
             await asyncio.wait_for(frontend._ready.wait(), START_TIMEOUT)
-            if frontend.error:
-                raise StartError(frontend.error)
+            if error := frontend.error or frontend.router_error:
+                raise StartError(error)
         except TimeoutError:
             await frontend.stop()
             raise StartError(f"the workers did not come up within {START_TIMEOUT:.0f} s") from None

@@ -150,10 +150,10 @@ def _environment(config: WorkerConfig) -> dict[str, str]:
     cpus = config.settings.cpus
     threads = len(cpus.split("+")) if config.settings.device == "cpu" else 4
     return {
+        "GLIBC_TUNABLES": MALLOC_TUNABLES,
         **SHAPE_CACHES,
-        **os.environ,
+        **os.environ,  # whoever has set these knows why
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
-        "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", MALLOC_TUNABLES),
     }

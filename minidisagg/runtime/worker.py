@@ -391,8 +391,8 @@ def link_kind(cluster: ClusterSettings) -> str:
     It knows that NCCL refuses two ranks on one GPU unless a recent one is told otherwise.
     """
     devices = [torch.device(worker.device) for _, _, worker in cluster.roles()]
-    one_gpu = len({device.index or 0 for device in devices}) < 2
-    if cluster.link == "auto" and one_gpu and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1":
+    gpus = {device.index or 0 for device in devices if device.type == "cuda"}
+    if cluster.link == "auto" and len(gpus) == 1 and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1":
         return "gloo"
     return resolve_kind(cluster.link, *(device.type for device in devices))
 
