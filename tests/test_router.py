@@ -64,8 +64,8 @@ class Hand:
         return [effect for effect in self.take() if isinstance(effect, Emit)]
 
 
-def stats(role: Role, running: int = 0, steps: int = 0, held: int = 0) -> Stats:
-    return Stats(role, steps, running, 0, held, 0, 0, 64, 0, 0, 0, 0)
+def stats(role: Role, running: int = 0, steps: int = 0, held: int = 0, flying: int = 0) -> Stats:
+    return Stats(role, steps, running, 0, held, 0, 0, 64, 0, 0, 0, 0, flying=flying)
 
 
 def test_admission_is_bounded_in_requests_and_in_tokens() -> None:
@@ -247,8 +247,8 @@ def test_a_silent_worker_and_a_stuck_one_are_killed() -> None:
     kills = []
     for second in range(1, 25):
         hand.now = float(second)
-        hand.say("stuck", stats(Role.BOTH, running=1, steps=3))
-        hand.say("well", stats(Role.BOTH, running=1, steps=second))
+        hand.say("stuck", stats(Role.BOTH, running=1, steps=3, held=2, flying=1))
+        hand.say("well", stats(Role.BOTH, running=1, steps=second, flying=1))
         hand.say("full", stats(Role.BOTH, running=1, steps=3, held=2))  # waits for its peer to take pages
         hand.router.on_tick(hand.now)
         kills += [(second, e.worker, e.reason) for e in hand.take() if isinstance(e, Kill)]

@@ -15,13 +15,17 @@ if TYPE_CHECKING:
 class BatchBuilder:
     """One step under construction."""
 
-    def __init__(self, core: EngineCore) -> None:
-        self._core = core
+    def __init__(self, core: EngineCore, cohort: int = 0) -> None:
+        """Of requests of this cohort only, so that a step that fails accuses nobody else."""
+        self._core, self._cohort = core, cohort
         options = core.options
         self.tokens_left = options.max_num_batched_tokens
         self.seqs_left = options.max_num_seqs
         self.running: Sequence[Request] = tuple(core.running)  # stable while requests are added and preempted
         self.waiting: Sequence[Request] = tuple(core.waiting)
+        if core.cohorts:
+            self.running = [request for request in self.running if request.cohort == cohort]
+            self.waiting = [request for request in self.waiting if request.cohort == cohort]
         self.items: list[PlanItem] = []
         self.new: list[SeqInit] = []
         self.members: set[Request] = set()
@@ -38,6 +42,8 @@ class BatchBuilder:
         Returns how many went in: 0 where it does not fit, has nothing to compute, or is in the step already.
         """
         if not self.seqs_left or not self.tokens_left or request in self.members or (limit is not None and limit <= 0):
+            return 0
+        if request.cohort != self._cohort:
             return 0
         if request.state is State.QUEUED:
             running = len(self._core.running)

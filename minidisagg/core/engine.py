@@ -15,20 +15,24 @@ assigned from the plan and never added up.
 from __future__ import annotations
 
 import bisect
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from minidisagg.core.batch import BatchBuilder
 from minidisagg.core.blocks import BlockPool, IntegrityError, PageState
+from minidisagg.core.checked import Checked, PolicyError
 from minidisagg.core.effects import Effect, Send
 from minidisagg.core.handoff import Receiver, Sender
+from minidisagg.core.lived import LivedTime
 from minidisagg.core.messages import (
     ROUTER,
     Abort,
     AnyMessage,
     Envelope,
+    Failed,
     KVAck,
+    KVBusy,
     KVCancel,
     KVChunk,
     KVDone,
@@ -48,7 +52,7 @@ from minidisagg.core.messages import (
     Submit,
     TokenOut,
 )
-from minidisagg.core.plan import Completion, SeqKey, StepPlan
+from minidisagg.core.plan import NO_TOKEN, Completion, SeqKey, StepPlan
 from minidisagg.core.policy import Policy, Stage, WorkerOptions
 from minidisagg.core.request import Request, State
 
@@ -74,6 +78,7 @@ class EngineSpec:
     prefix_caching: bool = True
     lease: float = 30.0  # seconds that a side of a handoff waits for the other
     link_timeout: float = 10.0  # seconds for one piece on a link
+    step_deadline: float = 120.0  # seconds for one step: until then a worker that computes is alive
     options: WorkerOptions = field(default_factory=WorkerOptions)
 
 
@@ -82,7 +87,7 @@ class EngineCore:
 
     def __init__(self, spec: EngineSpec, policy: Policy) -> None:
         self.spec = spec
-        self.policy = policy
+        self.policy = Checked(policy)
         self.name = spec.name
         self.role = spec.role
         self.options = spec.options
@@ -98,11 +103,17 @@ class EngineCore:
         self.plans: dict[int, StepPlan] = {}  # steps in flight
         self.peers: dict[str, int] = {}  # per worker, the lowest epoch that is not known to be dead
         self.up: dict[str, int] = {}  # per worker, the epoch of its last `PeerUp`
+        self.cohorts: Counter[int] = Counter()  # suspects of a crash that are here, by cohort
         self.steps = 0
         self.preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
-        self._renew_at = 0.0  # when the sources of waiting offers are told again that they wait
+        self._clock = LivedTime()  # what leases and deadlines are counted in
+        self._lived = 0.0
+        self._renew_at = 0.0  # when the other sides of handoffs are told again that this one lives
+        self._step_since = 0.0  # when the oldest step in flight could begin
+        self._shut_since = 0.0  # since when offers have stood before an empty worker
+        self._cohort = 0  # whose turn the last step was
         self._dropped: list[SeqKey] = []  # sequences that the executor may forget
         self._fence: OrderedDict[str, int] = OrderedDict()  # highest incarnation that is over, or was aborted
         emit = self.outbox.append
@@ -116,7 +127,7 @@ class EngineCore:
         self._handlers: dict[type[AnyMessage], Callable[[Envelope], None]] = {
             Submit: self._on_submit, Abort: self._on_abort, Migrate: self._on_migrate, SetRole: self._on_set_role,
             PeerUp: self._on_peer_up, PeerDown: self._on_peer_down, KVOffer: self._on_offer, KVGrant: self._on_grant,
-            KVWait: self._on_wait, KVChunk: self._on_chunk, KVDone: self._on_done, KVAck: self._on_ack,
+            KVWait: self._on_wait, KVBusy: self._on_busy, KVChunk: self._on_chunk, KVDone: self._on_done, KVAck: self._on_ack,
             KVCancel: self._on_cancel, KVFailed: self._on_failed, LinkAborted: self._on_link_aborted_by_peer,
         }  # fmt: skip
 
@@ -124,47 +135,53 @@ class EngineCore:
 
     def on_message(self, envelope: Envelope, now: float) -> None:
         """A message from the router or a peer. One of a dead epoch of a peer changes nothing."""
-        self.now = now
+        self._set(now)
         if envelope.source != ROUTER and envelope.epoch < self.peers.get(envelope.source, 0):
             return
         self._handlers[type(envelope.body)](envelope)
 
     def set_policy(self, spec: str, policy: Policy, now: float) -> None:
         """Schedule by `policy`, which `spec` names, from now on; what waits is put in its order."""
-        self.now = now
-        self.policy = policy
+        self._set(now)
+        self.policy = Checked(policy)
         self._reorder(self.waiting, "prefill")
         self._reorder(self.running, "decode")
-        for _, _, request in self.offers:
-            request.sort_key["transfer"] = policy.order(request, "transfer", self)
-        self.offers.sort(key=lambda o: o[2].sort_key["transfer"])
+        offers, self.offers = self.offers, []
+        for source, offer, request in offers:
+            self._queue_offer(source, offer, request)
 
     def schedule(self, now: float) -> StepPlan | None:
-        """The next step, or None if there is nothing to compute."""
-        self.now = now
+        """The next step, or None if there is nothing to compute. Raises `PolicyError` and `StalledError`."""
+        self._set(now)
         self._grant_offers()
         if self.policy.dynamic_order:
             self._reorder(self.waiting, "prefill")
             self._reorder(self.running, "decode")
-        batch = BatchBuilder(self)
-        self.policy.compose(batch, self)
-        if not batch.items:
+        for self._cohort in self._turns():
+            batch = BatchBuilder(self, self._cohort)
+            self.policy.compose(batch, self)
+            if batch.items:
+                break
+        else:
             if not (self.plans or self.sender.busy or self.receiver.busy or self.held):
                 if self.waiting or self.running:
                     raise StalledError(
                         f"worker {self.name}: {len(self.waiting)} requests wait, {len(self.running)} run, "
-                        f"{self.free_pages} pages are free, and policy {type(self.policy).__name__} plans nothing"
+                        f"{self.free_pages} pages are free, and policy {self.policy.name} plans nothing"
                     )
             return None
         self.steps += 1
         plan = StepPlan(self.steps, batch.items, batch.new, self._dropped)
         self._dropped = []
+        if not self.plans:
+            self._step_since = self._lived
         self.plans[plan.step_id] = plan
         return plan
 
     def on_step_done(self, step_id: int, tokens: list[int], seconds: float, now: float) -> None:
-        """The step's sampled tokens, one per sampling item, in the order of the items."""
-        self.now = now
+        """The step's sampled tokens (or `NO_TOKEN`), one per sampling item, in the order of the items."""
+        self._set(now)
+        self._step_since = self._lived
         plan = self.plans.pop(step_id)
         sampled = iter(tokens)
         out: list[TokenOut] = []
@@ -178,6 +195,7 @@ class EngineCore:
                 prefill += item.count
             else:
                 decode += item.count
+                self._trust(request)
             if request.state is not State.RUNNING:
                 self._retire_if_settled(request)
                 continue
@@ -185,35 +203,42 @@ class EngineCore:
             self._publish(request)  # before the token: a last one takes the pages away
             if item.sample:
                 request.pending -= 1
-                out.append(self._on_token(request, token))
+                if token == NO_TOKEN:
+                    self._fail(request, "the logits of its next token are not finite, or forbid every token")
+                else:
+                    out.append(self._on_token(request, token))
             if request.state is State.RUNNING and request.key in self.sender.transfers:
-                self.sender.advance(request, now)
+                self.sender.advance(request, self._lived)
         self._send(ROUTER, StepOutput(step_id, out, seconds, prefill, decode, context, now))
 
     def on_transfer_done(self, completion: Completion, now: float) -> None:
         """A piece of KV has left or landed, or its link is broken."""
-        self.now = now
-        (self.sender if completion.send else self.receiver).on_completion(completion, now)
+        self._set(now)
+        (self.sender if completion.send else self.receiver).on_completion(completion, self._lived)
 
     def on_link_aborted(self, peer: str, link_epoch: int, outgoing: bool, now: float) -> None:
         """Confirmed: nothing of this link can touch this worker's pages any more."""
-        self.now = now
+        self._set(now)
         (self.sender if outgoing else self.receiver).on_aborted(peer, link_epoch)
 
     def on_tick(self, now: float) -> None:
         """Leases and deadlines; the driver calls it a few times a second."""
-        self.now = now
-        for request in self.sender.on_tick(now):
+        self._set(now)
+        computes = bool(self.plans) and self._lived <= self._step_since + self.spec.step_deadline
+        for request in self.sender.on_tick(self._lived, computes):
             self._give_back(request, "the decode worker granted no pages in time", failure=False)
         for request in self.held:
             if request.key not in self.sender.transfers and now > request.ready_at + self.spec.lease:
                 self._give_back(request, "held for too long", failure=False)
-        self.receiver.on_tick(now)
-        # Only what runs here makes room; without it two workers might wait for each other's pages for ever.
-        if self.running and now > self._renew_at:
-            self._renew_at = now + self.spec.lease / 4
-            for source, offer, _ in self.offers:
+        self.receiver.on_tick(self._lived)
+        if (computes or self.running) and self._lived > self._renew_at:
+            self._renew_at = self._lived + self.spec.lease / 4
+            if computes:
+                self.sender.renew()
+            # Only what runs here makes room; without it two workers might wait for each other's pages for ever.
+            for source, offer, _ in self.offers if self.running else ():
                 self._send(source, KVWait(offer.request_id, offer.incarnation))
+        self._refuse_where_empty()
 
     def stats(self) -> Stats:
         """The engine's share of a `Stats` message; the driver adds what it measures."""
@@ -226,6 +251,7 @@ class EngineCore:
             pages_free=count[PageState.FREE], pages_live=count[PageState.LIVE], pages_cached=count[PageState.CACHED],
             pages_inflight=count[PageState.INFLIGHT], pages_quarantined=count[PageState.QUARANTINED],
             preemptions=self.preemptions, prefix_queries=self.prefix_queries, prefix_hits=self.prefix_hits,
+            flying=len(self.plans),
         )  # fmt: skip
 
     @property
@@ -278,13 +304,13 @@ class EngineCore:
             self.pool.drop(cached)
             return False
         self.waiting.remove(request)
-        self._run(request)
         request.pages = cached + pages
         request.published = len(cached)
         request.num_scheduled = request.num_computed = request.cached_tokens = len(cached) * self.page_size
         self.prefix_queries += request.num_tokens
         self.prefix_hits += request.cached_tokens
-        return True
+        self._run(request)
+        return request.state is State.RUNNING
 
     def scheduled(self, request: Request, count: int, samples: bool) -> None:
         """`count` tokens of the request are in the step being built."""
@@ -294,7 +320,7 @@ class EngineCore:
         if request.first_scheduled_at < 0:
             request.first_scheduled_at = self.now
             if request.decode:
-                self.sender.offer(request, request.decode, self.now, self.spec.fingerprint)
+                self.sender.offer(request, request.decode, self._lived, self.spec.fingerprint)
 
     def preempt(self, request: Request) -> None:
         """Give its pages back; the router places the recomputation."""
@@ -308,7 +334,7 @@ class EngineCore:
         if self._stale(message.request_id, message.incarnation):
             return
         request = Request(message, self.spec.fingerprint, self.now)
-        self.requests[request.key] = request
+        self._add(request)
         self._insert(self.waiting, request, "prefill")
 
     def _on_abort(self, envelope: Envelope) -> None:
@@ -328,8 +354,8 @@ class EngineCore:
             request.decode, request.leaves, request.ready_at = "", False, -1.0
             self._run(request)
         else:
-            self.sender.offer(request, message.dest, self.now, self.spec.fingerprint)
-            self.sender.finish_prefill(request, request.output[-1], self.now)
+            self.sender.offer(request, message.dest, self._lived, self.spec.fingerprint)
+            self.sender.finish_prefill(request, request.output[-1], self._lived)
 
     def _on_set_role(self, envelope: Envelope) -> None:
         self.role = envelope.body.role  # type: ignore[union-attr]
@@ -353,7 +379,7 @@ class EngineCore:
             self.peers[worker] = epoch
             self.offers = [offer for offer in self.offers if offer[0] != worker]
             self.sender.abort_link(worker, peer_dead=True)
-            self.receiver.on_peer_down(worker, epoch - 1, self.now)
+            self.receiver.on_peer_down(worker, epoch - 1, self._lived)
 
     def _on_offer(self, envelope: Envelope) -> None:
         offer: KVOffer = envelope.body  # type: ignore[assignment]
@@ -373,18 +399,20 @@ class EngineCore:
         if refusal:
             self._send(envelope.source, KVFailed(*key, refusal))
             return
-        request.sort_key["transfer"] = self.policy.order(request, "transfer", self)
-        bisect.insort(self.offers, (envelope.source, offer, request), key=lambda o: o[2].sort_key["transfer"])
+        self._queue_offer(envelope.source, offer, request)
         self._grant_offers()
 
     def _on_grant(self, envelope: Envelope) -> None:
-        self.sender.on_grant(envelope.source, envelope.body, self.now)  # type: ignore[arg-type]
+        self.sender.on_grant(envelope.source, envelope.body, self._lived)  # type: ignore[arg-type]
 
     def _on_wait(self, envelope: Envelope) -> None:
-        self.sender.on_wait(envelope.source, envelope.body, self.now)  # type: ignore[arg-type]
+        self.sender.on_wait(envelope.source, envelope.body, self._lived)  # type: ignore[arg-type]
+
+    def _on_busy(self, envelope: Envelope) -> None:
+        self.receiver.on_busy(envelope.source, envelope.body, self._lived)  # type: ignore[arg-type]
 
     def _on_chunk(self, envelope: Envelope) -> None:
-        self.receiver.on_chunk(envelope.source, envelope.body, self.now)  # type: ignore[arg-type]
+        self.receiver.on_chunk(envelope.source, envelope.body, self._lived)  # type: ignore[arg-type]
 
     def _on_done(self, envelope: Envelope) -> None:
         self.receiver.on_done(envelope.source, envelope.body)  # type: ignore[arg-type]
@@ -410,7 +438,7 @@ class EngineCore:
     def _on_link_aborted_by_peer(self, envelope: Envelope) -> None:
         message: LinkAborted = envelope.body  # type: ignore[assignment]
         if message.outgoing:
-            self.receiver.on_peer_aborted(envelope.source, message.link_epoch, self.now)
+            self.receiver.on_peer_aborted(envelope.source, message.link_epoch, self._lived)
         else:
             self.sender.on_peer_aborted(envelope.source, message.link_epoch)
 
@@ -437,7 +465,7 @@ class EngineCore:
             request.state = State.HELD
             request.ready_at = now
             if request.decode:
-                self.sender.finish_prefill(request, token, now)
+                self.sender.finish_prefill(request, token, self._lived)
         return out
 
     def _publish(self, request: Request) -> None:
@@ -453,7 +481,7 @@ class EngineCore:
 
     def _grant_offers(self) -> None:
         """Answer the offers that fit, in the policy's order; the first that does not holds up the rest."""
-        while self.offers and self.policy.accept(self.offers[0][1], self):
+        while self._accepts_offer():
             source, offer, request = self.offers[0]
             hashes = request.extend_hashes(self.page_size) if self.spec.prefix_caching else []
             cached = self.pool.match(hashes)
@@ -470,15 +498,44 @@ class EngineCore:
             request.pages = cached + reserved
             request.published = len(cached)
             request.cached_tokens = len(cached) * self.page_size
-            self.requests[request.key] = request
-            self.receiver.grant(request, source, offer.link_epoch, len(cached), reserved, self.now)
+            self._add(request)
+            self.receiver.grant(request, source, offer.link_epoch, len(cached), reserved, self._lived)
+
+    def _queue_offer(self, source: str, offer: KVOffer, request: Request) -> None:
+        try:
+            request.sort_key["transfer"] = self.policy.order(request, "transfer", self)
+            bisect.insort(self.offers, (source, offer, request), key=lambda o: o[2].sort_key["transfer"])
+        except PolicyError as error:
+            self._send(ROUTER, Failed(*request.key, str(error)))
+        except TypeError as error:
+            self._send(ROUTER, Failed(*request.key, str(self.policy.incomparable(error))))
+
+    def _accepts_offer(self) -> bool:
+        """Whether the policy takes the first offer; one that it cannot answer for is no offer any more."""
+        while self.offers:
+            try:
+                return self.policy.accept(self.offers[0][1], self)
+            except PolicyError as error:
+                _, _, request = self.offers.pop(0)
+                self._send(ROUTER, Failed(*request.key, str(error)))
+        return False
+
+    def _refuse_where_empty(self) -> None:
+        """An empty worker has room for any offer. If the policy takes none, nothing here will ever change its mind."""
+        if not self.offers or self.requests or self.plans or self.sender.busy or self.receiver.busy:
+            self._shut_since = self._lived
+        elif self._lived > self._shut_since + self.spec.lease / 2:
+            for source, _, request in self.offers:
+                reason = f"policy {self.policy.name}: accept refuses it though worker {self.name} is empty"
+                self._send(source, KVFailed(*request.key, reason))
+            self.offers = []
 
     def _handoff_ready(self, request: Request, first_token: int) -> None:
         request.num_scheduled = request.num_computed = request.prefill_len
         request.output.append(first_token)
         request.ready_at = self.now
-        self._run(request)
         self._publish(request)
+        self._run(request)
 
     def _handoff_gone(self, request: Request) -> None:
         self._end(request, State.DONE_INFLIGHT)
@@ -499,10 +556,22 @@ class EngineCore:
         self._end(request, State.PREEMPTED)
         self._send(ROUTER, Released(request.request_id, request.incarnation, reason, failure))
 
+    def _fail(self, request: Request, reason: str) -> None:
+        """It can go on nowhere."""
+        if request.state not in (State.DONE_INFLIGHT, State.PREEMPTED, State.DONE):
+            self._end(request, State.DONE_INFLIGHT)
+            self._send(ROUTER, Failed(request.request_id, request.incarnation, reason))
+
     def _reorder(self, queue: list[Request], stage: Stage) -> None:
-        for request in queue:
-            request.sort_key[stage] = self.policy.order(request, stage, self)
-        queue.sort(key=lambda r: r.sort_key[stage])
+        for request in queue[:]:
+            try:
+                request.sort_key[stage] = self.policy.order(request, stage, self)
+            except PolicyError as error:
+                self._fail(request, str(error))
+        try:
+            queue.sort(key=lambda r: r.sort_key[stage])
+        except TypeError as error:
+            raise self.policy.incomparable(error) from error
 
     def _end(self, request: Request, state: State) -> None:
         """Out of every queue at once; the pages go when no step and no peer can touch them any more."""
@@ -530,6 +599,7 @@ class EngineCore:
         if request.introduced:
             self._dropped.append(request.key)
         del self.requests[request.key]
+        self._trust(request)
         self._close(request.request_id, request.incarnation)
 
     def _close(self, request_id: str, incarnation: int) -> None:
@@ -559,8 +629,38 @@ class EngineCore:
         self._insert(self.running, request, "decode")
 
     def _insert(self, queue: list[Request], request: Request, stage: Stage) -> None:
-        request.sort_key[stage] = self.policy.order(request, stage, self)
-        bisect.insort(queue, request, key=lambda r: r.sort_key[stage])
+        """Into the queue, in the policy's order. A request that has no place in it fails."""
+        try:
+            request.sort_key[stage] = self.policy.order(request, stage, self)
+            bisect.insort(queue, request, key=lambda r: r.sort_key[stage])
+        except (PolicyError, TypeError) as error:
+            queue.append(request)  # where the end of it looks
+            self._fail(request, str(error if isinstance(error, PolicyError) else self.policy.incomparable(error)))
+
+    # ------------------------------------------------------------ suspects
+
+    def _add(self, request: Request) -> None:
+        self.requests[request.key] = request
+        if request.cohort:
+            self.cohorts[request.cohort] += 1
+
+    def _trust(self, request: Request) -> None:
+        """It has survived a step of decode, or has left: its cohort is one less."""
+        if request.cohort:
+            self.cohorts[request.cohort] -= 1
+            self.cohorts += Counter()  # without the cohorts that have become empty
+            request.cohort = 0
+
+    def _turns(self) -> list[int]:
+        """The cohorts that have work, those after the one whose turn it was first."""
+        if not self.cohorts:
+            return [0]
+        cohorts = sorted({request.cohort for queue in (self.running, self.waiting) for request in queue})
+        after = bisect.bisect_right(cohorts, self._cohort)
+        return (cohorts[after:] + cohorts[:after]) or [0]
+
+    def _set(self, now: float) -> None:
+        self.now, self._lived = now, self._clock.at(now)
 
     def _send(self, dest: str, body: AnyMessage) -> None:
         self.outbox.append(Send(dest, body))

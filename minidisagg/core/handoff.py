@@ -3,6 +3,7 @@
     source                                   destination
     KVOffer   ─────────────────────────────▶ pages reserved (INFLIGHT), or the offer waits
               ◀───────────────────────────── KVWait, now and then, or KVGrant
+    KVBusy    ─────────────────────────────▶ now and then, while the source computes
     KVChunk   ─────────────────────────────▶ receive posted, in the order of the link's sequence numbers
       bytes   ═══════════ link ════════════▶
     KVDone    ─────────────────────────────▶ all chunks landed: pages LIVE, the request decodes here
@@ -26,6 +27,7 @@ from minidisagg.core.messages import (
     ROUTER,
     Fatal,
     KVAck,
+    KVBusy,
     KVCancel,
     KVChunk,
     KVDone,
@@ -142,7 +144,7 @@ class Sender:
         emitted = request.output[: request.prefill_len - len(request.prompt)]
         self._emit(Send(peer, KVOffer(
             request.request_id, request.incarnation, request.prompt, emitted, request.sampling, request.arrival,
-            request.salt, request.priority, fingerprint, link.epoch,
+            request.salt, request.priority, fingerprint, link.epoch, request.cohort,
         )))  # fmt: skip
 
     def on_grant(self, peer: str, message: KVGrant, now: float) -> None:
@@ -255,8 +257,18 @@ class Sender:
             self._forget(transfer, "" if transfer.acked else transfer.lost)
         self._emit(Send(peer, LinkAborted(link_epoch, True)))
 
-    def on_tick(self, now: float) -> list[Request]:
-        """Abort links that have stood still; returns requests whose lease is over without a grant."""
+    def renew(self) -> None:
+        """Tell the destinations of what is still being computed that their pages are not forgotten."""
+        for transfer in self.transfers.values():
+            if transfer.pages is not None and transfer.first_token is None and not transfer.stopping:
+                self._emit(Send(transfer.peer, KVBusy(*transfer.request.key)))
+
+    def on_tick(self, now: float, computes: bool) -> list[Request]:
+        """Abort links that have stood still; returns requests whose lease is over, which does not run while this
+        worker `computes` what they are to hand over."""
+        for transfer in self.transfers.values():
+            if computes and transfer.first_token is None:
+                transfer.deadline = now + self.lease
         for peer, link in list(self.links.items()):
             if link.flying and now > link.deadline:
                 self.abort_link(peer, peer_dead=False, reason="no progress")
@@ -365,6 +377,12 @@ class Receiver:
                 incarnation=chunk.incarnation, pages=pages, remote=[], count=chunk.count, layers=chunk.layers,
                 checksum=chunk.checksum,
             )))  # fmt: skip
+
+    def on_busy(self, peer: str, message: KVBusy, now: float) -> None:
+        """The source lives, and computes."""
+        transfer = self._find(peer, message.request_id, message.incarnation)
+        if transfer is not None and not transfer.dropped:
+            transfer.deadline = now + self.lease
 
     def on_done(self, peer: str, message: KVDone) -> None:
         """The source has started its last piece."""

@@ -33,7 +33,8 @@ class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True, forb
     """How tokens are chosen. Temperature 0 is greedy; randomness is keyed by (seed, position), so a retry repeats it.
 
     `stop` strings are matched by the front end; a worker knows `stop_token_ids` only, into which the front end has
-    put the model's end-of-sequence ids unless `ignore_eos` is set.
+    put the model's end-of-sequence ids unless `ignore_eos` is set. Temperatures between 0 and 0.01 are taken as 0.01, as
+    vLLM does, and a repetition penalty has a smallest value: beyond these, logits overflow.
     """
 
     max_tokens: Annotated[int, Meta(ge=1)] = 128
@@ -44,10 +45,10 @@ class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True, forb
     min_p: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
     presence_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
     frequency_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
-    repetition_penalty: Annotated[float, Meta(gt=0.0, le=10.0)] = 1.0
-    seed: int | None = None
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=10.0)] = 1.0
+    seed: Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
     stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: tuple[TokenId, ...] = ()
     ignore_eos: bool = False
     logprobs: MaxLogprobs | None = None  # of each output token, and of as many of the likeliest in its place
     prompt_logprobs: MaxLogprobs | None = None  # the same of the prompt's tokens, from the second on
@@ -78,6 +79,7 @@ class Submit(Message, frozen=True):
     hold: bool = False
     salt: str = ""  # separates prefix caches of different tenants
     priority: int = 0
+    cohort: int = 0  # suspects of a crash: a step holds requests of one cohort only
 
 
 class Abort(Message, frozen=True):
@@ -220,6 +222,14 @@ class Released(Message, frozen=True):
     failure: bool = False
 
 
+class Failed(Message, frozen=True):
+    """The request cannot go on, here or on any other worker: it ends with this reason."""
+
+    request_id: str
+    incarnation: int
+    reason: str
+
+
 class LinkStats(Struct, frozen=True, array_like=True):
     """What one worker has sent to one peer, over all epochs of their link."""
 
@@ -251,6 +261,7 @@ class Stats(Message, frozen=True):
     preemptions: int = 0
     prefix_queries: int = 0  # tokens looked up
     prefix_hits: int = 0  # tokens found
+    flying: int = 0  # steps under way
     links: list[LinkStats] = []  # this worker's outgoing links
     busy_seconds: float = 0.0
     flops: float = 0.0  # floating-point operations of all steps, linears and attention
@@ -260,11 +271,15 @@ class Stats(Message, frozen=True):
 
 
 class Fatal(Message, frozen=True):
-    """A worker must be killed: the sender itself cannot go on, or a peer does not let go of a link."""
+    """A worker must be killed: the sender itself cannot go on, or a peer does not let go of a link.
+
+    `hopeless`: what is started in its place would meet the same end, so that the engine is over.
+    """
 
     reason: str
     worker: str
     epoch: int
+    hopeless: bool = False
 
 
 # ---------------------------------------------------------------- worker <-> worker
@@ -286,6 +301,7 @@ class KVOffer(Message, frozen=True):
     priority: int
     fingerprint: str
     link_epoch: int  # the link that will carry it
+    cohort: int = 0
 
 
 class KVGrant(Message, frozen=True):
@@ -303,6 +319,13 @@ class KVGrant(Message, frozen=True):
 
 class KVWait(Message, frozen=True):
     """Destination to source: no room yet, but what runs here will make some; keep your pages."""
+
+    request_id: str
+    incarnation: int
+
+
+class KVBusy(Message, frozen=True):
+    """Source to destination: the step that computes the next piece is still running; keep the pages."""
 
     request_id: str
     incarnation: int
@@ -391,12 +414,14 @@ AnyMessage = (
     | Logprobs
     | StepOutput
     | Released
+    | Failed
     | Pieces
     | Stats
     | Fatal
     | KVOffer
     | KVGrant
     | KVWait
+    | KVBusy
     | KVChunk
     | KVDone
     | KVAck

@@ -11,6 +11,7 @@ from msgspec import Struct
 from minidisagg.core.messages import SamplingParams
 
 SeqKey = tuple[str, int]  # (request_id, incarnation)
+NO_TOKEN = -1  # in place of a sampled token: the row's logits are no distribution, and its request has to end
 
 
 class SeqInit(Struct, frozen=True, array_like=True):

@@ -35,7 +35,7 @@ class Request:
     """
 
     __slots__ = (
-        "arrival", "cached_tokens", "decode", "first_scheduled_at", "hashes", "incarnation", "inflight", "introduced",
+        "arrival", "cached_tokens", "cohort", "decode", "first_scheduled_at", "hashes", "incarnation", "inflight", "introduced",
         "leaves", "num_computed", "num_scheduled", "output", "pages", "peer", "pending", "prefill_len", "priority",
         "prompt", "published", "queued_at", "ready_at", "request_id", "root", "salt", "sampling", "sort_key", "state",
     )  # fmt: skip
@@ -49,6 +49,7 @@ class Request:
         self.arrival = source.arrival
         self.priority = source.priority
         self.salt = source.salt
+        self.cohort = source.cohort
         self.decode = source.decode if isinstance(source, Submit) else ""
         # It decodes elsewhere: nothing is planned here past its first token.
         self.leaves = isinstance(source, Submit) and (source.hold or bool(source.decode))

@@ -6,21 +6,29 @@
     on_tick          deadlines, lost heartbeats, role flips
 
 Recovery is one path for every failure and for preemption: forget the incarnation everywhere, submit the next one.
+
+Blame: a worker that dies leaves word of the requests that its step was computing, or of the one whose message it was
+reading. They are suspects. Each half of them becomes a cohort, which shares no step with anybody else, so that every
+further death halves the suspects; only a request that stood alone is charged with it. n suspects cost at most
+⌈log2 n⌉ + 3 deaths. Where nothing is known, everyone who was there is charged.
 Sans-IO like the engine: effects go out through `outbox`.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from msgspec import Struct
 
+from minidisagg.core.checked import Checked, PolicyError
 from minidisagg.core.effects import Send
+from minidisagg.core.lived import LivedTime
 from minidisagg.core.messages import (
     Abort,
     Envelope,
+    Failed,
     Fatal,
     Hello,
     Logprobs,
@@ -38,9 +46,10 @@ from minidisagg.core.messages import (
     TokenLogprob,
     TokenOut,
 )
-from minidisagg.core.policy import ClusterView, Policy, Reject, RoleChange, WorkerStatus
+from minidisagg.core.plan import SeqKey
+from minidisagg.core.policy import ClusterView, Placement, Policy, Reject, RoleChange, WorkerStatus
 
-MAX_FAILURES = 3  # a request that was there when this many workers failed ends in an error
+MAX_FAILURES = 3  # a request that is charged with this many ends in an error
 SMOOTHING = 0.2  # weight of the newest step in the running means
 
 
@@ -103,6 +112,7 @@ class Tracked:
     emitted: list[int] = field(default_factory=list)
     incarnation: int = 0
     failures: int = 0
+    cohort: int = 0  # of suspects; 0: nobody suspects it
     prefill: str = ""  # worker; empty while the request waits for one
     decode: str = ""  # worker; empty while left open
     prefilling: bool = True  # the first token of this incarnation has not come
@@ -132,7 +142,7 @@ class Tracked:
 
 @dataclass
 class Heartbeat:
-    """What the router knows of a worker's liveness."""
+    """What the router knows of a worker's liveness, in time that the router itself has lived through."""
 
     heard_at: float
     steps: int = 0
@@ -148,7 +158,7 @@ class RouterSpec:
     max_waiting_tokens: int = 1 << 20
     request_timeout: float = 600.0  # seconds from arrival to the last token
     lost_after: float = 10.0  # seconds without a word from a worker
-    stuck_after: float = 60.0  # seconds without a step while there is work
+    stuck_after: float = 120.0  # seconds that one step may take
     seed: int = 0
 
 
@@ -157,7 +167,7 @@ class Router:
 
     def __init__(self, spec: RouterSpec, policy: Policy) -> None:
         self.spec = spec
-        self.policy = policy
+        self.policy = Checked(policy)
         self.outbox: list[RouterEffect] = []
         self.requests: dict[str, Tracked] = {}
         self.parked: list[str] = []  # accepted, and no worker can take them now
@@ -169,6 +179,9 @@ class Router:
         self.roles: dict[str, Role] = {}  # that were set while running: a restarted worker takes them again
         self.paused = False  # admission is paused: new requests are parked
         self.policy_spec = ""  # of a policy that was set while running
+        self._cohorts = 0  # of suspects that there have been
+        self._clock = LivedTime()
+        self._lived = 0.0
         self.view = ClusterView(
             0.0, {}, max_waiting=spec.max_waiting, max_waiting_tokens=spec.max_waiting_tokens,
             rng=random.Random(spec.seed),
@@ -181,7 +194,7 @@ class Router:
         salt: str = "", priority: int = 0,
     ) -> None:  # fmt: skip
         """A client's request; its fate is told through `Emit`. `arrival` may lie before `now` (open-loop load)."""
-        self.view.now = now
+        self._set(now)
         if request_id in self.requests:
             self.outbox.append(Emit(request_id, finish="error", error="a request of this id is running"))
             return
@@ -189,7 +202,11 @@ class Router:
             request_id, prompt, sampling, now if arrival is None else arrival, now + self.spec.request_timeout,
             salt, priority,
         )  # fmt: skip
-        verdict = self.policy.admit(request, self.view)
+        try:
+            verdict = self.policy.admit(request, self.view)
+        except PolicyError as error:
+            self.outbox.append(Emit(request_id, finish="error", error=str(error)))
+            return
         if isinstance(verdict, Reject):
             self._reject(request_id, verdict)
             return
@@ -200,7 +217,7 @@ class Router:
 
     def on_abort(self, request_id: str, now: float, reason: str = "") -> None:
         """The client left."""
-        self.view.now = now
+        self._set(now)
         request = self.requests.get(request_id)
         if request is not None:
             self._abandon(request)
@@ -210,7 +227,7 @@ class Router:
 
     def on_message(self, envelope: Envelope, now: float) -> None:
         """A worker's message; one of a dead epoch changes nothing."""
-        self.view.now = now
+        self._set(now)
         name, body = envelope.source, envelope.body
         status = self.view.workers.get(name)
         if isinstance(body, Hello):
@@ -218,7 +235,7 @@ class Router:
             return
         if status is None or status.epoch != envelope.epoch:
             return
-        self.heartbeats[name].heard_at = now
+        self.heartbeats[name].heard_at = self._lived
         if isinstance(body, StepOutput):
             self._on_step(status, body)
         elif isinstance(body, Stats):
@@ -231,14 +248,23 @@ class Router:
             request = self.requests.get(body.request_id)
             if request is not None and request.incarnation == body.incarnation:
                 self._resubmit(request, body.reason, body.failure)
+        elif isinstance(body, Failed):
+            request = self.requests.get(body.request_id)
+            if request is not None and request.incarnation == body.incarnation:
+                self._fail(request, body.reason)
         elif isinstance(body, Fatal):
             target = self.view.workers.get(body.worker)
             if target is not None and target.epoch == body.epoch:
                 self.outbox.append(Kill(target.name, target.epoch, body.reason))
 
-    def on_worker_down(self, name: str, epoch: int, now: float) -> None:
-        """The worker's process is dead (waited for): tell its peers, resubmit what needed it."""
-        self.view.now = now
+    def on_worker_down(
+        self, name: str, epoch: int, now: float, suspects: Collection[SeqKey] | None = None
+    ) -> None:  # fmt: skip
+        """The worker's process is dead (waited for): tell its peers, resubmit what needed it.
+
+        `suspects`: what it was at work on; empty where no request is to blame, None where nobody knows.
+        """
+        self._set(now)
         status = self.view.workers.get(name)
         if status is None or status.epoch != epoch:
             return
@@ -246,20 +272,22 @@ class Router:
         self.stats.pop(name, None)
         for other in self.view.workers:
             self._send(other, PeerDown(name, epoch))
-        for request in list(self.requests.values()):
-            if self._uses(request, name):
-                self._resubmit(request, f"worker {name} failed", failure=True)
+        users = [request for request in self.requests.values() if self._uses(request, name)]
+        if suspects:
+            self._accuse([r for r in users if (r.request_id, r.incarnation) in suspects])
+        for request in users:
+            self._resubmit(request, f"worker {name} failed", failure=suspects is None)
 
     def on_tick(self, now: float) -> None:
-        """Call a few times a second."""
-        self.view.now = now
+        """Call a few times a second. Raises `PolicyError`: without `rebalance` the router cannot go on."""
+        self._set(now)
         for request in list(self.requests.values()):
             if now > request.deadline:
                 self.on_abort(request.request_id, now, reason="the request's deadline has passed")
         for name, beat in list(self.heartbeats.items()):
-            stuck = beat.busy and now - max(beat.stepped_at, 0.0) > self.spec.stuck_after
-            if now - beat.heard_at > self.spec.lost_after or stuck:
-                beat.heard_at = beat.stepped_at = now
+            stuck = beat.busy and self._lived - beat.stepped_at > self.spec.stuck_after
+            if self._lived - beat.heard_at > self.spec.lost_after or stuck:
+                beat.heard_at = beat.stepped_at = self._lived
                 reason = "makes no progress" if stuck else "does not answer"
                 self.outbox.append(Kill(name, self.view.workers[name].epoch, reason))
         for change in self.policy.rebalance(self.view):
@@ -270,10 +298,14 @@ class Router:
         self.place_parked(now)
 
     def set_role(self, change: RoleChange, now: float) -> None:
-        """Finish-then-flip: the worker gets nothing new from now on, and the new role once it is empty."""
-        status = self.view.workers[change.worker]
+        """Finish-then-flip: the worker gets nothing new from now on, and the new role once it is empty.
+
+        A worker that is down takes the role when it is back.
+        """
         self.roles[change.worker] = change.role
-        status.flipping = change.role if change.role != status.role else None
+        status = self.view.workers.get(change.worker)
+        if status is not None:
+            status.flipping = change.role if change.role != status.role else None
 
     def uses(self, name: str) -> bool:
         """Some request needs the worker."""
@@ -281,14 +313,14 @@ class Router:
 
     def set_policy(self, spec: str, policy: Policy, now: float) -> None:
         """Place by `policy` from now on, and have every worker schedule by it, later ones too."""
-        self.policy, self.policy_spec = policy, spec
+        self.policy, self.policy_spec = Checked(policy), spec
         for name in self.view.workers:
             self._send(name, SetPolicy(spec))
         self.place_parked(now)
 
     def place_parked(self, now: float) -> None:
         """Try again what found no worker."""
-        self.view.now = now
+        self._set(now)
         parked, self.parked = self.parked, []
         for request_id in parked:
             request = self.requests.get(request_id)
@@ -313,7 +345,9 @@ class Router:
         if self.paused or not view.candidates(Role.PREFILL) or not view.candidates(Role.DECODE):
             self.parked.append(request.request_id)
             return
-        placement = self.policy.place(request, view)
+        placement = self._ask_place(request)
+        if placement is None:
+            return
         if isinstance(placement, Reject):
             if new:
                 del self.requests[request.request_id]
@@ -331,8 +365,16 @@ class Router:
         self._send(placement.prefill, Submit(
             request.request_id, request.incarnation, request.prompt, list(request.emitted), request.sampling,
             request.arrival, decode="" if placement.decode == placement.prefill else placement.decode or "",
-            hold=placement.decode is None, salt=request.salt, priority=request.priority,
+            hold=placement.decode is None, salt=request.salt, priority=request.priority, cohort=request.cohort,
         ))  # fmt: skip
+
+    def _ask_place(self, request: Tracked) -> Placement | Reject | None:
+        """None: the policy has no answer, and the request has failed."""
+        try:
+            return self.policy.place(request, self.view)
+        except PolicyError as error:
+            self._fail(request, str(error))
+            return None
 
     def _bind(self, request: Tracked, decode: str) -> None:
         request.decode = decode
@@ -344,7 +386,9 @@ class Router:
                 request.moving = True
 
     def _bind_late(self, request: Tracked) -> None:
-        placement = self.policy.place(request, self.view)
+        placement = self._ask_place(request)
+        if placement is None:
+            return
         if isinstance(placement, Reject) or placement.decode is None:
             self._resubmit(request, "no worker takes decode", failure=False)
             return
@@ -369,6 +413,20 @@ class Router:
             if name in self.view.workers:
                 self._send(name, Abort(request.request_id, request.incarnation))
         self._unplace(request)
+
+    def _accuse(self, suspects: list[Tracked]) -> None:
+        """Halve them, or charge the one that is left. It has failed twice then, if it had been a suspect before."""
+        if len(suspects) == 1:
+            suspects[0].failures += 2 if suspects[0].cohort and not suspects[0].failures else 1
+        middle = -(-len(suspects) // 2)
+        for half in filter(None, (suspects[:middle], suspects[middle:])):
+            self._cohorts += 1
+            for request in half:
+                request.cohort = self._cohorts
+
+    def _fail(self, request: Tracked, reason: str) -> None:
+        self._abandon(request)
+        self._finish(request, "error", error=reason)
 
     def _resubmit(self, request: Tracked, reason: str, failure: bool) -> None:
         self._abandon(request)
@@ -401,16 +459,16 @@ class Router:
         if name in self.roles:
             self.set_role(RoleChange(name, self.roles[name]), self.view.now)
         self.hellos[name] = hello
-        self.heartbeats[name] = Heartbeat(self.view.now, stepped_at=self.view.now)
+        self.heartbeats[name] = Heartbeat(self._lived, stepped_at=self._lived)
         self.place_parked(self.view.now)
 
     def _on_stats(self, status: WorkerStatus, stats: Stats) -> None:
         self.stats[status.name] = stats
         self.reports[status.name] = self.reports.get(status.name, 0) + 1
         beat = self.heartbeats[status.name]
-        beat.busy = stats.running + stats.waiting > 0 and not stats.held  # it may stand still until pages are taken
+        beat.busy = stats.flying > 0  # what waits for pages makes no steps, and is not stuck
         if stats.steps != beat.steps or not beat.busy:
-            beat.steps, beat.stepped_at = stats.steps, self.view.now
+            beat.steps, beat.stepped_at = stats.steps, self._lived
         if stats.role == status.flipping:
             status.role, status.flipping = stats.role, None
         elif stats.role != status.role and status.flipping is None:  # a late copy of an earlier order won
@@ -514,6 +572,9 @@ class Router:
 
     def _uses(self, request: Tracked, name: str) -> bool:
         return name == request.decode or (name == request.prefill and (request.prefilling or request.moving))
+
+    def _set(self, now: float) -> None:
+        self.view.now, self._lived = now, self._clock.at(now)
 
     def _send(self, dest: str, body: PeerUp | PeerDown | Submit | Abort | Migrate | SetRole | SetPolicy) -> None:
         self.outbox.append(Send(dest, body))

@@ -3,6 +3,9 @@
 Order: min_tokens, penalties, temperature, top-k, top-p, min-p, draw. Every filter is a threshold on the logits (ties
 at the threshold stay), so that a row's outcome depends on nothing but the row; and the draw's randomness is a hash of
 (seed, output index), so that a token is the same in any batch, on any worker and after any retry.
+
+A row may hold anything: a model can overflow, a client can forbid every token. Such a row gives `NO_TOKEN`, and the rows
+beside it what they would have given alone.
 """
 
 from __future__ import annotations
@@ -16,8 +19,10 @@ import torch
 from torch import Tensor
 
 from minidisagg.core.messages import SamplingParams, TokenLogprob
+from minidisagg.core.plan import NO_TOKEN
 
 _CANDIDATES = 1024  # top-p seldom needs more, and selecting them is far cheaper than sorting a vocabulary
+_LEAST_TEMPERATURE = 0.01  # vLLM's too; the likeliest token has all the probability long before
 _MASK64 = (1 << 64) - 1
 
 
@@ -46,18 +51,23 @@ def score(logits_SV: Tensor, tokens: Sequence[int], top: int) -> list[TokenLogpr
 
 @torch.inference_mode()
 def sample(logits_SV: Tensor, rows: Sequence[tuple[SequenceSampling, int]]) -> list[int]:
-    """One token per row; `rows` holds each row's sequence and the output index of the token. Modifies the logits."""
+    """One token per row, or `NO_TOKEN` where its logits are not finite or all forbidden. Modifies the logits.
+
+    `rows` holds each row's sequence and the output index of the token.
+    """
     for row, (sequence, index) in enumerate(rows):
         _adjust(logits_SV[row], sequence, index)
-    random = [row for row, (sequence, _) in enumerate(rows) if sequence.sampling.temperature > 0]
-    tokens: list[int] = logits_SV.argmax(-1).tolist()
+    best_S = logits_SV.max(-1)  # NaN wins
+    tokens: list[int] = best_S.indices.tolist()
+    sound: list[bool] = best_S.values.isfinite().tolist()
+    random = [row for row, (sequence, _) in enumerate(rows) if sequence.sampling.temperature > 0 and sound[row]]
     if random:
         params = [rows[row][0].sampling for row in random]
         draws = [uniform(p.seed or 0, rows[row][1]) for row, p in zip(random, params, strict=True)]
         drawn = _draw(logits_SV if len(random) == len(rows) else logits_SV[random], params, draws)
         for row, token in zip(random, drawn, strict=True):
             tokens[row] = token
-    return tokens
+    return [token if ok else NO_TOKEN for token, ok in zip(tokens, sound, strict=True)]
 
 
 def uniform(seed: int, index: int) -> float:
@@ -90,14 +100,14 @@ def _adjust(logits_V: Tensor, sequence: SequenceSampling, index: int) -> None:
 
 def _draw(logits_RV: Tensor, params: Sequence[SamplingParams], draws: Sequence[float]) -> list[int]:
     """Inverse-CDF sampling in float64, so that a draw lands on the same token whatever the vocabulary's size."""
-    temperature_R1 = torch.tensor([p.temperature for p in params], dtype=torch.float64, device=logits_RV.device)[
-        :, None
-    ]
-    scaled_RV = logits_RV.double() / temperature_R1
+    temperatures = [max(p.temperature, _LEAST_TEMPERATURE) for p in params]
+    temperature_R = torch.tensor(temperatures, dtype=torch.float64, device=logits_RV.device)
+    scaled_RV = logits_RV.double() / temperature_R[:, None]
     keep_RV = scaled_RV >= _threshold(scaled_RV, params)[:, None]
     cdf_RV = scaled_RV.masked_fill_(~keep_RV, -math.inf).softmax(-1).cumsum(-1)
     target_R1 = torch.tensor(draws, dtype=torch.float64, device=logits_RV.device)[:, None] * cdf_RV[:, -1:]
-    # right=True: the first token whose cumulative probability exceeds the target, so never one of probability 0
+    # right=True: the first token whose cumulative probability exceeds the target, so never one of probability 0. There
+    # is one: a draw is at most 1 - 2^-52, and the product with a sum near 1 rounds to less than the sum.
     drawn: list[int] = torch.searchsorted(cdf_RV, target_R1, right=True)[:, 0].tolist()
     return drawn
 

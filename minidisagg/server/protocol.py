@@ -80,7 +80,7 @@ class GenerationRequest(Struct, frozen=True, kw_only=True):
     ignore_eos: bool | None = None
     presence_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] | None = None
     frequency_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] | None = None
-    repetition_penalty: Annotated[float, Meta(gt=0.0, le=10.0)] | None = None
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=10.0)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Id | None = None

@@ -7,7 +7,7 @@ that was reused, overwritten or never written shows in the output. With `check`,
 a link touches a page that is not its own, and when a request starts from KV that is not its own.
 
 Faults are calls, made by whoever drives the run: `kill`, `stall`, `abort`; `Chaos` reorders and duplicates messages,
-breaks transfers and delays the confirmation of an abort.
+breaks transfers and delays the confirmation of an abort; a step that holds a request of `poison` ends its worker.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
@@ -91,7 +92,7 @@ class SimWorker:
         self.stalled_until = 0.0
         self.backlog: list[Callable[[], None]] = []  # what happens to it while it is stopped
         self.alive = True
-        self.running_steps = 0
+        self.steps: deque[StepPlan] = deque()  # under way; the device computes the first
         self.device_free_at = 0.0
 
 
@@ -116,6 +117,8 @@ class Simulator:
         self.router = Router(router or RouterSpec(), make_policy())
         self.workers: dict[str, SimWorker] = {}
         self.outcomes: dict[str, Outcome] = {}
+        self.poison: set[str] = set()
+        self.deaths = 0
         self.one_sided = any(spec.one_sided_links for spec in specs)
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._count = itertools.count()
@@ -168,8 +171,8 @@ class Simulator:
         worker = self.workers[name]
         if worker.alive:
             worker.alive = False
-            spec = worker.core.spec
-            self.at(self.now + 0.005, lambda: self._reaped(spec))
+            self.deaths += 1
+            self.at(self.now + 0.005, lambda: self._reaped(worker))
 
     def stall(self, name: str, seconds: float) -> None:
         """SIGSTOP, and SIGCONT after `seconds`: everything it should have done happens then, in order."""
@@ -211,8 +214,10 @@ class Simulator:
             spec.role, spec.num_pages, spec.page_size, 1 << 20, spec.fingerprint, f"sim:{spec.name}", 0, 1
         ))  # fmt: skip
 
-    def _reaped(self, spec: EngineSpec) -> None:
-        self.router.on_worker_down(spec.name, spec.epoch, self.now)
+    def _reaped(self, worker: SimWorker) -> None:
+        spec, computing = worker.core.spec, worker.steps[0].items if worker.steps else ()
+        suspects = {(item.request_id, item.incarnation) for item in computing} or None
+        self.router.on_worker_down(spec.name, spec.epoch, self.now, suspects)
         self._drain_router()
         self.at(self.now + self.restart_after, lambda: self._start(replace(spec, epoch=spec.epoch + 1)))
 
@@ -238,8 +243,9 @@ class Simulator:
             return
         self._touched.add(worker.core.name)
         action()
-        self._drain_worker(worker)
-        self._schedule(worker)
+        if worker.alive:
+            self._drain_worker(worker)
+            self._schedule(worker)
 
     def _resume(self, worker: SimWorker) -> None:
         if self.now < worker.stalled_until:  # it was stopped again
@@ -316,20 +322,23 @@ class Simulator:
                     self._targets[worker.core.name, effect.link_epoch] = self.workers[effect.peer]
 
     def _schedule(self, worker: SimWorker) -> None:
-        while worker.running_steps <= self.depth:
+        while len(worker.steps) <= self.depth:
             plan = worker.core.schedule(self.now)
             self._drain_worker(worker)
             if plan is None:
                 return
-            worker.running_steps += 1
+            worker.steps.append(plan)
             seconds = self.cost.step_seconds(plan)
             worker.device_free_at = max(worker.device_free_at, self.now) + seconds
             self.at(worker.device_free_at, lambda p=plan, s=seconds: self._finish_step(worker, p, s))  # type: ignore[misc]
 
     def _finish_step(self, worker: SimWorker, plan: StepPlan, seconds: float) -> None:
         def finish() -> None:
+            if any(item.request_id in self.poison for item in plan.items):
+                self.kill(worker.core.name)
+                return
             tokens = self._compute(worker, plan)
-            worker.running_steps -= 1
+            worker.steps.popleft()
             worker.core.on_step_done(plan.step_id, tokens, seconds, self.now)
 
         self._inside(worker, finish)

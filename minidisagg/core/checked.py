@@ -1,0 +1,126 @@
+"""Between the mechanism and a policy: every answer of a hook is checked, every exception gets the policy's name.
+
+What a broken hook costs depends on what it was asked. `admit`, `place`, `order` and `accept` are about one request, and
+that request fails. `rebalance`, `compose` and `evict` are about all of them: whoever asked cannot go on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+from minidisagg.core.blocks import IntegrityError
+from minidisagg.core.messages import KVOffer, Role
+from minidisagg.core.policy import (
+    Accept,
+    ClusterView,
+    Placement,
+    Policy,
+    Reject,
+    RequestView,
+    RoleChange,
+    Stage,
+    Victim,
+    WorkerView,
+)
+
+if TYPE_CHECKING:
+    from minidisagg.core.batch import BatchBuilder
+    from minidisagg.core.request import Request
+
+A = TypeVar("A")
+
+
+class PolicyError(RuntimeError):
+    """A policy raised, or answered what cannot be; one line that names policy and hook."""
+
+
+class Checked(Policy):
+    """Asks `policy`. Every hook raises `PolicyError` and nothing else."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy, self.name = policy, policy_name(policy)
+
+    @property
+    def dynamic_order(self) -> bool:  # type: ignore[override]
+        """Of the policy itself, which may change its mind."""
+        return bool(self.policy.dynamic_order)
+
+    def admit(self, request: RequestView, cluster: ClusterView) -> Accept | Reject:
+        answer = self._ask("admit", lambda: self.policy.admit(request, cluster))
+        return answer if isinstance(answer, Accept) else self._rejection("admit", answer, "Accept or Reject")
+
+    def place(self, request: RequestView, cluster: ClusterView) -> Placement | Reject:
+        answer = self._ask("place", lambda: self.policy.place(request, cluster))
+        if not isinstance(answer, Placement):
+            return self._rejection("place", answer, "Placement or Reject")
+        self._known("place", answer.prefill, cluster.workers)
+        if answer.decode is not None:
+            self._known("place", answer.decode, cluster.workers)
+        return answer
+
+    def rebalance(self, cluster: ClusterView) -> list[RoleChange]:
+        changes = self._ask("rebalance", lambda: list(self.policy.rebalance(cluster)))
+        for change in changes:
+            if not isinstance(change, RoleChange) or not isinstance(change.role, Role):
+                self._fail("rebalance", f"answered {change!r}, not a RoleChange")
+            self._known("rebalance", change.worker, cluster.workers)
+        return changes
+
+    def accept(self, offer: KVOffer, worker: WorkerView) -> bool:
+        answer = self._ask("accept", lambda: self.policy.accept(offer, worker))
+        if not isinstance(answer, bool):
+            self._fail("accept", f"answered {answer!r}, not True or False")
+        return answer
+
+    def order(self, request: Request, stage: Stage, worker: WorkerView) -> Any:
+        def ask() -> Any:
+            key = self.policy.order(request, stage, worker)
+            if bool(key < key):
+                raise ValueError(f"{key!r} is less than itself")
+            return key
+
+        return self._ask("order", ask)
+
+    def compose(self, batch: BatchBuilder, worker: WorkerView) -> None:
+        self._ask("compose", lambda: self.policy.compose(batch, worker))
+
+    def evict(self, worker: WorkerView, candidates: Sequence[Request]) -> Victim | None:
+        answer = self._ask("evict", lambda: self.policy.evict(worker, candidates))
+        if answer is not None and not (isinstance(answer, Victim) and answer.request in candidates):
+            self._fail("evict", f"answered {answer!r}, not a Victim among the candidates")
+        return answer
+
+    def incomparable(self, error: TypeError) -> PolicyError:
+        """Two keys of `order`, each of them in order, that cannot be sorted together."""
+        return PolicyError(f"policy {self.name}: order answers keys that cannot be compared: {error}")
+
+    def _ask(self, hook: str, ask: Callable[[], A]) -> A:
+        try:
+            return ask()
+        except (PolicyError, IntegrityError):
+            raise  # `compose` causes `evict` to be asked, and whatever the mechanism has to say
+        except (Exception, SystemExit) as error:
+            what = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise PolicyError(f"policy {self.name}: {hook} raised {what}") from error
+
+    def _rejection(self, hook: str, answer: object, wanted: str) -> Reject:
+        if not isinstance(answer, Reject):
+            self._fail(hook, f"answered {answer!r}, not {wanted}")
+        wait: Any = answer.retry_after
+        if not isinstance(wait, int | float) or not 0 <= wait < math.inf or not isinstance(answer.reason, str):
+            self._fail(hook, f"answered {answer!r}: retry_after is seconds, reason a text")
+        return answer
+
+    def _known(self, hook: str, worker: object, workers: Collection[str]) -> None:
+        if not isinstance(worker, str) or worker not in workers:
+            self._fail(hook, f"named the worker {worker!r}; there are {', '.join(workers)}")
+
+    def _fail(self, hook: str, what: str) -> NoReturn:
+        raise PolicyError(f"policy {self.name}: {hook} {what}")
+
+
+def policy_name(policy: Policy) -> str:
+    """The class that a user knows."""
+    return type(getattr(policy, "policy", policy)).__name__
