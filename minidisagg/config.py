@@ -81,6 +81,7 @@ class RunSettings(Struct, frozen=True, kw_only=True):
     step_ahead: int = -1  # steps planned ahead; -1: 1 on a GPU, 0 on a CPU
     link_timeout: float = 10.0
     lease: float = 30.0
+    step_deadline: float = 120.0  # seconds after which a worker's step is taken to hang
     trace: bool = False  # workers report each piece on their links, for a timeline
     clock_offsets: dict[str, float] = {}  # worker → seconds that its clock is ahead: to test what must not depend on it
     ceilings: bool = False  # measure each device's read bandwidth and matmul rate at its first start (a second)

@@ -127,8 +127,9 @@ class EngineCore:
         self._handlers: dict[type[AnyMessage], Callable[[Envelope], None]] = {
             Submit: self._on_submit, Abort: self._on_abort, Migrate: self._on_migrate, SetRole: self._on_set_role,
             PeerUp: self._on_peer_up, PeerDown: self._on_peer_down, KVOffer: self._on_offer, KVGrant: self._on_grant,
-            KVWait: self._on_wait, KVBusy: self._on_busy, KVChunk: self._on_chunk, KVDone: self._on_done, KVAck: self._on_ack,
-            KVCancel: self._on_cancel, KVFailed: self._on_failed, LinkAborted: self._on_link_aborted_by_peer,
+            KVWait: self._on_wait, KVBusy: self._on_busy, KVChunk: self._on_chunk, KVDone: self._on_done,
+            KVAck: self._on_ack, KVCancel: self._on_cancel, KVFailed: self._on_failed,
+            LinkAborted: self._on_link_aborted_by_peer,
         }  # fmt: skip
 
     # ------------------------------------------------------------ what drivers call
@@ -157,10 +158,11 @@ class EngineCore:
         if self.policy.dynamic_order:
             self._reorder(self.waiting, "prefill")
             self._reorder(self.running, "decode")
-        for self._cohort in self._turns():
-            batch = BatchBuilder(self, self._cohort)
+        for cohort in self._turns():
+            batch = BatchBuilder(self, cohort)
             self.policy.compose(batch, self)
             if batch.items:
+                self._cohort = cohort
                 break
         else:
             if not (self.plans or self.sender.busy or self.receiver.busy or self.held):

@@ -33,8 +33,8 @@ class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True, forb
     """How tokens are chosen. Temperature 0 is greedy; randomness is keyed by (seed, position), so a retry repeats it.
 
     `stop` strings are matched by the front end; a worker knows `stop_token_ids` only, into which the front end has
-    put the model's end-of-sequence ids unless `ignore_eos` is set. Temperatures between 0 and 0.01 are taken as 0.01, as
-    vLLM does, and a repetition penalty has a smallest value: beyond these, logits overflow.
+    put the model's end-of-sequence ids unless `ignore_eos` is set. Temperatures between 0 and 0.01 are taken as 0.01,
+    as vLLM does, and a repetition penalty has a smallest value: beyond these, logits overflow.
     """
 
     max_tokens: Annotated[int, Meta(ge=1)] = 128

@@ -35,10 +35,35 @@ class Request:
     """
 
     __slots__ = (
-        "arrival", "cached_tokens", "cohort", "decode", "first_scheduled_at", "hashes", "incarnation", "inflight", "introduced",
-        "leaves", "num_computed", "num_scheduled", "output", "pages", "peer", "pending", "prefill_len", "priority",
-        "prompt", "published", "queued_at", "ready_at", "request_id", "root", "salt", "sampling", "sort_key", "state",
-    )  # fmt: skip
+        "arrival",
+        "cached_tokens",
+        "cohort",
+        "decode",
+        "first_scheduled_at",
+        "hashes",
+        "incarnation",
+        "inflight",
+        "introduced",
+        "leaves",
+        "num_computed",
+        "num_scheduled",
+        "output",
+        "pages",
+        "peer",
+        "pending",
+        "prefill_len",
+        "priority",
+        "prompt",
+        "published",
+        "queued_at",
+        "ready_at",
+        "request_id",
+        "root",
+        "salt",
+        "sampling",
+        "sort_key",
+        "state",
+    )
 
     def __init__(self, source: Submit | KVOffer, fingerprint: str, now: float) -> None:
         self.request_id = source.request_id

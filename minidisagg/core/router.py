@@ -285,7 +285,7 @@ class Router:
             if now > request.deadline:
                 self.on_abort(request.request_id, now, reason="the request's deadline has passed")
         for name, beat in list(self.heartbeats.items()):
-            stuck = beat.busy and self._lived - beat.stepped_at > self.spec.stuck_after
+            stuck = self.stands_still(name, self.spec.stuck_after)
             if self._lived - beat.heard_at > self.spec.lost_after or stuck:
                 beat.heard_at = beat.stepped_at = self._lived
                 reason = "makes no progress" if stuck else "does not answer"
@@ -306,6 +306,11 @@ class Router:
         status = self.view.workers.get(change.worker)
         if status is not None:
             status.flipping = change.role if change.role != status.role else None
+
+    def stands_still(self, name: str, seconds: float) -> bool:
+        """The live worker's step takes longer than this."""
+        beat = self.heartbeats[name]
+        return beat.busy and self._lived - beat.stepped_at > seconds
 
     def uses(self, name: str) -> bool:
         """Some request needs the worker."""

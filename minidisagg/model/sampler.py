@@ -4,7 +4,7 @@ Order: min_tokens, penalties, temperature, top-k, top-p, min-p, draw. Every filt
 at the threshold stay), so that a row's outcome depends on nothing but the row; and the draw's randomness is a hash of
 (seed, output index), so that a token is the same in any batch, on any worker and after any retry.
 
-A row may hold anything: a model can overflow, a client can forbid every token. Such a row gives `NO_TOKEN`, and the rows
+A row may hold anything: a model can overflow, a client can forbid every token. Such a row gives `NO_TOKEN`, and those
 beside it what they would have given alone.
 """
 

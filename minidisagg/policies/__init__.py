@@ -17,6 +17,8 @@ from functools import cache, partial
 from importlib.metadata import entry_points
 from pathlib import Path
 
+from minidisagg.core import rehearsal
+from minidisagg.core.checked import PolicyError
 from minidisagg.core.messages import ROUTER
 from minidisagg.core.policy import Policy
 from minidisagg.policies._log import Logged, Write
@@ -55,6 +57,14 @@ def make_policy(spec: str, who: str, log_dir: str) -> Policy:
     """`load_policy`, with each decision of it written to `log_dir`/`who`.jsonl where there is a `log_dir`."""
     policy = load_policy(spec)
     return Logged(policy, spec, who, _appender(Path(log_dir) / f"{who}.jsonl")) if log_dir else policy
+
+
+def rehearse(spec: str, workers: rehearsal.Workers) -> None:
+    """A dry call of the policy that `spec` names, on these workers; raises `ValueError` in one line."""
+    try:
+        rehearsal.rehearse(partial(load_policy, spec), workers)
+    except PolicyError as error:
+        raise ValueError(str(error)) from error
 
 
 @cache

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from minidisagg.core.messages import Logprobs
-from minidisagg.core.plan import PlanItem, SeqKey, StepPlan
+from minidisagg.core.plan import NO_TOKEN, PlanItem, SeqKey, StepPlan
 from minidisagg.model.attention import build_batch
 from minidisagg.model.config import ModelConfig
 from minidisagg.model.sampler import SequenceSampling, sample, score
@@ -23,7 +23,7 @@ _SCORED_ROWS = 256  # at a time: the logits of a row take 200 KB
 
 @dataclass(frozen=True)
 class StepResult:
-    """`tokens`: one per item with `sample`, in item order. `flops` and `bytes_read`: see `step_work`."""
+    """`tokens`: one per item with `sample`, in item order, or `NO_TOKEN`. `flops` and `bytes_read`: see `step_work`."""
 
     tokens: list[int]
     seconds: float
@@ -61,8 +61,10 @@ class Executor:
         sampling = [item for item in plan.items if item.sample]
         tokens = sample(logits_SV, [(self._sequence(item), item.index) for item in sampling]) if sampling else []
         for item, token in zip(sampling, tokens, strict=True):
-            self._sequence(item).output[token] += 1
-            self.last_token[item.request_id, item.incarnation] = token
+            if token != NO_TOKEN:
+                self._sequence(item).output[token] += 1
+            # A step ahead may carry a request that has just ended: it needs some token, whose result nobody takes.
+            self.last_token[item.request_id, item.incarnation] = max(token, 0)
         logprobs = self._score(plan.items, iter(tokens), x_NE, batch.first_rows)
         if model.device.type == "cuda":  # a step without a sample has nothing else that waits for the device
             torch.cuda.synchronize(model.device)
@@ -76,7 +78,7 @@ class Executor:
         out = []
         for i, item in enumerate(items):
             sequence = self._sequence(item)
-            token = [next(sampled)] if item.sample else []
+            token = [token for token in ([next(sampled)] if item.sample else []) if token != NO_TOKEN]
             prompt = sequence.scored[item.start + 1 : item.start + 1 + item.count]
             for tokens, first, top in (
                 (prompt, 0, sequence.sampling.prompt_logprobs),

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import itertools
 import logging
 import math
+import os
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -25,11 +27,13 @@ from typing import Protocol
 import msgspec
 
 from minidisagg.config import ClusterSettings, ModelSettings, RunSettings
+from minidisagg.core.checked import PolicyError
 from minidisagg.core.effects import Send
-from minidisagg.core.messages import ROUTER, Envelope, Fatal, Hello, Role, SamplingParams, Stats
+from minidisagg.core.messages import ROUTER, Envelope, Fatal, Hello, Role, SamplingParams, Stats, TokenId
+from minidisagg.core.plan import SeqKey
 from minidisagg.core.policy import RoleChange
 from minidisagg.core.router import Emit, Kill, Router, RouterSpec, drain_outbox
-from minidisagg.policies import make_policy
+from minidisagg.policies import make_policy, rehearse
 from minidisagg.runtime.channel import Channel, ChannelError, listen
 from minidisagg.runtime.launch import Supervisor, role_name
 
@@ -39,7 +43,9 @@ START_TIMEOUT = 300.0  # seconds for all workers to load their weights
 # Without a server there is nobody to turn away: whoever measures or generates offline waits.
 UNLIMITED = RouterSpec(max_waiting=sys.maxsize, max_waiting_tokens=sys.maxsize, request_timeout=math.inf)
 logger = logging.getLogger("minidisagg")
+RUN_DIR, OWNER = "minidisagg-", "owner"
 OnEmit = Callable[[Emit, float], None]
+MAX_SEED = (1 << 63) - 1
 
 
 class Observer(Protocol):
@@ -59,6 +65,10 @@ class StartError(RuntimeError):
     """The cluster did not come up; one line for the user."""
 
 
+class EngineError(RuntimeError):
+    """The router, or the policy, has failed in a way that no restart mends; one line for the user."""
+
+
 class Frontend:
     """A running cluster. `await Frontend.start(...)`, then `submit` or `generate`, then `await stop()`."""
 
@@ -69,14 +79,16 @@ class Frontend:
         self.cluster = cluster
         self.run = run
         self.loop = asyncio.get_running_loop()
-        spec = router or replace(UNLIMITED, seed=run.seed)
+        spec = replace(router or replace(UNLIMITED, seed=run.seed), stuck_after=run.step_deadline)
+        self._roles = {name: (role, settings.options()) for name, role, settings in cluster.roles()}
+        rehearse(cluster.policy, self._roles)
         self.router = Router(spec, make_policy(cluster.policy, ROUTER, run.decision_dir))
-        self.run_dir = _make_run_dir()
+        self.run_dir, self._owner = _make_run_dir()
         self.channels: dict[str, Channel] = {}
-        self._greetings: dict[str, Hello] = {}  # the last of each worker, dead ones too: what it can hold stays true
+        self.greetings: dict[str, Hello] = {}  # the last of each worker, dead ones too: what it can hold stays true
         self.restarted: list[tuple[float, str]] = []  # when a worker died, and which
         self.error = ""  # why a worker did not start
-        self.router_error = ""  # after which nothing works any more
+        self.failure = ""  # after which nothing works any more
         self.observers: list[Observer] = []
         self._ids = itertools.count()
         self._callbacks: dict[str, OnEmit] = {}
@@ -88,6 +100,7 @@ class Frontend:
             self.supervisor = Supervisor(model, cluster, run, self.run_dir, self._on_worker_down)
         except BaseException:
             shutil.rmtree(self.run_dir)
+            os.close(self._owner)
             raise
 
     @classmethod
@@ -101,7 +114,7 @@ class Frontend:
             frontend._server = await listen(path, frontend._serve_worker)
             await frontend.supervisor.start()
             await asyncio.wait_for(frontend._ready.wait(), START_TIMEOUT)
-            if error := frontend.error or frontend.router_error:
+            if error := frontend.error or frontend.failure:
                 raise StartError(error)
         except TimeoutError:
             await frontend.stop()
@@ -126,6 +139,7 @@ class Frontend:
         if self._server is not None:
             self._server.close()
         shutil.rmtree(self.run_dir, True)  # a few small files; at the interpreter's exit there are no threads to ask
+        os.close(self._owner)
 
     async def __aenter__(self) -> Frontend:
         return self
@@ -148,16 +162,19 @@ class Frontend:
     @property
     def max_model_len(self) -> int:
         """Tokens of prompt and output that every worker can hold, whether it is up or not."""
-        return min((hello.max_model_len for hello in self._greetings.values()), default=0)
+        return min((hello.max_model_len for hello in self.greetings.values()), default=0)
 
     @property
     def vocab_size(self) -> int:
         """Of the model."""
-        return int(next(iter(self._greetings.values())).info["vocab_size"])
+        return int(next(iter(self.greetings.values())).info["vocab_size"])
 
     def check(self, prompt: list[int], sampling: SamplingParams) -> None:
         """Raises `ValueError` if no worker could ever finish this request."""
         limit = self.max_model_len
+        # Built in this process, neither has been through a decoder yet, and the workers' would refuse what they hold.
+        msgspec.convert(prompt, list[TokenId])
+        msgspec.convert(msgspec.structs.asdict(sampling), SamplingParams)
         if not prompt:
             raise ValueError("the prompt is empty")
         if len(prompt) + sampling.max_tokens > limit + (sampling.max_tokens == 1):  # whose own KV nobody computes
@@ -172,12 +189,17 @@ class Frontend:
         self, prompt: list[int], sampling: SamplingParams, on_emit: OnEmit, arrival: float | None = None,
         salt: str = "", priority: int = 0,
     ) -> str:  # fmt: skip
-        """Send a request and return its id; `on_emit(emit, time.monotonic())` is called with its tokens and its end."""
+        """Send a request and return its id; `on_emit(emit, time.monotonic())` is called with its tokens and its end.
+
+        Raises `ValueError`, and `EngineError` once the engine has failed for good.
+        """
+        if self.failure:
+            raise EngineError(self.failure)
         self.check(prompt, sampling)
         number = next(self._ids)
         request_id = f"{number:08d}"  # never reused: workers remember the ids of what is over
         if sampling.seed is None:
-            sampling = msgspec.structs.replace(sampling, seed=(self.run.seed << 32) + number)
+            sampling = msgspec.structs.replace(sampling, seed=((self.run.seed << 32) + number) & MAX_SEED)
         self._callbacks[request_id] = on_emit
         self.router.on_request(request_id, prompt, sampling, time.monotonic(), arrival, salt, priority)
         self._drain()
@@ -212,12 +234,15 @@ class Frontend:
 
     def set_policy(self, spec: str) -> None:
         """Change the scheduling policy everywhere. Raises `ValueError`."""
+        rehearse(spec, self._roles)
         self.router.set_policy(spec, make_policy(spec, ROUTER, self.run.decision_dir), time.monotonic())
         self._event(f"policy {spec}")
         self._drain()
 
     def set_role(self, worker: str, role: Role) -> None:
-        """Finish what the worker has, then flip. Raises `KeyError`."""
+        """Finish what the worker has, then flip; one that is down, when it is back. Raises `KeyError`."""
+        if worker not in self.supervisor.names:
+            raise KeyError(worker)
         self.router.set_role(RoleChange(worker, role), time.monotonic())
         self._event(f"{worker} finishes, then becomes {role_name(role)}")
         self._drain()
@@ -229,7 +254,7 @@ class Frontend:
 
     def kill(self, worker: str) -> None:
         """SIGKILL; the supervisor starts it again under the next epoch. Raises `KeyError`."""
-        self.supervisor.kill(worker, self.router.view.workers[worker].epoch)
+        self.supervisor.kill(worker, self.router.view.workers[worker].epoch, wanted=True)
 
     async def fresh_stats(self) -> dict[str, Stats]:
         """Wait until every live worker has reported anew, so that its counters cover all that has happened."""
@@ -250,11 +275,13 @@ class Frontend:
                 if isinstance(envelope.body, Hello):
                     self.supervisor.greeted.add((envelope.source, envelope.epoch))
                     self.channels[envelope.source] = channel
-                    self._greetings[envelope.source] = envelope.body
+                    self.greetings[envelope.source] = envelope.body
                     self._event(f"{envelope.source} is up, epoch {envelope.epoch}")
                 elif isinstance(envelope.body, Fatal) and envelope.source not in self.channels:
                     self.error = f"{envelope.source}: {envelope.body.reason}"
                     self._ready.set()
+                elif isinstance(envelope.body, Fatal) and envelope.body.hopeless:
+                    self._give_up(envelope.body.reason)
                 now = time.monotonic()
                 self.router.on_message(envelope, now)
                 self._drain()
@@ -269,7 +296,9 @@ class Frontend:
         except Exception as error:
             self._on_router_failure(error)
 
-    def _on_worker_down(self, name: str, epoch: int, early: bool) -> None:
+    def _on_worker_down(
+        self, name: str, epoch: int, early: bool, suspects: Collection[SeqKey] | None
+    ) -> None:  # fmt: skip
         if early and not self.error:
             self.error = f"{name} did not start: {self.supervisor.log_tail(name) or 'no message'}"
         if early:
@@ -278,7 +307,7 @@ class Frontend:
         self.restarted.append((time.monotonic(), name))
         self._event(f"{name} is down, epoch {epoch}")
         try:
-            self.router.on_worker_down(name, epoch, time.monotonic())
+            self.router.on_worker_down(name, epoch, time.monotonic(), suspects)
             self._drain()
         except Exception as error:  # the supervisor, who calls this, goes on
             self._on_router_failure(error)
@@ -294,11 +323,16 @@ class Frontend:
             self._on_router_failure(error)
 
     def _on_router_failure(self, error: BaseException) -> None:
-        """A bug in the router or its policy: nobody waits for ever."""
-        self.router_error = f"the router failed: {type(error).__name__}: {error}"
-        logger.error("%s", self.router_error, exc_info=error)
+        """A bug in the router or its policy."""
+        reason = str(error) if isinstance(error, PolicyError) else f"{type(error).__name__}: {error}"
+        self._give_up(f"the router failed: {reason}", error)
+
+    def _give_up(self, reason: str, error: BaseException | None = None) -> None:
+        """Nothing will work any more, and nobody waits for it for ever."""
+        self.failure = self.failure or reason
+        logger.error("%s", reason, exc_info=error)
         for request_id in list(self._callbacks):
-            self._emit(Emit(request_id, finish="error", error=self.router_error))
+            self._emit(Emit(request_id, finish="error", error=reason))
 
     def _event(self, text: str) -> None:
         logger.info("%s", text)
@@ -332,7 +366,26 @@ class Frontend:
         callback(emit, now)
 
 
-def _make_run_dir() -> Path:
-    """Mode 0700. The path of a Unix socket has 107 bytes at most, so that a long $TMPDIR will not do."""
-    parent = tempfile.gettempdir()
-    return Path(tempfile.mkdtemp(prefix="minidisagg-", dir=parent if len(parent) <= 50 else "/tmp"))
+def _make_run_dir() -> tuple[Path, int]:
+    """A directory of mode 0700, and the lock that shows that its owner lives. Those of the dead are removed first.
+
+    The path of a Unix socket has 107 bytes at most, so that a long $TMPDIR will not do.
+    """
+    parent = tempfile.gettempdir() if len(tempfile.gettempdir()) <= 50 else "/tmp"
+    for lock in Path(parent).glob(f"{RUN_DIR}*/{OWNER}"):
+        with contextlib.suppress(OSError):  # it lives, or is another user's
+            os.close(_lock(lock))
+            shutil.rmtree(lock.parent, True)
+    made = Path(tempfile.mkdtemp(prefix=RUN_DIR, dir=parent))
+    return made, _lock(made / OWNER)
+
+
+def _lock(path: Path) -> int:
+    """The descriptor that holds the lock, which goes with its process. Raises `OSError` if somebody has it."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(file)
+        raise
+    return file

@@ -11,14 +11,16 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import msgspec
 
 from minidisagg.config import ClusterSettings, ModelSettings, RunSettings, WorkerConfig, assign_cpus
 from minidisagg.core.messages import Role
+from minidisagg.core.plan import SeqKey
 from minidisagg.model.loader import load_config
+from minidisagg.runtime.blackbox import read_notes
 
 # Weights on huge pages: a decode step streams all of them. What a step frees stays in the process, since the next step
 # would fault it in again, zeroed: together 1.5 times the throughput of 16 sequences on two cores. One arena, since a
@@ -31,8 +33,7 @@ MALLOC_TUNABLES = (
 # torch and oneDNN each keep what they made for the last 1,024 shapes of a matmul: 700 MiB after some 10,000 prompts of
 # different lengths. With a quarter of that, prefill is as fast.
 SHAPE_CACHES = {"LRU_CACHE_CAPACITY": "256", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256"}
-BACKOFF = (0.1, 0.5, 2.0, 5.0)  # seconds before each further restart of a worker that keeps dying
-STEADY = 60.0  # seconds of life after which a death counts as the first one again
+BACKOFF = (0.1, 0.5, 2.0, 5.0)  # seconds before each further restart of a worker that dies before it has said hello
 HELLO_TIMEOUT = 300.0  # seconds for a worker to load and say hello
 STOP_GRACE = 3.0  # seconds between asking a worker to stop and killing it
 logger = logging.getLogger("minidisagg")
@@ -43,9 +44,10 @@ class Supervisor:
 
     def __init__(
         self, model: ModelSettings, cluster: ClusterSettings, run: RunSettings, run_dir: Path,
-        on_down: Callable[[str, int, bool], None],
+        on_down: Callable[[str, int, bool, Collection[SeqKey] | None], None],
     ) -> None:  # fmt: skip
-        """`on_down(name, epoch, early)` follows the wait for the process; `early`: its first start has failed."""
+        """`on_down(name, epoch, early, suspects)` follows the wait for the process; `early`: its first start has
+        failed; `suspects`: see `Router.on_worker_down`."""
         load_config(model.model)  # a wrong name or a broken config is told before any process is started
         self.run_dir = run_dir
         self._on_down = on_down
@@ -58,7 +60,8 @@ class Supervisor:
             )  # fmt: skip
         self.processes: dict[str, asyncio.subprocess.Process] = {}
         self.greeted: set[tuple[str, int]] = set()  # workers that said hello
-        self.restarts = dict.fromkeys(self._configs, 0)
+        self.restarts = dict.fromkeys(self._configs, 0)  # since it last said hello
+        self._wanted: set[tuple[str, int]] = set()  # deaths that an operator asked for
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = False
 
@@ -72,10 +75,12 @@ class Supervisor:
         for name in self._configs:
             await self._start(name)
 
-    def kill(self, name: str, epoch: int) -> None:
-        """SIGKILL, if that epoch still runs."""
+    def kill(self, name: str, epoch: int, wanted: bool = False) -> None:
+        """SIGKILL, if that epoch still runs; no request is to blame where an operator `wanted` it."""
         process = self.processes.get(name)
         if process is not None and process.returncode is None and self._configs[name].epoch == epoch:
+            if wanted:
+                self._wanted.add((name, epoch))
             process.kill()
 
     def log_tail(self, name: str) -> str:
@@ -113,32 +118,44 @@ class Supervisor:
                 stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, env=_environment(config),
             )  # fmt: skip
         self.processes[name] = process
-        asyncio.get_running_loop().call_later(HELLO_TIMEOUT, self._kill_if_silent, name, config.epoch)
-        task = asyncio.get_running_loop().create_task(self._watch(name, config.epoch, process))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        for work in self._watch(name, config.epoch, process), self._kill_if_silent(name, config.epoch):
+            task = asyncio.get_running_loop().create_task(work)
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
-    def _kill_if_silent(self, name: str, epoch: int) -> None:
-        if (name, epoch) not in self.greeted:
-            self.kill(name, epoch)
+    async def _kill_if_silent(self, name: str, epoch: int) -> None:
+        for _ in range(round(HELLO_TIMEOUT)):  # in seconds that this process lives through
+            await asyncio.sleep(1.0)
+            if (name, epoch) in self.greeted:
+                return
+        self.kill(name, epoch)
 
     async def _watch(self, name: str, epoch: int, process: asyncio.subprocess.Process) -> None:
-        began = asyncio.get_running_loop().time()
         code = await process.wait()
         if self._stopping:
             return
         how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-        if (name, epoch) in self.greeted and asyncio.get_running_loop().time() - began > STEADY:
+        if (name, epoch) in self.greeted:
             self.restarts[name] = 0
         early = epoch == 1 and (name, epoch) not in self.greeted
         if not early:  # else the front end's error says it
             logger.warning("worker %s (epoch %d) is dead: %s %s", name, epoch, how, self.log_tail(name))
-        self._on_down(name, epoch, early)
-        if early:
-            return  # a first start that fails would fail again; a restart is tried again
-        await asyncio.sleep(BACKOFF[min(self.restarts[name], len(BACKOFF) - 1)])
-        self.restarts[name] += 1
-        await self._start(name)
+        suspects = () if (name, epoch) in self._wanted else read_notes(self.run_dir, name, epoch) or None
+        self._sweep(name, epoch)
+        self._on_down(name, epoch, early, suspects)
+        while not early:  # a first start that fails would fail again; a restart is tried again
+            await asyncio.sleep(BACKOFF[min(self.restarts[name], len(BACKOFF) - 1)])
+            self.restarts[name] += 1
+            try:
+                return await self._start(name)
+            except OSError as error:  # no memory or no process number to be had: later there may be
+                logger.warning("worker %s cannot be started: %s", name, error)
+
+    def _sweep(self, name: str, epoch: int) -> None:
+        """Remove what the dead process had in the run directory: its sockets, those of its links' ends, its notes."""
+        for pattern in f"{name}.{epoch}.*", f"*-{name}.*.sock":
+            for path in self.run_dir.glob(pattern):
+                path.unlink(missing_ok=True)
 
 
 def role_name(role: Role) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from minidisagg.core.effects import AbortLink, Send
+from minidisagg.core.handoff import EPOCH_BITS
 from minidisagg.core.messages import LinkOpen, LinkReady, LinkStats, Piece
 from minidisagg.core.plan import Completion, TransferOp
 from minidisagg.runtime.kv_cache import KVCache
@@ -95,8 +96,18 @@ class LinkSet:
         if message.error:
             self._fail(key, entry, message.error)
             return
-        entry.link = self._make(peer, message.link_epoch, source=True)
+        try:
+            entry.link = self._make(peer, message.link_epoch, source=True)
+        except (LinkError, OSError, ValueError, RuntimeError) as error:
+            self._fail(key, entry, str(error).partition("\n")[0])
+            return
         self._spawn(self._connect(key, entry, message.endpoint))
+
+    def on_peer_down(self, peer: str, epoch: int) -> None:
+        """Destination: take down what the dead process has opened and the core has never heard of."""
+        for key, entry in self._entries.items():
+            if key[0] == peer and not key[2] and key[1] >> EPOCH_BITS <= epoch and not entry.closing:
+                self.abort(AbortLink(peer, key[1], False, True))
 
     def start(self, op: TransferOp) -> None:
         """Start one piece, or let it wait for the link."""
@@ -118,6 +129,12 @@ class LinkSet:
 
     def poll(self) -> None:
         """Hand finished operations to the core; called when a link wakes the loop."""
+        try:
+            self._poll()
+        except Exception as error:
+            self._on_failure(error)
+
+    def _poll(self) -> None:
         for key, entry in list(self._entries.items()):
             for completion in entry.link.poll() if entry.link is not None else ():
                 started, request_id = entry.started.pop(completion.seq)

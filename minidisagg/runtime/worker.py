@@ -8,6 +8,9 @@
 
 On a CPU the loop and the device share the worker's cores; the device thread runs at a lower priority, so that a
 message is answered at once even in the middle of a long prefill.
+
+Crash-only: an error at any entrance of the loop ends the process, for the supervisor to start the next. Behind that the
+loop's own handler and the threads' are the net.
 """
 
 from __future__ import annotations
@@ -23,12 +26,13 @@ import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 import torch
 
 from minidisagg.config import ClusterSettings, WorkerConfig, WorkerSettings, parse_cpus
+from minidisagg.core.checked import PolicyError
 from minidisagg.core.effects import AbortLink, OpenLink, Send, StartTransfer
 from minidisagg.core.engine import EngineCore, EngineSpec
 from minidisagg.core.inputlog import RecordingCore
@@ -51,6 +55,7 @@ from minidisagg.model.config import ModelConfig
 from minidisagg.model.loader import load_config, load_weights
 from minidisagg.model.transformer import Transformer
 from minidisagg.policies import make_policy
+from minidisagg.runtime.blackbox import KINDS, Note
 from minidisagg.runtime.ceilings import measure_ceilings
 from minidisagg.runtime.channel import Channel, ChannelError, connect, listen
 from minidisagg.runtime.executor import Executor, StepResult
@@ -121,6 +126,13 @@ class Worker:
         self.busy_seconds = self.flops = self.bytes_read = 0.0
         self.decode_wait = config.run.delays.get("decode_wait", 0.0)
         self.clock_offset = config.run.clock_offsets.get(config.name, 0.0)
+        self.computing, self.reading = (
+            Note(Path(config.run_dir), config.name, config.epoch, kind) for kind in KINDS
+        )  # fmt: skip
+        self.loop.set_exception_handler(self._on_loop_error)
+        threading.excepthook = lambda thread: self.loop.call_soon_threadsafe(
+            self._on_failure, thread.exc_value or RuntimeError(f"thread {thread.thread} failed")
+        )
 
     async def run(self) -> None:
         """Load, say hello, serve until told to stop; raises `ValueError` for what a user can mend."""
@@ -162,7 +174,8 @@ class Worker:
             page_size=cache.page_size, num_layers=model_config.num_layers,
             fingerprint=cache.fingerprint(model_config, config.cluster.kv_codec),
             one_sided_links=kind == "shm", prefix_caching=config.model.prefix_caching, lease=config.run.lease,
-            link_timeout=config.run.link_timeout, options=config.settings.options(),
+            link_timeout=config.run.link_timeout, step_deadline=config.run.step_deadline,
+            options=config.settings.options(),
         )  # fmt: skip
         policy = make_policy(config.cluster.policy, config.name, config.run.decision_dir)
         if config.run.record_dir:
@@ -216,6 +229,17 @@ class Worker:
             self._stop(str(error))
 
     def _on_message(self, envelope: Envelope) -> None:
+        """A message that raises is the fault of its request, if it has one."""
+        body = envelope.body
+        about = getattr(body, "request_id", None)
+        if about is not None:
+            self.reading.write([(about, body.incarnation)])  # type: ignore[union-attr]
+        if self._guarded(self._take, envelope):
+            if about is not None:
+                self.reading.clear()
+            self._advance()
+
+    def _take(self, envelope: Envelope) -> None:
         body = envelope.body
         if isinstance(body, PeerUp):
             self.peers[body.worker] = body.address
@@ -227,7 +251,8 @@ class Worker:
             if (gone := self.channels.pop(body.worker, None)) is not None:
                 gone.close()
         if isinstance(body, LinkOpen):
-            self.links.on_link_open(envelope.source, body)
+            if envelope.epoch >= self.core.peers.get(envelope.source, 0):  # else its process is dead already
+                self.links.on_link_open(envelope.source, body)
         elif isinstance(body, LinkReady):
             self.links.on_link_ready(envelope.source, body)
         elif isinstance(body, SetPolicy):
@@ -235,15 +260,17 @@ class Worker:
             self.core.set_policy(body.spec, policy, self.now())
         else:
             self.core.on_message(envelope, self.now())
-        self._advance()
+        if isinstance(body, PeerDown):
+            self._drain()  # the core gives up the links that it knows of, and what is left is for nobody
+            self.links.on_peer_down(body.worker, body.epoch)
 
     def _on_completion(self, completion: Completion) -> None:
-        self.core.on_transfer_done(completion, self.now())
-        self._advance()
+        if self._guarded(self.core.on_transfer_done, completion, self.now()):
+            self._advance()
 
     def _on_link_aborted(self, peer: str, link_epoch: int, outgoing: bool) -> None:
-        self.core.on_link_aborted(peer, link_epoch, outgoing, self.now())
-        self._advance()
+        if self._guarded(self.core.on_link_aborted, peer, link_epoch, outgoing, self.now()):
+            self._advance()
 
     async def _tick(self) -> None:
         while True:
@@ -272,6 +299,9 @@ class Worker:
 
     def _advance(self) -> None:
         """Carry out what the core wants, and keep the device busy."""
+        self._guarded(self._carry_on)
+
+    def _carry_on(self) -> None:
         self._drain()
         while self.steps_flying <= self.depth and not self._waits_on_purpose():
             plan = self.core.schedule(self.now())
@@ -282,7 +312,7 @@ class Worker:
             self._spawn(self._step(plan))
 
     async def _step(self, plan: StepPlan) -> None:
-        result = await self._on_device(self.device.run, plan)
+        result = await self._on_device(self._compute, plan)
         self.steps_flying -= 1
         self.busy_seconds += result.seconds
         self.flops += result.flops
@@ -291,6 +321,13 @@ class Worker:
             self._send(ROUTER, logprobs)
         self.core.on_step_done(plan.step_id, result.tokens, result.seconds, self.now())
         self._advance()
+
+    def _compute(self, plan: StepPlan) -> StepResult:
+        """On the device thread. The note stays where the step does not come through: its requests are suspects."""
+        self.computing.write((item.request_id, item.incarnation) for item in plan.items)
+        result = self.device.run(plan)
+        self.computing.clear()
+        return result
 
     def _on_device(self, work: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
         return self.loop.run_in_executor(self.device_thread, work, *arguments)
@@ -366,7 +403,25 @@ class Worker:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._on_failure(error)
 
+    def _guarded(self, work: Callable[..., None], *arguments: object) -> bool:
+        """Whether it came through; a worker that has failed does nothing more."""
+        if self.failure:
+            return False
+        try:
+            work(*arguments)
+        except Exception as error:
+            self._on_failure(error)
+        return not self.failure
+
+    def _on_loop_error(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if isinstance(error, ConnectionError):  # a peer's end of a channel: its parent will say so
+            return
+        self._on_failure(error or RuntimeError(context["message"]))
+
     def _on_failure(self, error: BaseException) -> None:
+        if isinstance(error, PolicyError) and not self.failure:  # the next process would have the same policy
+            self._send(ROUTER, Fatal(str(error), self.config.name, self.config.epoch, hopeless=True))
         self._stop(f"{type(error).__name__}: {error}", error)
 
     def _stop(self, reason: str, error: BaseException | None = None) -> None:

@@ -51,7 +51,7 @@ class WorkerState(Struct, frozen=True):
     role: str
     state: Literal["up", "flipping", "draining", "down"]
     epoch: int
-    pid: int = 0
+    pid: int | msgspec.UnsetType = msgspec.UNSET  # left out while it is down: 0 would be the reader's own process group
     device: str = ""
     queued_tokens: int = 0
     decoding: int = 0
@@ -185,7 +185,8 @@ class Admin:
         return found[::-1]
 
     def _mode(self) -> str:
-        roles = [status.flipping or status.role for status in self.frontend.router.view.workers.values()]
+        router = self.frontend.router
+        roles = [router.roles.get(name) or hello.role for name, hello in self.frontend.greetings.items()]
         return "colocated" if roles and all(role == Role.BOTH for role in roles) else "disagg"
 
     def _worker(self, name: str) -> WorkerState:
@@ -256,13 +257,12 @@ class Admin:
 
     async def mode(self, request: web.Request) -> web.Response:
         mode = decode_plain(await self.body(request), ModeBody).mode
-        cluster, alive = self.frontend.cluster, self.frontend.router.view.workers
+        cluster = self.frontend.cluster
         if mode == "disagg" and not (cluster.prefill_workers and cluster.decode_workers):
             raise ApiError(400, "disagg needs a server that was started with --decode-workers", "mode")
         for index, name in enumerate(self.frontend.supervisor.names):
             role = Role.PREFILL if index < cluster.prefill_workers else Role.DECODE
-            if name in alive:
-                self.frontend.set_role(name, Role.BOTH if mode == "colocated" else role)
+            self.frontend.set_role(name, Role.BOTH if mode == "colocated" else role)  # of one that is down, too
         return _json({"mode": mode})
 
     async def act(self, request: web.Request) -> web.Response:

@@ -201,14 +201,14 @@ class Server:
         router, history, now = self.frontend.router, self.history, time.monotonic()
         if self.draining:
             return "the server is shutting down"
-        if self.frontend.router_error:
-            return self.frontend.router_error
+        if self.frontend.failure:
+            return self.frontend.failure
         if (missing := history.missing()) and now - history.served_at > GRACE:
             return f"no worker takes {' or '.join(missing)}"
         if now - history.progress_at > STUCK_AFTER:
             return "requests wait, and no worker makes progress"
-        for name, beat in router.heartbeats.items():
-            if beat.busy and now - beat.stepped_at > STUCK_AFTER:
+        for name in router.heartbeats:
+            if router.stands_still(name, STUCK_AFTER):
                 return f"{name} makes no progress"
         return ""
 

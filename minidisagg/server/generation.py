@@ -70,6 +70,8 @@ class Generation:
         if size > view.max_waiting or tokens > view.max_waiting_tokens:  # to come again would not help
             limits = f"{view.max_waiting} and {view.max_waiting_tokens} may wait"
             raise ApiError(400, f"{size} requests of {tokens} prompt tokens at once; {limits}", self.param)
+        if self.frontend.failure:
+            raise ApiError(503, self.frontend.failure, code="unavailable", headers={"x-should-retry": "false"})
         for prompt in prompts:  # all or none
             try:
                 self.frontend.check(prompt, sampling)
@@ -96,6 +98,8 @@ class Generation:
                         self.on_stall()
 
                 choice.request_id = self.frontend.submit(prompt, own, on_emit, salt=own_salt, priority=priority)
+                if choice.end is not None and choice.end.finish == "error":
+                    raise failure(choice.end)
                 if choice.end is not None:
                     raise too_many(choice.end.error, max(choice.end.retry_after, self.metrics.retry_after()))
                 choice.timing.workers = self.frontend.router.requests[choice.request_id].workers

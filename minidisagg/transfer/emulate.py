@@ -14,7 +14,7 @@ from collections import deque
 import msgspec
 
 from minidisagg.core.plan import Completion, TransferOp
-from minidisagg.transfer.links import MAX_OUTSTANDING, LinkError, ThreadLink
+from minidisagg.transfer.links import ThreadLink
 
 
 class Emulation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -69,8 +69,6 @@ class EmulatedLink:
             travel += wire.delay_s
         sending = self._inner.wire_bytes(op) / wire.bandwidth if wire.bandwidth else 0.0
         with self._changed:
-            if len(self._added) >= MAX_OUTSTANDING:
-                raise LinkError(f"more than {MAX_OUTSTANDING} operations on one link")
             self._wire_free = max(now, self._wire_free) + sending
             self._arrival = max(self._arrival, self._wire_free + travel)
             self._added[op.seq] = sending + travel

@@ -27,6 +27,7 @@ from minidisagg.core.plan import Completion, TransferOp
 from minidisagg.transfer.codec import make_codec
 
 KINDS = ("gloo", "nccl", "shm", "tcp", "unix")
+JOIN_SECONDS = 0.1
 MAX_OUTSTANDING = 4096  # operations started and not yet polled: the core keeps far fewer
 
 Wake = Callable[[], None]
@@ -60,7 +61,8 @@ class Link(Protocol):
         """Queue one piece. Pieces are carried out in the order in which they were started, once connected.
 
         A source's pages must be complete by then: on a GPU, computed and not merely launched.
-        After `abort`, or after a failure that left the link out of step, it completes at once as failed.
+        After `abort`, after a failure that left the link out of step, and where more pieces wait than the core ever
+        starts, it completes at once as failed.
         """
         ...
 
@@ -157,13 +159,12 @@ class ThreadLink(ABC):
     def start(self, op: TransferOp) -> None:
         """See `Link.start`."""
         with self._lock:
-            if self._outstanding >= MAX_OUTSTANDING:
-                raise LinkError(f"more than {MAX_OUTSTANDING} operations on one link")
             self._outstanding += 1
-            if not self.closing:
+            full = self._outstanding > MAX_OUTSTANDING
+            if not self.closing and not full:
                 self._ops.put(op)
                 return
-        self._complete(op, "the link was aborted")
+        self._complete(op, f"more than {MAX_OUTSTANDING} operations on one link" if full else "the link was aborted")
 
     def poll(self) -> list[Completion]:
         """See `Link.poll`."""
@@ -182,8 +183,13 @@ class ThreadLink(ABC):
         if not self._opening.acquire(timeout=self.patience):
             return False
         try:
-            self._thread.join(self.patience)
-            if self._thread.is_alive():
+            # In short waits: where this process is stopped in between, the thread's own wait has run out as well, and
+            # it needs a moment to notice.
+            for _ in range(round(self.patience / JOIN_SECONDS)):
+                self._thread.join(JOIN_SECONDS)
+                if not self._thread.is_alive():
+                    break
+            else:
                 return False
             self._drop()
         finally:
