@@ -41,6 +41,7 @@ class Checked(Policy):
 
     def __init__(self, policy: Policy) -> None:
         self.policy, self.name = policy, policy_name(policy)
+        self._first_key: dict[Stage, Any] = {}
 
     @property
     def dynamic_order(self) -> bool:  # type: ignore[override]
@@ -77,8 +78,9 @@ class Checked(Policy):
     def order(self, request: Request, stage: Stage, worker: WorkerView) -> Any:
         def ask() -> Any:
             key = self.policy.order(request, stage, worker)
-            if bool(key < key):
-                raise ValueError(f"{key!r} is less than itself")
+            bool(key < key)  # raises if it has no order
+            # And if it has none with the first of all keys: the odd one is found when it comes, not the one after it.
+            bool(key < self._first_key.setdefault(stage, key))
             return key
 
         return self._ask("order", ask)

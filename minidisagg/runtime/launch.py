@@ -148,7 +148,7 @@ class Supervisor:
             self.restarts[name] += 1
             try:
                 return await self._start(name)
-            except OSError as error:  # no memory or no process number to be had: later there may be
+            except (OSError, MemoryError) as error:  # no memory or no process number to be had: later there may be
                 logger.warning("worker %s cannot be started: %s", name, error)
 
     def _sweep(self, name: str, epoch: int) -> None:
