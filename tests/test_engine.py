@@ -13,6 +13,8 @@ from minidisagg.core.messages import (
     Abort,
     AnyMessage,
     Envelope,
+    Failed,
+    KVBusy,
     KVCancel,
     KVDone,
     KVFailed,
@@ -28,7 +30,7 @@ from minidisagg.core.messages import (
     StepOutput,
     Submit,
 )
-from minidisagg.core.plan import Completion, StepPlan
+from minidisagg.core.plan import NO_TOKEN, Completion, StepPlan
 from minidisagg.core.policy import Policy, WorkerOptions
 from minidisagg.core.request import State
 
@@ -331,3 +333,81 @@ def test_a_policy_that_plans_nothing_is_told() -> None:
     hand.receive(submit("a", 4))
     with pytest.raises(StalledError, match="policy Lazy plans nothing"):
         hand.core.schedule(0.0)
+
+
+def test_a_token_that_is_none_ends_its_request_and_no_other() -> None:
+    hand = Hand()
+    hand.receive(submit("bad", 4), submit("good", 4, max_tokens=2))
+    plan = hand.core.schedule(hand.now)
+    assert plan is not None
+    ahead = hand.core.schedule(hand.now)  # a step ahead carries both
+    assert ahead is not None and len(ahead.items) == 2
+    hand.core.on_step_done(plan.step_id, [NO_TOKEN, 7], 0.01, hand.now)
+    hand.core.on_step_done(ahead.step_id, [5, 7], 0.01, hand.now)
+    [failed] = hand.sent(Failed)
+    assert failed == Failed("bad", 0, "the logits of its next token are not finite, or forbid every token")
+    tokens = [(out.request_id, out.token, out.finish) for step in hand.sent(StepOutput) for out in step.tokens]  # type: ignore[union-attr]
+    assert tokens == [("good", 7, ""), ("good", 7, "length")]
+    assert hand.core.idle
+    hand.core.check_integrity()
+
+
+def test_a_source_that_computes_keeps_its_handoffs_alive_until_the_step_deadline() -> None:
+    hand = Hand(spec("w", step_deadline=30.0))
+    hand.receive(PeerUp("d", 1, ""), submit("long", 8, decode="d"))
+    plan = hand.core.schedule(hand.now)
+    assert plan is not None
+    hand.receive(KVGrant("long", 0, [4, 5], 0), source="d", epoch=1)
+    hand.live(29.0)
+    assert not hand.sent(Released)
+    assert len(hand.sent(KVBusy)) >= 14  # a quarter of the lease, at this pace of ticks
+    said = len(hand.sent(KVBusy))
+    hand.live(7.0)  # nobody knows whether it will ever end: stuck detection has the same deadline
+    assert len(hand.sent(KVBusy)) <= said + 1
+    assert [r.request_id for r in hand.sent(Released)] == ["long"]  # type: ignore[union-attr]
+
+
+def test_a_destination_waits_for_a_source_that_computes() -> None:
+    hand = Hand()
+    hand.receive(offer("long", 8, LINK), source="p", epoch=1)
+    for _ in range(5):
+        hand.live(4.0)
+        hand.receive(KVBusy("long", 0), source="p", epoch=1)
+    assert not hand.sent(KVFailed)
+    hand.live(5.1)
+    assert [failed.reason for failed in hand.sent(KVFailed)] == ["no progress"]  # type: ignore[union-attr]
+
+
+def test_time_in_which_a_worker_does_not_run_is_nobodys_silence() -> None:
+    hand = Hand()
+    hand.receive(PeerUp("d", 1, ""), submit("offered", 4, decode="d"))
+    hand.receive(offer("coming", 8, LINK), source="p", epoch=1)
+    hand.step()
+    hand.core.on_tick(hand.now)
+    hand.now += 1000.0
+    hand.core.on_tick(hand.now)
+    assert not hand.sent(Released) and not hand.sent(KVFailed)
+    hand.live(5.1)
+    assert hand.sent(Released) and hand.sent(KVFailed)
+
+
+class Closed(Policy):
+    """Takes no offer."""
+
+    def accept(self, offer: KVOffer, worker: object) -> bool:
+        return False
+
+
+def test_an_empty_worker_that_accepts_nothing_says_so() -> None:
+    hand = Hand(policy=Closed())
+    hand.receive(offer("a", 8, LINK), source="p", epoch=1)
+    hand.live(2.4)
+    assert not hand.sent(KVFailed)
+    hand.live(0.3)
+    assert hand.sent(KVFailed) == [KVFailed("a", 0, "policy Closed: accept refuses it though worker w is empty")]
+    hand.receive(submit("mine", 4, max_tokens=400))
+    hand.receive(offer("b", 8, LINK), source="p", epoch=1)
+    for _ in range(30):
+        hand.step()
+        hand.live(0.5)
+    assert len(hand.sent(KVFailed)) == 1, "while something runs, it may still change its mind"

@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 from stepwise import NEVER, Stepwise, spec
 
+from minidisagg.core.checked import Checked, PolicyError
 from minidisagg.core.effects import Send
 from minidisagg.core.messages import (
     Abort,
     AnyMessage,
     Envelope,
+    Failed,
     Fatal,
     Hello,
     Migrate,
@@ -286,3 +288,126 @@ def test_preempted_by_the_engine_and_placed_again_by_the_router() -> None:
     sim.settle()
     assert sim.workers["w"].core.preemptions > 0 and not sim.complaints()
     assert [outcome.finish for outcome in sim.outcomes.values()] == ["length"] * 3
+
+
+def test_time_in_which_the_router_does_not_run_is_nobodys_silence() -> None:
+    """A front end that was stopped finds its workers' messages only after its own tick."""
+    hand = Hand({"w": Role.BOTH}, lost_after=5.0, stuck_after=20.0)
+    hand.say("w", stats(Role.BOTH, running=1, steps=3, flying=1))
+    hand.router.on_tick(hand.now)
+    hand.take()
+    hand.now += 1000.0
+    hand.router.on_tick(hand.now)
+    assert not hand.take()
+    for _ in range(5):
+        hand.now += 1.0
+        hand.router.on_tick(hand.now)
+    [kill] = hand.take()
+    assert kill == Kill("w", 1, "does not answer")
+
+
+def test_a_worker_that_is_down_takes_its_new_role_when_it_is_back() -> None:
+    hand = Hand({"w": Role.BOTH, "x": Role.BOTH})
+    hand.router.on_worker_down("w", 1, hand.now)
+    hand.router.set_role(RoleChange("w", Role.DECODE), hand.now)
+    hand.take()
+    hand.say("w", Hello(Role.BOTH, 64, 4, 256, "f", "", 0, 1), epoch=2)
+    hand.router.on_tick(hand.now)
+    assert ("w", SetRole(Role.DECODE)) in hand.take()
+
+
+def test_a_request_that_can_go_on_nowhere_ends_and_is_forgotten_everywhere() -> None:
+    hand = Hand({"p": Role.PREFILL, "d": Role.DECODE})
+    hand.request("a")
+    hand.take()
+    hand.say("p", Failed("a", 5, "of another incarnation"))
+    assert not hand.take()
+    hand.say("p", Failed("a", 0, "why"))
+    effects = hand.take()
+    assert ("p", Abort("a", 0)) in effects and ("d", Abort("a", 0)) in effects
+    [emit] = [e for e in effects if isinstance(e, Emit)]
+    assert (emit.finish, emit.error) == ("error", "why") and not hand.router.requests
+
+
+class Broken(Policy):
+    """Each hook answers what it was made with, or raises it."""
+
+    def __init__(self, **answers: Any) -> None:
+        self.answers = answers
+
+    def _answer(self, hook: str, otherwise: Any) -> Any:
+        answer = self.answers.get(hook, otherwise)
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def admit(self, request: RequestView, cluster: ClusterView) -> Any:
+        return self._answer("admit", super().admit(request, cluster))
+
+    def place(self, request: RequestView, cluster: ClusterView) -> Any:
+        return self._answer("place", super().place(request, cluster))
+
+    def rebalance(self, cluster: ClusterView) -> Any:
+        return self._answer("rebalance", [])
+
+
+@pytest.mark.parametrize(
+    ("hook", "answer", "words"),
+    [
+        ("admit", None, "admit answered None, not Accept or Reject"),
+        ("admit", SystemExit(3), "admit raised SystemExit: 3"),
+        ("admit", Reject(float("nan"), "full"), "retry_after is seconds"),
+        ("place", KeyError("x"), "place raised KeyError: 'x'"),
+        ("place", "w", "place answered 'w', not Placement or Reject"),
+        ("place", Placement("v", None), "place named the worker 'v'; there are w"),
+        ("place", Placement("w", "v"), "place named the worker 'v'; there are w"),
+        ("place", Placement(None, None), "place named the worker None; there are w"),  # type: ignore[arg-type]
+        ("place", Reject(-1.0, "full"), "retry_after is seconds"),
+    ],
+)
+def test_nonsense_about_a_request_ends_that_request(hook: str, answer: object, words: str) -> None:
+    hand = Hand({"w": Role.BOTH}, Broken(**{hook: answer}))
+    hand.request("a")
+    [emit] = hand.emits()
+    assert emit.finish == "error" and emit.error.startswith("policy Broken: ") and words in emit.error
+    assert not hand.router.requests and not hand.router.parked
+    hand.router.policy = Checked(Policy())
+    hand.request("b")
+    assert hand.router.requests["b"].prefill == "w", "and the next one is placed"
+
+
+@pytest.mark.parametrize("again", ["parked", "late", "resubmitted"])
+def test_nonsense_that_comes_later_ends_the_request_too(again: str) -> None:
+    policy = Broken(**{"place": Placement("w", None)} if again == "late" else {})
+    hand = Hand({"w": Role.BOTH, "x": Role.BOTH}, policy)
+    hand.router.paused = again == "parked"
+    hand.request("a")
+    policy.answers["place"] = Placement("nowhere", "nowhere")
+    if again == "parked":
+        hand.router.paused = False
+        hand.router.place_parked(hand.now)
+    elif again == "late":
+        hand.token("w", "a", 0)
+    else:
+        hand.say("w", Released("a", 0, "preempted"))
+    end = hand.emits()[-1]
+    assert (end.finish, end.error) == ("error", "policy Broken: place named the worker 'nowhere'; there are w, x")
+    assert not hand.router.requests
+    hand.router.check_integrity()
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (OSError("disk"), "raised OSError: disk"),
+        (None, "raised TypeError"),
+        ([RoleChange("v", Role.BOTH)], "named the worker 'v'"),
+        ([RoleChange("w", 2)], "not a RoleChange"),  # type: ignore[arg-type]
+        (["w"], "not a RoleChange"),
+    ],
+)
+def test_nonsense_about_all_is_the_end_of_the_router(answer: object, words: str) -> None:
+    hand = Hand({"w": Role.BOTH}, Broken(rebalance=answer))
+    with pytest.raises(PolicyError, match=r"^policy Broken: rebalance ") as error:
+        hand.router.on_tick(hand.now)
+    assert words in str(error.value)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import random
 from collections import Counter
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor
 
 from minidisagg.core.messages import SamplingParams
+from minidisagg.core.plan import NO_TOKEN
 from minidisagg.model.sampler import SequenceSampling, sample, uniform
 
 VOCAB = 40
@@ -113,3 +117,79 @@ def test_greedy_takes_penalties_and_min_tokens_into_account() -> None:
     assert sample(logits.clone(), [(repeating, 0)]) == [8]
     frequent = SequenceSampling(SamplingParams(temperature=0, frequency_penalty=0.6), output=Counter({3: 2}))
     assert sample(logits.clone(), [(frequent, 2)]) == [8]
+
+
+# Of each field: the ends of its range, the numbers next to them and to zero, and what lies in the middle.
+CORNERS = {
+    "temperature": (0.0, 5e-324, 1e-310, 1e-38, 1e-5, 0.01, 1.0, 10.0),
+    "top_p": (5e-324, 1e-16, 0.5, math.nextafter(1.0, 0.0), 1.0),
+    "min_p": (0.0, 5e-324, 1e-300, 0.5, math.nextafter(1.0, 0.0), 1.0),
+    "presence_penalty": (-2.0, -5e-324, 0.0, 2.0),
+    "frequency_penalty": (-2.0, 5e-324, 0.0, 2.0),
+    "repetition_penalty": (0.01, math.nextafter(1.0, 0.0), 1.0, 10.0),
+    "top_k": (0, 1, 1 << 20),
+    "seed": (-(1 << 63), 0, (1 << 63) - 1, None),
+    "min_tokens": (0, 5),
+    "stop_token_ids": ((), (0, VOCAB - 1, VOCAB, 1 << 60)),
+}
+ROWS = {
+    "plain": [3.0 * math.sin(t) for t in range(VOCAB)],
+    "flat": [0.0] * VOCAB,
+    "steep": [1e4 * t for t in range(VOCAB)],
+    "huge": [1e35 if t % 2 else -1e35 for t in range(VOCAB)],
+    "tiny": [1e-40 * t for t in range(VOCAB)],
+    "one": [0.0 if t == 7 else -math.inf for t in range(VOCAB)],
+}
+
+
+def fields() -> list[dict[str, object]]:
+    """Every pair of corners of every two fields, and random whole sets."""
+    found: list[dict[str, object]] = [{}]
+    for one, other in itertools.combinations(CORNERS, 2):
+        found += [{one: a, other: b} for a in CORNERS[one] for b in CORNERS[other]]  # type: ignore[attr-defined]
+    rng = random.Random(0)
+    return found + [{name: rng.choice(values) for name, values in CORNERS.items()} for _ in range(500)]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_whatever_passes_the_ranges_gives_a_token_of_the_vocabulary(name: str) -> None:
+    many = [msgspec.convert({"temperature": 1.0, **given}, SamplingParams) for given in fields()]
+    output = Counter({0: 1, 7: 100_000, 39: 1})
+    rows = [(SequenceSampling(params, frozenset({1, 7}), output.copy()), 3) for params in many]
+    logits = torch.tensor([ROWS[name]] * len(rows), dtype=torch.float32)
+    tokens = sample(logits, rows)
+    wrong = [(params, token) for params, token in zip(many, tokens, strict=True) if not 0 <= token < VOCAB]
+    assert not wrong, wrong[:3]
+    allowed = {7} if name == "one" else set(range(VOCAB))
+    for params, token in zip(many, tokens, strict=True):
+        assert token in allowed and not (params.min_tokens and token in params.stop_token_ids), params
+
+
+@pytest.mark.parametrize("name", ["repetition_penalty", "temperature", "top_p", "min_p", "presence_penalty"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1e-300, 1e300])
+def test_what_makes_no_sense_is_refused(name: str, value: float) -> None:
+    if (name, value) != ("presence_penalty", -1e-300):
+        with pytest.raises(ValueError, match=name):
+            msgspec.convert({name: value}, SamplingParams)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_row_that_is_no_distribution_harms_no_other(temperature: float, dtype: torch.dtype) -> None:
+    bad = {
+        "nan": [math.nan] * VOCAB, "one nan": [math.nan if t == 5 else 1.0 for t in range(VOCAB)],
+        "inf": [math.inf if t == 5 else 1.0 for t in range(VOCAB)], "nothing": [-math.inf] * VOCAB,
+    }  # fmt: skip
+    params = SamplingParams(temperature=temperature, top_p=0.9, top_k=5, min_p=0.1, seed=3)
+    good = logits_for(4).to(dtype)
+    alone = sample(good.clone(), [(SequenceSampling(params), row) for row in range(4)])
+    logits = torch.cat([good, torch.tensor(list(bad.values()), dtype=dtype)])
+    rows = [(SequenceSampling(params), row) for row in range(len(logits))]
+    assert sample(logits, rows) == [*alone, *[NO_TOKEN] * len(bad)]
+
+
+def test_a_client_that_forbids_every_token_ends_its_own_request_only() -> None:
+    forbids = SamplingParams(min_tokens=3, stop_token_ids=tuple(range(VOCAB)))
+    rows = [(SequenceSampling(SamplingParams(seed=1)), 0), (SequenceSampling(forbids), 0)]
+    tokens = sample(logits_for(2), rows)
+    assert 0 <= tokens[0] < VOCAB and tokens[1] == NO_TOKEN
