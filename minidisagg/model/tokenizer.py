@@ -7,21 +7,19 @@ decoded token by token in constant time each, and what it emits adds up to the d
 from __future__ import annotations
 
 import codecs
-import datetime
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
+from minidisagg.model.chat_template import ChatTemplate
 from minidisagg.model.dummy import PREFIX
-from minidisagg.model.loader import load_config, read_json, resolve
+from minidisagg.model.loader import load_config, resolve
+from minidisagg.model.tokenizer_files import read_tokenizer
 
 DUMMY_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}{% endfor %}"
@@ -64,25 +62,17 @@ class Tokenizer:
         if model.startswith(PREFIX):
             return _byte_tokenizer()
         directory = resolve(model)
-        path = directory / "tokenizer.json"
-        if not path.is_file():
-            raise ValueError(f"{path} is missing; download it from where the model came from")
-        raw = read_json(path)
-        try:
-            rust = RustTokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{path} is no valid tokenizer ({_one_line(error)}); download it again") from error
-        special, template = _read_tokenizer_config(directory)
+        files = read_tokenizer(directory)
         try:
             return cls(
-                rust,
+                files.rust,
                 eos_token_ids=config.eos_token_ids,
-                special_tokens=special,
-                chat_template=template,
-                decoder=raw.get("decoder") or {},
+                special_tokens=files.special_tokens,
+                chat_template=files.chat_template,
+                decoder=files.decoder,
             )
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise ValueError(f"{directory / 'tokenizer.json'}: {error}") from error
 
     @property
     def vocab_size(self) -> int:
@@ -143,25 +133,13 @@ class Tokenizer:
         if self.chat_template is None:
             raise ValueError("this model has no chat template; use completions instead")
         try:
-            return self._template.render(
-                messages=messages,
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self.special_tokens,
-            )
+            return self._template.render(messages, add_generation_prompt, self.special_tokens)
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise ValueError(f"the chat template refused the messages: {_one_line(error)}") from error
 
     @cached_property
-    def _template(self) -> jinja2.Template:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = _strftime_now
-        return environment.from_string(self.chat_template or "")
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate(self.chat_template or "")
 
 
 class IncrementalDetokenizer:
@@ -243,25 +221,6 @@ def _read_decoder(decoder: Mapping[str, Any]) -> tuple[bool, bool, bool]:
     raise ValueError(f"decoder {kinds} is not supported; supported are ByteLevel, Metaspace and ByteFallback")
 
 
-def _read_tokenizer_config(directory: Path) -> tuple[dict[str, str], str | None]:
-    """(special tokens by role, chat template) of a model directory."""
-    path, jinja = directory / "tokenizer_config.json", directory / "chat_template.jinja"
-    raw = read_json(path) if path.is_file() else {}
-    special: dict[str, str] = {}
-    for role in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        token = raw.get(role)
-        if isinstance(token, dict):  # a serialized AddedToken
-            token = token.get("content")
-        if isinstance(token, str):
-            special[role] = token
-    template = raw.get("chat_template")
-    if jinja.is_file():
-        template = jinja.read_text(encoding="utf-8")
-    elif isinstance(template, list):  # several named ones
-        template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
-    return special, template
-
-
 def _byte_tokenizer() -> Tokenizer:
     """One token for each byte: text commands work on a model that has no vocabulary."""
     vocab = {char: byte for char, byte in _byte_alphabet().items()}
@@ -289,21 +248,6 @@ def _byte_alphabet() -> dict[str, int]:
         _ALPHABET.update({chr(byte): byte for byte in printable})
         _ALPHABET.update({chr(256 + n): byte for n, byte in enumerate(others)})
     return _ALPHABET
-
-
-# ---------------------------------------------------------------- what chat templates may call
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)  # jinja2's own escapes HTML
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
 
 
 def _one_line(error: BaseException) -> str:
