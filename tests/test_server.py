@@ -161,7 +161,7 @@ def test_chat(client: openai.OpenAI, served: Serving) -> None:
     ]
     made = client.chat.completions.create(model=MODEL, messages=messages, max_completion_tokens=12, seed=5)
     assert made.choices[0].message.role == "assistant" and made.choices[0].finish_reason == "length"
-    prompt = "system: Be brief.\nuser: Hello\nassistant: "
+    prompt = "system: Be brief.\nuser: Hel\nlo\nassistant: "
     assert made.usage is not None and made.usage.prompt_tokens == len(prompt)
     stream = list(client.chat.completions.create(model=MODEL, messages=messages, max_tokens=12, seed=5, stream=True))
     assert stream[0].choices[0].delta.role == "assistant" and len(stream) == 12

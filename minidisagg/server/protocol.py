@@ -145,10 +145,13 @@ class Message(Struct, frozen=True):
         if self.tool_calls or self.tool_call_id:
             raise ValueError(f"{'tool_calls' if self.tool_calls else 'tool_call_id'} is not supported by this server")
 
-    def as_dict(self) -> dict[str, str]:
-        """As chat templates read it; parts are joined."""
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
-        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+    def as_dict(self) -> dict[str, Any]:
+        """As chat templates read it; its parts stay parts, since the template decides what it takes."""
+        content: Any = self.content or ""
+        if not isinstance(content, str):
+            content = [{"type": part.type, "text": part.text} for part in content]
+        message = {"role": "system" if self.role == "developer" else self.role, "content": content}
+        return message if self.name is None else {**message, "name": self.name}
 
 
 class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
