@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -182,14 +181,31 @@ def test_family_flags(tmp_path: Path) -> None:
     assert load_config(write_config(tmp_path, architectures="absent", model_type="qwen3")).qk_norm
 
 
-def test_windows_that_change_nothing_are_accepted(tmp_path: Path) -> None:
-    mistral, qwen = ["MistralForCausalLM"], ["Qwen2ForCausalLM"]
-    write_config(tmp_path, architectures=mistral, sliding_window=128)
-    assert load_config(str(tmp_path)).max_model_len == 128
-    load_config(write_config(tmp_path, architectures=qwen, use_sliding_window=False, sliding_window=64))
-    load_config(
-        write_config(tmp_path, architectures=qwen, use_sliding_window=True, sliding_window=64, max_window_layers=2)
-    )
+ALTERNATING = ["full_attention", "sliding_attention"]
+
+
+@pytest.mark.parametrize(
+    "architecture, changes, layers",
+    [
+        ("Mistral", {"sliding_window": 128}, ()),  # no context is longer
+        ("Mistral", {"sliding_window": None}, ()),
+        ("Mistral", {"sliding_window": 64}, (0, 1)),
+        ("Mistral", {"max_position_embeddings": 8192}, (0, 1)),  # the default is 4096
+        ("Qwen2", {"use_sliding_window": False, "sliding_window": 64}, ()),
+        ("Qwen2", {"sliding_window": 64}, ()),
+        ("Qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2}, ()),
+        ("Qwen2", {"use_sliding_window": True, "sliding_window": 64}, ()),  # 28 layers have none
+        ("Qwen3", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, (1,)),
+        ("Qwen3", {"use_sliding_window": True, "sliding_window": 64, "layer_types": ALTERNATING}, (1,)),
+        ("Llama", {"sliding_window": 128, "layer_types": ["full_attention"] * 2}, ()),
+    ],
+)
+def test_which_layers_have_a_window(
+    tmp_path: Path, architecture: str, changes: dict[str, Any], layers: tuple[int, ...]
+) -> None:
+    config = load_config(write_config(tmp_path, architectures=[f"{architecture}ForCausalLM"], **changes))
+    assert config.windowed_layers == layers
+    assert config.sliding_window == (changes.get("sliding_window", 4096) if layers else 0)
 
 
 @pytest.mark.parametrize(
@@ -198,12 +214,9 @@ def test_windows_that_change_nothing_are_accepted(tmp_path: Path) -> None:
         ({"architectures": ["GPT2LMHeadModel"]}, "architecture 'GPT2LMHeadModel' is not supported"),
         ({"architectures": "absent", "model_type": "mamba"}, "architecture 'mamba' is not supported"),
         ({"architectures": "absent"}, "key 'model_type' is missing"),
-        ({"architectures": ["MistralForCausalLM"], "sliding_window": 64}, "sliding_window 64"),
-        ({"architectures": ["MistralForCausalLM"], "max_position_embeddings": 8192}, "sliding_window 4096"),
-        (
-            {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "sliding_window": 64},
-            "sliding_window 64",
-        ),
+        ({"model_type": "qwen2"}, "architectures says LlamaForCausalLM, but model_type 'qwen2'"),
+        ({"sliding_window": 64}, "sliding_window 64 is not supported with LlamaForCausalLM"),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 0}, "sliding_window must be a positive integer"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope type 'yarn'"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "rope type 'dynamic'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "key 'low_freq_factor' is missing"),
@@ -213,7 +226,6 @@ def test_windows_that_change_nothing_are_accepted(tmp_path: Path) -> None:
         ({"mlp_bias": True}, "mlp_bias"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantized"),
         ({"torch_dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn'"),
-        ({"hidden_size": "absent"}, "key 'hidden_size' is missing"),
         ({"vocab_size": "many"}, "vocab_size must be a positive integer, not 'many'"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive integer"),
         ({"num_key_value_heads": 3}, "multiple of num_key_value_heads"),
@@ -271,15 +283,20 @@ def test_single_file_and_shards_hold_the_same(tmp_path: Path) -> None:
 
 
 def test_tied_head_and_inv_freq_are_left_out(tmp_path: Path) -> None:
-    model, config = write_model(tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
-    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
-    save_file(weights, tmp_path / "model.safetensors")
-    assert "lm_head.weight" in load_weights(model, config)
-    assert load_weights(model, replace(config, tie_embeddings=True)).keys() == weights.keys() - {
-        "lm_head.weight",
-        "model.layers.0.self_attn.rotary_emb.inv_freq",
-    }
+    model, config = write_model(tmp_path, tie_word_embeddings=True)
+    tied = load_file(tmp_path / "model.safetensors")
+    embeddings = tied["model.embed_tokens.weight"]
+
+    def loaded(**more: torch.Tensor) -> dict[str, torch.Tensor]:
+        save_file({**tied, **more}, tmp_path / "model.safetensors")
+        return load_weights(model, config)
+
+    assert loaded(**{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}).keys() == tied.keys()
+    assert loaded(**{"lm_head.weight": embeddings.clone()}).keys() == tied.keys()
+    assert torch.equal(loaded(**{"lm_head.weight": -embeddings})["lm_head.weight"], -embeddings)
+    del tied["model.embed_tokens.weight"]
+    alone = loaded(**{"lm_head.weight": embeddings})
+    assert torch.equal(alone["model.embed_tokens.weight"], embeddings) and "lm_head.weight" not in alone
 
 
 def test_broken_weight_files(tmp_path: Path) -> None:

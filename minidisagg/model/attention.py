@@ -9,7 +9,7 @@ Shapes: N rows, H query heads, K KV heads, G = H / K, D head_dim, B sequences of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -50,6 +50,7 @@ class PrefillChunk:
     start: int  # position of the first new token
     page_index: Tensor | None  # [2, K * P] into page_rows; None: the chunk starts at 0 and needs no cache
     mask_NC: Tensor  # 0, or -inf where position c comes after row n
+    narrowed: bool = False  # the mask hides earlier positions too
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,23 @@ def _prefill_chunk(
     return PrefillChunk(first, first + item.count, item.start, index, mask_NC)
 
 
+def narrowed(batch: Batch, window: int) -> Batch:
+    """The step as layers see it in which a token attends to the last `window` positions only, its own included.
+
+    The cache keeps all positions, since other layers may need them: what is out of sight is masked.
+    """
+
+    def hide(mask: Tensor, first: int, last: int) -> Tensor:
+        position = batch.positions_N[first:last].view(-1, *[1] * (mask.dim() - 1))
+        return mask.masked_fill(torch.arange(mask.shape[-1], device=mask.device) <= position - window, float("-inf"))
+
+    return replace(
+        batch,
+        decodes=[replace(g, mask_B1C=hide(g.mask_B1C, g.first, g.last)) for g in batch.decodes],
+        prefills=[replace(c, mask_NC=hide(c.mask_NC, c.first, c.last), narrowed=True) for c in batch.prefills],
+    )
+
+
 def write_kv(cache: PagedKV, layer: int, batch: Batch, kv_NKD: Tensor) -> None:
     """Put the step's keys and values, [N, 2 * num_kv_heads, D], into their slots."""
     rows = cache.token_rows[layer]
@@ -201,7 +219,7 @@ def _prefill(q_NHD: Tensor, kv_NKD: Tensor, cache: PagedKV, layer: int, chunk: P
     q_HND = q_NHD.transpose(0, 1)
     if q_NHD.is_cuda:
         k_HCD, v_HCD = (x.repeat_interleave(H // K, 0)[None] for x in (k_KCD, v_KCD))
-        causal = chunk.start == 0
+        causal = chunk.start == 0 and not chunk.narrowed
         mask = None if causal else chunk.mask_NC
         out = F.scaled_dot_product_attention(q_HND[None], k_HCD, v_HCD, attn_mask=mask, is_causal=causal)
         return out[0].transpose(0, 1).reshape(N, H * D)

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding; `factor` and what follows are Llama 3's frequency scaling (factor 1: none)."""
+    """Rotary position embedding; `factor` and what follows are Llama 3's frequency scaling (factor 1: none).
+
+    With an `original_max_len` of 0 it divides all frequencies by `factor`, which is linear scaling.
+    """
 
     theta: float = 10000.0
     factor: float = 1.0
@@ -38,6 +41,8 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
     dtype: str  # of the checkpoint: "float32", "bfloat16", "float16"
+    sliding_window: int = 0  # positions, its own included, that a token sees in the layers of `windowed_layers`
+    windowed_layers: tuple[int, ...] = ()
 
     @property
     def num_parameters(self) -> int:

@@ -25,6 +25,42 @@ ARCHITECTURES = {  # HF class name -> model_type, which old files give alone
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
+# What a key that is absent means: the defaults of the configuration classes in transformers.
+_COMMON = {
+    "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": None,
+    "head_dim": None, "rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": False, "sliding_window": None,
+}  # fmt: skip
+_LLAMA = {**_COMMON, "vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048}
+_MISTRAL = {
+    **_COMMON, "vocab_size": 32000, "intermediate_size": 14336, "num_key_value_heads": 8,
+    "max_position_embeddings": 131072, "sliding_window": 4096,
+}  # fmt: skip
+_QWEN2 = {
+    **_COMMON, "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32,
+    "max_position_embeddings": 32768, "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28,
+}  # fmt: skip
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "LlamaForCausalLM": _LLAMA,
+    "MistralForCausalLM": _MISTRAL,
+    "Qwen2ForCausalLM": _QWEN2,
+    "Qwen3ForCausalLM": {**_QWEN2, "head_dim": 128},
+}
+_DEFAULT_EOS = {"LlamaForCausalLM": 2, "MistralForCausalLM": 2}
+# Settings that change results and that the engine does not have, with the values at which they change nothing (None is
+# one for all). Those of the last lines are of related architectures: transformers' classes for these here do not read
+# them, so a file that has one was meant for another. Keys that are neither read nor here are metadata, and pass.
+NEUTRAL: dict[str, tuple[object, ...]] = {
+    "hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,), "is_causal": (True,),
+    "partial_rotary_factor": (1,), "per_layer_config": ({},),
+    "num_experts": (0,), "num_local_experts": (0,), "n_routed_experts": (0,), "attention_multiplier": (1,),
+    "embedding_multiplier": (1,), "residual_multiplier": (1,), "logits_scaling": (1,), "logit_scale": (1,),
+    "scale_emb": (1,), "scale_depth": (1,), "query_pre_attn_scalar": (), "final_logit_softcapping": (),
+    "attn_logit_softcapping": (), "attention_chunk_size": (), "no_rope_layers": ([],), "rope_interleaved": (False,),
+    "alibi": (False,), "use_parallel_residual": (False,), "use_qk_norm": (False,), "qk_layernorm": (False,),
+}  # fmt: skip
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_DTYPE_ALIASES = {"float": "float32", "half": "float16"}
+_EMBEDDINGS, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _WEIGHT_DTYPES = {"F32", "BF16", "F16"}
 
 
@@ -78,7 +114,10 @@ def load_config(model: str) -> ModelConfig:
     if generation.is_file():
         eos += _token_ids(read_json(generation), "eos_token_id", generation)
     try:
-        return _parse_config(model, raw, tuple(dict.fromkeys(eos)))
+        architecture = _architecture(raw)
+        if not eos and "eos_token_id" not in raw and architecture in _DEFAULT_EOS:
+            eos = [_DEFAULT_EOS[architecture]]
+        return _parse_config(model, architecture, DEFAULTS[architecture] | raw, tuple(dict.fromkeys(eos)))
     except KeyError as error:
         raise ValueError(f"{path}: key {error} is missing; download the file again") from error
     except (TypeError, ValueError) as error:
@@ -98,11 +137,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _parse_config(name: str, raw: dict[str, Any], eos: tuple[int, ...]) -> ModelConfig:
-    architecture = _architecture(raw)
+def _parse_config(name: str, architecture: str, raw: dict[str, Any], eos: tuple[int, ...]) -> ModelConfig:
     _refuse_what_changes_results(architecture, raw)
     heads, hidden = _int(raw, "num_attention_heads"), _int(raw, "hidden_size")
     bos = raw.get("bos_token_id")
+    dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
+    window, windowed_layers = _windows(architecture, raw)
     config = ModelConfig(
         name=name,
         architecture=architecture,
@@ -111,17 +151,19 @@ def _parse_config(name: str, raw: dict[str, Any], eos: tuple[int, ...]) -> Model
         intermediate_size=_int(raw, "intermediate_size"),
         num_layers=_int(raw, "num_hidden_layers"),
         num_heads=heads,
-        num_kv_heads=heads if raw.get("num_key_value_heads") is None else _int(raw, "num_key_value_heads"),
-        head_dim=hidden // heads if raw.get("head_dim") is None else _int(raw, "head_dim"),
+        num_kv_heads=heads if raw["num_key_value_heads"] is None else _int(raw, "num_key_value_heads"),
+        head_dim=hidden // heads if raw["head_dim"] is None else _int(raw, "head_dim"),
         max_model_len=_int(raw, "max_position_embeddings"),
         rms_norm_eps=float(raw["rms_norm_eps"]),
         rope=_parse_rope(raw),
-        tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        tie_embeddings=bool(raw["tie_word_embeddings"]),
         qkv_bias=architecture == "Qwen2ForCausalLM",
         qk_norm=architecture == "Qwen3ForCausalLM",
         eos_token_ids=eos,
         bos_token_id=bos if isinstance(bos, int) else None,
-        dtype=raw.get("dtype") or raw.get("torch_dtype") or "float32",
+        dtype=_DTYPE_ALIASES.get(dtype, dtype),
+        sliding_window=window,
+        windowed_layers=windowed_layers,
     )
     if config.num_heads % config.num_kv_heads:
         raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
@@ -133,55 +175,86 @@ def _parse_config(name: str, raw: dict[str, Any], eos: tuple[int, ...]) -> Model
 
 
 def _architecture(raw: dict[str, Any]) -> str:
-    named = raw.get("architectures") or [
-        name for name, model_type in ARCHITECTURES.items() if model_type == raw.get("model_type")
-    ]
-    architecture = named[0] if named else raw["model_type"]
+    model_type = raw.get("model_type")
+    named = raw.get("architectures") or [name for name, known in ARCHITECTURES.items() if known == model_type]
+    architecture = str(named[0] if named else raw["model_type"])
     if architecture not in ARCHITECTURES:
         raise ValueError(f"architecture {architecture!r} is not supported; supported are {', '.join(ARCHITECTURES)}")
-    return str(architecture)
+    if model_type not in (None, ARCHITECTURES[architecture]):  # transformers goes by the latter
+        raise ValueError(f"architectures says {architecture}, but model_type {model_type!r}; make them agree")
+    return architecture
 
 
 def _refuse_what_changes_results(architecture: str, raw: dict[str, Any]) -> None:
     """Raise on a setting that the engine does not have, rather than compute something else."""
-    for key, plain in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
-        if raw.get(key, plain) != plain and not (key == "attention_bias" and architecture == "Qwen2ForCausalLM"):
-            raise ValueError(f"{key} {raw[key]!r} is not supported, only {plain!r}")
-    if raw.get("quantization_config"):
-        raise ValueError("quantized checkpoints are not supported; use the bfloat16 one")
+    for key in ("quantization_config", "compression_config"):
+        if raw.get(key):
+            raise ValueError(f"{key}: quantized checkpoints are not supported; use the bfloat16 one")
+    for key, neutral in NEUTRAL.items():
+        value = raw.get(key)
+        if value is None or value in neutral or (key == "attention_bias" and architecture == "Qwen2ForCausalLM"):
+            continue  # Qwen2 has its biases whatever the key says
+        only = f", only {neutral[0]!r}" if neutral else ""
+        raise ValueError(f"{key} {value!r} is not supported{only}")
+
+
+def _windows(architecture: str, raw: dict[str, Any]) -> tuple[int, tuple[int, ...]]:
+    """`sliding_window` and the layers that it holds for; (0, ()) where no context is longer.
+
+    Mistral has it in all layers, Qwen in those that `layer_types` says, else in those from `max_window_layers` on if
+    `use_sliding_window`. Llama has none.
+    """
+    count, kinds = _int(raw, "num_hidden_layers"), raw.get("layer_types")
+    unused = "use_sliding_window" in DEFAULTS[architecture] and not raw["use_sliding_window"]
+    window = None if unused or raw["sliding_window"] is None else _int(raw, "sliding_window")
+    if kinds is not None:
+        if not isinstance(kinds, list) or len(kinds) != count or not set(kinds) <= _LAYER_TYPES:
+            raise ValueError(f"layer_types must be {count} of {', '.join(sorted(_LAYER_TYPES))}, not {kinds!r}")
+        if window is None and "sliding_attention" in kinds:
+            raise ValueError("layer_types has sliding_attention, but there is no sliding_window; give it one")
+    if window is None or window >= _int(raw, "max_position_embeddings"):
+        return 0, ()
+    if architecture == "LlamaForCausalLM":
+        raise ValueError(f"sliding_window {window} is not supported with {architecture}, which has none")
     if architecture == "MistralForCausalLM":
-        window = raw.get("sliding_window", 4096)  # the HF default where the key is absent
+        if kinds is not None and "full_attention" in kinds:
+            raise ValueError(f"layer_types has full_attention, but {architecture} has its window in all layers")
+        return window, tuple(range(count))
+    if kinds is None:
+        layers = tuple(range(raw["max_window_layers"], count))
     else:
-        window = raw.get("sliding_window") if raw.get("use_sliding_window") else None
-        first_windowed = raw.get("max_window_layers")
-        if first_windowed is not None and first_windowed >= _int(raw, "num_hidden_layers"):
-            window = None
-    if window is not None and window < _int(raw, "max_position_embeddings"):
-        raise ValueError(
-            f"sliding_window {window} is not supported; set max_position_embeddings to {window} to stay within it"
-        )
+        layers = tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
+    return (window, layers) if layers else (0, ())
 
 
 def _parse_rope(raw: dict[str, Any]) -> RopeConfig:
-    """`rope_theta` and `rope_scaling` until transformers 4, both in `rope_parameters` from transformers 5 on."""
-    scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    """`rope_theta` and `rope_scaling` until transformers 4, both in `rope_parameters` from transformers 5 on.
+
+    Where both are there the older key wins, as in transformers; it then goes without what the other says.
+    """
+    scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(scaling, dict):
         raise ValueError(f"rope_scaling must be an object, not {scaling!r}")
+    if any(isinstance(value, dict) for value in scaling.values()):
+        raise ValueError("rope_parameters for each layer type are not supported")
     theta = float(scaling.get("rope_theta", raw.get("rope_theta", 10000.0)))
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    partial = scaling.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
-    if partial != 1.0:
-        raise ValueError(f"partial_rotary_factor {partial} is not supported")
+    if (partial := scaling.get("partial_rotary_factor")) not in (None, 1):
+        raise ValueError(f"partial_rotary_factor {partial} is not supported, only 1")
     if kind == "default":
         return RopeConfig(theta=theta)
+    if kind == "linear":
+        return RopeConfig(theta=theta, factor=float(scaling["factor"]), original_max_len=0)
     if kind != "llama3":
-        raise ValueError(f"rope type {kind!r} is not supported; supported are default, llama3")
+        raise ValueError(f"rope type {kind!r} is not supported; supported are default, linear, llama3")
+    # Beside the scaling the key counts more than inside, and the context is as long as it was without any of them.
+    lengths = {"original_max_position_embeddings": raw["max_position_embeddings"], **scaling, **raw}
     return RopeConfig(
         theta=theta,
         factor=float(scaling["factor"]),
         low_freq_factor=float(scaling["low_freq_factor"]),
         high_freq_factor=float(scaling["high_freq_factor"]),
-        original_max_len=_int(scaling, "original_max_position_embeddings"),
+        original_max_len=_int(lengths, "original_max_position_embeddings"),
     )
 
 
@@ -214,11 +287,24 @@ def load_weights(model: str, config: ModelConfig) -> dict[str, torch.Tensor]:
     shapes = parameter_shapes(config)
     weights: dict[str, torch.Tensor] = {}
     for path in _weight_files(directory):
-        weights |= _read_safetensors(path, shapes, config.tie_embeddings)
+        weights |= _read_safetensors(path, {**shapes, _HEAD: shapes[_EMBEDDINGS]})
+    if config.tie_embeddings:
+        _tie(weights)
     for name in shapes:
         if name not in weights:
             raise ValueError(f"{directory}: weight {name} is missing from its safetensors; download the model again")
     return weights
+
+
+def _tie(weights: dict[str, torch.Tensor]) -> None:
+    """Leave one of embeddings and head where they are equal or one is missing.
+
+    A file that has two different ones is not tied, whatever its configuration says; nor is it in transformers.
+    """
+    if (head := weights.pop(_HEAD, None)) is not None:
+        embeddings = weights.setdefault(_EMBEDDINGS, head)
+        if head.dtype != embeddings.dtype or not head.equal(embeddings):
+            weights[_HEAD] = head
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -237,15 +323,15 @@ def _weight_files(directory: Path) -> list[Path]:
     return files
 
 
-def _read_safetensors(path: Path, shapes: dict[str, tuple[int, ...]], tied: bool) -> dict[str, torch.Tensor]:
+def _read_safetensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError, safe_open
 
     weights: dict[str, torch.Tensor] = {}
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():
-                if (name == "lm_head.weight" and tied) or name.endswith(".rotary_emb.inv_freq"):
-                    continue  # a copy of the embeddings, or derived from rope_theta
+                if name.endswith(".rotary_emb.inv_freq"):
+                    continue  # derived from rope_theta
                 if name not in shapes:
                     raise ValueError(f"{path}: unexpected weight {name}; config.json does not belong to this file")
                 view = file.get_slice(name)

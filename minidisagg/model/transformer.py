@@ -1,7 +1,7 @@
 """The decoder-only transformer of the Llama family, inference only, in plain torch.
 
 Llama (with Llama 3's rope scaling), SmolLM2, Qwen2/2.5 (bias on q, k, v), Qwen3 (RMSNorm over each query and key
-head) and Mistral differ in `ModelConfig` only.
+head) and Mistral (sliding windows) differ in `ModelConfig` only.
 
 Shapes: N rows (new tokens of the step), S sampled rows, H query heads, K KV heads, D head_dim, V vocabulary,
 E hidden size, I intermediate size.
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minidisagg.model.attention import Batch, PagedKV, paged_attention, write_kv
+from minidisagg.model.attention import Batch, PagedKV, narrowed, paged_attention, write_kv
 from minidisagg.model.config import ModelConfig, RopeConfig
 from minidisagg.model.linear import Linear, OutputHead, padding
 
@@ -37,7 +37,7 @@ class Transformer:
         self.wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.norm_E = take("model.norm.weight", config.hidden_size).to(self.wide)
         head_VE = self.embed_VE
-        if not config.tie_embeddings:
+        if not config.tie_embeddings or "lm_head.weight" in weights:  # tied by name, and yet with a head of its own
             head_VE = take("lm_head.weight", config.vocab_size, config.hidden_size)
         self.head = OutputHead(head_VE)
         self.inv_freq = rope_frequencies(config.rope, config.head_dim, self.wide).to(device)
@@ -52,11 +52,13 @@ class Transformer:
         cos, sin = angle_NF.cos(), angle_NF.sin()
         cos_N1D = torch.cat((cos, cos), -1)[:, None].to(self.dtype)
         sin_N1D = torch.cat((-sin, sin), -1)[:, None].to(self.dtype)
+        windowed = self.config.windowed_layers
+        narrow = narrowed(batch, self.config.sliding_window) if windowed else batch
         x_NE = F.embedding(tokens_N, self.embed_VE)
         for i, layer in enumerate(self.layers):
             q_NHD, kv_NKD = (rows[:N] for rows in layer.project(x_NE, cos_N1D, sin_N1D))
             write_kv(cache, i, batch, kv_NKD)
-            attended = paged_attention(q_NHD, kv_NKD, cache, i, batch)
+            attended = paged_attention(q_NHD, kv_NKD, cache, i, narrow if i in windowed else batch)
             x_NE = x_NE + layer.output(F.pad(attended, (0, 0, 0, pad)) if pad else attended)
             x_NE = layer.feed_forward(x_NE)
         return x_NE[:N]
@@ -128,7 +130,7 @@ class _Weights:
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int, dtype: torch.dtype) -> Tensor:
-    """Angle per position of each pair of dimensions, [head_dim / 2], with Llama 3's scaling where factor is not 1.
+    """Angle per position of each pair of dimensions, [head_dim / 2], with `RopeConfig`'s scaling where factor is not 1.
 
     Rotary embedding: Su et al. 2021 (RoFormer). The scaling stretches wavelengths longer than
     original_max_len / low_freq_factor by `factor`, keeps those shorter than original_max_len / high_freq_factor,
