@@ -201,12 +201,14 @@ def _refuse_what_changes_results(architecture: str, raw: dict[str, Any]) -> None
 def _windows(architecture: str, raw: dict[str, Any]) -> tuple[int, tuple[int, ...]]:
     """`sliding_window` and the layers that it holds for; (0, ()) where no context is longer.
 
-    Mistral has it in all layers, Qwen in those that `layer_types` says, else in those from `max_window_layers` on if
-    `use_sliding_window`. Llama has none.
+    They are those that `layer_types` says, else those from `max_window_layers` on: with Mistral all. Qwen has them only
+    where `use_sliding_window` is true, and Llama has none.
     """
     count, kinds = _int(raw, "num_hidden_layers"), raw.get("layer_types")
-    unused = "use_sliding_window" in DEFAULTS[architecture] and not raw["use_sliding_window"]
-    window = None if unused or raw["sliding_window"] is None else _int(raw, "sliding_window")
+    is_used, first = True, 0
+    if architecture in ("Qwen2ForCausalLM", "Qwen3ForCausalLM"):
+        is_used, first = raw["use_sliding_window"], raw["max_window_layers"]
+    window = _int(raw, "sliding_window") if is_used and raw["sliding_window"] is not None else None
     if kinds is not None:
         if not isinstance(kinds, list) or len(kinds) != count or not set(kinds) <= _LAYER_TYPES:
             raise ValueError(f"layer_types must be {count} of {', '.join(sorted(_LAYER_TYPES))}, not {kinds!r}")
@@ -216,12 +218,8 @@ def _windows(architecture: str, raw: dict[str, Any]) -> tuple[int, tuple[int, ..
         return 0, ()
     if architecture == "LlamaForCausalLM":
         raise ValueError(f"sliding_window {window} is not supported with {architecture}, which has none")
-    if architecture == "MistralForCausalLM":
-        if kinds is not None and "full_attention" in kinds:
-            raise ValueError(f"layer_types has full_attention, but {architecture} has its window in all layers")
-        return window, tuple(range(count))
     if kinds is None:
-        layers = tuple(range(raw["max_window_layers"], count))
+        layers = tuple(range(first, count))
     else:
         layers = tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
     return (window, layers) if layers else (0, ())

@@ -73,7 +73,9 @@ def _add_tokens(
     are not read. A declared id does not count: new tokens get the next ids, in the order of the declared ones.
     """
     complete = "added_tokens_decoder" in settings
-    named, extra = _special_tokens([settings] if complete else [settings, special_tokens_map])
+    padding = raw.get("padding") or {}
+    saved = {"pad_token": padding["pad_token"]} if "pad_token" in padding else {}
+    named, extra = _special_tokens([saved, settings] if complete else [saved, settings, special_tokens_map])
     if complete:
         declared = {int(token_id): _token(value) for token_id, value in settings["added_tokens_decoder"].items()}
         known = {repr(token) for token in rust.get_added_tokens_decoder().values()}
@@ -109,12 +111,13 @@ def _special_tokens(sources: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Add
     named: dict[str, AddedToken] = {}
     extra: dict[str, AddedToken] = {}
     for source in sources:
-        more = source.get("extra_special_tokens") or source.get("additional_special_tokens") or []
         roles = {key: value for key, value in source.items() if key.endswith("_token") and _is_token(value)}
+        more = source.get("extra_special_tokens") or []
         if isinstance(more, dict):
             roles |= more
-        else:
-            extra |= {token.content: token for token in map(_special, more)}
+            more = []
+        more = more or source.get("additional_special_tokens") or []
+        extra |= {token.content: token for token in map(_special, more)}
         for role in ROLES:
             if role in source and source[role] is None:
                 named.pop(role, None)
