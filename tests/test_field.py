@@ -14,6 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -27,6 +28,7 @@ from minidisagg.model.loader import ARCHITECTURES, DEFAULTS, NEUTRAL, load_confi
 from minidisagg.model.tokenizer import Tokenizer
 from minidisagg.model.transformer import Transformer
 from minidisagg.runtime.kv_cache import KVCache
+from minidisagg.server.protocol import Message
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what transformers deprecates inside itself says nothing about this project
@@ -303,6 +305,12 @@ def test_a_template_gets_content_as_it_takes_it(name: str, tmp_path: Path) -> No
         said = ours.apply_chat_template(sent)
         assert said == theirs.apply_chat_template(taken, tokenize=False, add_generation_prompt=True)
         assert "one" in said or "Be" in said or name == "initial"
+
+
+def test_the_server_hands_on_what_was_sent() -> None:
+    sent = [*PARTS, MESSAGES[1], {"role": "developer", "content": "x"}, {"role": "assistant", "content": None}]
+    expected = [*PARTS, MESSAGES[1], {"role": "system", "content": "x"}, {"role": "assistant", "content": ""}]
+    assert [message.as_dict() for message in msgspec.convert(sent, list[Message])] == expected
 
 
 @pytest.mark.parametrize(

@@ -65,13 +65,18 @@ SHAPES = {
     "qwen2": shape("Qwen2ForCausalLM", qkv_bias=True, tie_embeddings=True),
     "qwen3": shape("Qwen3ForCausalLM", qk_norm=True, head_dim=16, rope=RopeConfig(theta=1e6)),
     "mistral": shape("MistralForCausalLM", num_kv_heads=3),
+    "mistral_window": shape("MistralForCausalLM", sliding_window=21, windowed_layers=(0, 1, 2)),
+    "qwen3_window": shape("Qwen3ForCausalLM", qk_norm=True, sliding_window=40, windowed_layers=(0, 2)),
+    "linear_rope": shape("LlamaForCausalLM", rope=RopeConfig(theta=500.0, factor=3.0, original_max_len=0)),
 }
 
 
 def hugging_face(config: ModelConfig) -> Any:
     """A random model of transformers; norms and biases are random too, so that leaving one out shows."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope.theta}
-    if config.rope.factor != 1.0:
+    if config.rope.original_max_len == 0:
+        rope = {"rope_type": "linear", "rope_theta": config.rope.theta, "factor": config.rope.factor}
+    elif config.rope.factor != 1.0:
         rope = {
             "rope_type": "llama3",
             "rope_theta": config.rope.theta,
@@ -95,7 +100,10 @@ def hugging_face(config: ModelConfig) -> Any:
         attn_implementation="eager",
     )
     if config.architecture == "MistralForCausalLM":
-        common["sliding_window"] = None
+        common["sliding_window"] = config.sliding_window or None
+    elif config.windowed_layers:
+        kinds = [f"{'sliding' if i in config.windowed_layers else 'full'}_attention" for i in range(config.num_layers)]
+        common |= {"use_sliding_window": True, "sliding_window": config.sliding_window, "layer_types": kinds}
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # as above
