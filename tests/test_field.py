@@ -202,6 +202,11 @@ TOKENIZERS: dict[str, dict[str, Any]] = {
     "a role of the model's own": template(TURN, turn_token="<|turn|>"),
     "roles as AddedToken": template(ROLES, bos_token=named("<|a|>"), eos_token=named("<|im_end|>")),
     "all roles": template(ROLES, unk_token="<|a|>", sep_token="<|b|>", cls_token="<|turn|>", mask_token="<|new|>"),
+    "roles in no vocabulary, in another order": template(
+        ROLES, extra_special_tokens={"x_token": "<|turn|>"}, mask_token="<|a|>", sep_token="<|b|>", bos_token="<|new|>"
+    ),
+    "extra_special_tokens that are not special": settings(extra_special_tokens=[{**named("<|a|>"), "special": False}]),
+    "a role that is not special": settings(pad_token={**named("<|a|>"), "special": False}),
     "no bos": template(ROLES, bos_token=None),
     "a role in no vocabulary": template(ROLES, bos_token="<|new|>"),
     "add_bos_token": settings(add_bos_token=True, add_eos_token=True),
@@ -484,6 +489,10 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized"),
     ("llama", {"compression_config": {"format": "int-quantized"}}, "quantized"),
     ("llama", {"dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn'"),
+    ("llama", {"rope_theta": None}, "rope_theta must be a positive number, not None"),
+    ("llama", {"rms_norm_eps": "1e-5"}, "rms_norm_eps must be a positive number, not '1e-5'"),
+    ("llama", {"rope_scaling": {"type": "linear", "factor": 0}}, "factor must be a positive number, not 0"),
+    ("qwen3", {"use_sliding_window": True, "max_window_layers": None}, "max_window_layers must be a whole number"),
     ("llama", {"per_layer_config": {"0": {"num_attention_heads": 2}}}, "per_layer_config"),
     ("llama", {"is_causal": False}, "is_causal False"),
     *(

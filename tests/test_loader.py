@@ -230,7 +230,7 @@ def test_which_layers_have_a_window(
         ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive integer"),
         ({"num_key_value_heads": 3}, "multiple of num_key_value_heads"),
         ({"head_dim": 7}, "head_dim 7 must be even"),
-        ({"rms_norm_eps": None}, "float"),
+        ({"rms_norm_eps": None}, "rms_norm_eps must be a positive number, not None"),
         ({"rope_scaling": "yarn"}, "rope_scaling must be an object"),
         ({"eos_token_id": "end"}, "eos_token_id must be a token id"),
     ],

@@ -7,6 +7,7 @@ one line that names the file and says what to do.
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,7 +155,7 @@ def _parse_config(name: str, architecture: str, raw: dict[str, Any], eos: tuple[
         num_kv_heads=heads if raw["num_key_value_heads"] is None else _int(raw, "num_key_value_heads"),
         head_dim=hidden // heads if raw["head_dim"] is None else _int(raw, "head_dim"),
         max_model_len=_int(raw, "max_position_embeddings"),
-        rms_norm_eps=float(raw["rms_norm_eps"]),
+        rms_norm_eps=_number(raw, "rms_norm_eps"),
         rope=_parse_rope(raw),
         tie_embeddings=bool(raw["tie_word_embeddings"]),
         qkv_bias=architecture == "Qwen2ForCausalLM",
@@ -207,7 +208,7 @@ def _windows(architecture: str, raw: dict[str, Any]) -> tuple[int, tuple[int, ..
     count, kinds = _int(raw, "num_hidden_layers"), raw.get("layer_types")
     is_used, first = True, 0
     if architecture in ("Qwen2ForCausalLM", "Qwen3ForCausalLM"):
-        is_used, first = raw["use_sliding_window"], raw["max_window_layers"]
+        is_used, first = raw["use_sliding_window"], _int(raw, "max_window_layers", least=0)
     window = _int(raw, "sliding_window") if is_used and raw["sliding_window"] is not None else None
     if kinds is not None:
         if not isinstance(kinds, list) or len(kinds) != count or not set(kinds) <= _LAYER_TYPES:
@@ -235,32 +236,39 @@ def _parse_rope(raw: dict[str, Any]) -> RopeConfig:
         raise ValueError(f"rope_scaling must be an object, not {scaling!r}")
     if any(isinstance(value, dict) for value in scaling.values()):
         raise ValueError("rope_parameters for each layer type are not supported")
-    theta = float(scaling.get("rope_theta", raw.get("rope_theta", 10000.0)))
+    theta = _number({"rope_theta": 10000.0, **raw, **scaling}, "rope_theta")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if (partial := scaling.get("partial_rotary_factor")) not in (None, 1):
         raise ValueError(f"partial_rotary_factor {partial} is not supported, only 1")
     if kind == "default":
         return RopeConfig(theta=theta)
     if kind == "linear":
-        return RopeConfig(theta=theta, factor=float(scaling["factor"]), original_max_len=0)
+        return RopeConfig(theta=theta, factor=_number(scaling, "factor"), original_max_len=0)
     if kind != "llama3":
         raise ValueError(f"rope type {kind!r} is not supported; supported are default, linear, llama3")
     # Beside the scaling the key counts more than inside, and the context is as long as it was without any of them.
     lengths = {"original_max_position_embeddings": raw["max_position_embeddings"], **scaling, **raw}
     return RopeConfig(
         theta=theta,
-        factor=float(scaling["factor"]),
-        low_freq_factor=float(scaling["low_freq_factor"]),
-        high_freq_factor=float(scaling["high_freq_factor"]),
+        factor=_number(scaling, "factor"),
+        low_freq_factor=_number(scaling, "low_freq_factor"),
+        high_freq_factor=_number(scaling, "high_freq_factor"),
         original_max_len=_int(lengths, "original_max_position_embeddings"),
     )
 
 
-def _int(raw: dict[str, Any], key: str) -> int:
+def _int(raw: dict[str, Any], key: str, least: int = 1) -> int:
     value = raw[key]
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{key} must be a positive integer, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{key} must be a {'positive integer' if least else 'whole number'}, not {value!r}")
     return value
+
+
+def _number(raw: dict[str, Any], key: str) -> float:
+    value = raw[key]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{key} must be a positive number, not {value!r}")
+    return float(value)
 
 
 def _token_ids(raw: dict[str, Any], key: str, path: Path) -> list[int]:

@@ -90,7 +90,7 @@ def _add_tokens(
         }
     roles = {token.content for token in named.values()}
     new = [declared[token_id] for token_id in sorted(declared)]
-    for token in new:
+    for token in [*new, *named.values()]:
         token.special = token.special or token.content in roles
     present = {token.content for token in [*rust.get_added_tokens_decoder().values(), *new]}
     for token in [*named.values(), *extra]:
@@ -122,7 +122,8 @@ def _special_tokens(sources: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Add
             if role in source and source[role] is None:
                 named.pop(role, None)
         named |= {role: _special(value) for role, value in roles.items()}
-    return named, list(extra.values())
+    ordered = sorted(named, key=lambda role: ROLES.index(role) if role in ROLES else len(ROLES))
+    return {role: named[role] for role in ordered}, list(extra.values())
 
 
 def _is_token(value: Any) -> bool:
@@ -139,10 +140,10 @@ def _token(value: Any) -> AddedToken:
 
 
 def _special(value: Any) -> AddedToken:
-    """The same of a special token, which is not normalized unless it says so."""
+    """The same, special unless it says otherwise."""
     if isinstance(value, str):
-        return AddedToken(value, special=True, normalized=False)
-    return _token({**value, "special": True} if isinstance(value, dict) else value)
+        return AddedToken(value, special=True)
+    return _token({"special": True, **value} if isinstance(value, dict) else value)
 
 
 # ---------------------------------------------------------------- chat templates
