@@ -5,14 +5,17 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from minidisagg.workload.arrivals import arrival_times
 from minidisagg.workload.lengths import prompt_tokens, random_items, text_items, with_arrivals, with_prompts
-from minidisagg.workload.traces import load_trace
+from minidisagg.workload.traces import MAX_SECONDS, MAX_TOKENS, load_trace
 
 
 def test_arrivals_have_the_exact_rate_and_scale_with_it() -> None:
@@ -192,3 +195,162 @@ def test_bad_files_name_file_and_line(tmp_path: Path, kind: str, text: str, mess
     assert message in str(caught.value) and "\n" not in str(caught.value)
     if kind != "other":
         assert str(file) in str(caught.value)
+
+
+VIDUR = "arrived_at,num_prefill_tokens,num_decode_tokens\n"
+TALK = [{"value": "What is the sea made of?"}, {"value": "Of water, salt and time."}]
+
+
+@pytest.mark.parametrize(
+    ("times", "arrivals"),
+    [
+        (["2024-05-10 01:00:00+01:00", "2024-05-10 00:00:01+00:00"], [0.0, 1.0]),
+        (["2024-05-10T00:00:02.5Z", "2024-05-09 19:00:01.25-05:00"], [0.0, 1.25]),
+        (["2024-05-10 05:30:00.1234567+05:30", "2024-05-10 00:00:00Z"], [0.0, 0.1234567]),
+        (["2024-05-10 01:00:00.1234567891", "2024-05-10 01:00:00.5", "2024-05-10 01:00:01"], [0.0, 0.376543, 0.876543]),
+        (["2.5", "1e0", " .5", "+1.75"], [0.0, 0.5, 1.25, 2.0]),
+    ],
+)
+def test_times_are_read_as_they_are_meant_and_sorted(tmp_path: Path, times: list[str], arrivals: list[float]) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text(VIDUR + "".join(f"{time},7,3\n" for time in times))
+    items, _ = load_trace("azure", file)
+    assert [item.arrival_s for item in items] == pytest.approx(arrivals, abs=2e-6)
+
+
+def test_a_file_may_be_written_by_other_tools(tmp_path: Path) -> None:
+    """Windows (a byte order mark, CR LF), pandas (37.0), empty lines, fields that nobody reads."""
+    file = tmp_path / "trace"
+    bom = b"\xef\xbb\xbf"
+    file.write_bytes(bom + VIDUR.encode().replace(b"\n", b"\r\n") + b"0.0,37.0,4.0\r\n\r\n1,3.7e1,4,\r\n")
+    items, _ = load_trace("azure", file)
+    assert [(i.arrival_s, i.prompt_len, i.output_len) for i in items] == [(0.0, 37, 4), (1.0, 37, 4)]
+    line = b'{"timestamp": 5, "input_length": 37.0, "output_length": 4, "hash_ids": [1], "more": [null, {"a": null}]}'
+    file.write_bytes(bom + line + b"\r\n\r\n" + line)
+    items, _ = load_trace("mooncake", file)
+    assert [(i.arrival_s, i.prompt_len, i.output_len) for i in items] == [(0.0, 37, 4)] * 2
+    file.write_bytes(bom + json.dumps([{"conversations": TALK, "id": None}]).encode())
+    assert len(load_trace("sharegpt", file)[0]) == 1
+
+
+def test_mooncake_without_hash_ids_shares_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "m.jsonl"
+    line = {"timestamp": 0, "input_length": 600, "output_length": 4}
+    rows = [line, line | {"hash_ids": None}, line | {"hash_ids": [5, 6]}, line | {"hash_ids": [5, 6]}]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    items, _ = load_trace("mooncake", file)
+    a, b, c, d = (item.prompt or [] for item in with_prompts(items, 5000))
+    assert [len(a), len(b), len(c)] == [600] * 3
+    assert c == d and len({a[0], b[0], c[0]}) == 3
+
+
+def _csv(*rows: str) -> bytes:
+    return (VIDUR + "".join(f"{row}\n" for row in rows)).encode()
+
+
+def _line(**fields: object) -> bytes:
+    return b"\n" + json.dumps({"timestamp": 0, "input_length": 9, "output_length": 1} | fields).encode()
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "where"),
+    [
+        *[("azure", _csv("0,2,3", f"{time},2,3"), ":3: bad row: ") for time in (
+            "nan", "NaN", "inf", "-inf", "-1", "1e400", "1e30", "True", "1_0", "", "\u0661", "2024-05-10",
+            "2024-13-01 00:00:00", "2024-05-10 00:00:00+25:00",
+        )],
+        *[("azure", _csv("0,2,3", f"1,{length},3"), ":3: bad row: ") for length in (
+            "nan", "inf", "-2", "37.5", "1e400", "1" + "0" * 30, "9" * 5000, "true", "None", "", "0x10", "1_0", "1\t0",
+        )],
+        ("azure", _csv("2024-05-10 01:00:00,2,3", "2024-05-10 01:00:01Z,2,3"), ":3: bad row: time is a date with an"),
+        ("azure", _csv("2024-05-10 01:00:00Z,2,3", "2024-05-10 01:00:01,2,3"), ":3: bad row: time is a date without"),
+        ("azure", _csv("1,5,2,3"), ":2: bad row: 4 fields"),
+        ("azure", _csv('0,"2,3'), ":2: not a CSV file"),
+        ("azure", _csv("0,2,3", "1,2\0,3"), ":3: not a CSV file"),
+        ("azure", _csv("0,2,3").replace(b"2", b"\xe9"), ":2: not UTF-8"),
+        ("azure", VIDUR.encode("utf-16"), ":1: not "),
+        ("azure", VIDUR.replace("arrived_at", "arrived_at,arrived_at").encode(), ":1: header"),
+        ("azure", b"\xef\xbb\xbf", ":1: header"),
+        *[("mooncake", _line() + _line(**fields), ":3: ") for fields in (
+            {"timestamp": math.nan}, {"timestamp": math.inf}, {"timestamp": -1}, {"timestamp": 1e30},
+            {"timestamp": 10**30}, {"timestamp": True}, {"timestamp": None}, {"timestamp": "0"},
+            {"input_length": 9.5}, {"input_length": -9}, {"input_length": True}, {"input_length": None},
+            {"input_length": 10**30}, {"output_length": 10**400}, {"output_length": math.inf}, {"hash_ids": [None]},
+            {"hash_ids": []}, {"hash_ids": [1, 2]}, {"hash_ids": 1},
+        )],
+        ("mooncake", _line() + _line().replace(b"9", b"1e400"), ":3: "),
+        ("mooncake", _line() + b"\n\0", ":3: "),
+        ("mooncake", b"[" * 100_000, ":1: "),
+        ("sharegpt", b"", ":1: not JSON"),
+        ("sharegpt", b"[" * 100_000, "not JSON"),
+        ("sharegpt", b"[" + b"9" * 5000 + b"]", "not JSON"),
+        ("sharegpt", b'["\xff"]', "not UTF-8"),
+        *[("sharegpt", json.dumps([{"conversations": TALK}, entry]).encode(), "conversation 2") for entry in (
+            None, [], "ab", 5, {"conversations": None}, {"conversations": "ab"}, {"conversations": {}},
+            {"conversations": [None, None]}, {"conversations": [{"value": None}, {"value": "b"}]},
+            {"conversations": [{"value": 5}, {"value": "b"}]}, {"conversations": [{"value": "cut \ud83d"}, TALK[1]]},
+            {"conversations": [TALK[0], {"value": "\ude00 cut"}]},
+        )],
+    ],
+)  # fmt: skip
+def test_what_cannot_be_meant_is_refused_with_its_place(tmp_path: Path, kind: str, data: bytes, where: str) -> None:
+    file = tmp_path / "trace"
+    file.write_bytes(data)
+    for encode in (None, lambda text: list(text.encode())):
+        with pytest.raises(ValueError) as caught:
+            load_trace(kind, file, encode=encode)
+        message = str(caught.value)
+        assert message.startswith(f"{file}") and where in message, message
+        assert "\n" not in message and len(message) < 300 + len(str(file))
+
+
+@pytest.mark.parametrize(("name", "value"), [("speedup", math.inf), ("speedup", 1e-12), ("scale_len", 1e300)])
+def test_no_scale_makes_what_a_file_may_not_hold(tmp_path: Path, name: str, value: float) -> None:
+    file = tmp_path / "a.csv"
+    file.write_bytes(_csv("0,2,3", "1,2,3"))
+    with pytest.raises(ValueError, match=r"speedup|scale"):
+        load_trace("azure", file, **{name: value})  # type: ignore[arg-type]
+
+
+NUMBERS = st.sampled_from(
+    ["0", "1.5", "37.0", "37.5", "-1", "nan", "inf", "1e400", "1" + "0" * 30, "true", "null", "", "\0", "1,5", '"', "é",
+     "2024-05-10 00:00:00", "2024-05-10T00:00:00.5+01:00", "0001-01-01T00:00:00+23:59", "9999-12-31Z", "\r", "\u2028"]
+)  # fmt: skip
+TIMED = st.lists(st.tuples(NUMBERS, NUMBERS, NUMBERS), max_size=4)
+JSONS = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(st.characters()),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["conversations", "value", "timestamp", "hash_ids"]), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+FILES = st.one_of(
+    st.binary(max_size=60),
+    TIMED.map(lambda rows: (VIDUR + "\n".join(map(",".join, rows))).encode()),
+    TIMED.map(
+        lambda rows: "\n".join(
+            f'{{"timestamp": {a}, "input_length": {b}, "output_length": {c}}}' for a, b, c in rows
+        ).encode()
+    ),
+    JSONS.map(lambda value: json.dumps(value).encode()),
+    JSONS.map(lambda value: json.dumps([{"conversations": TALK}, {"conversations": [{"value": value}] * 2}]).encode()),
+).flatmap(lambda data: st.sampled_from([data, b"\xef\xbb\xbf" + data, data.decode(errors="ignore").encode("utf-16")]))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(["azure", "burstgpt", "mooncake", "sharegpt"]), FILES)
+def test_whatever_a_file_holds_it_is_read_or_named(kind: str, data: bytes) -> None:
+    with tempfile.NamedTemporaryFile(prefix="minidisagg-trace-") as file:
+        burst = b"Timestamp,Request tokens,Response tokens\n"
+        file.write(data.replace(VIDUR.encode(), burst) if kind == "burstgpt" else data)
+        file.flush()
+        try:
+            items, report = load_trace(kind, file.name)
+        except ValueError as error:
+            assert str(error).startswith(file.name) and len(str(error).splitlines()) == 1
+            return
+    assert report.used == len(items) > 0
+    assert items[0].arrival_s == 0.0 and [i.arrival_s for i in items] == sorted(i.arrival_s for i in items)
+    assert all(0 <= i.arrival_s <= MAX_SECONDS and 1 <= min(i.prompt_len, i.output_len) for i in items)
+    assert all(max(i.prompt_len, i.output_len) <= MAX_TOKENS for i in items)

@@ -382,6 +382,8 @@ def run(options: BenchOptions, api_key: str = "") -> int:
     # What can be known to be wrong is told before anything is started.
     arrival_times(1, 1.0, options.arrivals.burstiness)
     items, _ = build_items(options.workload, options.workload.num_prompts or quick_prompts(options, math.nan))
+    at_once = math.isinf(options.arrivals.request_rate) and not options.arrivals.max_concurrency
+    check_measurable(len(items), options.arrivals.num_warmups, at_once)  # a trace may hold fewer than were asked for
     for side in options.sides:
         load_policy(side.policy)
     if options.output.dry_run:

@@ -4,17 +4,24 @@ Every loader yields raw rows; `load_trace` then scales, clamps, sorts and counts
 
 - azure: CSV, `TIMESTAMP,ContextTokens,GeneratedTokens` (Splitwise, Patel et al. 2024) or
   `arrived_at,num_prefill_tokens,num_decode_tokens` (seconds; vidur's form of the same traces)
-- mooncake: JSON lines of `timestamp` (ms), `input_length`, `output_length`, `hash_ids` (Qin et al. 2025)
+- mooncake: JSON lines of `timestamp` (ms), `input_length`, `output_length`, `hash_ids` (Qin et al. 2025; without
+  `hash_ids` a request shares its prefix with no other)
 - burstgpt: CSV with `Timestamp` (s), `Request tokens`, `Response tokens` (Wang et al. 2024)
 - sharegpt: JSON list of `conversations`; the first two turns are prompt and answer; it has no arrival times
+
+A workload is measured for minutes before anybody looks at it, so that what cannot be meant is refused when it is read:
+a time that is no finite number, half a token, a date with an offset between dates without.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
+import math
+import re
 from collections.abc import Callable, Iterator
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
@@ -25,6 +32,8 @@ from minidisagg.workload.lengths import Encode, WorkItem, encoded
 
 MOONCAKE_BLOCK = 512  # tokens named by one hash id
 MIN_TURN_TOKENS = 4  # ShareGPT turns under this are noise; vLLM leaves them out too
+MAX_TOKENS = 1 << 31  # of a prompt or an output
+MAX_SECONDS = 1e10  # three centuries; up to here a float tells microseconds apart
 
 
 class TraceReport(Struct, frozen=True):
@@ -70,7 +79,7 @@ def load_trace(
     """
     if kind not in _READERS:
         raise ValueError(f"unknown trace kind {kind!r}, choose from {', '.join(sorted(_READERS))}")
-    if not (speedup > 0 and scale_len > 0):
+    if not (0 < speedup < math.inf and 0 < scale_len < math.inf):
         raise ValueError(f"trace speedup and length scale must be positive, not {speedup} and {scale_len}")
     if max_model_len is not None and max_model_len < 2:
         raise ValueError(f"max model length must be at least 2, not {max_model_len}")
@@ -79,6 +88,10 @@ def load_trace(
     if not usable:
         raise ValueError(f"{path}: no requests with prompt and output tokens")
     skipped = len(rows) - len(usable)
+    if max(max(row.prompt_len, row.output_len) for row in usable) * scale_len > MAX_TOKENS:
+        raise ValueError(f"{path}: a length scale of {scale_len} makes requests of more than {MAX_TOKENS} tokens")
+    if (usable[-1].arrival_s - usable[0].arrival_s) / speedup > MAX_SECONDS:
+        raise ValueError(f"{path}: at a speedup of {speedup} the trace takes more than {MAX_SECONDS:.0e} s")
     block_size = max(1, round(MOONCAKE_BLOCK * scale_len))
     items, clamped = [], 0
     for index, row in enumerate(usable[:count]):
@@ -133,27 +146,84 @@ def _cut(item: WorkItem, prompt_len: int, output_len: int) -> WorkItem:
 
 # ---------------------------------------------------------------- readers
 
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)  # float() takes 1_0 and nan too
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+
+
+def _shown(value: object) -> str:
+    """For an error: on one line, and not all of a megabyte."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _number(value: str | float) -> float:
+    """Finite and not negative, from JSON or a CSV field. Raises ValueError."""
+    if isinstance(value, str) and not _NUMBER.fullmatch(value):
+        raise ValueError(f"{_shown(value)} is not a number")
+    try:
+        number = float(value)
+    except OverflowError:  # of an int
+        number = math.inf
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{_shown(value)} is {'negative' if number < 0 else 'not finite'}")
+    return number
+
+
+def _tokens(value: str | float) -> int:
+    """A number of tokens; 37.0 is one (pandas writes it so where a row of the column was empty). Raises ValueError."""
+    number = _number(value)
+    if not number.is_integer() or number > MAX_TOKENS:
+        raise ValueError(f"{_shown(value)} is not a number of tokens")
+    return int(number)
+
+
+def _time(value: str | float) -> tuple[str, float]:
+    """Seconds and what they are counted from: dates with an offset, dates without and numbers do not compare.
+
+    Azure's dates have seven digits after the point.
+    """
+    if isinstance(value, float) or _NUMBER.fullmatch(value):
+        origin, seconds = "in seconds", _number(value)
+    else:
+        try:
+            date = datetime.fromisoformat(value)
+        except ValueError:
+            raise ValueError(f"{_shown(value)} is neither a date nor a finite number of seconds") from None
+        origin = "a date without an offset" if date.tzinfo is None else "a date with an offset"
+        epoch = datetime(2000, 1, 1, tzinfo=None if date.tzinfo is None else UTC)
+        seconds = (date - epoch).total_seconds()
+    if seconds > MAX_SECONDS and origin == "in seconds":
+        raise ValueError(f"{_shown(value)} s are more than {MAX_SECONDS:.0e}")
+    return origin, seconds
+
 
 class _MooncakeLine(Struct):
     timestamp: float
-    input_length: int
-    output_length: int
-    hash_ids: tuple[int, ...]
+    input_length: int | float
+    output_length: int | float
+    hash_ids: tuple[int, ...] | None = None
 
 
 def _read_mooncake(path: Path, encode: Encode | None) -> Iterator[_Row]:
     decoder = msgspec.json.Decoder(_MooncakeLine)
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = decoder.decode(line)
-            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-                raise ValueError(f"{path}:{number}: not a Mooncake request: {error}") from None
-            if len(row.hash_ids) != -(-row.input_length // MOONCAKE_BLOCK):
-                raise ValueError(f"{path}:{number}: {len(row.hash_ids)} hash ids for {row.input_length} tokens")
-            yield _Row(row.timestamp / 1000, row.input_length, row.output_length, row.hash_ids)
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            row = decoder.decode(line)
+            _, arrival = _time(row.timestamp / 1000)
+            prompt_len, output_len = _tokens(row.input_length), _tokens(row.output_length)
+        except (ValueError, RecursionError) as error:  # msgspec's are ValueErrors
+            raise ValueError(f"{path}:{number}: not a Mooncake request: {error}") from None
+        blocks = row.hash_ids or ()
+        if row.hash_ids is not None and len(blocks) != -(-prompt_len // MOONCAKE_BLOCK):
+            raise ValueError(f"{path}:{number}: {len(blocks)} hash ids for {prompt_len} tokens")
+        yield _Row(arrival, prompt_len, output_len, blocks)
 
 
 def _read_azure(path: Path, encode: Encode | None) -> Iterator[_Row]:
@@ -166,54 +236,72 @@ def _read_burstgpt(path: Path, encode: Encode | None) -> Iterator[_Row]:
     return _read_csv(path, [("Timestamp", "Request tokens", "Response tokens")], session="Session ID")
 
 
+def _text_lines(path: Path) -> Iterator[str]:
+    for number, line in _lines(path):
+        if b"\0" in line:
+            raise ValueError(f"{path}:{number}: not a CSV file: it has a zero byte")
+        try:
+            yield line.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}:{number}: not UTF-8: {error.reason}") from None
+
+
 def _read_csv(path: Path, headers: list[tuple[str, str, str]], session: str = "") -> Iterator[_Row]:
     """Rows of a CSV file that has the columns (time, prompt tokens, output tokens) under one of these names."""
+    reader = csv.reader(_text_lines(path), strict=True)
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, strict=True)
-            columns = next((names for names in headers if set(names) <= set(reader.fieldnames or ())), None)
-            if columns is None:
-                wanted = " or ".join(",".join(names) for names in headers)
-                raise ValueError(f"{path}:1: header must have {wanted}")
-            for row in reader:
-                time, prompt, output = (row[name] for name in columns)
-                try:
-                    if min(prompt_len := int(prompt), output_len := int(output)) < 0:
-                        raise ValueError(f"negative length in {prompt},{output}")
-                    yield _Row(_seconds(time), prompt_len, output_len, session=row.get(session) or "")
-                except (ValueError, TypeError) as error:  # TypeError: too few columns give None
-                    raise ValueError(f"{path}:{reader.line_num}: bad row: {error}") from None
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a CSV file: {error}") from None
-
-
-def _seconds(text: str) -> float:
-    """Seconds as a number, or a date and time (Azure's have seven digits after the point)."""
-    try:
-        return float(text)
-    except ValueError:
-        return (datetime.fromisoformat(text).replace(tzinfo=None) - datetime(2000, 1, 1)).total_seconds()
+        header = next(reader, [])
+        columns = next((names for names in headers if all(header.count(name) == 1 for name in names)), None)
+        if columns is None:
+            wanted = " or ".join(",".join(names) for names in headers)
+            raise ValueError(f"{path}:1: header must have {wanted}")
+        first = ""  # what the first row's time is counted from
+        for fields in filter(None, reader):  # csv gives an empty line as no fields
+            try:
+                # A comma too many is not let pass: it may be a decimal one.
+                if len(fields) < len(header) or any(fields[len(header) :]):
+                    raise ValueError(f"{len(fields)} fields under a header of {len(header)}")
+                row = {name: field.strip() for name, field in zip(header, fields, strict=False)}
+                origin, arrival = _time(row[columns[0]])
+                first = first or origin
+                if origin != first:
+                    raise ValueError(f"time is {origin}, but the first one {first}")
+                prompt_len, output_len = _tokens(row[columns[1]]), _tokens(row[columns[2]])
+            except ValueError as error:
+                raise ValueError(f"{path}:{reader.line_num}: bad row: {error}") from None
+            yield _Row(arrival, prompt_len, output_len, session=row.get(session, ""))
+    except csv.Error as error:
+        raise ValueError(f"{path}:{reader.line_num}: not a CSV file: {error}") from None
 
 
 def _read_sharegpt(path: Path, encode: Encode | None) -> Iterator[_Row]:
     try:
-        conversations = json.loads(path.read_text(encoding="utf-8"))
+        conversations = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8: {error}") from None
+        raise ValueError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, lists in lists without end
+        raise ValueError(f"{path}: not JSON: {error}") from None
     if not isinstance(conversations, list):
         raise ValueError(f"{path}:1: not a list of conversations")
     for number, entry in enumerate(conversations, 1):
         try:
-            turns = [str(turn["value"]) for turn in entry["conversations"][:2]]
-        except (KeyError, TypeError):
-            raise ValueError(f"{path}: conversation {number} has no `conversations` list of `value`s") from None
+            turns = [turn["value"] for turn in entry["conversations"][:2]]
+        except (LookupError, TypeError):
+            turns = [None]
+        if not all(isinstance(turn, str) for turn in turns):
+            raise ValueError(f"{path}: conversation {number} has no `conversations` list of `value`s")
         if len(turns) < 2:
             yield _Row(0.0, 0, 0)  # nothing to answer: counted as skipped
             continue
-        prompt, prompt_len = encoded(turns[0], encode)
-        _, output_len = encoded(turns[1], encode)
+        try:
+            for turn in turns:
+                turn.encode()
+            prompt, prompt_len = encoded(turns[0], encode)
+            _, output_len = encoded(turns[1], encode)
+        except ValueError as error:  # half of a surrogate pair, where a text was cut
+            raise ValueError(f"{path}: conversation {number}: {error}") from None
         if min(prompt_len, output_len) < MIN_TURN_TOKENS:
             yield _Row(0.0, 0, 0)
         else:
