@@ -22,6 +22,7 @@ from minidisagg.config import (
     parse_worker,
 )
 from minidisagg.core.messages import SamplingParams
+from minidisagg.ranges import explained
 
 LINKS = ("auto", "gloo", "nccl", "shm", "tcp", "unix")  # `transfer.links.KINDS`, which needs torch, and auto
 KV_CODECS = ("raw",)  # `transfer.codec.CODECS`
@@ -179,5 +180,6 @@ def read_sampling(flags: dict[str, Any]) -> SamplingParams:
     try:
         return msgspec.convert(given, SamplingParams)
     except msgspec.ValidationError as error:
-        reason, _, field = str(error).replace("`", "").partition(" - at $.")
+        field, reason = explained(error, SamplingParams)
+        reason = reason.replace("`", "")
         raise ValueError(f"--{field.replace('_', '-')}: {reason[0].lower()}{reason[1:]}") from None

@@ -67,6 +67,8 @@ class FakeWorker:
     steps: int = 0
     seen: int = 0  # requests ever
     aborted: int = 0
+    cached: int = 0  # tokens of each prompt that it says were in its prefix cache
+    submitted: list[Submit] = field(default_factory=list)  # all of them, the latest 100
     _work: asyncio.Event = field(default_factory=asyncio.Event)
     _role: Role = Role.BOTH
 
@@ -98,6 +100,7 @@ class FakeWorker:
     def _on_message(self, body: Message) -> None:
         if isinstance(body, Submit):
             self.seen += 1
+            self.submitted = [*self.submitted[-99:], body]
             self.requests[body.request_id] = body
             self.emitted[body.request_id] = len(body.emitted)
             self._work.set()
@@ -151,7 +154,8 @@ class FakeWorker:
         if finish:
             del self.requests[name], self.emitted[name]
         return TokenOut(
-            name, request.incarnation, index, token, finish, prefill_s=0.0 if index else seconds
+            name, request.incarnation, index, token, finish, prefill_s=0.0 if index else seconds,
+            cached_tokens=0 if index else self.cached,
         )  # fmt: skip
 
 

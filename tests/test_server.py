@@ -135,6 +135,64 @@ def test_stop_string_ends_the_request_everywhere(served: Serving, client: openai
     until(lambda: served.frontend.idle)
 
 
+@pytest.mark.parametrize("kind", ["completions", "chat/completions"])
+def test_min_tokens_keeps_stop_strings_off(served: Serving, kind: str) -> None:
+    prompt = {"prompt": "a"} if kind == "completions" else {"messages": [{"role": "user", "content": "a"}]}
+    body = {**prompt, "max_tokens": 64, "seed": 3}
+
+    def text(choice: dict[str, Any]) -> str:
+        return str(choice["text"] if "text" in choice else choice.get("message", choice.get("delta"))["content"])
+
+    whole = text(post(served, f"/v1/{kind}", body)[1]["choices"][0])
+    body |= {"stop": [whole[0], whole[3:5]], "min_tokens": 20}
+    _, made, _ = post(served, f"/v1/{kind}", body)
+    (choice,), usage = made["choices"], made["usage"]
+    assert usage["completion_tokens"] > 20 and whole.startswith(text(choice)) and len(text(choice)) > 5
+    streamed = events(served, f"/v1/{kind}", body)
+    assert len(streamed) == usage["completion_tokens"]
+    assert "".join(text(event["choices"][0]) for event in streamed) == text(choice)
+
+
+@pytest.mark.parametrize("rate", [0.0, 200.0])
+def test_cached_tokens_are_told_after_a_stop_string_too(rate: float) -> None:
+    """The engine's last word on a request that was aborted for it says nothing of them."""
+    with serving(partial(fake_engine, rate)) as served:
+        (worker,) = served.frontend.workers.values()
+        body: dict[str, Any] = {"prompt": "a prompt of 22 letters", "max_tokens": 100, "seed": 3, "n": 2}
+        whole = post(served, "/v1/completions", body)[1]["choices"]
+        # Each choice is ended by a string of its own, at once or late.
+        body |= {"stop": [whole[0]["text"][:1], whole[1]["text"][30:33]]}
+        worker.cached = 16
+        made = post(served, "/v1/completions", body)[1]
+        assert {choice["finish_reason"] for choice in made["choices"]} == {"stop"}
+        assert made["usage"]["completion_tokens"] < 100
+        usage = {"include_usage": True, "continuous_usage_stats": True}
+        streamed = events(served, "/v1/completions", body | {"stream_options": usage})
+        chat = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 100, "seed": 3, "stop": body["stop"][:1]}
+        told = post(served, "/v1/chat/completions", chat)[1]
+        for answer in (made, streamed[-1], streamed[-2], told):
+            assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 16
+
+
+def test_a_scored_prompt_has_a_salt_of_its_own(served: Serving) -> None:
+    """Each time, each choice: what is scored must be computed, so that it may share its prefix with nothing."""
+    (worker,) = served.frontend.workers.values()
+
+    def salts(body: dict[str, Any]) -> list[str]:
+        before = worker.seen
+        assert post(served, "/v1/completions", {"max_tokens": 1, **body})[0] == 200
+        return [submit.salt for submit in worker.submitted[before - worker.seen :]]
+
+    plain = [salts({"prompt": "a", **more}) for more in ({}, {"echo": True}, {"logprobs": 1}, {"n": 2})]
+    assert {salt for some in plain for salt in some} == {""}
+    scored = [salts({"prompt": ["a", "a"], "echo": True, "logprobs": 0, "n": 2}) for _ in range(3)]
+    assert [len(some) for some in scored] == [4] * 3
+    ours = salts({"prompt": "a", "cache_salt": "ours"})
+    scored += [salts({"prompt": "a", "echo": True, "logprobs": 0, "cache_salt": "ours"}) for _ in range(2)]
+    every = ["", *ours, *(salt for some in scored for salt in some)]
+    assert len(set(every)) == len(every) == 2 + 12 + 2
+
+
 def test_echo_and_logprobs_as_lm_eval_reads_them(client: openai.OpenAI) -> None:
     made = client.completions.create(
         model=MODEL, prompt=[[72, 105, 33], [65]], echo=True, logprobs=1, max_tokens=1, temperature=0, seed=1234
@@ -189,7 +247,17 @@ def test_chat_without_a_limit_fills_the_context(served: Serving) -> None:
     ({"prompt": "a", "temperature": 3}, "temperature", "<= 2"),
     ({"prompt": "a", "max_tokens": -1}, "max_tokens", ">= 0"),
     ({"prompt": "a", "max_tokens": 0}, "max_tokens", "echo"),
-    ({"prompt": "a", "n": 1000}, "n", "<= 16"),
+    ({"prompt": "a", "n": 1000}, "n", ">= 1 and <= 16"),
+    (b'{"prompt": "a", "temperature": 1e400}', "temperature", ">= 0 and <= 2"),
+    ({"prompt": "a", "top_p": 0}, "top_p", "> 0 and <= 1"),
+    ({"prompt": "a", "top_k": 10**30}, "top_k", f">= -1 and <= {1 << 20}"),
+    ({"prompt": "a", "presence_penalty": -2.5}, "presence_penalty", ">= -2 and <= 2"),
+    ({"prompt": "a", "repetition_penalty": 0}, "repetition_penalty", ">= 0.01 and <= 10"),
+    ({"prompt": "a", "repetition_penalty": 0.001}, "repetition_penalty", ">= 0.01 and <= 10"),
+    ({"prompt": "a", "repetition_penalty": 11}, "repetition_penalty", ">= 0.01 and <= 10"),
+    ({"prompt": "a", "stop_token_ids": [1, -1]}, "stop_token_ids[1]", f">= 0 and < {1 << 31}"),
+    ({"prompt": "a", "stream_options": {}}, "stream_options", "stream"),
+    ({"prompt": "a", "stream_options": {"include_usage": True}, "stream": False}, "stream_options", "stream"),
     ({"prompt": "a", "stop": [""]}, "stop[0]", "length"),
     ({"prompt": "a", "max_tokens": 5000}, "prompt", "limit"),
     ({"prompt": []}, "prompt", "length"),
@@ -211,13 +279,17 @@ def test_bad_requests_name_the_field(served: Serving, body: Any, param: str | No
 
 def test_chat_refuses_what_it_cannot_do(served: Serving) -> None:
     message = {"role": "user", "content": "a"}
-    for extra in ({"tools": [{"type": "function"}]}, {"response_format": {"type": "json_object"}}):
+    for extra in (
+        {"tools": [{"type": "function"}]}, {"response_format": {"type": "json_object"}}, {"stream_options": {}},
+        {"stream_options": {"include_usage": False}, "stream": False}, {"stream_options": {}, "stream": None},
+    ):  # fmt: skip
         status, answer, _ = post(served, "/v1/chat/completions", {"messages": [message], **extra})
         assert status == 400 and answer["error"]["param"] in extra
     image = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}
     assert post(served, "/v1/chat/completions", {"messages": [image]})[0] == 400
     # What would happen anyway is accepted, and so is what nobody knows.
-    harmless = {"tools": None, "response_format": {"type": "text"}, "max_tokens": 2, "new_field": 1}
+    harmless = {"tools": None, "response_format": {"type": "text"}, "stream_options": None}
+    harmless |= {"max_tokens": 2, "new_field": 1}
     assert post(served, "/v1/chat/completions", {"messages": [message], **harmless})[0] == 200
 
 

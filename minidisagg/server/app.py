@@ -168,7 +168,7 @@ class Server:
                     self.frontend, self.tokenizer, lambda: _cut_off(request.transport), self.metrics, endpoint.param
                 ) as generation:
                     salt, priority = self._salt(request, job), job.request.priority or 0
-                    generation.submit(job.prompts, job.n, job.sampling, salt, priority)
+                    generation.submit(job.prompts, job.n, job.sampling, salt, priority, job.echo)
                     answer = Answer(endpoint, job, generation, request_id, self.model)
                     if job.request.stream:
                         return await answer.stream(request)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -72,8 +72,9 @@ class Job(msgspec.Struct):
     request: GenerationRequest
     prompts: list[list[int]]
     sampling: SamplingParams
-    echo: str | bool = False
+    echo: bool = False
     wants_logprobs: bool = False
+    texts: list[str | None] = []  # the prompts as they were sent; None where they were token ids
 
     @property
     def n(self) -> int:
@@ -89,14 +90,16 @@ class Completions(Endpoint):
 
     async def read(self, data: bytes, tokenizer: Tokenizer, limit: int) -> Job:
         request = decode(data, self.decoder)
-        prompts = [p if isinstance(p, list) else await encode(tokenizer, p) for p in request.prompts()]
+        sent = request.prompts()
+        prompts = [p if isinstance(p, list) else await encode(tokenizer, p) for p in sent]
+        texts = [p if isinstance(p, str) else None for p in sent]
         max_tokens = COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
         if max_tokens == 0 and not request.echo:
             raise ApiError(400, "max_tokens is 0, which makes sense with echo only", "max_tokens")
         scored = request.logprobs if request.echo else None
         # One token is computed with max_tokens 0 too, and not shown: the engine's work ends with a token.
         sampling = request.sampling(max(1, max_tokens), request.logprobs, scored)
-        return Job(request, prompts, sampling, bool(request.echo), request.logprobs is not None)
+        return Job(request, prompts, sampling, bool(request.echo), request.logprobs is not None, texts)
 
     def chunk(
         self, job: Job, news: News, piece: Piece, first: bool, tokenizer: Tokenizer
@@ -106,38 +109,45 @@ class Completions(Endpoint):
     def choice(
         self, job: Job, choice: Choice, pieces: list[Piece], tokenizer: Tokenizer, first: bool = True
     ) -> CompletionChoice:
-        finish, echo = pieces[-1].finish or None, first and bool(job.echo)
+        finish, echo = pieces[-1].finish or None, first and job.echo
         pieces = pieces if _shown(job) else []
-        text = (tokenizer.decode(choice.prompt) if echo else "") + "".join(piece.text for piece in pieces)
-        logprobs = self._logprobs(job, choice, pieces, echo, tokenizer)
-        choice.offset += len(text)
-        return CompletionChoice(choice.index, text, logprobs, finish)
+        sent = job.texts[choice.index // job.n] if echo else None
+        prompt = (tokenizer.decode(choice.prompt, False) if sent is None else sent) if echo else ""
+        logprobs = self._logprobs(job, choice, pieces, prompt if echo else None, tokenizer)
+        choice.offset += len(prompt) + sum(len(piece.added) for piece in pieces)
+        return CompletionChoice(choice.index, prompt + "".join(piece.text for piece in pieces), logprobs, finish)
 
     def _logprobs(
-        self, job: Job, choice: Choice, pieces: list[Piece], echo: bool, tokenizer: Tokenizer
+        self, job: Job, choice: Choice, pieces: list[Piece], prompt: str | None, tokenizer: Tokenizer
     ) -> CompletionLogprobs | None:
         if not job.wants_logprobs:
             return None
         out = CompletionLogprobs([], [], [], [])
-        values: list[tuple[int, int, TokenLogprob | None]] = [(p.token, len(p.text), p.logprob) for p in pieces]
-        if echo:
-            if len(choice.prompt_logprobs) != len(choice.prompt) - 1:
-                raise ApiError(500, "the prompt's log-probabilities were lost with a worker; try again")
-            detokenizer = IncrementalDetokenizer(tokenizer)
-            lengths = [len(detokenizer.push(token)) for token in choice.prompt]
-            values = [*zip(choice.prompt, lengths, (None, *choice.prompt_logprobs), strict=True), *values]
-        offset = choice.offset
-        for token, length, value in values:
-            text = token_text(tokenizer, token)
-            out.tokens.append(text)
+
+        def add(token: int, name: str, offset: int, value: TokenLogprob | None) -> None:
+            out.tokens.append(name)
             out.text_offset.append(offset)
-            offset += length
             out.token_logprobs.append(None if value is None else value.logprob)
             top = None
             if value is not None:
                 top = {token_text(tokenizer, other): logprob for other, logprob in reversed(value.top)}
-                top[text] = value.logprob
+                top[token_text(tokenizer, token)] = value.logprob
             out.top_logprobs.append(top)
+
+        offset = choice.offset
+        if prompt is not None:
+            if len(choice.prompt_logprobs) != len(choice.prompt) - 1:
+                raise ApiError(500, "the prompt's log-probabilities were lost with a worker; try again")
+            values = (None, *choice.prompt_logprobs)
+            for token, (name, at), value in zip(
+                choice.prompt, located(tokenizer, choice.prompt, prompt), values, strict=True
+            ):
+                add(token, name, offset + at, value)
+            offset += len(prompt)
+        for piece in pieces:
+            name = token_text(tokenizer, piece.token, piece.added)
+            add(piece.token, name, offset + max(0, len(piece.added) - len(name)), piece.logprob)
+            offset += len(piece.added)
         return out
 
 
@@ -204,13 +214,42 @@ async def encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool = Tru
         raise ApiError(400, str(error), "prompt") from None
 
 
-def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """A token by itself; where its bytes are no text, as OpenAI writes them: bytes:\\xNN."""
+def token_text(tokenizer: Tokenizer, token: int, added: str | None = None) -> str:
+    """A token by itself, or as it stands at the end of what it `added` to a text.
+
+    Where its bytes are no text, as OpenAI writes them: bytes:\\xNN.
+    """
     raw = tokenizer.piece(token, skip_special_tokens=False)
     try:
-        return raw.decode()
+        text = raw.decode()
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+    return text if added is None or added.endswith(text) else added
+
+
+def located(tokenizer: Tokenizer, ids: list[int], text: str) -> Iterator[tuple[str, int]]:
+    """Each token of `text` as it stands there, and where.
+
+    The decoding of its ids may differ from a text: the tokenizer has put a token or a space in front, or has normalized
+    it. A token that is not there is empty, and the search goes on behind it, farther the more of them there are.
+    """
+    detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=False)
+    at = missed = 0
+    for token in ids:
+        added = detokenizer.push(token)
+        if not text.startswith(added, at):
+            if text.startswith(rest := added.removeprefix(" "), at):
+                added = rest
+            elif (found := text.find(added, at, at + len(added) + 4 * missed)) >= 0:
+                at = found
+            else:
+                missed += len(added)
+                yield "", at
+                continue
+        missed = 0 if added else missed
+        name = token_text(tokenizer, token, added)
+        yield name, at + max(0, len(added) - len(name))
+        at += len(added)
 
 
 # ---------------------------------------------------------------- answers

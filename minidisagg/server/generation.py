@@ -34,7 +34,7 @@ class Choice:
     cached_tokens: int = 0
     times: StageTimes | None = None
     end: Emit | None = None  # the engine's last word
-    offset: int = 0  # characters sent, for `text_offset`
+    offset: int = 0  # characters so far, for `text_offset`
 
 
 @dataclass
@@ -63,8 +63,14 @@ class Generation:
     choices: list[Choice] = field(default_factory=list)
     _queue: asyncio.Queue[tuple[Choice, Emit]] = field(default_factory=asyncio.Queue)
 
-    def submit(self, prompts: Sequence[list[int]], n: int, sampling: SamplingParams, salt: str, priority: int) -> None:
-        """Hand `n` choices of each prompt to the engine. Raises `ApiError` 400, or 429 where there is no room."""
+    def submit(
+        self, prompts: Sequence[list[int]], n: int, sampling: SamplingParams, salt: str, priority: int,
+        echo: bool = False,
+    ) -> None:  # fmt: skip
+        """Hand `n` choices of each prompt to the engine. Raises `ApiError` 400, or 429 where there is no room.
+
+        `echo`: the output is read after the prompt.
+        """
         self.n, sampling = n, with_stops(sampling, self.tokenizer)
         view, size, tokens = self.frontend.router.view, n * len(prompts), n * sum(map(len, prompts))
         if size > view.max_waiting or tokens > view.max_waiting_tokens:  # to come again would not help
@@ -83,7 +89,8 @@ class Generation:
                 own = sampling
                 if sampling.seed is not None and turn:
                     own = msgspec.structs.replace(sampling, seed=sampling.seed + turn)
-                choice = Choice(len(self.choices), prompt, OutputProcessor(self.tokenizer, own), Timing(len(prompt)))
+                processor = OutputProcessor(self.tokenizer, own, prompt if echo else ())
+                choice = Choice(len(self.choices), prompt, processor, Timing(len(prompt)))
                 self.choices.append(choice)
                 # What is scored must be computed, so that it shares its prefix with nothing.
                 own_salt = salt if own.prompt_logprobs is None else f"{salt}/{uuid.uuid4()}"

@@ -8,7 +8,6 @@ them would be wrong. Fields that nobody knows are ignored, as OpenAI does.
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -17,6 +16,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from minidisagg.core.messages import SamplingParams
 from minidisagg.core.router import StageTimes
+from minidisagg.ranges import explained
 
 MAX_TEXT = 4 << 20  # characters of a prompt
 MAX_PROMPTS = 256  # of one request
@@ -98,10 +98,10 @@ class GenerationRequest(Struct, frozen=True, kw_only=True):
             "frequency_penalty": self.frequency_penalty, "repetition_penalty": self.repetition_penalty,
             "top_k": max(0, self.top_k or 0), "stop": tuple(stop), "stop_token_ids": tuple(self.stop_token_ids or ()),
         }  # fmt: skip
-        return SamplingParams(
-            max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs,
-            **{key: value for key, value in given.items() if value is not None},
-        )  # fmt: skip
+        given |= {"max_tokens": max_tokens, "logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
+        with _naming_the_field(SamplingParams):  # whose ranges are the engine's, should they be narrower
+            return msgspec.convert({key: value for key, value in given.items() if value is not None}, SamplingParams)
+        raise AssertionError("unreachable")
 
 
 class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
@@ -187,26 +187,27 @@ _unsupported_decoder = msgspec.json.Decoder(_Unsupported)
 
 
 @contextlib.contextmanager
-def _naming_the_field() -> Iterator[None]:
+def _naming_the_field(kind: Any) -> Iterator[None]:
     try:
         yield
     except msgspec.ValidationError as error:
-        reason, _, path = str(error).partition(" - at ")
-        param = re.sub(r"^\$\.?", "", path.strip("`")) or None
-        raise ApiError(400, f"{param}: {reason}" if param else reason, param) from None
+        param, reason = explained(error, kind)
+        raise ApiError(400, f"{param}: {reason}" if param else reason, param or None) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ApiError(400, f"the body is not valid JSON: {error}") from None
 
 
 def decode(data: bytes, decoder: msgspec.json.Decoder[T]) -> T:
     """A request from its bytes. Raises `ApiError` 400 that names the field."""
-    with _naming_the_field():
+    with _naming_the_field(decoder.type):
         request = decoder.decode(data)
         extras = _unsupported_decoder.decode(data)
     for name, harmless in UNSUPPORTED.items():
         value = getattr(extras, name)
         if not isinstance(value, UnsetType) and value is not None and not _is_any_of(value, harmless):
             raise ApiError(400, f"{name} is not supported by this server", name)
+    if request.stream_options is not None and not request.stream:
+        raise ApiError(400, "stream_options needs stream: true", "stream_options")
     return request
 
 
@@ -228,7 +229,7 @@ class DetokenizeRequest(Struct, frozen=True):
 
 def decode_plain(data: bytes, kind: type[S]) -> S:
     """Any other body. Raises `ApiError` 400 that names the field."""
-    with _naming_the_field():
+    with _naming_the_field(kind):
         return msgspec.json.decode(data, type=kind)
     raise AssertionError("unreachable")
 
@@ -252,7 +253,11 @@ class Usage(Struct, frozen=True):
 
 
 class CompletionLogprobs(Struct, frozen=True):
-    """The legacy form: parallel lists over tokens; the first token of an echoed prompt has None."""
+    """The legacy form: parallel lists over tokens; the first token of an echoed prompt has None.
+
+    The text goes on with `tokens[i]` at `text_offset[i]`. A token that is not in the text is empty there: a special one
+    of the output, or what the tokenizer put before a prompt. What it is called is among its `top_logprobs`.
+    """
 
     tokens: list[str]
     token_logprobs: list[float | None]
