@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from serving import Serving, serving
-from test_server import MODEL, events, post
+from test_server import events, post
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as RustTokenizer
 

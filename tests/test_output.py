@@ -43,7 +43,7 @@ def test_stop_strings_are_looked_for_once_min_tokens_are_there(
     pieces: list[str], stop: tuple[str, ...], min_tokens: int
 ) -> None:
     checker, emitted, count, stopped = StopChecker(stop), "", 0, False
-    for count, piece in enumerate(pieces, 1):  # noqa: B007
+    for count, piece in enumerate(pieces, 1):
         emit, stopped = checker.push(piece, count > min_tokens)
         emitted += emit
         if stopped:
