@@ -20,6 +20,7 @@ from click.core import ParameterSource
 from msgspec.structs import asdict
 
 from minidisagg import __version__
+from minidisagg.address import bare
 from minidisagg.bench.options import (
     DATASETS,
     PRESETS,
@@ -228,6 +229,7 @@ def serve(model: str, mode: str, verbose: bool, with_monitor: bool, beside: bool
     """
     limits = flags.pop("max_waiting"), flags.pop("max_waiting_tokens")
     own = {key: flags.pop(key) for key in ("host", "port", "api_keys", "drain_timeout")}
+    own["host"] = bare(own["host"])
     served_name, demo_load, slo = flags.pop("served_model_name"), flags.pop("demo_load"), _read_slo(flags)
     engine = read_engine(model, flags, mode, one_worker=not with_monitor)  # with two, `m` has something to switch
     if (demo_load is not None or slo) and not with_monitor:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from fake_engine import fake_engine
 
+from minidisagg.address import server_url
 from minidisagg.config import ClusterSettings, ModelSettings, RunSettings
 from minidisagg.model.tokenizer import Tokenizer
 from minidisagg.runtime.frontend import Frontend
@@ -57,7 +58,7 @@ def serving(
             server = Server(frontend, Tokenizer.load(frontend.model.model), ServerSettings(**{"port": 0, **settings}))
             async with listening(server) as port:
                 stop = asyncio.Event()
-                started = Serving(f"http://127.0.0.1:{port}", server, asyncio.get_running_loop()), stop
+                started = Serving(server_url(server.settings.host, port), server, asyncio.get_running_loop()), stop
                 ready.set()
                 await stop.wait()
 

@@ -176,15 +176,26 @@ def test_only_whole_stage_times_count() -> None:
         ("http://127.0.0.1:8000", "http://127.0.0.1:8000"),
         ("https://host/v1/", "https://host"),
         ("http://[::1]:80/proxy/v1", "http://[::1]:80/proxy"),
+        ("http://[::1]", "http://[::1]"),
+        ("http://[fe80::1%25eth0]:80", "http://[fe80::1%25eth0]:80"),
     ],
 )
 def test_base_urls(text: str, url: str) -> None:
     assert parse_base_url(text) == url
 
 
-@pytest.mark.parametrize("text", ["localhost:8000", "ftp://host", "http://", "http://host:port", "http://h?key=1"])
+@pytest.mark.parametrize("text", [
+    "localhost:8000", "ftp://host", "http://", "http://host:port", "http://h?key=1", "http://h:99999", "http://[::1",
+    "http://[::1]x:80", "http://::1]:80",
+])  # fmt: skip
 def test_what_is_no_base_url(text: str) -> None:
     with pytest.raises(ValueError, match="--base-url"):
+        parse_base_url(text)
+
+
+@pytest.mark.parametrize("text", ["http://::1:8000", "http://::1", "http://fe80::1:80/v1", "http://::ffff:127.0.0.1:80"])
+def test_an_ipv6_address_without_brackets_is_told_of_them(text: str) -> None:
+    with pytest.raises(ValueError, match=r"in brackets: http://\[::1\]:8000"):
         parse_base_url(text)
 
 

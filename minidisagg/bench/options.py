@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from typing import Literal
-from urllib.parse import urlsplit
 
 from msgspec import Struct
 from msgspec.structs import replace
 
+from minidisagg.address import parse_server_url
 from minidisagg.config import MODES, ClusterSettings, ModelSettings, RunSettings
 from minidisagg.measure.goodput import SLO
 from minidisagg.measure.records import TRIM
@@ -130,16 +130,11 @@ def check_length(workload: Workload, limit: int) -> None:
 
 
 def parse_base_url(text: str) -> str:
-    """`http://HOST:PORT[/PATH]`; a /v1 at its end, as OpenAI's clients have it, is left out. Raises ValueError."""
-    url = text.rstrip("/").removesuffix("/v1").rstrip("/")
+    """What `parse_server_url` makes of --base-url. Raises ValueError."""
     try:
-        parts = urlsplit(url)
-        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        valid = False
-    if not valid or parts.query or parts.fragment:
-        raise ValueError(f"--base-url {text!r}: expected a URL such as http://127.0.0.1:8000")
-    return url
+        return parse_server_url(text)
+    except ValueError as error:
+        raise ValueError(f"--base-url {error}") from None
 
 
 def parse_rate(text: str) -> tuple[float, bool]:

@@ -28,6 +28,7 @@ from prompt_toolkit.input import Input, create_input
 from rich.console import Console
 from rich.live import Live
 
+from minidisagg.address import parse_server_url
 from minidisagg.monitor.keys import Action, Post, SetLoad, Ui, press
 from minidisagg.monitor.load import DemoLoad
 from minidisagg.monitor.state import Snapshot, State, decode
@@ -64,8 +65,7 @@ class MonitorError(OSError):
 
 def run_monitor(options: MonitorOptions) -> None:
     """Runs until the user or a signal ends it. Raises `ValueError` for options, `OSError` for files and the server."""
-    address = urlsplit(options.url)
-    if address.scheme not in ("http", "https") or not address.hostname or address.path.strip("/") not in ("", "v1"):
+    if urlsplit(parse_server_url(options.url)).path:
         raise ValueError(f"{options.url!r} is not the address of a server, like http://127.0.0.1:8000")
     if options.as_json and not options.once:
         raise ValueError("--json needs --once")
@@ -79,10 +79,9 @@ def run_monitor(options: MonitorOptions) -> None:
 
 
 async def _run(options: MonitorOptions) -> None:
-    address = urlsplit(options.url)
     headers = {"Authorization": f"Bearer {options.api_key}"} if options.api_key else {}
     async with aiohttp.ClientSession(
-        f"{address.scheme}://{address.netloc}", headers=headers, connector=aiohttp.TCPConnector(limit=0),
+        parse_server_url(options.url), headers=headers, connector=aiohttp.TCPConnector(limit=0),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=SILENCE), read_bufsize=MAX_EVENT,
     ) as session:  # fmt: skip
         with ExitStack() as files:

@@ -17,6 +17,7 @@ import msgspec
 from rich.console import Console
 from rich.text import Text
 
+from minidisagg.address import server_url
 from minidisagg.monitor.app import MonitorOptions, run_monitor
 
 START_TIMEOUT = 600.0  # seconds without a new line in the log: weights are downloaded and loaded
@@ -42,9 +43,8 @@ def serve_and_monitor(arguments: Sequence[str], host: str, options: MonitorOptio
         try:
             port = _wait(server, log)
             name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-            url = f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
             run_monitor(msgspec.structs.replace(
-                options, url=url,
+                options, url=server_url(name, port),
                 ended=lambda: "" if server.poll() is None else f"the server has ended, last: {_last_line(log)}",
             ))  # fmt: skip
         finally:

@@ -25,6 +25,7 @@ from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
 from minidisagg import __version__
+from minidisagg.address import at
 from minidisagg.model.tokenizer import Tokenizer
 from minidisagg.runtime.channel import ChannelError
 from minidisagg.runtime.frontend import Frontend
@@ -381,7 +382,7 @@ async def listening(server: Server) -> Any:
         try:
             await site.start()
         except OSError as error:
-            raise ValueError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from None
+            raise ValueError(f"cannot listen on {at(settings.host, settings.port)}: {error.strerror}") from None
         log = asyncio.get_running_loop().create_task(_log_throughput(server))
         try:
             yield runner.addresses[0][1]
@@ -399,7 +400,7 @@ def check_port(settings: ServerSettings) -> None:
         try:
             probe.bind((settings.host, settings.port))
         except OSError as error:
-            raise ValueError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from None
+            raise ValueError(f"cannot listen on {at(settings.host, settings.port)}: {error.strerror}") from None
 
 
 async def drain(server: Server) -> None:

@@ -10,6 +10,7 @@ import sys
 
 import click
 
+from minidisagg.address import server_url
 from minidisagg.core.router import RouterSpec
 from minidisagg.model.pull import ensure
 from minidisagg.model.tokenizer import Tokenizer
@@ -54,7 +55,7 @@ async def _serve(engine: Engine, settings: ServerSettings, limits: tuple[int, in
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.add_signal_handler(number, stop.set)
             gc.freeze()  # modules and tokenizer: a full collection of them would stop all streams for some 40 ms
-            click.echo(f"serving on http://{settings.host}:{port}/v1  (Ctrl-C stops)", err=True)
+            click.echo(f"serving on {server_url(settings.host, port)}/v1  (Ctrl-C stops)", err=True)
             await stop.wait()
             stop.clear()
             click.echo("no new requests; waiting for those that run (again: stop at once)", err=True)
