@@ -72,7 +72,8 @@ async def _generate(engine: Engine, prompts: Sequence[str], sampling: SamplingPa
                 click.echo(click.style(prompt, bold=True) + output.text + "\n")
 
 
-def _as_json(prompt: str, output: Output) -> str:
+def _as_json(prompt: str, output: Output) -> bytes:
+    """UTF-8, as JSON is, whatever the terminal's encoding."""
     return msgspec.json.encode(
         {
             "prompt": prompt,
@@ -82,7 +83,7 @@ def _as_json(prompt: str, output: Output) -> str:
             "usage": {"prompt_tokens": len(output.prompt_token_ids), "completion_tokens": len(output.token_ids)},
             "metrics": output.times,
         }
-    ).decode()
+    )
 
 
 # ---------------------------------------------------------------- chat

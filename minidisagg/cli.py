@@ -48,6 +48,7 @@ from minidisagg.options import (
     sampling_options,
     stack,
 )
+from minidisagg.terminal import show_what_it_can
 
 SLO_PAIR, NUMBER = re.compile(r"(ttft|tpot|itl|e2el?):"), re.compile(r"[\d.]+")
 ARRIVALS, WORKLOAD, TRIALS = Arrivals(), Workload(), Trials()
@@ -60,6 +61,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     """The entry point of `minidisagg`."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started with it ignored
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # which stops the workers first
+    show_what_it_can()
     try:
         code = cli.main(args, prog_name="minidisagg", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)

@@ -125,7 +125,7 @@ class Monitor:
         if not self._received:
             raise ValueError(f"{self.options.replay or self.options.url} holds no event")
         if self.options.as_json:
-            sys.stdout.write(self._received[-1].decode() + "\n")
+            sys.stdout.buffer.write(self._received[-1] + b"\n")  # UTF-8, whatever the terminal has
             return
         console = Console()
         self.ui.live = "once"
