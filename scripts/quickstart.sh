@@ -17,7 +17,8 @@ cat <<END
 
 The whole report: ${latest:-none, nothing was measured}
 Next:
-  $VENV/bin/minidisagg chat --mode disagg
-  $VENV/bin/minidisagg bench --mode disagg --against colocated:sarathi
-  $VENV/bin/minidisagg bench --mode both --find-goodput --preset quick
+  source $(printf %q "$VENV/bin/activate")
+  minidisagg chat --mode disagg
+  minidisagg bench --mode disagg --against colocated:sarathi
+  minidisagg bench --mode both --find-goodput --preset quick
 END

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -97,6 +99,25 @@ def test_each_command_has_examples_and_a_default_model(name: str) -> None:
     assert found.help is not None
     assert f"\n    minidisagg {name}" in found.help or f"\nminidisagg {name}" in found.help
     assert name == "monitor" or found.params[0].default == DEFAULT_MODEL
+
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "docs/monitor.md", "scripts/quickstart.sh")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_is_written_down_can_be_typed(page: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The flags of each command exist, and a page that installs says first how `minidisagg` comes on the path."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "session.jsonl.gz").touch()  # what an earlier command has recorded
+    lines = [line.strip() for line in (ROOT / page).read_text().splitlines()]
+    commands = [shlex.split(line, comments=True) for line in lines if line.startswith("minidisagg ")]
+    assert len(commands) >= 3
+    for _, name, *args in commands:
+        cli.commands[name].make_context(name, args)
+    if page != "docs/monitor.md":
+        activates = next(n for n, line in enumerate(lines) if re.match(r"source .*\bactivate\b", line))
+        assert activates < min(n for n, line in enumerate(lines) if line.startswith("minidisagg "))
 
 
 def test_all_commands_are_tested() -> None:
