@@ -33,6 +33,6 @@ def parse_server_url(text: str) -> str:
     except ValueError:
         valid = False
     if not valid or parts.query or parts.fragment:
-        hint = " (an IPv6 address stands in brackets: http://[::1]:8000)" if _BARE_IPV6.match(text) else ""
-        raise ValueError(f"{text!r} is not the address of a server, like http://127.0.0.1:8000{hint}")
+        hint = "; an IPv6 address stands in brackets: http://[::1]:8000" if _BARE_IPV6.match(text) else ""
+        raise ValueError(f"expected a URL such as http://127.0.0.1:8000{hint}")
     return url

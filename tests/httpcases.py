@@ -201,6 +201,8 @@ def _valid(rng: random.Random) -> Case:
         fields["n"] = rng.randrange(1, 4)
     if rng.random() < 0.5:
         fields["stream"] = rng.choice((True, True, False, None))
+    if not fields.get("stream"):
+        fields.pop("stream_options", None)  # which need it
     prompt = fields.get("prompt", "")
     prompts = len(prompt) if isinstance(prompt, list) and not isinstance(prompt[0], int) else 1
     return Case(good(path, **fields), 1, frozenset({200}), choices=prompts * fields.get("n", 1))

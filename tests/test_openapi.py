@@ -158,9 +158,10 @@ def test_real_answers_fit() -> None:
             ):
                 for stream in (False, True):
                     chat = path.endswith("chat/completions")
-                    options = {"logprobs": True, "top_logprobs": 2} if chat else {"logprobs": 2, "echo": True}
+                    options: dict[str, Any] = {"logprobs": True, "top_logprobs": 2} if chat else {"logprobs": 2, "echo": True}
                     usage = {"include_usage": True, "continuous_usage_stats": rng.random() < 0.5}
-                    data = httpcases.good(path, stream=stream, n=2, stream_options=usage, **options)
+                    options |= {"stream_options": usage} if stream else {}
+                    data = httpcases.good(path, stream=stream, n=2, **options)
                     reader, writer = await asyncio.open_connection("127.0.0.1", port)
                     writer.write(data)
                     answer = await httpfuzz.read_answer(reader)

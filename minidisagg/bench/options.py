@@ -134,7 +134,7 @@ def parse_base_url(text: str) -> str:
     try:
         return parse_server_url(text)
     except ValueError as error:
-        raise ValueError(f"--base-url {error}") from None
+        raise ValueError(f"--base-url {text!r}: {error}") from None
 
 
 def parse_rate(text: str) -> tuple[float, bool]:

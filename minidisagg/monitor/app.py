@@ -65,8 +65,11 @@ class MonitorError(OSError):
 
 def run_monitor(options: MonitorOptions) -> None:
     """Runs until the user or a signal ends it. Raises `ValueError` for options, `OSError` for files and the server."""
-    if urlsplit(parse_server_url(options.url)).path:
-        raise ValueError(f"{options.url!r} is not the address of a server, like http://127.0.0.1:8000")
+    try:
+        if urlsplit(parse_server_url(options.url)).path:
+            raise ValueError("it has a path")
+    except ValueError as error:
+        raise ValueError(f"{options.url!r} is not the address of a server: {error}") from None
     if options.as_json and not options.once:
         raise ValueError("--json needs --once")
     if options.demo_load is not None and (options.replay or options.once):
