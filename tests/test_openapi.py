@@ -158,7 +158,8 @@ def test_real_answers_fit() -> None:
             ):
                 for stream in (False, True):
                     chat = path.endswith("chat/completions")
-                    options: dict[str, Any] = {"logprobs": True, "top_logprobs": 2} if chat else {"logprobs": 2, "echo": True}
+                    options: dict[str, Any] = {"logprobs": True, "top_logprobs": 2}
+                    options = options if chat else {"logprobs": 2, "echo": True}
                     usage = {"include_usage": True, "continuous_usage_stats": rng.random() < 0.5}
                     options |= {"stream_options": usage} if stream else {}
                     data = httpcases.good(path, stream=stream, n=2, **options)

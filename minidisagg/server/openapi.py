@@ -74,6 +74,9 @@ def describe() -> dict[str, Any]:
     _, schemas = msgspec.json.schema_components(STRUCTS.values(), ref_template=REF)
     for name in ("CompletionRequest", "ChatRequest"):
         schemas[name]["properties"] |= {field: _refused(harmless) for field, harmless in UNSUPPORTED.items()}
+        # `stream_options` only with a stream
+        schemas[name]["if"] = {"properties": {"stream_options": {"type": "object"}}, "required": ["stream_options"]}
+        schemas[name]["then"] = {"properties": {"stream": {"const": True}}, "required": ["stream"]}
     model = {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
     one_object = {JSON: {"schema": {"type": "object"}}}
     card = _operation("get", "A served model", one_object, (*ANY, 404))
