@@ -46,15 +46,16 @@ def build(seed: int) -> Simulator:
     """A cluster with its load and its faults, all drawn from the seed."""
     rng = random.Random(seed)
     one_sided = rng.random() < 0.5
-    page_size = rng.choice([2, 4, 8])
+    page_size = rng.choice([1, 2, 2, 4, 4, 8, 16])
     roles = CLUSTERS[rng.choice(sorted(CLUSTERS))]
-    sizes = rng.choice([[6, 10], [24, 32], [24, 32, 64]])
+    sizes = rng.choice([[3], [6, 10], [6, 10], [24, 32], [24, 32, 64]])
+    leases, link_timeout = rng.choice([([1.0, 5.0], 0.5), ([1.0, 5.0], 0.5), ([0.3], 4.0)])
     specs = [
         EngineSpec(
             f"w{index}", 1, Role(role), num_pages=rng.choice(sizes), page_size=page_size, num_layers=2,
             fingerprint="f", one_sided_links=one_sided, prefix_caching=rng.random() < 0.8,
-            lease=rng.choice([1.0, 5.0]), link_timeout=0.5,
-            options=WorkerOptions(rng.choice([3, 8]), rng.choice([8, 32, 128]), rng.choice([0, 4, 16])),
+            lease=rng.choice(leases), link_timeout=link_timeout,
+            options=WorkerOptions(rng.choice([1, 3, 8, 8]), rng.choice([8, 32, 128]), rng.choice([0, 4, 16])),
         )
         for index, role in enumerate(roles)
     ]  # fmt: skip
@@ -77,14 +78,15 @@ def build(seed: int) -> Simulator:
 
 
 def _load(sim: Simulator, rng: random.Random, capacity: int, page_size: int) -> None:
+    """Prompts and outputs that fit the smallest worker, if need be alone: length + max_tokens <= capacity."""
     shared = [rng.randrange(1000) for _ in range(20)]
     one_token, whole_pages = rng.random() < 0.2, rng.random() < 0.3
     for index in range(rng.randint(5, 25)):
-        length = rng.randint(1, capacity // 2)
+        length = rng.randint(1, capacity // 2 if rng.random() < 0.9 else capacity - 1)
         if whole_pages:
             length = max(page_size, length // page_size * page_size)
         prompt = (shared[: rng.randint(0, 20)] + [rng.randrange(1000) for _ in range(length)])[:length]
-        longest = 1 if one_token and rng.random() < 0.5 else max(1, min(30, capacity - length - 1))
+        longest = 1 if one_token and rng.random() < 0.5 else min(30, capacity - length)
         sampling = SamplingParams(
             max_tokens=rng.randint(1, longest), temperature=0.0,
             stop_token_ids=tuple(rng.sample(range(8), rng.choice([0, 1]))), min_tokens=rng.choice([0, 0, 3]),
@@ -108,12 +110,14 @@ def _faults(sim: Simulator, rng: random.Random, specs: list[EngineSpec]) -> None
             change = RoleChange(rng.choice(specs).name, Role(rng.randint(1, 3)))
             sim.plan(rng.random() * 2.0, partial(_set_role, sim, change))
         for spec in specs:
-            sim.plan(2.5, partial(_set_role, sim, RoleChange(spec.name, spec.role)))
+            sim.plan(2.5, partial(_set_role, sim, RoleChange(spec.name, spec.role), insist=True))
 
 
-def _set_role(sim: Simulator, change: RoleChange) -> None:
+def _set_role(sim: Simulator, change: RoleChange, insist: bool = False) -> None:
     if change.worker in sim.router.view.workers:
         sim.router.set_role(change, sim.now)
+    elif insist:  # down at this moment: flipped back later, or no worker of its role might be left
+        sim.plan(sim.now + 0.25, partial(_set_role, sim, change, insist=True))
 
 
 def check(sim: Simulator) -> list[str]:

@@ -22,7 +22,7 @@ FULL = 10_000
 def test_faults_lose_nothing() -> None:
     failures, ends = run_seeds(0, SEEDS)
     assert not failures
-    assert ends["length"] > 5 * SEEDS and ends["stop"] > SEEDS and ends["preempted"] > SEEDS
+    assert ends["length"] > 5 * SEEDS and ends["stop"] > SEEDS and ends["preempted"] > SEEDS / 2
 
 
 @pytest.mark.slow
