@@ -135,7 +135,7 @@ class LinkSet:
             self._on_failure(error)
 
     def _poll(self) -> None:
-        for key, entry in list(self._entries.items()):
+        for entry in list(self._entries.values()):
             for completion in entry.link.poll() if entry.link is not None else ():
                 started, request_id = entry.started.pop(completion.seq)
                 elapsed = completion.ended - started
@@ -143,7 +143,7 @@ class LinkSet:
                     self._settle(completion, elapsed)
                 if self._clock is not None:
                     self._trace.append(_piece(completion, request_id, self._clock() - time.monotonic(), elapsed))
-                if not (entry.closing and key[2] is completion.send):
+                if not entry.closing:
                     self._on_completion(completion)
 
     async def close(self) -> None:

@@ -369,7 +369,8 @@ class Worker:
         try:
             channel = await connect(address)
         except OSError:
-            self.unsent.pop(peer, None)  # it died; its parent will say so
+            if self.peers.get(peer) == address:  # it died; its parent will say so
+                self.unsent.pop(peer, None)
             return
         if self.peers.get(peer) != address:  # it died meanwhile, and another one may have taken its place
             channel.close()

@@ -1,0 +1,80 @@
+"""A worker whose links stand still: when it gives one up, and when it asks for its peer's death."""
+
+from __future__ import annotations
+
+from test_engine import LINK, Hand, offer, submit
+
+from minidisagg.core.blocks import PageState
+from minidisagg.core.effects import AbortLink
+from minidisagg.core.messages import ROUTER, Fatal, KVChunk, KVGrant, LinkAborted, PeerUp
+from minidisagg.core.plan import Completion
+
+TIMEOUT, LEASE = 2.0, 5.0  # of `stepwise.spec`
+
+
+def aborts(hand: Hand) -> list[AbortLink]:
+    return [effect for effect in hand.core.outbox if isinstance(effect, AbortLink)]
+
+
+def sending() -> tuple[Hand, int]:
+    """A source with two pieces on its link since now, and the link's epoch."""
+    hand = Hand()
+    hand.receive(PeerUp("d", 1, ""), submit("a", 4, decode="d"), submit("b", 4, decode="d"))
+    plan = hand.core.schedule(hand.now)
+    assert plan is not None
+    hand.receive(KVGrant("a", 0, [0], 0), KVGrant("b", 0, [1], 0), source="d", epoch=1)
+    hand.done(plan)
+    return hand, hand.core.sender.links["d"].epoch
+
+
+def test_a_source_gives_up_a_link_that_stands_still() -> None:
+    hand, epoch = sending()
+    hand.core.on_tick(hand.now + TIMEOUT - 0.1)
+    assert not aborts(hand)
+    hand.core.on_tick(hand.now + TIMEOUT + 0.1)
+    assert aborts(hand) == [AbortLink("d", epoch, True, False)]
+    hand.core.on_tick(hand.now + TIMEOUT + 0.2)
+    assert len(aborts(hand)) == 1
+
+
+def test_each_piece_that_leaves_gives_the_next_a_new_deadline_and_an_idle_link_has_none() -> None:
+    hand, epoch = sending()
+    hand.core.on_transfer_done(Completion("d", epoch, 0, True, True), hand.now + TIMEOUT - 0.1)
+    hand.core.on_tick(hand.now + TIMEOUT + 0.1)
+    hand.core.on_transfer_done(Completion("d", epoch, 1, True, True), hand.now + TIMEOUT + 0.1)
+    hand.core.on_tick(hand.now + 3 * TIMEOUT)
+    assert not aborts(hand)
+
+
+def receiving() -> Hand:
+    """A destination with a piece under way since now."""
+    hand = Hand()
+    hand.receive(PeerUp("p", 1, ""))
+    hand.receive(offer("a", 4, LINK), KVChunk("a", 0, LINK, 0, 0, 1, (0, 2)), source="p", epoch=1)
+    return hand
+
+
+def fatals(hand: Hand) -> list[Fatal]:
+    return [message for message in hand.sent(Fatal) if isinstance(message, Fatal)]
+
+
+def test_a_destination_has_a_source_killed_that_does_not_confirm_an_abort() -> None:
+    hand = receiving()
+    hand.core.on_tick(hand.now + TIMEOUT - 0.1)
+    assert not aborts(hand)
+    hand.now += TIMEOUT + 0.1
+    hand.core.on_tick(hand.now)
+    assert aborts(hand) == [AbortLink("p", LINK, False, False)]
+    assert hand.sent(LinkAborted) == [LinkAborted(LINK, False)]
+    hand.core.on_tick(hand.now + LEASE - 0.1)
+    assert not fatals(hand)
+    for count in (1, 2):  # asked again where nothing came of it
+        hand.now += LEASE + 0.1
+        hand.core.on_tick(hand.now)
+        hand.core.on_tick(hand.now + 0.1)
+        assert fatals(hand) == [Fatal(f"does not confirm the abort of link {LINK}", "p", 1)] * count
+    assert {effect.dest for effect in hand.core.outbox if getattr(effect, "body", None) in fatals(hand)} == {ROUTER}
+    assert hand.core.pool.counts[PageState.QUARANTINED] == 1
+    hand.core.on_link_aborted("p", LINK, False, hand.now)
+    hand.core.on_tick(hand.now + 2 * LEASE)
+    assert len(fatals(hand)) == 2 and hand.core.idle
