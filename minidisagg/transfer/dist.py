@@ -93,10 +93,7 @@ class DistLink(ThreadLink):
             self._group = self._make_group(store, rank)
             self._staging = [torch.empty(words, dtype=self.codec.rows.dtype, device=self._device) for _ in range(DEPTH)]
             # the first message sets connections up (seconds for nccl), which no transfer should pay for
-            hello = torch.full((1,), self.setup.link_epoch, dtype=torch.int64, device=self._device)
-            self._wait(self._post(hello))
-            if int(hello) != self.setup.link_epoch:
-                raise LinkError(f"the peer opened link epoch {int(hello)}, not {self.setup.link_epoch}")
+            self._wait(self._post(torch.zeros(1, dtype=torch.uint8, device=self._device)))
 
     def _make_group(self, store: Store, rank: int) -> PointToPoint:
         if self.closing:
