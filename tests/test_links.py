@@ -25,7 +25,7 @@ from minidisagg.config import ClusterSettings, WorkerSettings
 from minidisagg.core.plan import Completion, TransferOp
 from minidisagg.runtime.worker import link_kind
 from minidisagg.transfer.emulate import EmulatedLink, Emulation
-from minidisagg.transfer.links import LinkError, ThreadLink, make_link, resolve_kind
+from minidisagg.transfer.links import LinkError, LinkSetup, ThreadLink, make_link, resolve_kind
 
 KINDS = ["gloo", "shm", "tcp", "unix"]
 TWO_SIDED = ["gloo", "tcp", "unix"]
@@ -524,6 +524,130 @@ def test_a_cache_of_another_shape_is_not_mapped(make_pair: MakePair, tmp_path: P
         link.connect(link.endpoint())
     assert link.abort(True)
     os.close(fd)
+
+
+def meet(source: ThreadLink, dest: ThreadLink) -> list[BaseException]:
+    """Connect both ends, here in one process; what either raises."""
+    raised: list[BaseException] = []
+
+    def connect(link: ThreadLink) -> None:
+        try:
+            link.connect(dest.endpoint())
+        except (LinkError, OSError, RuntimeError) as error:
+            raised.append(error)
+
+    ends = [threading.Thread(target=connect, args=(link,)) for link in (dest, source)]
+    for end in ends:
+        end.start()
+    for end in ends:
+        end.join()
+    return raised
+
+
+@pytest.mark.parametrize(
+    ("kind", "source_pair", "source_epoch", "met"),
+    [
+        ("gloo", PAIR, 1, True),
+        ("gloo", PAIR, 2, False),
+        ("gloo", "p1->d0", 1, False),
+        ("shm", PAIR, 1, True),
+        ("shm", PAIR, 2, False),
+    ],
+)
+def test_a_source_of_another_pair_or_epoch_is_refused(
+    kind: str, source_pair: str, source_epoch: int, met: bool, tmp_path: Path
+) -> None:
+    caches = [make_cache(SMALL, torch.float32, seed) for seed in (1, None)]
+    ends = [
+        make_link(
+            kind, source=kv is caches[0][0], pair=source_pair if kv is caches[0][0] else PAIR,
+            link_epoch=source_epoch if kv is caches[0][0] else 1, kv=kv, kv_fd=fd, codec="raw", run_dir=tmp_path,
+            wake=lambda: None, timeout=TIMEOUT if met else 0.5,
+        )
+        for kv, fd in caches
+    ]  # fmt: skip
+    raised = meet(*ends)
+    assert not raised if met else len(raised) == 2, raised
+    assert all(link.abort(True) for link in ends)
+    for _, fd in caches:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("kind", TWO_SIDED)
+def test_a_discarded_piece_is_verified_like_any_other(kind: str, make_pair: MakePair) -> None:
+    pair = make_pair(kind)
+    pair.connect(Emulation(corrupt=1.0))
+    discarded, kept = pair.move([([1, 9, 2], [], (0, 3)), ([3], [4], (0, 3))])
+    assert not discarded.ok and "checksum mismatch in piece 0" in discarded.error
+    assert "piece 1" in kept.error, "still in step"
+    link = pair.connect()
+    link.start(pair.op(0, False, [], [3], (0, 3)))
+    pair.tell("start", [TransferOp("peer", pair.epoch, 0, True, "other", 1, [3], [3], 1, (0, 3))])
+    (wrong,) = collect(link, 1)
+    assert not wrong.ok and "out of step" in wrong.error
+
+
+class StuckLink(ThreadLink):
+    """Carries an operation for as long as the test wants, and cannot be interrupted."""
+
+    def __init__(self, setup: LinkSetup) -> None:
+        self.begun, self.go_on = threading.Event(), threading.Event()
+        self.opened = self.dropped = 0
+        super().__init__(setup)
+
+    def endpoint(self) -> str:
+        return "here"
+
+    def _open(self, endpoint: str) -> None:
+        self.opened += 1
+
+    def _carry(self, op: TransferOp) -> int:
+        self.begun.set()
+        assert self.go_on.wait(10.0)
+        return 5
+
+    def _interrupt(self) -> None:
+        pass
+
+    def _drop(self) -> None:
+        assert not self._thread.is_alive()
+        self.dropped += 1
+
+
+@pytest.fixture
+def stuck(tmp_path: Path) -> Iterator[StuckLink]:
+    kv, fd = make_cache(SMALL, torch.float32, None)
+    link = StuckLink(LinkSetup("unix", True, PAIR, 1, kv, fd, "raw", tmp_path, lambda: None, TIMEOUT))
+    link.patience = 0.05
+    yield link
+    link.go_on.set()
+    link.patience = 10.0
+    assert link.abort(True)
+    os.close(fd)
+
+
+def test_an_abort_is_not_confirmed_while_the_thread_is_at_work(stuck: StuckLink) -> None:
+    stuck.connect("")
+    for seq in range(2):
+        stuck.start(TransferOp("peer", 1, seq, True, "r", 1, [1], [1], 1, (0, 3)))
+    assert stuck.begun.wait(10.0)
+    assert not stuck.abort(True) and not stuck.dropped
+    stuck.go_on.set()
+    stuck.patience = 10.0
+    assert stuck.abort(False) and stuck.dropped == 1
+    assert [(c.seq, c.ok, c.error) for c in stuck.poll()] == [(0, True, ""), (1, False, "the link was aborted")]
+
+
+def test_an_abort_is_not_confirmed_while_connect_is_at_work(stuck: StuckLink) -> None:
+    with stuck._opening:
+        assert not stuck.abort(True) and not stuck.dropped
+
+
+def test_a_link_that_was_aborted_does_not_connect(stuck: StuckLink) -> None:
+    assert stuck.abort(False)
+    with pytest.raises(LinkError, match="aborted"):
+        stuck.connect("")
+    assert not stuck.opened
 
 
 @pytest.mark.parametrize(
