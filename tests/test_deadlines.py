@@ -29,20 +29,21 @@ def sending() -> tuple[Hand, int]:
 
 def test_a_source_gives_up_a_link_that_stands_still() -> None:
     hand, epoch = sending()
-    hand.core.on_tick(hand.now + TIMEOUT - 0.1)
+    hand.live(TIMEOUT - 0.1)
     assert not aborts(hand)
-    hand.core.on_tick(hand.now + TIMEOUT + 0.1)
+    hand.live(0.2)
     assert aborts(hand) == [AbortLink("d", epoch, True, False)]
-    hand.core.on_tick(hand.now + TIMEOUT + 0.2)
+    hand.live(0.1)
     assert len(aborts(hand)) == 1
 
 
 def test_each_piece_that_leaves_gives_the_next_a_new_deadline_and_an_idle_link_has_none() -> None:
     hand, epoch = sending()
-    hand.core.on_transfer_done(Completion("d", epoch, 0, True, True), hand.now + TIMEOUT - 0.1)
-    hand.core.on_tick(hand.now + TIMEOUT + 0.1)
-    hand.core.on_transfer_done(Completion("d", epoch, 1, True, True), hand.now + TIMEOUT + 0.1)
-    hand.core.on_tick(hand.now + 3 * TIMEOUT)
+    hand.live(TIMEOUT - 0.1)
+    hand.core.on_transfer_done(Completion("d", epoch, 0, True, True), hand.now)
+    hand.live(0.2)
+    hand.core.on_transfer_done(Completion("d", epoch, 1, True, True), hand.now)
+    hand.live(2 * TIMEOUT)
     assert not aborts(hand)
 
 
@@ -60,21 +61,19 @@ def fatals(hand: Hand) -> list[Fatal]:
 
 def test_a_destination_has_a_source_killed_that_does_not_confirm_an_abort() -> None:
     hand = receiving()
-    hand.core.on_tick(hand.now + TIMEOUT - 0.1)
+    hand.live(TIMEOUT - 0.1)
     assert not aborts(hand)
-    hand.now += TIMEOUT + 0.1
-    hand.core.on_tick(hand.now)
+    hand.live(0.2)
     assert aborts(hand) == [AbortLink("p", LINK, False, False)]
     assert hand.sent(LinkAborted) == [LinkAborted(LINK, False)]
-    hand.core.on_tick(hand.now + LEASE - 0.1)
+    hand.live(LEASE - 0.1)
     assert not fatals(hand)
     for count in (1, 2):  # asked again where nothing came of it
-        hand.now += LEASE + 0.1
-        hand.core.on_tick(hand.now)
-        hand.core.on_tick(hand.now + 0.1)
+        hand.live(0.2 if count == 1 else LEASE)
+        hand.live(0.1)
         assert fatals(hand) == [Fatal(f"does not confirm the abort of link {LINK}", "p", 1)] * count
     assert {effect.dest for effect in hand.core.outbox if getattr(effect, "body", None) in fatals(hand)} == {ROUTER}
     assert hand.core.pool.counts[PageState.QUARANTINED] == 1
     hand.core.on_link_aborted("p", LINK, False, hand.now)
-    hand.core.on_tick(hand.now + 2 * LEASE)
+    hand.live(2 * LEASE)
     assert len(fatals(hand)) == 2 and hand.core.idle

@@ -193,7 +193,9 @@ def test_what_is_no_base_url(text: str) -> None:
         parse_base_url(text)
 
 
-@pytest.mark.parametrize("text", ["http://::1:8000", "http://::1", "http://fe80::1:80/v1", "http://::ffff:127.0.0.1:80"])
+@pytest.mark.parametrize(
+    "text", ["http://::1:8000", "http://::1", "http://fe80::1:80/v1", "http://::ffff:127.0.0.1:80"]
+)
 def test_an_ipv6_address_without_brackets_is_told_of_them(text: str) -> None:
     with pytest.raises(ValueError, match=r"in brackets: http://\[::1\]:8000"):
         parse_base_url(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,19 +40,25 @@ class IdleCore:
         """Nothing to compute."""
 
 
+class NoLinks:
+    def on_peer_down(self, peer: str, epoch: int) -> None:
+        """There are none."""
+
+
 class Network:
     """Connections are made, or refused, when the test says so."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, run_dir: Path) -> None:
         self.asked: list[tuple[str, asyncio.Future[FakeChannel]]] = []
         monkeypatch.setattr(module, "connect", self.connect)
         config = WorkerConfig(
             name="w", epoch=1, role=Role.BOTH, model=ModelSettings(), settings=WorkerSettings(),
-            cluster=ClusterSettings(), run=RunSettings(), run_dir="",
+            cluster=ClusterSettings(), run=RunSettings(), run_dir=str(run_dir),
         )  # fmt: skip
         self.worker = Worker(config)
         core: Any = IdleCore()
-        self.worker.core, self.worker.depth = core, 0
+        links: Any = NoLinks()
+        self.worker.core, self.worker.links, self.worker.depth = core, links, 0
 
     async def connect(self, address: str) -> FakeChannel:
         self.asked.append((address, asyncio.get_running_loop().create_future()))
@@ -72,10 +79,10 @@ FIRST, SECOND, THIRD = (KVWait(name, 0) for name in ("first", "second", "third")
 
 
 @pytest.fixture
-def play(monkeypatch: pytest.MonkeyPatch) -> Callable[[Scenario], None]:
+def play(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Scenario], None]:
     def run(scenario: Scenario) -> None:
         async def main() -> None:
-            await scenario(Network(monkeypatch))
+            await scenario(Network(monkeypatch, tmp_path))
 
         asyncio.run(main())
 

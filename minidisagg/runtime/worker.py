@@ -129,14 +129,14 @@ class Worker:
         self.computing, self.reading = (
             Note(Path(config.run_dir), config.name, config.epoch, kind) for kind in KINDS
         )  # fmt: skip
-        self.loop.set_exception_handler(self._on_loop_error)
-        threading.excepthook = lambda thread: self.loop.call_soon_threadsafe(
-            self._on_failure, thread.exc_value or RuntimeError(f"thread {thread.thread} failed")
-        )
 
     async def run(self) -> None:
         """Load, say hello, serve until told to stop; raises `ValueError` for what a user can mend."""
         config = self.config
+        self.loop.set_exception_handler(self._on_loop_error)
+        threading.excepthook = lambda thread: self.loop.call_soon_threadsafe(
+            self._on_failure, thread.exc_value or RuntimeError(f"thread {thread.thread} failed")
+        )
         run_dir = Path(config.run_dir)
         frontend = await connect(f"unix:{run_dir}/frontend.sock")
         self.channels[ROUTER] = frontend

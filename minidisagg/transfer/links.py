@@ -9,6 +9,7 @@ The cache is one tensor [num_layers, 2, num_pages, num_kv_heads, page_size, head
 
 from __future__ import annotations
 
+import math
 import queue
 import struct
 import threading
@@ -185,7 +186,7 @@ class ThreadLink(ABC):
         try:
             # In short waits: where this process is stopped in between, the thread's own wait has run out as well, and
             # it needs a moment to notice.
-            for _ in range(round(self.patience / JOIN_SECONDS)):
+            for _ in range(math.ceil(self.patience / JOIN_SECONDS)):
                 self._thread.join(JOIN_SECONDS)
                 if not self._thread.is_alive():
                     break
