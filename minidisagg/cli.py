@@ -189,8 +189,18 @@ class SpreadCommand(click.Command):
         return super().parse_args(ctx, spread)
 
 
+class FiniteRange(click.FloatRange):
+    """A number to count or to wait with; click takes nan for one in any range."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is not finite.", param, ctx)
+        return number
+
+
 watch_options = [
-    click.option("--demo-load", type=click.FloatRange(min=0), metavar="[RATE]",
+    click.option("--demo-load", type=FiniteRange(min=0), metavar="[RATE]",
                  help="Send so many requests per second from the monitor, where + and - change it.  [RATE: 1]"),
     click.option("--goodput", multiple=True, metavar="NAME:MS …",
                  help="The monitor's SLO lines, of ttft, tpot, itl and e2el.  [default: ttft:2500 tpot:60]"),
@@ -211,7 +221,7 @@ def _read_slo(flags: dict[str, Any]) -> dict[str, float]:
 @click.option("--served-model-name", default="", metavar="NAME", help="What clients call the model.")
 @click.option("--max-waiting", type=positive, default=1024, show_default=True, help="Requests without a first token.")
 @click.option("--max-waiting-tokens", type=positive, default=1 << 20, show_default=True, help="Their prompt tokens.")
-@click.option("--drain-timeout", type=click.FloatRange(min=0), default=30.0, show_default=True,
+@click.option("--drain-timeout", type=FiniteRange(min=0), default=30.0, show_default=True,
               help="Seconds that requests have to end after SIGTERM.")  # fmt: skip
 @click.option("--verbose", "-v", is_flag=True, help="A log line for each request.")
 @click.option("--monitor", "with_monitor", is_flag=True,

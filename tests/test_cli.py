@@ -158,7 +158,8 @@ def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         (["generate", *TINY, "--link", "pigeon"], "'pigeon' is not one of 'auto', 'gloo'"),
         (["generate", *TINY, "--mode", "disagg", "--prefill", "speed=1"], "'speed=1': expected KEY=VAL with a key of"),
         (["generate", *TINY, "--prefill-workers", "5000"], "start fewer with --prefill-workers"),
-        (["generate", *TINY, "--top-p", "2"], "--top-p: expected"),
+        (["generate", *TINY, "--top-p", "2"], "--top-p: expected float > 0 and <= 1"),
+        (["generate", *TINY, "--temperature", "nan"], "--temperature: expected float >= 0 and <= "),
         (["generate", "dummy:tiny", "--prompt-file", "/nowhere/prompt"], "'/nowhere/prompt' does not exist"),
         (["pull", "../nope"], "is no model name"),
         (["pull", "Qwen/Qwen3-0.6B"], "add --from-hub"),
@@ -171,6 +172,13 @@ def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         (["bench", "--find-goodput", "--max-concurrency", "2"], "takes no --max-concurrency"),
         (["bench", "--find-goodput", "--dataset-name", "azure", "--dataset-path", __file__], "a trace must be given"),
         (["bench", "--dataset-name", "azure", "--dataset-path", __file__], "header must have TIMESTAMP"),
+        (["bench", "--dataset-name", "azure", "--dataset-path", "nan.csv"], "nan.csv:2: bad row: 'nan' is neither"),
+        (
+            ["bench", "--dataset-name", "azure", "--dataset-path", "few.csv"],
+            "--num-warmups 8, and 1 at the end left out",
+        ),
+        (["serve", "--drain-timeout", "nan"], "nan is not finite. (see minidisagg serve --help)"),
+        (["monitor", "--demo-load=inf"], "inf is not finite."),
         (["bench", "--burstiness", "0"], "burstiness must be positive, not 0.0"),
         (["bench", "--random-range-ratio", "1.5"], "random range ratio must be in [0, 1)"),
         (["bench", "dummy:tiny", "--random-input-len", "2000"], "up to 2064 tokens, more than the limit of 2048"),
@@ -183,6 +191,9 @@ def test_bad_input_is_one_line(
     fails: Any, args: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # bench makes its directory of results before it starts anything
+    header = "arrived_at,num_prefill_tokens,num_decode_tokens\n"
+    (tmp_path / "nan.csv").write_text(header + "nan,3,4\n" * 9)
+    (tmp_path / "few.csv").write_text(header + "1,3,4\n" * 9)
     code, line = fails(*args)
     assert message in line
     assert code == 2
