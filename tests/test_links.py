@@ -638,6 +638,33 @@ def test_an_abort_is_not_confirmed_while_the_thread_is_at_work(stuck: StuckLink)
     assert [(c.seq, c.ok, c.error) for c in stuck.poll()] == [(0, True, ""), (1, False, "the link was aborted")]
 
 
+def test_an_abort_waits_for_a_thread_whose_wait_ran_out_while_the_process_was_stopped(stuck: StuckLink) -> None:
+    """Both waits are over at the moment of the resume, and the thread has not been told yet."""
+    patience, stuck.patience = stuck.patience, 1.0
+    stuck.connect("")
+    stuck.start(TransferOp("peer", 1, 0, True, "r", 1, [1], [1], 1, (0, 3)))
+    assert stuck.begun.wait(10.0)
+    thread = stuck._thread
+
+    class Resumed:
+        """`join` comes back after as long as it pleases: the process was stopped in it."""
+
+        joins = 0
+
+        def join(self, timeout: float) -> None:
+            self.joins += 1
+            if self.joins == 2:
+                stuck.go_on.set()
+                thread.join(10.0)
+
+        def is_alive(self) -> bool:
+            return thread.is_alive()
+
+    stuck._thread = Resumed()  # type: ignore[assignment]
+    assert stuck.abort(False)
+    stuck._thread, stuck.patience = thread, patience
+
+
 def test_an_abort_is_not_confirmed_while_connect_is_at_work(stuck: StuckLink) -> None:
     with stuck._opening:
         assert not stuck.abort(True) and not stuck.dropped

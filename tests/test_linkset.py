@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from minidisagg.core.effects import AbortLink, Send
+from minidisagg.core.handoff import EPOCH_BITS
 from minidisagg.core.messages import LinkOpen, LinkReady
 from minidisagg.core.plan import Completion, TransferOp
 from minidisagg.runtime import linkset
@@ -231,5 +232,54 @@ def test_pieces_wait_for_the_link_and_fail_with_it(play: Callable[..., None]) ->
         at.set.start(TransferOp("e", EPOCH, 0, True, "r", 0, [0], [0], 1, (0, 1)))
         at.set.on_link_ready("e", LinkReady(EPOCH, "", "e speaks gloo"))
         assert at.completed == [Completion("e", EPOCH, 0, True, False, error="e speaks gloo")]
+
+    play(scenario)
+
+
+def test_a_link_that_cannot_be_made_fails_what_waits_for_it(
+    monkeypatch: pytest.MonkeyPatch, play: Callable[..., None]
+) -> None:
+    async def scenario(at: Fixture) -> None:
+        at.set.open("d", EPOCH)
+        at.set.start(TransferOp("d", EPOCH, 0, True, "r", 0, [0], [0], 1, (0, 1)))
+
+        def refuse(kind: str, **made: Any) -> FakeLink:
+            raise OSError("too many open files")
+
+        monkeypatch.setattr(linkset, "make_link", refuse)
+        at.set.on_link_ready("d", LinkReady(EPOCH, "there"))
+        assert at.completed == [Completion("d", EPOCH, 0, True, False, error="too many open files")]
+        at.set.abort(AbortLink("d", EPOCH, True, False))
+        await until(lambda: at.aborted == [("d", EPOCH, True)])
+        assert not at.failures
+
+    play(scenario)
+
+
+def test_a_dead_source_takes_its_ends_along(play: Callable[..., None]) -> None:
+    """Those that the core has never heard of, since nothing has been offered over them or granted yet."""
+
+    async def scenario(at: Fixture) -> None:
+        outgoing, incoming = await at.opened(), await at.accepted()
+        outgoing.fenced.set()
+        incoming.fenced.set()
+        at.set.on_peer_down("e", 100)
+        at.set.on_peer_down("d", (EPOCH >> EPOCH_BITS) - 1)
+        await turns()
+        assert not at.aborted
+        at.set.on_peer_down("d", EPOCH >> EPOCH_BITS)
+        at.set.on_peer_down("d", EPOCH >> EPOCH_BITS)
+        await until(lambda: at.aborted == [("d", EPOCH, False)])
+        assert incoming.aborts == [True] and not outgoing.aborts and not at.failures
+
+    play(scenario)
+
+
+def test_an_error_while_polling_ends_the_worker(play: Callable[..., None]) -> None:
+    async def scenario(at: Fixture) -> None:
+        link = await at.opened()
+        link.done.append(Completion("d", EPOCH, 99, True, True))  # of a piece that was never started
+        at.set.poll()
+        assert [type(error) for error in at.failures] == [KeyError]
 
     play(scenario)

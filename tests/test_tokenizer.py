@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, normalizers
 
 from minidisagg.model.loader import cached_path
-from minidisagg.model.tokenizer import IncrementalDetokenizer, StopChecker, Tokenizer
+from minidisagg.model.tokenizer import IncrementalDetokenizer, Tokenizer
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -206,46 +206,6 @@ def complete(data: bytes) -> str:
         except UnicodeDecodeError:
             pass
     raise AssertionError(data)
-
-
-# ---------------------------------------------------------------- stop strings
-
-
-def naive_stop(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
-    for end in range(len(text) + 1):
-        found = [s for s in stop if text[:end].endswith(s)]
-        if found:
-            return text[: end - max(map(len, found))], True
-    return text, False
-
-
-@given(
-    pieces=st.lists(st.text("abc", max_size=5)),
-    stop=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3).map(tuple),
-)
-@settings(max_examples=1000)
-@example(pieces=["a", "b", "c", "d"], stop=("abcd", "bc"))
-@example(pieces=["aa", "ab"], stop=("aab",))
-def test_stop_strings_against_naive_search(pieces: list[str], stop: tuple[str, ...]) -> None:
-    checker, emitted, stopped = StopChecker(stop), "", False
-    seen = ""
-    for piece in pieces:
-        emit, stopped = checker.push(piece)
-        emitted += emit
-        seen += piece
-        if stopped:
-            break
-        held = seen[len(emitted) :]
-        assert seen == emitted + held
-        assert held == "" or any(len(s) > len(held) and s.startswith(held) for s in stop)
-    if not stopped:
-        emitted += checker.flush()
-    assert (emitted, stopped) == naive_stop("".join(pieces), stop)
-
-
-def test_empty_stop_string_is_refused() -> None:
-    with pytest.raises(ValueError, match="empty"):
-        StopChecker(("a", ""))
 
 
 # ---------------------------------------------------------------- chat templates

@@ -166,39 +166,6 @@ class IncrementalDetokenizer:
         return text
 
 
-class StopChecker:
-    """Finds stop strings in a stream of text, however it is split, and holds back only what might begin one.
-
-    The stop string that is complete first counts; of several that end together, the longest.
-    """
-
-    def __init__(self, stop: tuple[str, ...]) -> None:
-        if "" in stop:
-            raise ValueError("a stop string must not be empty")
-        self._stop = stop
-        beginnings = {s[:n] for s in stop for n in range(1, len(s))}
-        self._beginnings = tuple(sorted(beginnings, key=len, reverse=True))
-        self._held = ""
-
-    def push(self, text: str) -> tuple[str, bool]:
-        """(text to emit, stopped). Once stopped, push no more; the stop string is not emitted."""
-        text = self._held + text
-        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
-        if found:
-            self._held = ""
-            return text[: min(found)[1]], True
-        held = 0
-        if text.endswith(self._beginnings):  # in C, and false nearly always
-            held = next(len(beginning) for beginning in self._beginnings if text.endswith(beginning))
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held], False
-
-    def flush(self) -> str:
-        """What was held back, at the end of a stream that did not stop."""
-        held, self._held = self._held, ""
-        return held
-
-
 # ---------------------------------------------------------------- files
 
 

@@ -145,7 +145,8 @@ class Completions(Endpoint):
                 add(token, name, offset + at, value)
             offset += len(prompt)
         for piece in pieces:
-            name = token_text(tokenizer, piece.token, piece.added)
+            # Behind an echo a token is what stands at its offset, and a special one is not there; else it has its name.
+            name = token_text(tokenizer, piece.token, piece.added if job.request.echo else None)
             add(piece.token, name, offset + max(0, len(piece.added) - len(name)), piece.logprob)
             offset += len(piece.added)
         return out
