@@ -181,7 +181,7 @@ class FakeSupervisor:
         for name in self.workers:
             self._start(name)
 
-    def kill(self, name: str, epoch: int) -> None:
+    def kill(self, name: str, epoch: int, wanted: bool = False) -> None:
         """The worker dies, and starts again under the next epoch once the news has been told."""
         if self.workers[name].epoch != epoch:
             return

@@ -439,3 +439,114 @@ def test_what_the_front_end_costs_can_be_measured() -> None:
     measured = json.loads(made.stdout.splitlines()[-1])
     assert measured["plain"]["tokens_per_s"] > 1000
     assert all(spent > 0 for spent in measured["counted"]["parts_us"].values())
+
+
+# Each field at the ends of its range, next to them, beyond them, and of no type that it has.
+POISON: dict[str, tuple[str, ...]] = {
+    "temperature": ("0", "5e-324", "1e-310", "1e-38", "1e-5", "2", "2.0000001", "-1e-300", "1e400", "NaN", "true"),
+    "top_p": ("5e-324", "1e-300", "0.9999999999999999", "1", "0", "1e400", "null"),
+    "min_p": ("0", "5e-324", "1e-300", "0.9999999999999999", "1", "-0.0"),
+    "top_k": ("-1", "0", "1", "1048576", "1048577", "1e3"),
+    "repetition_penalty": ("1e-300", "1e-38", "5e-324", "0.01", "0.0099", "10", "1e300", "0", "-1"),
+    "presence_penalty": ("-2", "2", "5e-324", "-2.1", "1e308"),
+    "frequency_penalty": ("-2", "2", "5e-324", "2.1", "-1e308"),
+    "seed": ("-9223372036854775808", "9223372036854775807", "9223372036854775808", "0.5"),
+    "min_tokens": ("0", "16", "17", "-1"),
+    "stop_token_ids": ("[]", json.dumps(list(range(64))), "[-1]", "[99999999999]", json.dumps(list(range(448, 512)))),
+    "stop": ('[""]', '["a", "b", "c", "d"]', '"\\ud83d"'),
+    "logprobs": ("0", "20", "21"),
+    "echo": ("true", "false"),
+    "ignore_eos": ("true",),
+    "n": ("1", "16", "0"),
+    "max_tokens": ("0", "1", "16", "1048576"),
+    "prompt": ("[0]", "[511]", "[512]", "[-1]", '""', "[]", '"x"', "[[1], [2, 3]]", '["\\u0000"]'),
+}
+
+
+def poison(rng: random.Random) -> str:
+    fields = {"prompt": '"abc"', "max_tokens": "16", "temperature": "1"}
+    for name in rng.sample(sorted(POISON), rng.randint(1, 6)):
+        fields[name] = rng.choice(POISON[name])
+    return "{" + ", ".join(f'"{name}": {value}' for name, value in fields.items()) + "}"
+
+
+@pytest.mark.parametrize(
+    "seconds", [3.0, pytest.param(60.0, marks=[pytest.mark.slow, pytest.mark.timeout(300)])]
+)  # fmt: skip
+def test_eight_streams_lose_nothing_beside_a_client_that_sends_poison(seconds: float) -> None:
+    body = {"max_tokens": 64, "temperature": 0.0, "ignore_eos": True, "stream": True}
+    statuses: Counter[int] = Counter()
+    server_errors: list[str] = []
+
+    async def streams(url: str, prompt: str, end: float) -> list[str]:
+        texts = []
+        async with aiohttp.ClientSession() as session:
+            while time.monotonic() < end or not texts:
+                text = ""
+                async with session.post(url, json={**body, "prompt": prompt}) as answer:
+                    assert answer.status == 200
+                    async for line in answer.content:
+                        if line.startswith(b"data: {"):
+                            event = json.loads(line[6:])
+                            assert "error" not in event, event
+                            text += event["choices"][0]["text"] if event["choices"] else ""
+                texts.append(text)
+        return texts
+
+    async def poisons(url: str, end: float) -> None:
+        rng = random.Random(7)
+        async with aiohttp.ClientSession() as session:
+            while time.monotonic() < end:
+                asked = [poison(rng) for _ in range(8)]
+                answers = await asyncio.gather(*(session.post(url, data=text) for text in asked))
+                for text, answer in zip(asked, answers, strict=True):
+                    statuses[answer.status] += 1
+                    if answer.status >= 500:
+                        server_errors.append(f"{text}: {await answer.text()}")
+                    answer.release()
+
+    async def all_of_them(url: str, alone: list[str]) -> None:
+        end = time.monotonic() + seconds
+        *many, _ = await asyncio.gather(*(streams(url, f"prompt {i}", end) for i in range(8)), poisons(url, end))
+        for want, texts in zip(alone, many, strict=True):
+            assert set(texts) == {want}
+
+    settings = cluster.settings("disagg", link="unix")
+    with serving(partial(real_engine, cluster.MODEL, settings, RunSettings())) as served:
+        url = served.url + "/v1/completions"
+        alone = [asyncio.run(streams(url, f"prompt {i}", 0.0))[0] for i in range(8)]
+        asyncio.run(all_of_them(url, alone))
+        assert served.frontend.restarted == [] and not server_errors, server_errors[:3]
+        assert statuses[200] > 10 and statuses[400] > 10, statuses
+        served.call(assert_clean(served.frontend))
+
+
+def test_a_mode_that_was_asked_for_while_a_worker_was_down_is_what_it_gets() -> None:
+    settings = cluster.settings("disagg", link="unix")
+    with serving(partial(real_engine, cluster.MODEL, settings, RunSettings())) as served:
+
+        def post(path: str, body: Any = None) -> Any:
+            async def send() -> Any:
+                async with aiohttp.ClientSession() as session, session.post(served.url + path, json=body) as answer:
+                    assert answer.status == 200, await answer.text()
+                    return await answer.json()
+
+            return asyncio.run(send())
+
+        def workers() -> dict[str, dict[str, Any]]:
+            async def read() -> Any:
+                async with aiohttp.ClientSession() as session, session.get(served.url + "/admin/state") as answer:
+                    return (await answer.json())["workers"]
+
+            return {worker["name"]: worker for worker in asyncio.run(read())}
+
+        post("/admin/workers/decode-0/kill")
+        while (down := workers()["decode-0"])["state"] != "down":
+            time.sleep(0.01)
+        assert "pid" not in down
+        post("/admin/mode", {"mode": "colocated"})
+        deadline = time.monotonic() + 30
+        while [(w["role"], w["state"]) for w in workers().values()] != [("both", "up")] * 2:
+            assert time.monotonic() < deadline, workers()
+            time.sleep(0.05)
+        assert all(worker["pid"] > 1 for worker in workers().values())

@@ -37,23 +37,26 @@ class PolicyError(RuntimeError):
 
 
 class Checked(Policy):
-    """Asks `policy`. Every hook raises `PolicyError` and nothing else."""
+    """Asks another policy. Every hook raises `PolicyError` and nothing else."""
+
+    asks: Policy
 
     def __init__(self, policy: Policy) -> None:
-        self.policy, self.name = policy, policy_name(policy)
+        self.asks = policy
+        self.name = policy_name(policy)
         self._first_key: dict[Stage, Any] = {}
 
     @property
     def dynamic_order(self) -> bool:  # type: ignore[override]
         """Of the policy itself, which may change its mind."""
-        return bool(self.policy.dynamic_order)
+        return bool(self.asks.dynamic_order)
 
     def admit(self, request: RequestView, cluster: ClusterView) -> Accept | Reject:
-        answer = self._ask("admit", lambda: self.policy.admit(request, cluster))
+        answer = self._ask("admit", lambda: self.asks.admit(request, cluster))
         return answer if isinstance(answer, Accept) else self._rejection("admit", answer, "Accept or Reject")
 
     def place(self, request: RequestView, cluster: ClusterView) -> Placement | Reject:
-        answer = self._ask("place", lambda: self.policy.place(request, cluster))
+        answer = self._ask("place", lambda: self.asks.place(request, cluster))
         if not isinstance(answer, Placement):
             return self._rejection("place", answer, "Placement or Reject")
         self._known("place", answer.prefill, cluster.workers)
@@ -62,7 +65,7 @@ class Checked(Policy):
         return answer
 
     def rebalance(self, cluster: ClusterView) -> list[RoleChange]:
-        changes = self._ask("rebalance", lambda: list(self.policy.rebalance(cluster)))
+        changes = self._ask("rebalance", lambda: list(self.asks.rebalance(cluster)))
         for change in changes:
             if not isinstance(change, RoleChange) or not isinstance(change.role, Role):
                 self._fail("rebalance", f"answered {change!r}, not a RoleChange")
@@ -70,14 +73,14 @@ class Checked(Policy):
         return changes
 
     def accept(self, offer: KVOffer, worker: WorkerView) -> bool:
-        answer = self._ask("accept", lambda: self.policy.accept(offer, worker))
+        answer = self._ask("accept", lambda: self.asks.accept(offer, worker))
         if not isinstance(answer, bool):
             self._fail("accept", f"answered {answer!r}, not True or False")
         return answer
 
     def order(self, request: Request, stage: Stage, worker: WorkerView) -> Any:
         def ask() -> Any:
-            key = self.policy.order(request, stage, worker)
+            key = self.asks.order(request, stage, worker)
             bool(key < key)  # raises if it has no order
             # And if it has none with the first of all keys: the odd one is found when it comes, not the one after it.
             bool(key < self._first_key.setdefault(stage, key))
@@ -86,10 +89,10 @@ class Checked(Policy):
         return self._ask("order", ask)
 
     def compose(self, batch: BatchBuilder, worker: WorkerView) -> None:
-        self._ask("compose", lambda: self.policy.compose(batch, worker))
+        self._ask("compose", lambda: self.asks.compose(batch, worker))
 
     def evict(self, worker: WorkerView, candidates: Sequence[Request]) -> Victim | None:
-        answer = self._ask("evict", lambda: self.policy.evict(worker, candidates))
+        answer = self._ask("evict", lambda: self.asks.evict(worker, candidates))
         if answer is not None and not (isinstance(answer, Victim) and answer.request in candidates):
             self._fail("evict", f"answered {answer!r}, not a Victim among the candidates")
         return answer
@@ -125,4 +128,7 @@ class Checked(Policy):
 
 def policy_name(policy: Policy) -> str:
     """The class that a user knows."""
-    return type(getattr(policy, "policy", policy)).__name__
+    asked: Policy | None = policy
+    while asked is not None:
+        policy, asked = asked, asked.asks
+    return type(policy).__name__

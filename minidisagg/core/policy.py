@@ -162,6 +162,7 @@ class WorkerView(Protocol):
 class Policy:
     """First come, first served. Subclass it and override what you study."""
 
+    asks: Policy | None = None  # of one that only hands questions on (it logs or checks): to whom
     dynamic_order = False  # True: sort keys change over time and are computed anew for each step
 
     def __init__(self, **settings: Any) -> None:

@@ -32,22 +32,24 @@ ON_WORKER = "request_id", "arrival", "priority", "prefill_len", "num_scheduled",
 class Logged(Policy):
     """Asks `policy`, which `spec` names, and writes a line per answer."""
 
+    asks: Policy
+
     def __init__(self, policy: Policy, spec: str, who: str, write: Write) -> None:
-        self.policy, self.dynamic_order = policy, policy.dynamic_order
+        self.asks, self.dynamic_order = policy, policy.dynamic_order
         self._head, self._write = {"who": who, "policy": spec}, write
         self._still = False  # `rebalance` wanted nothing the last time
 
     def admit(self, request: RequestView, cluster: ClusterView) -> Accept | Reject:
-        return self._routed("admit", cluster, lambda: self.policy.admit(request, cluster), request=request)
+        return self._routed("admit", cluster, lambda: self.asks.admit(request, cluster), request=request)
 
     def place(self, request: RequestView, cluster: ClusterView) -> Placement | Reject:
-        return self._routed("place", cluster, lambda: self.policy.place(request, cluster), request=request)
+        return self._routed("place", cluster, lambda: self.asks.place(request, cluster), request=request)
 
     def rebalance(self, cluster: ClusterView) -> list[RoleChange]:
-        return self._routed("rebalance", cluster, lambda: self.policy.rebalance(cluster))
+        return self._routed("rebalance", cluster, lambda: self.asks.rebalance(cluster))
 
     def accept(self, offer: KVOffer, worker: WorkerView) -> bool:
-        answer = self.policy.accept(offer, worker)
+        answer = self.asks.accept(offer, worker)
         asked = _seen(offer, "request_id", "arrival", "priority") | {
             "prefill_len": len(offer.prompt) + len(offer.emitted), "max_tokens": offer.sampling.max_tokens,
         }  # fmt: skip
@@ -55,7 +57,7 @@ class Logged(Policy):
         return answer
 
     def order(self, request: Request, stage: Stage, worker: WorkerView) -> Any:
-        answer = self.policy.order(request, stage, worker)
+        answer = self.asks.order(request, stage, worker)
         self._log("order", worker.now, answer, request=_work(request), stage=stage, worker=_seen(worker, *WORKER))
         return answer
 
@@ -67,12 +69,12 @@ class Logged(Policy):
             return count
 
         batch.add = noted  # type: ignore[method-assign]  # a builder is of one step
-        self.policy.compose(batch, worker)
+        self.asks.compose(batch, worker)
         if adds or before["waiting"] or before["running"]:
             self._log("compose", worker.now, adds, worker=before)
 
     def evict(self, worker: WorkerView, candidates: Sequence[Request]) -> Victim | None:
-        answer = self.policy.evict(worker, candidates)
+        answer = self.asks.evict(worker, candidates)
         victim = None if answer is None else answer.request.request_id
         names = [request.request_id for request in candidates]
         self._log("evict", worker.now, victim, candidates=names, worker=_worker(worker))

@@ -282,6 +282,8 @@ class Frontend:
                     self._ready.set()
                 elif isinstance(envelope.body, Fatal) and envelope.body.hopeless:
                     self._give_up(envelope.body.reason)
+                    for request_id in list(self.router.requests):  # or the next process would be sent them
+                        self.router.on_abort(request_id, time.monotonic())
                 now = time.monotonic()
                 self.router.on_message(envelope, now)
                 self._drain()

@@ -146,7 +146,7 @@ class Completions(Endpoint):
             offset += len(prompt)
         for piece in pieces:
             # Behind an echo a token is what stands at its offset, and a special one is not there; else it has its name.
-            name = token_text(tokenizer, piece.token, piece.added if job.request.echo else None)
+            name = token_text(tokenizer, piece.token, piece.added if job.echo else None)
             add(piece.token, name, offset + max(0, len(piece.added) - len(name)), piece.logprob)
             offset += len(piece.added)
         return out
