@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer as RustTokenizer
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from minidisagg.core.plan import PlanItem
 from minidisagg.model.attention import build_batch
@@ -36,6 +36,7 @@ with warnings.catch_warnings():
 
 CPU = torch.device("cpu")
 ABSENT = object()
+NO_ROLES = {"bos_token": ABSENT, "eos_token": ABSENT}
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +102,21 @@ def byte_tokenizer() -> dict[str, Any]:
     return raw
 
 
+def sentencepiece_tokenizer() -> dict[str, Any]:
+    """As Llama 2 has it: "▁" for a space, put in front of each piece of text, and tokens for single bytes."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "o", "n", "h", "i", "on", "▁on"]
+    pieces += ["▁▁", "hi", "▁hi"]
+    merges = [("o", "n"), ("▁", "on"), ("▁", "▁"), ("h", "i"), ("▁", "hi")]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    rust = RustTokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    rust.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    space = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    rust.decoder = decoders.Sequence(space)
+    rust.add_special_tokens(["<unk>", "<s>", "</s>"])
+    raw: dict[str, Any] = json.loads(rust.to_str())
+    return raw
+
+
 def added(content: str, **changes: Any) -> dict[str, Any]:
     flags = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
     return {"content": content, **flags, **changes}
@@ -118,11 +134,22 @@ def settings(**changes: Any) -> dict[str, Any]:
     return {"tokenizer_config.json": changes}
 
 
-BYTES = byte_tokenizer()
+def sentencepiece(model_type: str = "llama", **settings: Any) -> dict[str, Any]:
+    architectures = [name for name, known in ARCHITECTURES.items() if known == model_type]
+    template = "{{ bos_token }}{{ unk_token }}{% for m in messages %} {{ m.content }}{{ eos_token }}  hi\n{% endfor %}"
+    return {
+        "tokenizer.json": SENTENCEPIECE,
+        "tokenizer_config.json": {"chat_template": template, **NO_ROLES, **settings},
+        "config.json": {"model_type": model_type, "architectures": architectures},
+    }
+
+
+BYTES, SENTENCEPIECE = byte_tokenizer(), sentencepiece_tokenizer()
 PLAIN: dict[str, Any] = {
     "config.json": {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 300, "hidden_size": 16,
-        "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128,
+        "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
+        "max_position_embeddings": 128,
     },
     "tokenizer.json": BYTES,
     "tokenizer_config.json": {
@@ -130,7 +157,6 @@ PLAIN: dict[str, Any] = {
         "chat_template": CHATML,
     },
 }  # fmt: skip
-NO_ROLES = {"bos_token": ABSENT, "eos_token": ABSENT}
 ROLES = (
     "{{ bos_token }}|{{ eos_token }}|{{ unk_token }}|{{ sep_token }}|{{ pad_token }}|{{ cls_token }}|{{ mask_token }}"
 )
@@ -216,6 +242,22 @@ TOKENIZERS: dict[str, dict[str, Any]] = {
     "bos added": {"tokenizer.json": {"post_processor": ADDS_BOS}},
     "split_special_tokens": settings(split_special_tokens=True),
     "clean_up_tokenization_spaces": settings(clean_up_tokenization_spaces=True),
+    # classes that say more than the files
+    "sentencepiece": sentencepiece(bos_token="<s>", eos_token="</s>"),
+    "LlamaTokenizer": sentencepiece(tokenizer_class="LlamaTokenizer"),
+    "LlamaTokenizerFast": sentencepiece(tokenizer_class="LlamaTokenizerFast", bos_token="</s>", unk_token=None),
+    "LlamaTokenizer, legacy": sentencepiece(tokenizer_class="LlamaTokenizer", legacy=True),
+    "LlamaTokenizer, no prefix": sentencepiece(tokenizer_class="LlamaTokenizer", add_prefix_space=False),
+    "LlamaTokenizer of Qwen3": sentencepiece("qwen3", tokenizer_class="LlamaTokenizer"),
+    "LlamaTokenizer of Mistral": sentencepiece("mistral", tokenizer_class="LlamaTokenizer", bos_token="<s>"),
+    "LlamaTokenizer of bytes": settings(tokenizer_class="LlamaTokenizer"),
+    "Qwen2": {"config.json": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}, **template(ROLES)},
+    "Qwen3": {"config.json": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}, **template(ROLES)},
+    "Qwen3 without a class": {
+        "config.json": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]},
+        **template(ROLES, tokenizer_class=ABSENT),
+    },
+    "GPT2Tokenizer": template(ROLES, tokenizer_class="GPT2Tokenizer", bos_token=ABSENT),
     # where the template is
     "named templates": settings(
         chat_template=[{"name": "tool_use", "template": "x"}, {"name": "default", "template": CHATML}]
@@ -276,7 +318,7 @@ CONTENT_FORMS = {  # template → whether it takes texts, parts
 
 
 def their_tokenizer(model: str) -> Any:
-    return transformers.AutoTokenizer.from_pretrained(model, config=transformers.LlamaConfig())
+    return transformers.AutoTokenizer.from_pretrained(model)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -284,7 +326,7 @@ def test_tokenizer_and_chat_template(name: str, tmp_path: Path) -> None:
     model = write(tmp_path, PLAIN, TOKENIZERS[name])
     theirs, ours = their_tokenizer(model), Tokenizer.load(model)
     assert ours.special_tokens == theirs.special_tokens_map
-    texts = [TEXT, "", *(message["content"] for message in MESSAGES)]
+    texts = [TEXT, "", "  on hi", "hi</s>hi<s> on", *(message["content"] for message in MESSAGES)]
     for add_special_tokens in (True, False):
         for text in texts:
             ids = theirs(text, add_special_tokens=add_special_tokens)["input_ids"]

@@ -62,7 +62,7 @@ class Tokenizer:
         if model.startswith(PREFIX):
             return _byte_tokenizer()
         directory = resolve(model)
-        files = read_tokenizer(directory)
+        files = read_tokenizer(directory, config.architecture)
         try:
             return cls(
                 files.rust,

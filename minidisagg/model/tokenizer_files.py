@@ -7,15 +7,22 @@ outside of tokenizer.json; `add_bos_token` and `add_eos_token` say nothing where
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokenizers import AddedToken, models
+from tokenizers import AddedToken, models, pre_tokenizers
 from tokenizers import Tokenizer as RustTokenizer
 
 from minidisagg.model.loader import read_json
 
+# Special tokens that a class of transformers has where no file names others.
+CLASS_ROLES = {
+    "LlamaTokenizer": {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
+    "Qwen2Tokenizer": dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>"),
+    "GPT2Tokenizer": dict.fromkeys(("unk_token", "bos_token", "eos_token"), "<|endoftext|>"),
+}
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -28,8 +35,11 @@ class TokenizerFiles(NamedTuple):
     chat_template: str | None
 
 
-def read_tokenizer(directory: Path) -> TokenizerFiles:
-    """The tokenizer of a model directory. ValueError with one line that names the file that is missing or broken."""
+def read_tokenizer(directory: Path, architecture: str) -> TokenizerFiles:
+    """The tokenizer of a model directory. ValueError with one line that names the file that is missing or broken.
+
+    Of some models transformers takes only the vocabulary from tokenizer.json, and that depends on `architecture`.
+    """
     path, settings_path = directory / "tokenizer.json", directory / "tokenizer_config.json"
     if not path.is_file():
         raise ValueError(f"{path} is missing; download it from where the model came from")
@@ -44,10 +54,46 @@ def read_tokenizer(directory: Path) -> TokenizerFiles:
     try:
         rust.encode_special_tokens = bool(settings.get("split_special_tokens", False))
         _refuse_clean_up(settings, rust)
-        special = _add_tokens(rust, raw, settings, *older)
-        return TokenizerFiles(rust, raw.get("decoder") or {}, special, _read_chat_template(settings, directory))
+        kind = _tokenizer_class(raw, settings, architecture)
+        decoder = raw.get("decoder") or {}
+        if kind == "LlamaTokenizer" and raw["model"].get("type") == "BPE":
+            decoder = _make_llama(rust, raw["model"], settings)
+        padding = raw.get("padding") or {}
+        presets = {**CLASS_ROLES.get(kind, {}), **({"pad_token": padding["pad_token"]} if padding else {})}
+        special = _add_tokens(rust, raw, [presets, settings], *older)
+        return TokenizerFiles(rust, decoder, special, _read_chat_template(settings, directory))
     except (TypeError, LookupError, AttributeError, ValueError) as error:
         raise ValueError(f"{settings_path} or a file beside it is wrong: {_one_line(error)}") from error
+
+
+def _tokenizer_class(raw: Mapping[str, Any], settings: Mapping[str, Any], architecture: str) -> str:
+    """The class that transformers loads it with, as far as it matters; "" for the one that obeys tokenizer.json."""
+    named = str(settings.get("tokenizer_class") or "").removesuffix("Fast")
+    if architecture == "Qwen2ForCausalLM" or (architecture == "Qwen3ForCausalLM" and not named):
+        return "Qwen2Tokenizer"
+    if architecture == "MistralForCausalLM" or (named == "LlamaTokenizer" and '"ByteLevel"' in json.dumps(raw)):
+        return ""
+    return named
+
+
+def _make_llama(rust: RustTokenizer, model: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Give `rust` the pipeline that LlamaTokenizer has whatever tokenizer.json says; returns its decoder.
+
+    What differs is where a space is put in front: before each piece of text between special tokens (`legacy`), before
+    the first one, or nowhere, and what becomes of spaces that are there.
+    """
+    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+    rust.model = models.BPE(vocab=model["vocab"], merges=merges, fuse_unk=True, byte_fallback=True)
+    has_prefix = settings.get("add_prefix_space") in (None, True)
+    scheme = "never" if not has_prefix else "always" if settings.get("legacy") else "first"
+    rust.normalizer = None
+    rust.pre_tokenizer = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme=scheme, split=False)
+    steps: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}
+    ]  # fmt: skip
+    if has_prefix:
+        steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return {"type": "Sequence", "decoders": steps}
 
 
 def _refuse_clean_up(settings: Mapping[str, Any], rust: RustTokenizer) -> None:
@@ -63,19 +109,19 @@ def _refuse_clean_up(settings: Mapping[str, Any], rust: RustTokenizer) -> None:
 def _add_tokens(
     rust: RustTokenizer,
     raw: Mapping[str, Any],
-    settings: Mapping[str, Any],
+    sources: list[Mapping[str, Any]],
     special_tokens_map: Mapping[str, Any],
     added_tokens: Mapping[str, Any],
 ) -> dict[str, str]:
     """Teach `rust` the tokens that are declared outside of tokenizer.json; returns the special ones by role.
 
-    With `added_tokens_decoder` (transformers 4.34 and later) tokenizer_config.json is complete, and the two older files
-    are not read. A declared id does not count: new tokens get the next ids, in the order of the declared ones.
+    With `added_tokens_decoder` (transformers 4.34 and later) tokenizer_config.json, the last of `sources`, is complete,
+    and the two older files are not read. A declared id does not count: new tokens get the next ids, in the order of the
+    declared ones.
     """
+    settings = sources[-1]
     complete = "added_tokens_decoder" in settings
-    padding = raw.get("padding") or {}
-    saved = {"pad_token": padding["pad_token"]} if "pad_token" in padding else {}
-    named, extra = _special_tokens([saved, settings] if complete else [saved, settings, special_tokens_map])
+    named, extra = _special_tokens(sources if complete else [*sources, special_tokens_map])
     if complete:
         declared = {int(token_id): _token(value) for token_id, value in settings["added_tokens_decoder"].items()}
         known = {repr(token) for token in rust.get_added_tokens_decoder().values()}
