@@ -36,6 +36,7 @@ with warnings.catch_warnings():
 
 CPU = torch.device("cpu")
 ABSENT = object()
+UNIGRAM = {"type": "Unigram", "unk_id": 0, "vocab": [["a", 0.0]], "byte_fallback": False}
 NO_ROLES = {"bos_token": ABSENT, "eos_token": ABSENT}
 
 
@@ -369,6 +370,12 @@ def test_the_server_hands_on_what_was_sent() -> None:
         (settings(chat_template=7), "chat_template must be text"),
         (settings(chat_template=[{"name": "default"}]), "template"),
         ({MAP: {"extra_special_tokens": {"turn_token": []}}}, "[] is no token"),
+        ({"tokenizer.json": {"model": UNIGRAM}, **settings(clean_up_tokenization_spaces=True)}, "clean_up"),
+        (
+            {"tokenizer.json": {"model": UNIGRAM, "pre_tokenizer": None, "decoder": None}}
+            | settings(tokenizer_class="LlamaTokenizer"),
+            "LlamaTokenizer with a Unigram model",
+        ),
         (
             settings(
                 clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output=True,

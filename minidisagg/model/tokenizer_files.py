@@ -2,7 +2,8 @@
 
 Everything is read as transformers (5) does, so that a text becomes the tokens that it becomes there. Notably:
 truncation and padding saved in tokenizer.json are settings of whoever saved it and are dropped; tokens may be declared
-outside of tokenizer.json; `add_bos_token` and `add_eos_token` say nothing where there is a tokenizer.json.
+outside of tokenizer.json; `add_bos_token` and `add_eos_token` say nothing where there is a tokenizer.json;
+LlamaTokenizer takes no more than vocabulary, merges, post-processor and added tokens from it.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def read_tokenizer(directory: Path, architecture: str) -> TokenizerFiles:
         _refuse_clean_up(settings, rust)
         kind = _tokenizer_class(raw, settings, architecture)
         decoder = raw.get("decoder") or {}
-        if kind == "LlamaTokenizer" and raw["model"].get("type") == "BPE":
+        if kind == "LlamaTokenizer":
             decoder = _make_llama(rust, raw["model"], settings)
         padding = raw.get("padding") or {}
         presets = {**CLASS_ROLES.get(kind, {}), **({"pad_token": padding["pad_token"]} if padding else {})}
@@ -82,6 +83,8 @@ def _make_llama(rust: RustTokenizer, model: Mapping[str, Any], settings: Mapping
     What differs is where a space is put in front: before each piece of text between special tokens (`legacy`), before
     the first one, or nowhere, and what becomes of spaces that are there.
     """
+    if not isinstance(rust.model, models.BPE):
+        raise ValueError(f"LlamaTokenizer with a {type(rust.model).__name__} model is not supported, only with BPE")
     merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
     rust.model = models.BPE(vocab=model["vocab"], merges=merges, fuse_unk=True, byte_fallback=True)
     has_prefix = settings.get("add_prefix_space") in (None, True)
