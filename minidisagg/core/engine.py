@@ -394,7 +394,7 @@ class EngineCore:
         refusal = ""
         if offer.fingerprint != self.spec.fingerprint:
             refusal = "another model, cache layout or codec"
-        elif -(-request.prefill_len // self.page_size) > self.num_pages:
+        elif request.prefill_len > self.num_pages * self.page_size:
             refusal = "the prompt exceeds the decode worker's KV cache"
         elif self.receiver.is_dead(envelope.source, offer.link_epoch):
             refusal = "the link has been given up"
