@@ -44,11 +44,13 @@ class Mutant:
 
     def describe(self, source: list[str]) -> str:
         """file:line of the first change, and the difference."""
-        lines = list(difflib.unified_diff(self.before, self.after, n=0, lineterm=""))[3:]
-        first = next(tag[1] for tag in difflib.SequenceMatcher(None, self.before, self.after).get_opcodes() if tag[1])
-        size = len(self.before)
-        bodies = (n for n in range(len(source)) if source[n + 1 : n + size] == self.before[1:])
-        return "\n    ".join([f"{self.path}:{next(bodies, -1) + first + 1}", *(line.rstrip() for line in lines)])
+        changed = [
+            op for op in difflib.SequenceMatcher(None, self.before, self.after).get_opcodes() if op[0] != "equal"
+        ]
+        text = [f"-{line}" for op in changed for line in self.before[op[1] : op[2]]]
+        text += [f"+{line}" for op in changed for line in self.after[op[3] : op[4]]]
+        starts = (n for n in range(len(source)) if source[n : n + len(self.before)] == self.before)
+        return "\n  ".join([f"{self.path}:{next(starts, 0) + (changed[0][1] if changed else 0) + 1}", *text])
 
 
 def mutants_of(path: Path, name: str) -> Iterator[Mutant]:
@@ -61,7 +63,7 @@ def mutants_of(path: Path, name: str) -> Iterator[Mutant]:
         function = key.rpartition(".")[2]
         before, after = found[function.partition("__mutmut_")[0] + "__mutmut_orig"], found[function]
         if _bare(before) != _bare(after):
-            texts = [lines[node.lineno - 1 : node.end_lineno] for node in (before, after)]
+            texts = [lines[node.body[0].lineno - 1 : node.end_lineno] for node in (before, after)]
             yield Mutant(key, name, *texts)
 
 
@@ -112,7 +114,7 @@ def main() -> None:
         sys.exit(said)
     left = [mutant for mutant in drawn if codes[mutant.name] in (0, 33)]  # 33: no test reaches the function
     for mutant in sorted(left, key=lambda mutant: mutant.name):
-        sys.stdout.write(f"{mutant.describe((ROOT / mutant.path).read_text().splitlines())}\n    {mutant.name}\n\n")
+        sys.stdout.write(f"{mutant.describe((ROOT / mutant.path).read_text().splitlines())}\n  {mutant.name}\n\n")
     share = 1 - len(left) / len(drawn)
     seconds = time.monotonic() - began
     sys.stdout.write(f"{share:.1%} of {len(drawn)} mutants noticed, of {len(every)} that there are; {seconds:.0f} s\n")

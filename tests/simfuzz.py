@@ -7,11 +7,14 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from typing import Any, ClassVar
 
-from minidisagg.core.engine import EngineSpec
-from minidisagg.core.messages import Role, SamplingParams
+from minidisagg.core.batch import BatchBuilder
+from minidisagg.core.engine import EngineCore, EngineSpec
+from minidisagg.core.messages import KVOffer, Role, SamplingParams
 from minidisagg.core.policy import ClusterView, Placement, Policy, Reject, RequestView, RoleChange, WorkerOptions
-from minidisagg.core.router import RouterSpec, StageTimes
+from minidisagg.core.request import Request
+from minidisagg.core.router import RouterSpec, StageTimes, Tracked
 from minidisagg.policies.prefill_first import PrefillFirst
 from minidisagg.policies.sarathi import Sarathi
 from minidisagg.sim.cost_model import LinearCost
@@ -22,6 +25,7 @@ CLUSTERS = {
     "2p3d": [1, 1, 2, 2, 2], "both": [3, 3, 3, 3],
 }  # fmt: skip
 LONG = 600.0  # seconds: no request takes so long unless it was lost
+ENDS = "stop", "length", "abort", "reject", "error"
 STAGES = ("queue", "prefill", "transfer", "decode_wait", "decode")
 
 
@@ -39,7 +43,28 @@ class LateBinding(Policy):
         return Placement(request.prefill, cluster.rng.choice(decode).name)
 
 
-POLICIES: list[Callable[[], Policy]] = [Policy, Policy, LateBinding, PrefillFirst, lambda: Sarathi(chunk=6)]
+class Asked(Policy):
+    """The defaults, and that each hook is given what it is promised."""
+
+    PROMISED: ClassVar[dict[str, tuple[type, ...]]] = {
+        "admit": (Tracked, ClusterView), "place": (Tracked, ClusterView), "rebalance": (ClusterView,),
+        "accept": (KVOffer, EngineCore), "order": (Request, str, EngineCore), "compose": (BatchBuilder, EngineCore),
+        "evict": (EngineCore, list),
+    }  # fmt: skip
+    STAGES = "prefill", "transfer", "decode"
+
+    def __init__(self) -> None:
+        super().__init__()
+        for hook in self.PROMISED:
+            setattr(self, hook, partial(self._ask, hook, getattr(self, hook)))
+
+    def _ask(self, hook: str, answer: Callable[..., Any], *given: Any) -> Any:
+        assert len(given) == len(self.PROMISED[hook]) and all(map(isinstance, given, self.PROMISED[hook])), given
+        assert hook != "order" or given[1] in self.STAGES, given
+        return answer(*given)
+
+
+POLICIES: list[Callable[[], Policy]] = [Policy, Asked, LateBinding, PrefillFirst, lambda: Sarathi(chunk=6)]
 
 
 def build(seed: int) -> Simulator:
@@ -133,6 +158,8 @@ def verdict(sim: Simulator) -> list[str]:
         expected = oracle(outcome.prompt, outcome.sampling, sim.vocab)
         if not outcome.finish:
             wrong.append(f"{request_id} never ended")
+        elif outcome.finish not in ENDS:
+            wrong.append(f"{request_id} ended with {outcome.finish}")
         elif "deadline" in outcome.error and sim.router.spec.request_timeout >= LONG:
             wrong.append(f"{request_id} was forgotten until its deadline")
         elif outcome.finish in ("stop", "length") and outcome.tokens != expected:

@@ -46,7 +46,9 @@ class Stepwise(Simulator):
         self.events.append(action)
 
     def _post(self, envelope: Envelope, dest: str, target: SimWorker | None) -> None:
-        self.messages.append((envelope, dest, target or self.workers.get(dest)))
+        if target is None and dest != ROUTER:
+            target = self.workers[dest]
+        self.messages.append((envelope, dest, target))
 
     def _finish_step(self, worker: SimWorker, plan: StepPlan, seconds: float) -> None:
         """A device computes its steps in order, whichever event comes first."""

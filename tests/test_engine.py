@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from stepwise import Stepwise, spec
 
+from minidisagg.core.batch import BatchBuilder
 from minidisagg.core.blocks import PageState
 from minidisagg.core.effects import Send
 from minidisagg.core.engine import EngineCore, EngineSpec, StalledError
@@ -16,6 +17,7 @@ from minidisagg.core.messages import (
     Failed,
     KVBusy,
     KVCancel,
+    KVChunk,
     KVDone,
     KVFailed,
     KVGrant,
@@ -243,7 +245,9 @@ def test_an_offer_of_another_layout_or_too_long_is_refused() -> None:
     hand = Hand()
     hand.receive(offer("a", 6, LINK, fingerprint="g"), offer("b", 65, LINK), source="p", epoch=1)
     assert [refusal.request_id for refusal in hand.sent(KVFailed)] == ["a", "b"]  # type: ignore[union-attr]
-    assert hand.core.idle
+    assert {effect.dest for effect in hand.core.outbox if isinstance(effect, Send)} == {"p"} and hand.core.idle
+    hand.receive(offer("c", 64, LINK), source="p", epoch=1)
+    assert [grant.request_id for grant in hand.sent(KVGrant)] == ["c"], "all of the cache is enough"  # type: ignore[union-attr]
 
 
 def test_an_offer_waits_for_pages_and_an_abort_takes_it_away() -> None:
@@ -411,3 +415,51 @@ def test_an_empty_worker_that_accepts_nothing_says_so() -> None:
         hand.step()
         hand.live(0.5)
     assert len(hand.sent(KVFailed)) == 1, "while something runs, it may still change its mind"
+
+
+def test_chunks_are_pushed_while_the_prompt_is_still_computed() -> None:
+    hand = Hand(spec("w", options=WorkerOptions(8, 64, 6)))
+    hand.receive(PeerUp("d", 1, ""), submit("a", 14, decode="d"))
+    hand.step()
+    hand.receive(KVGrant("a", 0, [4, 5, 6, 7], 0), source="d", epoch=1)
+    assert pushed(hand) == [(0, 1)], "the page that was full when the grant came"
+    hand.step()
+    assert pushed(hand) == [(0, 1), (1, 2)] and not hand.sent(KVDone)
+    hand.step()
+    assert pushed(hand) == [(0, 1), (1, 2), (3, 1)]
+    assert hand.sent(KVDone) == [KVDone("a", 0, 3, 7)]
+
+
+def pushed(hand: Hand) -> list[tuple[int, int]]:
+    """(first page, pages) of each piece."""
+    return [(chunk.first, chunk.count) for chunk in hand.sent(KVChunk)]  # type: ignore[union-attr]
+
+
+def test_only_the_first_token_after_a_handoff_tells_how_long_it_waited() -> None:
+    hand = Hand()
+    hand.receive(PeerUp("p", 1, ""))
+    hand.receive(offer("a", 4, LINK), KVDone("a", 0, 0, 9), source="p", epoch=1)
+    hand.now += 0.5
+    hand.step()
+    hand.step()
+    first, second = (token for output in hand.sent(StepOutput) for token in output.tokens)  # type: ignore[union-attr]
+    assert (first.wait_s, first.step_s) == (pytest.approx(0.5), pytest.approx(0.01))
+    assert (second.wait_s, second.step_s) == (0.0, 0.0)
+
+
+def test_what_was_preempted_for_a_step_is_not_added_to_it() -> None:
+    added: list[tuple[str, int]] = []
+
+    class Counting(Policy):
+        def compose(self, batch: BatchBuilder, worker: object) -> None:
+            for request in (*batch.running, *batch.waiting):
+                added.append((request.request_id, batch.add(request)))
+
+    hand = Hand(spec("w", num_pages=4, prefix_caching=False), Counting())
+    hand.receive(submit("young", 4, arrival=2.0))
+    hand.step()
+    hand.receive(submit("old", 4, arrival=1.0))
+    while not hand.sent(Released):
+        hand.step()
+    assert [released.request_id for released in hand.sent(Released)] == ["young"]  # type: ignore[union-attr]
+    assert added[-2:] == [("old", 1), ("young", 0)]

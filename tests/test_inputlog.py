@@ -71,3 +71,20 @@ def test_a_log_that_ends_in_mid_record_is_read_up_to_there() -> None:
     for cut in (1, 3, 6):
         assert len(list(read_log(io.BytesIO(whole[:-cut])))) == 2
     assert len(list(read_log(io.BytesIO(whole)))) == 3
+
+
+def test_a_policy_that_was_set_on_the_way_is_loaded_by_its_name() -> None:
+    log, loaded = io.BytesIO(), list[str]()
+    core = RecordingCore(replace(simfuzz.build(0).workers["w0"].core.spec), Policy(), log)
+    core.set_policy("mine:k=1", Policy(), 1.0)
+    core.schedule(2.0)
+
+    def load(spec: str) -> Policy:
+        loaded.append(spec)
+        return Policy()
+
+    log.seek(0)
+    assert list(replay(log, Policy(), load)) == [(None, None)] and loaded == ["mine:k=1"]
+    log.seek(0)
+    with pytest.raises(ValueError, match="'mine:k=1' on the way: give load_policy"):
+        list(replay(log, Policy()))

@@ -411,3 +411,8 @@ def test_nonsense_about_all_is_the_end_of_the_router(answer: object, words: str)
     with pytest.raises(PolicyError, match=r"^policy Broken: rebalance ") as error:
         hand.router.on_tick(hand.now)
     assert words in str(error.value)
+
+
+def test_a_policys_dice_are_the_seeds() -> None:
+    draws = [Router(RouterSpec(seed=seed), Policy()).view.rng.random() for seed in (1, 1, 2)]
+    assert draws[0] == draws[1] != draws[2]

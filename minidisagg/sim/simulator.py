@@ -262,7 +262,8 @@ class Simulator:
 
     def _post(self, envelope: Envelope, dest: str, target: SimWorker | None) -> None:
         """FIFO per pair, unless chaos has its way. A frame goes to the process to which its channel leads."""
-        target = self.workers.get(dest) if target is None else target
+        if target is None and dest != ROUTER:
+            target = self.workers[dest]
         if ROUTER not in (envelope.source, dest) and self.rng.random() < self.chaos.drop:
             return
         pair = envelope.source, dest
