@@ -166,7 +166,7 @@ def _score(token: int, top: int) -> TokenLogprob:
 class FakeSupervisor:
     """Stands where the parent of worker processes stands."""
 
-    def __init__(self, workers: list[FakeWorker], path: Path, on_down: Callable[[str, int, bool], None]) -> None:
+    def __init__(self, workers: list[FakeWorker], path: Path, on_down: Callable[..., None]) -> None:
         self.workers = {worker.name: worker for worker in workers}
         self.greeted: set[tuple[str, int]] = set()
         self.restarts = dict.fromkeys(self.workers, 0)
@@ -188,7 +188,7 @@ class FakeSupervisor:
         self._tasks[name].cancel()
         self.restarts[name] += 1
         loop = asyncio.get_running_loop()
-        loop.call_soon(self._on_down, name, epoch, False)
+        loop.call_soon(self._on_down, name, epoch, False, () if wanted else None)
         loop.call_soon(self._start, name)
 
     def log_tail(self, name: str) -> str:
@@ -244,10 +244,14 @@ async def fake_engine(
 
 @contextlib.asynccontextmanager
 async def fake_server(
-    settings: ServerSettings | None = None, rate: float = 0.0, model: str = MODEL, router: RouterSpec | None = None
+    settings: ServerSettings | None = None,
+    rate: float = 0.0,
+    model: str = MODEL,
+    router: RouterSpec | None = None,
+    workers: int = 1,
 ) -> AsyncIterator[tuple[Server, FakeFrontend, int]]:
     """A listening server over a fake engine, and its port."""
-    async with fake_engine(rate, model, router=router) as frontend:
+    async with fake_engine(rate, model, workers, router) as frontend:
         server = Server(frontend, Tokenizer.load(model), settings or ServerSettings(port=0))
         async with listening(server) as port:
             yield server, frontend, port

@@ -519,34 +519,3 @@ def test_eight_streams_lose_nothing_beside_a_client_that_sends_poison(seconds: f
         assert served.frontend.restarted == [] and not server_errors, server_errors[:3]
         assert statuses[200] > 10 and statuses[400] > 10, statuses
         served.call(assert_clean(served.frontend))
-
-
-def test_a_mode_that_was_asked_for_while_a_worker_was_down_is_what_it_gets() -> None:
-    settings = cluster.settings("disagg", link="unix")
-    with serving(partial(real_engine, cluster.MODEL, settings, RunSettings())) as served:
-
-        def post(path: str, body: Any = None) -> Any:
-            async def send() -> Any:
-                async with aiohttp.ClientSession() as session, session.post(served.url + path, json=body) as answer:
-                    assert answer.status == 200, await answer.text()
-                    return await answer.json()
-
-            return asyncio.run(send())
-
-        def workers() -> dict[str, dict[str, Any]]:
-            async def read() -> Any:
-                async with aiohttp.ClientSession() as session, session.get(served.url + "/admin/state") as answer:
-                    return (await answer.json())["workers"]
-
-            return {worker["name"]: worker for worker in asyncio.run(read())}
-
-        post("/admin/workers/decode-0/kill")
-        while (down := workers()["decode-0"])["state"] != "down":
-            time.sleep(0.01)
-        assert "pid" not in down
-        post("/admin/mode", {"mode": "colocated"})
-        deadline = time.monotonic() + 30
-        while [(w["role"], w["state"]) for w in workers().values()] != [("both", "up")] * 2:
-            assert time.monotonic() < deadline, workers()
-            time.sleep(0.05)
-        assert all(worker["pid"] > 1 for worker in workers().values())

@@ -70,9 +70,11 @@ class Site:
 
 
 @asynccontextmanager
-async def site(rate: float = 0.0, model: str = MODEL, router: RouterSpec | None = None) -> AsyncIterator[Site]:
+async def site(
+    rate: float = 0.0, model: str = MODEL, router: RouterSpec | None = None, workers: int = 1
+) -> AsyncIterator[Site]:  # fmt: skip
     async with (
-        fake_server(None, rate, model, router) as (server, frontend, port),
+        fake_server(None, rate, model, router, workers) as (server, frontend, port),
         aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session,
     ):
         yield Site(server, frontend, port, session)
@@ -590,6 +592,31 @@ def test_no_stage_is_left_without_a_worker() -> None:
         assert post("/admin/workers/worker-0/drain", {})[0] == 200
         assert role("worker-1", "decode")[0] == 409, "one that drains does not count"
         assert post("/admin/workers/worker-1/restart", {})[0] == 200, "it comes back"
+
+
+def test_a_mode_that_was_asked_for_while_a_worker_was_down_is_what_it_gets() -> None:
+    async def work() -> None:
+        async with site(workers=2) as at:
+            supervisor = at.frontend.supervisor
+            start, supervisor._start = supervisor._start, lambda name: None
+
+            async def state() -> dict[str, Any]:
+                status, answer, _ = await at.call("GET", "/admin/state")
+                assert status == 200
+                return {worker["name"]: worker for worker in answer["workers"]} | {"mode": answer["mode"]}
+
+            assert (await state())["worker-1"]["pid"] > 0
+            assert (await at.post("/admin/workers/worker-1/kill", {}))[0] == 200
+            await until(lambda: "worker-1" not in at.frontend.hellos)
+            down = (await state())["worker-1"]
+            assert down["state"] == "down" and "pid" not in down
+            assert (await at.post("/admin/mode", {"mode": "disagg"}))[0] == 200
+            assert (await state())["mode"] == "disagg"
+            start("worker-1")
+            workers = at.frontend.router.view.workers
+            await until(lambda: [w.role for w in workers.values()] == [Role.PREFILL, Role.DECODE])
+
+    run(work)
 
 
 def test_other_sites_may_not_administer() -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import sys
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from minidisagg.config import ClusterSettings, ModelSettings, RunSettings, WorkerConfig, WorkerSettings
-from minidisagg.core.messages import ROUTER, AnyMessage, Envelope, KVWait, PeerDown, PeerUp, Role
+from minidisagg.core.checked import PolicyError
+from minidisagg.core.messages import ROUTER, AnyMessage, Envelope, Fatal, KVWait, PeerDown, PeerUp, Role
+from minidisagg.core.plan import Completion
 from minidisagg.runtime import worker as module
+from minidisagg.runtime.blackbox import read_notes
 from minidisagg.runtime.worker import Worker
 
 
@@ -157,5 +162,100 @@ def test_a_channel_to_a_peer_that_died_meanwhile_is_not_taken_for_its_successors
             await net.settle()
         assert net.worker.channels == {"d": new} and new.sent == [SECOND] and not new.closed
         assert old.sent == [] and old.closed is not refused
+
+    play(scenario)
+
+
+class Harm(RuntimeError):
+    """What nobody expected."""
+
+
+@pytest.mark.parametrize("where", ["message", "peer", "completion", "abort", "planning", "callback", "thread", "task"])
+def test_an_error_at_any_entrance_ends_the_worker_which_does_nothing_more(
+    where: str, play: Callable[[Scenario], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(net: Network) -> None:
+        worker, core = net.worker, net.worker.core
+        loop = asyncio.get_running_loop()
+        monkeypatch.setattr(sys, "excepthook", lambda *_: None)
+        monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+        worker.catch_all()
+
+        def harm(*_: object) -> None:
+            raise Harm("harm")
+
+        async def peer() -> AsyncIterator[Envelope]:
+            yield Envelope("d", 1, FIRST)
+            harm()
+
+        if where == "message":
+            monkeypatch.setattr(core, "on_message", harm)
+            net.hear(FIRST)
+        elif where == "peer":
+            await worker._serve_peer(peer())  # type: ignore[arg-type]
+        elif where == "completion":
+            monkeypatch.setattr(core, "on_transfer_done", harm, raising=False)
+            worker._on_completion(Completion("d", 1, 0, True, True))
+        elif where == "abort":
+            monkeypatch.setattr(core, "on_link_aborted", harm, raising=False)
+            worker._on_link_aborted("d", 1, True)
+        elif where == "planning":
+            monkeypatch.setattr(core, "schedule", harm)
+            loop.call_later(0, worker._advance)
+        elif where == "callback":
+            loop.call_soon(harm)
+        elif where == "thread":
+            thread = threading.Thread(target=harm)
+            thread.start()
+            await asyncio.to_thread(thread.join)
+        else:
+
+            async def task() -> None:
+                harm()
+
+            worker._spawn(task())
+        for _ in range(100):
+            await asyncio.sleep(0.001)
+        assert worker.failure == "Harm: harm" and worker.done.is_set()
+        heard: list[Envelope] = []
+        monkeypatch.setattr(core, "on_message", lambda envelope, now: heard.append(envelope))
+        monkeypatch.setattr(core, "schedule", harm)
+        net.hear(SECOND)
+        assert not heard
+
+    play(scenario)
+
+
+def test_a_note_says_what_the_worker_was_reading_when_it_failed(
+    play: Callable[[Scenario], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(net: Network) -> None:
+        monkeypatch.setattr(sys, "excepthook", lambda *_: None)
+        net.hear(KVWait("well", 3))
+        assert read_notes(tmp_path, "w", 1) == set()
+        monkeypatch.setattr(net.worker.core, "on_message", lambda *_: 1 // 0)
+        net.hear(KVWait("ill", 2))
+        assert read_notes(tmp_path, "w", 1) == {("ill", 2)}
+        net.worker.computing.write([("a", 0), ("b", 1)])
+        assert read_notes(tmp_path, "w", 1) == {("ill", 2), ("a", 0), ("b", 1)}
+        net.worker.computing.clear()
+        assert read_notes(tmp_path, "w", 1) == {("ill", 2)} and read_notes(tmp_path, "w", 2) == set()
+
+    play(scenario)
+
+
+def test_a_broken_policy_is_told_before_the_worker_ends(
+    play: Callable[[Scenario], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(net: Network) -> None:
+        def broken(now: float) -> None:
+            raise PolicyError("policy Mine: compose raised KeyError: 5")
+
+        monkeypatch.setattr(sys, "excepthook", lambda *_: None)
+        monkeypatch.setattr(net.worker.core, "schedule", broken)
+        router = FakeChannel()
+        net.worker.channels[ROUTER] = router  # type: ignore[assignment]
+        net.hear(FIRST)
+        assert router.sent == [Fatal("policy Mine: compose raised KeyError: 5", "w", 1, hopeless=True)]
 
     play(scenario)

@@ -133,10 +133,7 @@ class Worker:
     async def run(self) -> None:
         """Load, say hello, serve until told to stop; raises `ValueError` for what a user can mend."""
         config = self.config
-        self.loop.set_exception_handler(self._on_loop_error)
-        threading.excepthook = lambda thread: self.loop.call_soon_threadsafe(
-            self._on_failure, thread.exc_value or RuntimeError(f"thread {thread.thread} failed")
-        )
+        self.catch_all()
         run_dir = Path(config.run_dir)
         frontend = await connect(f"unix:{run_dir}/frontend.sock")
         self.channels[ROUTER] = frontend
@@ -227,17 +224,22 @@ class Worker:
                 self._on_message(envelope)
         except ChannelError as error:
             self._stop(str(error))
+        except Exception as error:  # no task of this worker's, which would tell
+            self._on_failure(error)
 
     def _on_message(self, envelope: Envelope) -> None:
-        """A message that raises is the fault of its request, if it has one."""
-        body = envelope.body
-        about = getattr(body, "request_id", None)
-        if about is not None:
-            self.reading.write([(about, body.incarnation)])  # type: ignore[union-attr]
-        if self._guarded(self._take, envelope):
-            if about is not None:
-                self.reading.clear()
+        if self._guarded(self._read, envelope):
             self._advance()
+
+    def _read(self, envelope: Envelope) -> None:
+        """The note stays where the message does not come through: its request is a suspect."""
+        about = getattr(envelope.body, "request_id", None)
+        if about is None:
+            self._take(envelope)
+        else:
+            self.reading.write([(about, envelope.body.incarnation)])  # type: ignore[union-attr]
+            self._take(envelope)
+            self.reading.clear()
 
     def _take(self, envelope: Envelope) -> None:
         body = envelope.body
@@ -413,6 +415,16 @@ class Worker:
         except Exception as error:
             self._on_failure(error)
         return not self.failure
+
+    def catch_all(self) -> None:
+        """The net below: what no entrance has caught ends this process too."""
+
+        def on_thread_error(failed: threading.ExceptHookArgs) -> None:
+            error = failed.exc_value or RuntimeError(f"{failed.thread} has failed")
+            self.loop.call_soon_threadsafe(self._on_failure, error)
+
+        self.loop.set_exception_handler(self._on_loop_error)
+        threading.excepthook = on_thread_error
 
     def _on_loop_error(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
