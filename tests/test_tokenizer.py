@@ -252,6 +252,8 @@ def test_templates_as_hugging_face_reads_them(tmp_path: Path) -> None:
         ("{% for %}", "Expected"),
         ("{{ 1 + 'a' }}", "unsupported operand"),
         ("{{ nothing.at.all }}", "undefined"),
+        ("{% break %}", "outside loop"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
     ],
 )
 def test_templates_that_fail_say_so_in_a_line(tmp_path: Path, template: str, says: str) -> None:

@@ -28,10 +28,10 @@ class ChatTemplate:
 
     def __init__(self, source: str) -> None:
         environment = _environment()
-        self._template = environment.from_string(source)
         tree = environment.parse(source)
         self._takes_parts = _goes_through_parts(tree)
         self._takes_text = not self._takes_parts or any(test.name == "string" for test in tree.find_all(nodes.Test))
+        self._template = environment.from_string(tree)
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, tokens: Mapping[str, str]

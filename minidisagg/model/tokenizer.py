@@ -25,6 +25,10 @@ DUMMY_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
+_TEMPLATE_ERRORS = (  # what a template's code can raise, or Python on compiling it
+    jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, SyntaxError,
+    RecursionError,
+)  # fmt: skip
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -134,7 +138,7 @@ class Tokenizer:
             raise ValueError("this model has no chat template; use completions instead")
         try:
             return self._template.render(messages, add_generation_prompt, self.special_tokens)
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        except _TEMPLATE_ERRORS as error:
             raise ValueError(f"the chat template refused the messages: {_one_line(error)}") from error
 
     @cached_property
