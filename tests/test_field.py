@@ -538,6 +538,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized"),
     ("llama", {"compression_config": {"format": "int-quantized"}}, "quantized"),
     ("llama", {"dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn'"),
+    ("qwen3", {"head_dim": None}, "head_dim must be a positive integer, not None"),
     ("llama", {"rope_theta": None}, "rope_theta must be a positive number, not None"),
     ("llama", {"rms_norm_eps": "1e-5"}, "rms_norm_eps must be a positive number, not '1e-5'"),
     ("llama", {"rope_scaling": {"type": "linear", "factor": 0}}, "factor must be a positive number, not 0"),

@@ -141,6 +141,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def _parse_config(name: str, architecture: str, raw: dict[str, Any], eos: tuple[int, ...]) -> ModelConfig:
     _refuse_what_changes_results(architecture, raw)
     heads, hidden = _int(raw, "num_attention_heads"), _int(raw, "hidden_size")
+    is_derived = raw["head_dim"] is None and DEFAULTS[architecture]["head_dim"] is None  # null is no size with Qwen3
     bos = raw.get("bos_token_id")
     dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
     window, windowed_layers = _windows(architecture, raw)
@@ -153,7 +154,7 @@ def _parse_config(name: str, architecture: str, raw: dict[str, Any], eos: tuple[
         num_layers=_int(raw, "num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=heads if raw["num_key_value_heads"] is None else _int(raw, "num_key_value_heads"),
-        head_dim=hidden // heads if raw["head_dim"] is None else _int(raw, "head_dim"),
+        head_dim=hidden // heads if is_derived else _int(raw, "head_dim"),
         max_model_len=_int(raw, "max_position_embeddings"),
         rms_norm_eps=_number(raw, "rms_norm_eps"),
         rope=_parse_rope(raw),
