@@ -44,9 +44,8 @@ class Mutant:
 
     def describe(self, source: list[str]) -> str:
         """file:line of the first change, and the difference."""
-        changed = [
-            op for op in difflib.SequenceMatcher(None, self.before, self.after).get_opcodes() if op[0] != "equal"
-        ]
+        steps = difflib.SequenceMatcher(None, self.before, self.after).get_opcodes()
+        changed = [step for step in steps if step[0] != "equal"]
         text = [f"-{line}" for op in changed for line in self.before[op[1] : op[2]]]
         text += [f"+{line}" for op in changed for line in self.after[op[3] : op[4]]]
         starts = (n for n in range(len(source)) if source[n : n + len(self.before)] == self.before)
@@ -55,8 +54,7 @@ class Mutant:
 
 def mutants_of(path: Path, name: str) -> Iterator[Mutant]:
     """The mutants of one module: mutmut writes `NAME__mutmut_1` and so on beside the original, `NAME__mutmut_orig`."""
-    text = path.read_text()
-    lines = text.splitlines()
+    lines = (text := path.read_text()).splitlines()
     known = json.loads(path.with_suffix(".py.meta").read_text())["exit_code_by_key"]
     found = {node.name: node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)}
     for key in known:
@@ -68,7 +66,7 @@ def mutants_of(path: Path, name: str) -> Iterator[Mutant]:
 
 
 def _bare(function: ast.FunctionDef) -> str:
-    """What the function does, apart from its name and from sentences."""
+    """What the function does: not its name, not its sentences."""
     for node in ast.walk(function):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value.strip("X"):
             node.value = ""
@@ -77,9 +75,8 @@ def _bare(function: ast.FunctionDef) -> str:
 
 def mutmut(where: Path, *arguments: str) -> str:
     """Run it in the copy; returns what it said."""
-    command = [str(ENVIRONMENT / "bin" / "mutmut"), "run", *arguments]
-    done = subprocess.run(command, cwd=where, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    return done.stdout
+    command = [ENVIRONMENT / "bin" / "mutmut", "run", *arguments]
+    return subprocess.run(command, cwd=where, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
 
 
 def main() -> None:
@@ -115,8 +112,7 @@ def main() -> None:
     left = [mutant for mutant in drawn if codes[mutant.name] in (0, 33)]  # 33: no test reaches the function
     for mutant in sorted(left, key=lambda mutant: mutant.name):
         sys.stdout.write(f"{mutant.describe((ROOT / mutant.path).read_text().splitlines())}\n  {mutant.name}\n\n")
-    share = 1 - len(left) / len(drawn)
-    seconds = time.monotonic() - began
+    share, seconds = 1 - len(left) / len(drawn), time.monotonic() - began
     sys.stdout.write(f"{share:.1%} of {len(drawn)} mutants noticed, of {len(every)} that there are; {seconds:.0f} s\n")
 
 

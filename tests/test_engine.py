@@ -7,7 +7,7 @@ from stepwise import Stepwise, spec
 
 from minidisagg.core.batch import BatchBuilder
 from minidisagg.core.blocks import PageState
-from minidisagg.core.effects import Send
+from minidisagg.core.effects import Send, StartTransfer
 from minidisagg.core.engine import EngineCore, EngineSpec, StalledError
 from minidisagg.core.messages import (
     ROUTER,
@@ -431,8 +431,13 @@ def test_chunks_are_pushed_while_the_prompt_is_still_computed() -> None:
 
 
 def pushed(hand: Hand) -> list[tuple[int, int]]:
-    """(first page, pages) of each piece."""
-    return [(chunk.first, chunk.count) for chunk in hand.sent(KVChunk)]  # type: ignore[union-attr]
+    """(first page, pages) of each piece, announced and started alike, of all layers."""
+    chunks = [chunk for chunk in hand.sent(KVChunk) if isinstance(chunk, KVChunk)]
+    ops = [effect.op for effect in hand.core.outbox if isinstance(effect, StartTransfer)]
+    for chunk, op in zip(chunks, ops, strict=True):
+        assert (chunk.seq, chunk.count, chunk.layers) == (op.seq, op.count, op.layers) and op.layers == (0, 2)
+        assert len(op.pages) == len(op.remote) == op.count and op.send
+    return [(chunk.first, chunk.count) for chunk in chunks]
 
 
 def test_only_the_first_token_after_a_handoff_tells_how_long_it_waited() -> None:
@@ -455,7 +460,7 @@ def test_what_was_preempted_for_a_step_is_not_added_to_it() -> None:
             for request in (*batch.running, *batch.waiting):
                 added.append((request.request_id, batch.add(request)))
 
-    hand = Hand(spec("w", num_pages=4, prefix_caching=False), Counting())
+    hand = Hand(spec("w", num_pages=5, prefix_caching=False), Counting())
     hand.receive(submit("young", 4, arrival=2.0))
     hand.step()
     hand.receive(submit("old", 4, arrival=1.0))
@@ -463,3 +468,19 @@ def test_what_was_preempted_for_a_step_is_not_added_to_it() -> None:
         hand.step()
     assert [released.request_id for released in hand.sent(Released)] == ["young"]  # type: ignore[union-attr]
     assert added[-2:] == [("old", 1), ("young", 0)]
+
+
+def test_a_piece_that_was_written_is_verified_against_what_its_source_says() -> None:
+    hand = Hand(spec("w", one_sided_links=True))
+    hand.receive(offer("a", 8, LINK), KVChunk("a", 0, LINK, 0, 1, 1, (0, 2), checksum=77), source="p", epoch=1)
+    [op] = [effect.op for effect in hand.core.outbox if isinstance(effect, StartTransfer)]
+    assert (op.checksum, op.pages, op.count, op.layers, op.send) == (77, [1], 1, (0, 2), False)
+
+
+def test_a_prompt_that_does_not_fit_holds_up_those_behind_it() -> None:
+    hand = Hand(spec("w", num_pages=4))
+    hand.receive(submit("runs", 4))
+    hand.step()
+    hand.receive(submit("long", 12, arrival=1.0), submit("short", 4, arrival=2.0))
+    assert sizes(hand.step()) == {"runs": (4, 1)}
+    assert [request.request_id for request in hand.core.waiting] == ["long", "short"]

@@ -416,3 +416,27 @@ def test_nonsense_about_all_is_the_end_of_the_router(answer: object, words: str)
 def test_a_policys_dice_are_the_seeds() -> None:
     draws = [Router(RouterSpec(seed=seed), Policy()).view.rng.random() for seed in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
+
+
+def test_a_client_that_leaves_and_a_deadline_end_differently() -> None:
+    hand = Hand({"w": Role.BOTH}, request_timeout=5.0)
+    hand.request("left")
+    hand.request("late")
+    hand.router.on_abort("left", 1.0)
+    hand.router.on_tick(5.1)
+    assert [(emit.request_id, emit.finish, emit.error) for emit in hand.emits()] == [
+        ("left", "abort", ""), ("late", "error", "the request's deadline has passed"),
+    ]  # fmt: skip
+
+
+def test_only_the_gap_with_the_handoff_is_marked() -> None:
+    for workers, marks in (
+        ({"w": Role.BOTH}, [False, False, False, False]),
+        ({"p": Role.PREFILL, "d": Role.DECODE}, [False, True, False, False]),
+    ):
+        hand = Hand(workers)
+        hand.request()
+        first, last = min(workers, key=lambda name: name != "p"), max(workers, key=lambda name: name == "d")
+        for index in range(4):
+            hand.token(last if index else first, "a", index, finish="length" if index == 3 else "")
+        assert [emit.handoff for emit in hand.emits()] == marks
