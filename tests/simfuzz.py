@@ -79,7 +79,7 @@ def build(seed: int) -> Simulator:
         EngineSpec(
             f"w{index}", 1, Role(role), num_pages=rng.choice(sizes), page_size=page_size, num_layers=2,
             fingerprint="f", one_sided_links=one_sided, prefix_caching=rng.random() < 0.8,
-            lease=rng.choice(leases), link_timeout=link_timeout,
+            lease=rng.choice(leases), link_timeout=link_timeout, step_deadline=10.0,
             options=WorkerOptions(rng.choice([1, 3, 8, 8]), rng.choice([8, 32, 128]), rng.choice([0, 4, 16])),
         )
         for index, role in enumerate(roles)
@@ -135,14 +135,13 @@ def _faults(sim: Simulator, rng: random.Random, specs: list[EngineSpec]) -> None
             change = RoleChange(rng.choice(specs).name, Role(rng.randint(1, 3)))
             sim.plan(rng.random() * 2.0, partial(_set_role, sim, change))
         for spec in specs:
-            sim.plan(2.5, partial(_set_role, sim, RoleChange(spec.name, spec.role), insist=True))
+            sim.plan(2.5, partial(_set_role, sim, RoleChange(spec.name, spec.role)))
+    if rng.random() < 0.15:  # no worker survives a step with one of these
+        sim.poison = {f"r{rng.randrange(25)}" for _ in range(rng.randint(1, 2))}
 
 
-def _set_role(sim: Simulator, change: RoleChange, insist: bool = False) -> None:
-    if change.worker in sim.router.view.workers:
-        sim.router.set_role(change, sim.now)
-    elif insist:  # down at this moment: flipped back later, or no worker of its role might be left
-        sim.plan(sim.now + 0.25, partial(_set_role, sim, change, insist=True))
+def _set_role(sim: Simulator, change: RoleChange) -> None:
+    sim.router.set_role(change, sim.now)
 
 
 def check(sim: Simulator) -> list[str]:
