@@ -379,7 +379,9 @@ def _make_run_dir() -> tuple[Path, int]:
             os.close(_lock(lock))
             shutil.rmtree(lock.parent, True)
     made = Path(tempfile.mkdtemp(prefix=RUN_DIR, dir=parent))
-    return made, _lock(made / OWNER)
+    owner = _lock(made / f"{OWNER}.new")
+    (made / f"{OWNER}.new").rename(made / OWNER)  # locked before anybody can find it
+    return made, owner
 
 
 def _lock(path: Path) -> int:
