@@ -6,7 +6,7 @@ from test_engine import LINK, Hand, offer, submit
 
 from minidisagg.core.blocks import PageState
 from minidisagg.core.effects import AbortLink
-from minidisagg.core.messages import ROUTER, Fatal, KVChunk, KVGrant, LinkAborted, PeerUp
+from minidisagg.core.messages import ROUTER, Fatal, KVChunk, KVGrant, LinkAborted, PeerUp, Released
 from minidisagg.core.plan import Completion
 
 TIMEOUT, LEASE = 2.0, 5.0  # of `stepwise.spec`
@@ -45,6 +45,17 @@ def test_each_piece_that_leaves_gives_the_next_a_new_deadline_and_an_idle_link_h
     hand.core.on_transfer_done(Completion("d", epoch, 1, True, True), hand.now)
     hand.live(2 * TIMEOUT)
     assert not aborts(hand)
+
+
+def test_a_source_gives_up_what_its_destination_gave_up_and_says_so_again_when_asked_again() -> None:
+    hand, epoch = sending()
+    hand.receive(LinkAborted(epoch - 1, False), source="d", epoch=1)
+    assert not aborts(hand) and hand.sent(LinkAborted) == [LinkAborted(epoch - 1, True)], "long over"
+    hand.receive(LinkAborted(epoch, False), LinkAborted(epoch, False), source="d", epoch=1)
+    assert aborts(hand) == [AbortLink("d", epoch, True, False)] and len(hand.sent(LinkAborted)) == 1
+    hand.core.on_link_aborted("d", epoch, True, hand.now)
+    assert hand.sent(LinkAborted)[1:] == [LinkAborted(epoch, True)] and hand.core.idle
+    assert {message.request_id for message in hand.sent(Released)} == {"a", "b"}  # type: ignore[union-attr]
 
 
 def receiving() -> Hand:

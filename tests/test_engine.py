@@ -484,3 +484,24 @@ def test_a_prompt_that_does_not_fit_holds_up_those_behind_it() -> None:
     hand.receive(submit("long", 12, arrival=1.0), submit("short", 4, arrival=2.0))
     assert sizes(hand.step()) == {"runs": (4, 1)}
     assert [request.request_id for request in hand.core.waiting] == ["long", "short"]
+
+
+def test_a_page_is_spared_for_each_that_runs() -> None:
+    hand = Hand(spec("w", num_pages=4, prefix_caching=False))
+    hand.receive(submit("runs", 4))
+    hand.step()
+    hand.step()  # 2 pages are left
+    hand.receive(submit("two", 8, arrival=1.0))
+    assert sizes(hand.step()) == {"runs": (5, 1)}
+    hand.receive(Abort("two", 0), submit("one", 4, arrival=1.0))
+    assert sizes(hand.step()) == {"runs": (6, 1), "one": (0, 4)}
+
+
+def test_a_refused_handoff_is_given_back_with_the_reason_and_by_its_destination_alone() -> None:
+    hand = Hand()
+    hand.receive(PeerUp("d", 1, ""), PeerUp("e", 1, ""), submit("a", 4, decode="d"))
+    hand.step()
+    hand.receive(KVFailed("a", 0, "not mine"), source="e", epoch=1)
+    assert not hand.sent(Released)
+    hand.receive(KVFailed("a", 0, "no room"), KVFailed("a", 0, "no room"), source="d", epoch=1)
+    assert hand.sent(Released) == [Released("a", 0, "no room", True)] and hand.core.idle

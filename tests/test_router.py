@@ -16,6 +16,7 @@ from minidisagg.core.messages import (
     Failed,
     Fatal,
     Hello,
+    Logprobs,
     Migrate,
     Released,
     Role,
@@ -24,6 +25,7 @@ from minidisagg.core.messages import (
     Stats,
     StepOutput,
     Submit,
+    TokenLogprob,
     TokenOut,
 )
 from minidisagg.core.policy import ClusterView, Placement, Policy, Reject, RequestView, RoleChange
@@ -90,7 +92,7 @@ def test_a_second_request_of_the_same_id_is_an_error_and_leaves_the_first_alone(
     hand = Hand({"w": Role.BOTH})
     hand.request("a")
     hand.request("a")
-    assert [emit.finish for emit in hand.emits()] == ["error"]
+    assert [(emit.finish, emit.error) for emit in hand.emits()] == [("error", "a request of this id is running")]
     hand.token("w", "a", 0)
     assert [emit.tokens for emit in hand.emits()] == [(100,)]
 
@@ -440,3 +442,30 @@ def test_only_the_gap_with_the_handoff_is_marked() -> None:
         for index in range(4):
             hand.token(last if index else first, "a", index, finish="length" if index == 3 else "")
         assert [emit.handoff for emit in hand.emits()] == marks
+
+
+def test_a_new_request_that_place_rejects_leaves_no_trace() -> None:
+    class Nowhere(Policy):
+        def place(self, request: RequestView, cluster: ClusterView) -> Placement | Reject:
+            return Reject(2.5, "nowhere")
+
+    hand = Hand({"w": Role.BOTH}, Nowhere())
+    hand.request("a", 7)
+    assert [(emit.finish, emit.error, emit.retry_after) for emit in hand.emits()] == [("reject", "nowhere", 2.5)]
+    assert not hand.router.requests and not hand.router.parked and hand.router.view.waiting == 0
+
+
+def test_logprobs_come_with_the_tokens_they_belong_to() -> None:
+    hand = Hand({"w": Role.BOTH})
+    hand.request("a", 3)
+    values = [TokenLogprob(-float(position), []) for position in range(1, 5)]
+    hand.say("w", Logprobs("a", 1, 1, values))  # of another incarnation
+    hand.say("w", Logprobs("a", 0, 1, values[:3]))
+    hand.token("w", "a", 0)
+    hand.say("w", Logprobs("a", 0, 4, values[3:]))
+    hand.token("w", "a", 1)
+    hand.token("w", "a", 2)
+    first, second, third = hand.emits()
+    assert (first.prompt_logprobs, first.logprobs) == (tuple(values[:2]), (values[2],))
+    assert (second.prompt_logprobs, second.logprobs) == ((), (values[3],))
+    assert (third.prompt_logprobs, third.logprobs) == ((), ())
