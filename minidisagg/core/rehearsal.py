@@ -5,6 +5,7 @@ A few requests go through the production router and engines, whose pools are so 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 
 from minidisagg.core.checked import PolicyError, policy_name
@@ -18,6 +19,7 @@ from minidisagg.core.router import Emit, Router, RouterSpec, drain_outbox
 Workers = Mapping[str, tuple[Role, WorkerOptions]]
 PROMPT, OUTPUT, REQUESTS = 6, 8, 3  # tokens of each, and how many requests
 PAGES, PAGE_SIZE = 8, 4  # hold two whole requests
+MOST = 16  # workers of a role: each tells of itself to all others
 TURN, TURNS = 0.25, 400  # seconds that each turn pretends to take; a policy may well keep everybody waiting
 
 
@@ -40,7 +42,11 @@ class _Stage:
         self.now = 0.0
         self.router = Router(RouterSpec(), make_policy())
         self.cores = {}
+        roles = Counter[Role]()
         for name, (role, options) in workers.items():
+            roles[role] += 1
+            if roles[role] > MOST:
+                continue
             spec = EngineSpec(name, 1, role, PAGES, PAGE_SIZE, 1, "", options=options)
             self.cores[name] = EngineCore(spec, make_policy())
             hello = Hello(role, PAGES, PAGE_SIZE, PAGES * PAGE_SIZE, "", "", 0, 1)
