@@ -47,6 +47,21 @@ def test_each_piece_that_leaves_gives_the_next_a_new_deadline_and_an_idle_link_h
     assert not aborts(hand)
 
 
+def test_the_deadline_is_the_oldest_pieces() -> None:
+    hand = Hand()
+    hand.receive(PeerUp("d", 1, ""), submit("a", 4, decode="d"), submit("b", 4, decode="d"))
+    hand.step()
+    hand.receive(KVGrant("a", 0, [0], 0), source="d", epoch=1)
+    began = hand.now
+    hand.core.on_tick(began + TIMEOUT - 0.1)
+    assert not aborts(hand)
+    hand.now = began + TIMEOUT - 0.1
+    hand.receive(KVGrant("b", 0, [1], 0), source="d", epoch=1)
+    assert len(hand.core.sender.links["d"].flying) == 2
+    hand.core.on_tick(began + TIMEOUT + 0.1)
+    assert len(aborts(hand)) == 1
+
+
 def test_a_source_gives_up_what_its_destination_gave_up_and_says_so_again_when_asked_again() -> None:
     hand, epoch = sending()
     hand.receive(LinkAborted(epoch - 1, False), source="d", epoch=1)
@@ -88,3 +103,16 @@ def test_a_destination_has_a_source_killed_that_does_not_confirm_an_abort() -> N
     hand.core.on_link_aborted("p", LINK, False, hand.now)
     hand.live(2 * LEASE)
     assert len(fatals(hand)) == 2 and hand.core.idle
+
+
+def test_a_source_that_says_that_it_stopped_confirms_the_abort_or_begins_it() -> None:
+    for begun in (False, True):
+        hand = receiving()
+        if begun:
+            hand.core.on_tick(hand.now + TIMEOUT + 0.1)
+            assert aborts(hand) == [AbortLink("p", LINK, False, False)] and len(hand.sent(LinkAborted)) == 1
+        hand.core.outbox.clear()
+        hand.receive(LinkAborted(LINK, True), source="p", epoch=1)
+        assert aborts(hand) == [AbortLink("p", LINK, False, True)] and not hand.sent(LinkAborted)
+        hand.core.on_link_aborted("p", LINK, False, hand.now)
+        assert hand.core.idle

@@ -96,6 +96,8 @@ def test_a_prompt_and_its_decode_steps() -> None:
     assert sizes(plan) == {"a": (7, 1)} and plan is not None and plan.items[0].tokens == [7]
     tokens = [token for output in hand.sent(StepOutput) for token in output.tokens]  # type: ignore[union-attr]
     assert [(token.index, token.finish) for token in tokens] == [(0, ""), (1, ""), (2, "length")]
+    work = [(o.prefill_tokens, o.decode_tokens) for o in hand.sent(StepOutput)]  # type: ignore[union-attr]
+    assert work == [(6, 0), (0, 1), (0, 1)]
     assert hand.core.idle and hand.core.schedule(0.0) is None
     assert hand.core.pool.counts[PageState.LIVE] == 0
 
@@ -153,7 +155,7 @@ def test_preemption_lets_the_oldest_run_and_tells_the_router() -> None:
     assert sizes(hand.step()) == {"old": (7, 1)}
     released = hand.sent(Released)
     assert [(r.request_id, r.incarnation, r.failure) for r in released] == [("young", 0, False)]  # type: ignore[union-attr]
-    assert hand.core.preemptions == 1
+    assert hand.core.preemptions == hand.core.stats().preemptions == 1
 
 
 def test_a_victim_whose_pages_a_link_still_reads_is_the_only_one() -> None:
@@ -505,3 +507,9 @@ def test_a_refused_handoff_is_given_back_with_the_reason_and_by_its_destination_
     assert not hand.sent(Released)
     hand.receive(KVFailed("a", 0, "no room"), KVFailed("a", 0, "no room"), source="d", epoch=1)
     assert hand.sent(Released) == [Released("a", 0, "no room", True)] and hand.core.idle
+
+
+def test_a_newer_incarnations_offer_takes_the_place_of_one_that_waits() -> None:
+    hand = Hand(spec("w", num_pages=2))
+    hand.receive(offer("a", 8, LINK), offer("b", 4, LINK), offer("b", 4, LINK, incarnation=1), source="p", epoch=1)
+    assert [waiting[2].key for waiting in hand.core.offers] == [("b", 1)]

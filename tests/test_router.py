@@ -469,3 +469,13 @@ def test_logprobs_come_with_the_tokens_they_belong_to() -> None:
     assert (first.prompt_logprobs, first.logprobs) == (tuple(values[:2]), (values[2],))
     assert (second.prompt_logprobs, second.logprobs) == ((), (values[3],))
     assert (third.prompt_logprobs, third.logprobs) == ((), ())
+
+
+def test_a_workers_figures_are_smoothed_and_kept_apart_by_phase() -> None:
+    hand = Hand({"w": Role.BOTH})
+    status = hand.router.view.workers["w"]
+    for seconds, prefill, decode in ((1.0, 10, 0), (2.0, 10, 0), (9.0, 10, 10), (0.5, 0, 3), (1.0, 0, 3)):
+        hand.say("w", StepOutput(1, [], seconds, prefill, decode))
+    assert (status.t_prefill_token, status.t_decode_step) == (pytest.approx(0.12), pytest.approx(0.6))
+    hand.say("w", Stats(Role.BOTH, 5, 0, 0, 0, 0, 0, 40, 0, 20, 4, 0))
+    assert status.pages_free == 60

@@ -13,7 +13,7 @@ from stepwise import spec
 
 from minidisagg.core.blocks import IntegrityError
 from minidisagg.core.messages import Role, SamplingParams
-from minidisagg.core.policy import Policy
+from minidisagg.core.policy import Policy, WorkerOptions
 from minidisagg.sim.cost_model import LinearCost
 from minidisagg.sim.simulator import Simulator, chain, oracle, sample
 
@@ -91,3 +91,20 @@ def test_a_seed_replays_whatever_the_hash_seed() -> None:
         env = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": os.pathsep.join(sys.path)}
         digests.add(subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, check=True).stdout)
     assert len(digests) == 1
+
+
+@pytest.mark.parametrize("one_sided", [False, True])
+def test_undisturbed_handoffs_give_up_no_link_and_compute_nothing_twice(one_sided: bool) -> None:
+    """Recovery hides a broken handoff from every check of what clients get."""
+    options = WorkerOptions(8, 8, 4)  # chunks, so that a handoff has several pieces
+    specs = [
+        spec(name, role, num_pages=64, page_size=2, one_sided_links=one_sided, options=options)
+        for name, role in (("p", Role.PREFILL), ("d", Role.DECODE))
+    ]
+    sim, given_up = Simulator(specs, Policy), list[object]()
+    sim._abort_link = lambda worker, effect: given_up.append(effect)  # type: ignore[method-assign]
+    sim.router._resubmit = lambda *why: given_up.append(why)  # type: ignore[method-assign]
+    for index in range(10):
+        sim.submit(f"r{index}", [index, *PROMPT], SamplingParams(max_tokens=4), 0.3 * index)
+    sim.run(60.0)
+    assert not given_up and {outcome.finish for outcome in sim.outcomes.values()} == {"length"}
