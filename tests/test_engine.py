@@ -513,3 +513,15 @@ def test_a_newer_incarnations_offer_takes_the_place_of_one_that_waits() -> None:
     hand = Hand(spec("w", num_pages=2))
     hand.receive(offer("a", 8, LINK), offer("b", 4, LINK), offer("b", 4, LINK, incarnation=1), source="p", epoch=1)
     assert [waiting[2].key for waiting in hand.core.offers] == [("b", 1)]
+
+
+def test_the_first_token_tells_how_long_its_prompt_queued_and_was_computed() -> None:
+    hand = Hand()
+    hand.now = 1.0
+    hand.receive(submit("a", 4))
+    hand.now = 3.0
+    hand.step()
+    hand.step()
+    first, second = (token for output in hand.sent(StepOutput) for token in output.tokens)  # type: ignore[union-attr]
+    assert (first.queue_s, first.prefill_s) == (pytest.approx(2.0), pytest.approx(0.01))
+    assert (second.queue_s, second.prefill_s) == (0.0, 0.0)
