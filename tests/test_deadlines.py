@@ -52,13 +52,11 @@ def test_the_deadline_is_the_oldest_pieces() -> None:
     hand.receive(PeerUp("d", 1, ""), submit("a", 4, decode="d"), submit("b", 4, decode="d"))
     hand.step()
     hand.receive(KVGrant("a", 0, [0], 0), source="d", epoch=1)
-    began = hand.now
-    hand.core.on_tick(began + TIMEOUT - 0.1)
+    hand.live(TIMEOUT - 0.1)
     assert not aborts(hand)
-    hand.now = began + TIMEOUT - 0.1
     hand.receive(KVGrant("b", 0, [1], 0), source="d", epoch=1)
     assert len(hand.core.sender.links["d"].flying) == 2
-    hand.core.on_tick(began + TIMEOUT + 0.1)
+    hand.live(0.2)
     assert len(aborts(hand)) == 1
 
 
@@ -109,10 +107,19 @@ def test_a_source_that_says_that_it_stopped_confirms_the_abort_or_begins_it() ->
     for begun in (False, True):
         hand = receiving()
         if begun:
-            hand.core.on_tick(hand.now + TIMEOUT + 0.1)
+            hand.live(TIMEOUT + 0.1)
             assert aborts(hand) == [AbortLink("p", LINK, False, False)] and len(hand.sent(LinkAborted)) == 1
         hand.core.outbox.clear()
         hand.receive(LinkAborted(LINK, True), source="p", epoch=1)
         assert aborts(hand) == [AbortLink("p", LINK, False, True)] and not hand.sent(LinkAborted)
         hand.core.on_link_aborted("p", LINK, False, hand.now)
         assert hand.core.idle
+
+
+def test_a_link_that_fails_before_anything_has_come_over_it_is_given_up() -> None:
+    hand = Hand()
+    hand.receive(PeerUp("p", 1, ""))
+    for _ in range(2):
+        hand.core.on_transfer_done(Completion("p", LINK, 0, False, False, error="not connected"), hand.now)
+    assert aborts(hand) == [AbortLink("p", LINK, False, False)]
+    assert hand.sent(LinkAborted) == [LinkAborted(LINK, False)], "or the source would wait for it"

@@ -412,11 +412,12 @@ class Receiver:
     def on_completion(self, completion: Completion, now: float) -> None:
         """A piece has landed, or the link is broken."""
         where = completion.peer, completion.link_epoch
+        if not completion.ok:  # of a link, it may be, over which nothing has come yet: it was not connected
+            if not self.is_dead(*where):
+                self.abort_link(*where, peer_dead=False, now=now)
+            return
         link = self.links.get(where)
         if link is None:
-            return
-        if not completion.ok:
-            self.abort_link(*where, peer_dead=False, now=now)
             return
         key = link.flying.pop(completion.seq, None)
         link.deadline = now + self.timeout
