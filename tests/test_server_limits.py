@@ -423,6 +423,16 @@ def test_a_seed_that_leaves_room_for_the_request() -> None:
     run(work)
 
 
+@pytest.mark.parametrize("seed", [(1 << 63) - 1, -(1 << 63)])
+def test_choices_of_the_last_seed_and_of_the_first(seed: int) -> None:
+    async def work() -> None:
+        async with site() as at:
+            status, answer, _ = await at.post(TEXT, {"prompt": "a", "max_tokens": 8, "n": 3, "seed": seed})
+            assert status == 200 and len({choice["text"] for choice in answer["choices"]}) == 3
+
+    run(work)
+
+
 # ---------------------------------------------------------------- overload
 
 

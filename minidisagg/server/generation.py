@@ -88,7 +88,9 @@ class Generation:
             for turn in range(n):
                 own = sampling
                 if sampling.seed is not None and turn:
-                    own = msgspec.structs.replace(sampling, seed=sampling.seed + turn)
+                    # Where the sum is too large it begins anew at the other end, as a number of 64 bits does.
+                    seed = (sampling.seed + turn + (1 << 63)) % (1 << 64) - (1 << 63)
+                    own = msgspec.structs.replace(sampling, seed=seed)
                 processor = OutputProcessor(self.tokenizer, own, prompt if echo else ())
                 choice = Choice(len(self.choices), prompt, processor, Timing(len(prompt)))
                 self.choices.append(choice)
