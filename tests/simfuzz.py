@@ -1,7 +1,9 @@
-"""Random clusters, loads and faults on the simulator, one seed each. `python tests/simfuzz.py SEED` replays one."""
+"""Random clusters, loads and faults on the simulator, one seed each. `python tests/simfuzz.py SEED` replays one;
+`python tests/simfuzz.py digest FIRST LAST` says in one number what came of many."""
 
 from __future__ import annotations
 
+import hashlib
 import random
 import sys
 from collections import Counter
@@ -200,7 +202,21 @@ def run_seeds(first: int, last: int) -> tuple[dict[int, list[str]], Counter[str]
     return failures, ends
 
 
+def digest(first: int, last: int) -> str:
+    """What came of these seeds, to the token and the time: equal before and after a change that changes nothing."""
+    total = hashlib.sha256()
+    for seed in range(first, last):
+        sim = build(seed)
+        sim.run(until=700.0)
+        for request_id, outcome in sorted(sim.outcomes.items()):
+            seen = seed, request_id, outcome.tokens, outcome.finish, outcome.error, outcome.token_times
+            total.update(repr(seen).encode())
+    return total.hexdigest()
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "digest":
+        sys.exit(digest(int(sys.argv[2]), int(sys.argv[3])))
     seeds = [int(argument) for argument in sys.argv[1:]]
     found, ended = run_seeds(seeds[0], seeds[1] if len(seeds) > 1 else seeds[0] + 1)
     sys.stdout.write(f"{len(found)} failing seeds {dict(list(found.items())[:5])}\n{dict(ended)}\n")
