@@ -6,8 +6,8 @@ from test_engine import LINK, Hand, offer, submit
 
 from minidisagg.core.blocks import PageState
 from minidisagg.core.effects import AbortLink
+from minidisagg.core.inputs import AbortConfirmed, PieceDone, Schedule
 from minidisagg.core.messages import ROUTER, Fatal, KVChunk, KVGrant, LinkAborted, PeerUp, Released
-from minidisagg.core.plan import Completion
 
 TIMEOUT, LEASE = 2.0, 5.0  # of `stepwise.spec`
 
@@ -20,7 +20,7 @@ def sending() -> tuple[Hand, int]:
     """A source with two pieces on its link since now, and the link's epoch."""
     hand = Hand()
     hand.receive(PeerUp("d", 1, ""), submit("a", 4, decode="d"), submit("b", 4, decode="d"))
-    plan = hand.core.schedule(hand.now)
+    plan = hand.core.on(Schedule(), hand.now)
     assert plan is not None
     hand.receive(KVGrant("a", 0, [0], 0), KVGrant("b", 0, [1], 0), source="d", epoch=1)
     hand.done(plan)
@@ -40,9 +40,9 @@ def test_a_source_gives_up_a_link_that_stands_still() -> None:
 def test_each_piece_that_leaves_gives_the_next_a_new_deadline_and_an_idle_link_has_none() -> None:
     hand, epoch = sending()
     hand.live(TIMEOUT - 0.1)
-    hand.core.on_transfer_done(Completion("d", epoch, 0, True, True), hand.now)
+    hand.core.on(PieceDone("d", epoch, 0, True, True), hand.now)
     hand.live(0.2)
-    hand.core.on_transfer_done(Completion("d", epoch, 1, True, True), hand.now)
+    hand.core.on(PieceDone("d", epoch, 1, True, True), hand.now)
     hand.live(2 * TIMEOUT)
     assert not aborts(hand)
 
@@ -66,7 +66,7 @@ def test_a_source_gives_up_what_its_destination_gave_up_and_says_so_again_when_a
     assert not aborts(hand) and hand.sent(LinkAborted) == [LinkAborted(epoch - 1, True)], "long over"
     hand.receive(LinkAborted(epoch, False), LinkAborted(epoch, False), source="d", epoch=1)
     assert aborts(hand) == [AbortLink("d", epoch, True, False)] and len(hand.sent(LinkAborted)) == 1
-    hand.core.on_link_aborted("d", epoch, True, hand.now)
+    hand.core.on(AbortConfirmed("d", epoch, True), hand.now)
     assert hand.sent(LinkAborted)[1:] == [LinkAborted(epoch, True)] and hand.core.idle
     assert {message.request_id for message in hand.sent(Released)} == {"a", "b"}  # type: ignore[union-attr]
 
@@ -98,7 +98,7 @@ def test_a_destination_has_a_source_killed_that_does_not_confirm_an_abort() -> N
         assert fatals(hand) == [Fatal(f"does not confirm the abort of link {LINK}", "p", 1)] * count
     assert {effect.dest for effect in hand.core.outbox if getattr(effect, "body", None) in fatals(hand)} == {ROUTER}
     assert hand.core.pool.counts[PageState.QUARANTINED] == 1
-    hand.core.on_link_aborted("p", LINK, False, hand.now)
+    hand.core.on(AbortConfirmed("p", LINK, False), hand.now)
     hand.live(2 * LEASE)
     assert len(fatals(hand)) == 2 and hand.core.idle
 
@@ -112,7 +112,7 @@ def test_a_source_that_says_that_it_stopped_confirms_the_abort_or_begins_it() ->
         hand.core.outbox.clear()
         hand.receive(LinkAborted(LINK, True), source="p", epoch=1)
         assert aborts(hand) == [AbortLink("p", LINK, False, True)] and not hand.sent(LinkAborted)
-        hand.core.on_link_aborted("p", LINK, False, hand.now)
+        hand.core.on(AbortConfirmed("p", LINK, False), hand.now)
         assert hand.core.idle
 
 
@@ -120,6 +120,6 @@ def test_a_link_that_fails_before_anything_has_come_over_it_is_given_up() -> Non
     hand = Hand()
     hand.receive(PeerUp("p", 1, ""))
     for _ in range(2):
-        hand.core.on_transfer_done(Completion("p", LINK, 0, False, False, error="not connected"), hand.now)
+        hand.core.on(PieceDone("p", LINK, 0, False, False, error="not connected"), hand.now)
     assert aborts(hand) == [AbortLink("p", LINK, False, False)]
     assert hand.sent(LinkAborted) == [LinkAborted(LINK, False)], "or the source would wait for it"

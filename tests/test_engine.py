@@ -9,6 +9,7 @@ from minidisagg.core.batch import BatchBuilder
 from minidisagg.core.blocks import PageState
 from minidisagg.core.effects import Send, StartTransfer
 from minidisagg.core.engine import EngineCore, EngineSpec, StalledError
+from minidisagg.core.inputs import AbortConfirmed, PieceDone, Received, Schedule, StepDone, Tick
 from minidisagg.core.messages import (
     ROUTER,
     Abort,
@@ -32,7 +33,7 @@ from minidisagg.core.messages import (
     StepOutput,
     Submit,
 )
-from minidisagg.core.plan import NO_TOKEN, Completion, StepPlan
+from minidisagg.core.plan import NO_TOKEN, StepPlan
 from minidisagg.core.policy import Policy, WorkerOptions
 from minidisagg.core.request import State
 
@@ -41,23 +42,24 @@ class Hand:
     """An engine, its clock, and what it has sent."""
 
     def __init__(self, engine_spec: EngineSpec | None = None, policy: Policy | None = None) -> None:
-        self.core = EngineCore(engine_spec or spec("w"), policy or Policy())
+        self.core = EngineCore(engine_spec or spec("w"), lambda _: policy or Policy())
         self.now = 0.0
 
     def receive(self, *bodies: AnyMessage, source: str = ROUTER, epoch: int = 0) -> None:
         for body in bodies:
-            self.core.on_message(Envelope(source, epoch, body), self.now)
+            self.core.on(Received(Envelope(source, epoch, body)), self.now)
             self.core.check_integrity()
 
     def step(self, token: int = 7) -> StepPlan | None:
-        plan = self.core.schedule(self.now)
+        plan = self.core.on(Schedule(), self.now)
         if plan is not None:
             self.done(plan, token)
         return plan
 
     def done(self, plan: StepPlan, token: int = 7) -> None:
         self.now += 0.01
-        self.core.on_step_done(plan.step_id, [token] * sum(item.sample for item in plan.items), 0.01, self.now)
+        tokens = [token] * sum(item.sample for item in plan.items)
+        self.core.on(StepDone(plan.step_id, tokens, 0.01), self.now)
         self.core.check_integrity()
 
     def live(self, seconds: float) -> None:
@@ -65,7 +67,7 @@ class Hand:
         end = self.now + seconds
         while self.now < end:
             self.now = min(end, self.now + 1.0)
-            self.core.on_tick(self.now)
+            self.core.on(Tick(), self.now)
             self.core.check_integrity()
 
     def sent(self, kind: type[AnyMessage]) -> list[AnyMessage]:
@@ -98,14 +100,14 @@ def test_a_prompt_and_its_decode_steps() -> None:
     assert [(token.index, token.finish) for token in tokens] == [(0, ""), (1, ""), (2, "length")]
     work = [(o.prefill_tokens, o.decode_tokens) for o in hand.sent(StepOutput)]  # type: ignore[union-attr]
     assert work == [(6, 0), (0, 1), (0, 1)]
-    assert hand.core.idle and hand.core.schedule(0.0) is None
+    assert hand.core.idle and hand.core.on(Schedule(), 0.0) is None
     assert hand.core.pool.counts[PageState.LIVE] == 0
 
 
 def test_a_step_ahead_keeps_the_pages_until_it_lands() -> None:
     hand = Hand()
     hand.receive(submit("a", 4, stop=(7,)))
-    first, ahead = hand.core.schedule(0.0), hand.core.schedule(0.0)
+    first, ahead = hand.core.on(Schedule(), 0.0), hand.core.on(Schedule(), 0.0)
     assert first is not None and ahead is not None
     assert ahead.items[0].tokens == [] and ahead.items[0].index == 1, "the token is in flight"
     hand.done(first)
@@ -119,7 +121,7 @@ def test_a_step_ahead_keeps_the_pages_until_it_lands() -> None:
 def test_an_abort_in_mid_step_ends_without_a_token() -> None:
     hand = Hand()
     hand.receive(submit("a", 6))
-    plan = hand.core.schedule(0.0)
+    plan = hand.core.on(Schedule(), 0.0)
     assert plan is not None
     hand.receive(Abort("a", 0))
     assert hand.core.pool.counts[PageState.LIVE] == 2
@@ -172,7 +174,7 @@ def test_a_victim_whose_pages_a_link_still_reads_is_the_only_one() -> None:
     assert [request.request_id for request in hand.core.running] == ["old", "mid"], "both wait for those pages"
     link = hand.core.sender.links["d"]
     for seq in list(link.flying):
-        hand.core.on_transfer_done(Completion("d", link.epoch, seq, True, True), hand.now)
+        hand.core.on(PieceDone("d", link.epoch, seq, True, True), hand.now)
     assert set(sizes(hand.step())) == {"old", "mid"}
 
 
@@ -181,7 +183,7 @@ def test_late_binding_to_itself_and_to_another() -> None:
     hand.receive(PeerUp("d", 1, ""), submit("a", 4, hold=True), submit("b", 4, hold=True))
     hand.step()
     assert [request.state for request in hand.core.requests.values()] == [State.HELD, State.HELD]
-    assert hand.core.schedule(hand.now) is None, "nothing is planned past the handoff"
+    assert hand.core.on(Schedule(), hand.now) is None, "nothing is planned past the handoff"
     hand.receive(Migrate("a", 0, "w"), Migrate("b", 0, "d"), Migrate("b", 0, "d"))
     assert [offer.request_id for offer in hand.sent(KVOffer)] == ["b"]  # type: ignore[union-attr]
     assert sizes(hand.step()) == {"a": (4, 1)}
@@ -216,11 +218,11 @@ def test_an_offer_that_stands_in_a_queue_keeps_its_lease() -> None:
 def test_a_destination_says_that_offers_wait_only_while_something_runs() -> None:
     hand = Hand(spec("w", num_pages=3))
     hand.receive(offer("a", 8, LINK), offer("b", 8, LINK), source="p", epoch=1)
-    hand.core.on_tick(hand.now + 0.1)
+    hand.core.on(Tick(), hand.now + 0.1)
     assert not hand.sent(KVWait), "nothing runs here whose end would make room"
     hand.receive(KVDone("a", 0, 0, 9), source="p", epoch=1)
-    hand.core.on_tick(hand.now + 0.2)
-    hand.core.on_tick(hand.now + 0.3)
+    hand.core.on(Tick(), hand.now + 0.2)
+    hand.core.on(Tick(), hand.now + 0.3)
     assert [wait.request_id for wait in hand.sent(KVWait)] == ["b"], "once a quarter of a lease"  # type: ignore[union-attr]
 
 
@@ -237,7 +239,7 @@ def test_a_destination_reserves_and_takes_over() -> None:
     hand.receive(PeerUp("p", 1, ""))
     hand.receive(offer("a", 6, LINK), offer("a", 6, LINK), source="p", epoch=1)
     assert [(g.pages, g.skip) for g in hand.sent(KVGrant)] == [([0, 1], 0)]  # type: ignore[union-attr]
-    assert hand.core.pool.counts[PageState.INFLIGHT] == 2 and hand.core.schedule(0.0) is None
+    assert hand.core.pool.counts[PageState.INFLIGHT] == 2 and hand.core.on(Schedule(), 0.0) is None
     hand.receive(KVDone("a", 0, 0, 9), source="p", epoch=1)
     assert hand.core.pool.counts[PageState.LIVE] == 2
     assert sizes(hand.step()) == {"a": (6, 1)}
@@ -261,7 +263,7 @@ def test_an_offer_waits_for_pages_and_an_abort_takes_it_away() -> None:
     hand.receive(offer("b", 4, LINK), source="p", epoch=1)
     assert len(hand.core.offers) == 1, "the tombstone holds"
     hand.receive(KVCancel("a", 0, 0), source="p", epoch=1)
-    hand.core.schedule(0.0)
+    hand.core.on(Schedule(), 0.0)
     assert [grant.request_id for grant in hand.sent(KVGrant)] == ["a", "c"]  # type: ignore[union-attr]
 
 
@@ -270,7 +272,7 @@ def test_pages_are_quarantined_until_the_abort_is_confirmed() -> None:
     hand.receive(offer("a", 8, LINK), source="p", epoch=1)
     hand.receive(PeerDown("p", 1))
     assert hand.core.pool.counts[PageState.QUARANTINED] == 2 and not hand.core.idle
-    hand.core.on_link_aborted("p", LINK, False, hand.now)
+    hand.core.on(AbortConfirmed("p", LINK, False), hand.now)
     assert hand.core.pool.counts[PageState.QUARANTINED] == 0 and hand.core.idle
     hand.receive(offer("b", 8, LINK), source="p", epoch=1)
     assert hand.core.idle, "the process is dead, its messages change nothing"
@@ -290,7 +292,7 @@ def test_a_late_copy_of_a_death_does_not_touch_the_successor() -> None:
 def test_a_link_opened_to_a_dead_peer_is_given_up_when_the_next_one_comes() -> None:
     hand = Hand()
     hand.receive(PeerUp("d", 1, ""), PeerDown("d", 1), submit("a", 4, decode="d"))
-    hand.core.schedule(0.0)
+    hand.core.on(Schedule(), 0.0)
     assert "d" in hand.core.sender.links
     hand.receive(PeerUp("d", 2, ""))
     assert "d" not in hand.core.sender.links
@@ -299,14 +301,14 @@ def test_a_link_opened_to_a_dead_peer_is_given_up_when_the_next_one_comes() -> N
 def test_a_failed_piece_gives_up_the_link_and_the_request() -> None:
     hand = Hand()
     hand.receive(PeerUp("d", 1, ""), submit("a", 4, decode="d"))
-    plan = hand.core.schedule(0.0)
+    plan = hand.core.on(Schedule(), 0.0)
     assert plan is not None
     hand.receive(KVGrant("a", 0, [0], 0), source="d", epoch=1)
     hand.done(plan)
     link_epoch = hand.core.sender.links["d"].epoch
-    hand.core.on_transfer_done(Completion("d", link_epoch, 0, True, False, error="reset by peer"), hand.now)
+    hand.core.on(PieceDone("d", link_epoch, 0, True, False, error="reset by peer"), hand.now)
     assert hand.core.pool.counts[PageState.LIVE] == 1 and not hand.sent(Released), "the link may still read the page"
-    hand.core.on_link_aborted("d", link_epoch, True, hand.now)
+    hand.core.on(AbortConfirmed("d", link_epoch, True), hand.now)
     [released] = hand.sent(Released)
     assert released == Released("a", 0, "link to d lost: reset by peer", True)
     assert hand.core.idle
@@ -324,7 +326,7 @@ def test_sources_that_forgot_a_handoff_do_not_free_what_is_still_landing() -> No
         else:
             sim.happen()
     hand = sim.workers["d"].core
-    hand.on_message(Envelope("p", 1, KVCancel("a", 0, 0)), sim.now)
+    hand.on(Received(Envelope("p", 1, KVCancel("a", 0, 0))), sim.now)
     assert hand.pool.counts[PageState.INFLIGHT] == 2, "one piece is posted, whatever the source says"
     sim.settle()
     assert not sim.complaints()
@@ -338,18 +340,18 @@ def test_a_policy_that_plans_nothing_is_told() -> None:
     hand = Hand(policy=Lazy())
     hand.receive(submit("a", 4))
     with pytest.raises(StalledError, match="policy Lazy plans nothing"):
-        hand.core.schedule(0.0)
+        hand.core.on(Schedule(), 0.0)
 
 
 def test_a_token_that_is_none_ends_its_request_and_no_other() -> None:
     hand = Hand()
     hand.receive(submit("bad", 4), submit("good", 4, max_tokens=2))
-    plan = hand.core.schedule(hand.now)
+    plan = hand.core.on(Schedule(), hand.now)
     assert plan is not None
-    ahead = hand.core.schedule(hand.now)  # a step ahead carries both
+    ahead = hand.core.on(Schedule(), hand.now)  # a step ahead carries both
     assert ahead is not None and len(ahead.items) == 2
-    hand.core.on_step_done(plan.step_id, [NO_TOKEN, 7], 0.01, hand.now)
-    hand.core.on_step_done(ahead.step_id, [5, 7], 0.01, hand.now)
+    hand.core.on(StepDone(plan.step_id, [NO_TOKEN, 7], 0.01), hand.now)
+    hand.core.on(StepDone(ahead.step_id, [5, 7], 0.01), hand.now)
     [failed] = hand.sent(Failed)
     assert failed == Failed("bad", 0, "the logits of its next token are not finite, or forbid every token")
     tokens = [(out.request_id, out.token, out.finish) for step in hand.sent(StepOutput) for out in step.tokens]  # type: ignore[union-attr]
@@ -361,7 +363,7 @@ def test_a_token_that_is_none_ends_its_request_and_no_other() -> None:
 def test_a_source_that_computes_keeps_its_handoffs_alive_until_the_step_deadline() -> None:
     hand = Hand(spec("w", step_deadline=30.0))
     hand.receive(PeerUp("d", 1, ""), submit("long", 8, decode="d"))
-    plan = hand.core.schedule(hand.now)
+    plan = hand.core.on(Schedule(), hand.now)
     assert plan is not None
     hand.receive(KVGrant("long", 0, [4, 5], 0), source="d", epoch=1)
     hand.live(29.0)
@@ -389,9 +391,9 @@ def test_time_in_which_a_worker_does_not_run_is_nobodys_silence() -> None:
     hand.receive(PeerUp("d", 1, ""), submit("offered", 4, decode="d"))
     hand.receive(offer("coming", 8, LINK), source="p", epoch=1)
     hand.step()
-    hand.core.on_tick(hand.now)
+    hand.core.on(Tick(), hand.now)
     hand.now += 1000.0
-    hand.core.on_tick(hand.now)
+    hand.core.on(Tick(), hand.now)
     assert not hand.sent(Released) and not hand.sent(KVFailed)
     hand.live(5.1)
     assert hand.sent(Released) and hand.sent(KVFailed)

@@ -12,6 +12,7 @@ from simfuzz import run_seeds
 from minidisagg.core.blocks import BlockPool
 from minidisagg.core.engine import EngineCore
 from minidisagg.core.handoff import Receiver
+from minidisagg.core.inputs import Received
 from minidisagg.core.messages import Abort, Envelope, KVAck, KVCancel, KVDone, KVFailed, KVGrant
 from minidisagg.core.request import Request, State
 
@@ -48,22 +49,22 @@ def free_at_end_with_a_step_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def ignore_the_incarnation(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is said of an earlier incarnation, late or twice, is taken for news of the present one."""
-    on_message = EngineCore.on_message
+    on_received = EngineCore._on_received
 
-    def any_incarnation(self: EngineCore, envelope: Envelope, now: float) -> None:
-        body = envelope.body
+    def any_incarnation(self: EngineCore, what: Received) -> None:
+        body = what.envelope.body
         if isinstance(body, Abort | KVAck | KVCancel | KVDone | KVFailed | KVGrant):
             for request_id, incarnation in self.requests:
                 if request_id == body.request_id:
                     body = msgspec.structs.replace(body, incarnation=incarnation)
-        on_message(self, Envelope(envelope.source, envelope.epoch, body), now)
+        on_received(self, Received(Envelope(what.envelope.source, what.envelope.epoch, body)))
 
-    monkeypatch.setattr(EngineCore, "on_message", any_incarnation)
+    monkeypatch.setattr(EngineCore, "_on_received", any_incarnation)
 
 
 def lose_the_lease_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Receiver, "on_tick", lambda self, now: None)
-    monkeypatch.setattr(EngineCore, "on_tick", lambda self, now: None)
+    monkeypatch.setattr(EngineCore, "_on_tick", lambda self, tick: None)
 
 
 def reuse_before_the_abort_is_confirmed(monkeypatch: pytest.MonkeyPatch) -> None:

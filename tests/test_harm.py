@@ -103,11 +103,11 @@ def test_a_request_that_no_step_survives_is_found(
 
 HARMS = {
     "a handler of the router's message": "minidisagg.core.engine:EngineCore._on_submit",
-    "a handler of a peer's message": "minidisagg.core.engine:EngineCore._on_grant",
-    "a completion": "minidisagg.core.engine:EngineCore.on_transfer_done",
+    "a handler of a peer's message": "minidisagg.core.handoff:Sender.advance",
+    "a completion": "minidisagg.core.engine:EngineCore._on_piece_done",
     "a poll of the links": "minidisagg.runtime.linkset:LinkSet._settle",
     "an injected delay": "minidisagg.transfer.emulate:EmulatedLink.start",
-    "the planning of a step": "minidisagg.core.engine:EngineCore.schedule",
+    "the planning of a step": "minidisagg.core.engine:EngineCore._turns",
     "a callback of the loop": "minidisagg.core.engine:EngineCore.stats",
     "a thread of a link": "minidisagg.transfer.links:ThreadLink._complete",
 }

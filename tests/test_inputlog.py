@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,8 @@ import simfuzz
 
 from minidisagg.core.engine import EngineSpec
 from minidisagg.core.inputlog import RecordingCore, read_log, replay
+from minidisagg.core.inputs import Received, Schedule, Tick
+from minidisagg.core.messages import ROUTER, Envelope, SetPolicy
 from minidisagg.core.policy import Policy
 from minidisagg.sim import simulator
 
@@ -19,11 +22,11 @@ class Recorder:
     """Has every engine of a simulation write a log."""
 
     def __init__(self) -> None:
-        self.logs: list[tuple[io.BytesIO, Policy]] = []
+        self.logs: list[io.BytesIO] = []
 
-    def __call__(self, spec: EngineSpec, policy: Policy) -> RecordingCore:
-        self.logs.append((io.BytesIO(), policy))
-        return RecordingCore(spec, policy, self.logs[-1][0])
+    def __call__(self, spec: EngineSpec, load_policy: Callable[[str], Policy]) -> RecordingCore:
+        self.logs.append(io.BytesIO())
+        return RecordingCore(spec, load_policy, self.logs[-1])
 
 
 def record(seed: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Recorder, Any]:
@@ -38,9 +41,9 @@ def record(seed: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Recorder, Any]:
 def test_a_replay_gives_the_same_plans(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder, sim = record(seed, monkeypatch)
     plans = 0
-    for log, _ in recorder.logs:
+    for log in recorder.logs:
         log.seek(0)
-        for recorded, replayed in replay(log, sim.make_policy()):
+        for recorded, replayed in replay(log, lambda _: sim.make_policy()):
             assert recorded == replayed
             plans += recorded is not None
     assert plans > 20
@@ -53,10 +56,10 @@ def test_another_policy_gives_other_plans(monkeypatch: pytest.MonkeyPatch) -> No
 
     recorder, _ = record(1, monkeypatch)
     differs = False
-    for log, _ in recorder.logs:
+    for log in recorder.logs:
         log.seek(0)
         try:
-            differs |= any(recorded != replayed for recorded, replayed in replay(log, Reversed()))
+            differs |= any(recorded != replayed for recorded, replayed in replay(log, lambda _: Reversed()))
         except (KeyError, StopIteration, RuntimeError, ValueError):
             differs = True
     assert differs
@@ -64,27 +67,25 @@ def test_another_policy_gives_other_plans(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_log_that_ends_in_mid_record_is_read_up_to_there() -> None:
     log = io.BytesIO()
-    core = RecordingCore(replace(simfuzz.build(0).workers["w0"].core.spec), Policy(), log)
-    core.on_tick(1.0)
-    core.on_tick(2.0)
+    core = RecordingCore(replace(simfuzz.build(0).workers["w0"].core.spec), lambda _: Policy(), log)
+    core.on(Tick(), 1.0)
+    core.on(Tick(), 2.0)
     whole = log.getvalue()
     for cut in (1, 3, 6):
         assert len(list(read_log(io.BytesIO(whole[:-cut])))) == 2
     assert len(list(read_log(io.BytesIO(whole)))) == 3
 
 
-def test_a_policy_that_was_set_on_the_way_is_loaded_by_its_name() -> None:
+def test_the_policies_are_loaded_by_their_names() -> None:
     log, loaded = io.BytesIO(), list[str]()
-    core = RecordingCore(replace(simfuzz.build(0).workers["w0"].core.spec), Policy(), log)
-    core.set_policy("mine:k=1", Policy(), 1.0)
-    core.schedule(2.0)
+    spec = replace(simfuzz.build(0).workers["w0"].core.spec, policy="first:k=1")
+    core = RecordingCore(spec, lambda _: Policy(), log)
+    core.on(Received(Envelope(ROUTER, 0, SetPolicy("second"))), 1.0)
+    core.on(Schedule(), 2.0)
 
     def load(spec: str) -> Policy:
         loaded.append(spec)
         return Policy()
 
     log.seek(0)
-    assert list(replay(log, Policy(), load)) == [(None, None)] and loaded == ["mine:k=1"]
-    log.seek(0)
-    with pytest.raises(ValueError, match="'mine:k=1' on the way: give load_policy"):
-        list(replay(log, Policy()))
+    assert list(replay(log, load)) == [(None, None)] and loaded == ["first:k=1", "second"]

@@ -22,7 +22,8 @@ import torch
 from msgspec import structs
 
 from minidisagg.config import ClusterSettings, WorkerSettings
-from minidisagg.core.plan import Completion, TransferOp
+from minidisagg.core.inputs import PieceDone
+from minidisagg.core.plan import TransferOp
 from minidisagg.runtime.worker import link_kind
 from minidisagg.transfer.emulate import EmulatedLink, Emulation
 from minidisagg.transfer.links import LinkError, LinkSetup, ThreadLink, make_link, resolve_kind
@@ -100,9 +101,9 @@ def open_link(
     )
 
 
-def collect(link: Any, count: int, seconds: float = 30.0) -> list[Completion]:
+def collect(link: Any, count: int, seconds: float = 30.0) -> list[PieceDone]:
     """The next `count` completions."""
-    done: list[Completion] = []
+    done: list[PieceDone] = []
     deadline = time.monotonic() + seconds
     while len(done) < count:
         done += link.poll()
@@ -152,7 +153,7 @@ class Pair:
     def op(self, seq: int, send: bool, pages: list[int], remote: list[int], layers: tuple[int, int]) -> TransferOp:
         return TransferOp("peer", self.epoch, seq, send, f"r{seq}", 1, pages, remote, len(remote), layers)
 
-    def move(self, pieces: list[tuple[list[int], list[int], tuple[int, int]]], seq: int = 0) -> list[Completion]:
+    def move(self, pieces: list[tuple[list[int], list[int], tuple[int, int]]], seq: int = 0) -> list[PieceDone]:
         """Send (source pages, destination pages, layers) pieces and return the destination's completions."""
         assert self.link is not None
         sends = [self.op(seq + i, True, src, dst or src, layers) for i, (src, dst, layers) in enumerate(pieces)]

@@ -13,8 +13,9 @@ import pytest
 
 from minidisagg.core.effects import AbortLink, Send
 from minidisagg.core.handoff import EPOCH_BITS
+from minidisagg.core.inputs import AbortConfirmed, PieceDone
 from minidisagg.core.messages import LinkOpen, LinkReady
-from minidisagg.core.plan import Completion, TransferOp
+from minidisagg.core.plan import TransferOp
 from minidisagg.runtime import linkset
 from minidisagg.runtime.linkset import LinkSet
 
@@ -27,7 +28,7 @@ class FakeLink:
     def __init__(self, **made: Any) -> None:
         self.made = made
         self.started: list[TransferOp] = []
-        self.done: list[Completion] = []
+        self.done: list[PieceDone] = []
         self.reached, self.fenced = threading.Event(), threading.Event()
         self.aborts: list[bool] = []  # `peer_dead` of each call
         self.confirms = True
@@ -41,7 +42,7 @@ class FakeLink:
     def start(self, op: TransferOp) -> None:
         self.started.append(op)
 
-    def poll(self) -> list[Completion]:
+    def poll(self) -> list[PieceDone]:
         done, self.done = self.done, []
         return done
 
@@ -57,15 +58,21 @@ class Fixture:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, one_sided: bool) -> None:
         self.links: list[FakeLink] = []
         self.sent: list[Send] = []
-        self.completed: list[Completion] = []
+        self.completed: list[PieceDone] = []
         self.aborted: list[tuple[str, int, bool]] = []
         self.failures: list[BaseException] = []
         monkeypatch.setattr(linkset, "make_link", self._make)
         cache: Any = type("Cache", (), {"data": None, "fd": None})
         self.set = LinkSet(
-            "w", cache, "unix", one_sided, "raw", Path("."), 1.0, 0.0, self.sent.append, self.completed.append,
-            lambda *key: self.aborted.append(key), self.failures.append, None,
+            "w", cache, "unix", one_sided, "raw", Path("."), 1.0, 0.0, self.sent.append, self._hear,
+            self.failures.append, None,
         )  # fmt: skip
+
+    def _hear(self, news: PieceDone | AbortConfirmed) -> None:
+        if isinstance(news, PieceDone):
+            self.completed.append(news)
+        else:
+            self.aborted.append((news.peer, news.link_epoch, news.outgoing))
 
     def _make(self, kind: str, **made: Any) -> FakeLink:
         self.links.append(FakeLink(**made))
@@ -89,10 +96,10 @@ class Fixture:
         await until(lambda: self.set._entries["d", EPOCH, False].connected)
         return link
 
-    def complete(self, link: FakeLink, seq: int, send: bool) -> Completion:
+    def complete(self, link: FakeLink, seq: int, send: bool) -> PieceDone:
         """A piece has ended that the set had started."""
         self.set.start(TransferOp("d", EPOCH, seq, send, "r", 0, [0], [0], 1, (0, 1)))
-        link.done.append(Completion("d", EPOCH, seq, send, True, ended=time.monotonic()))
+        link.done.append(PieceDone("d", EPOCH, seq, send, True, ended=time.monotonic()))
         return link.done[-1]
 
 
@@ -231,7 +238,7 @@ def test_pieces_wait_for_the_link_and_fail_with_it(play: Callable[..., None]) ->
         at.set.open("e", EPOCH)
         at.set.start(TransferOp("e", EPOCH, 0, True, "r", 0, [0], [0], 1, (0, 1)))
         at.set.on_link_ready("e", LinkReady(EPOCH, "", "e speaks gloo"))
-        assert at.completed == [Completion("e", EPOCH, 0, True, False, error="e speaks gloo")]
+        assert at.completed == [PieceDone("e", EPOCH, 0, True, False, error="e speaks gloo")]
 
     play(scenario)
 
@@ -248,7 +255,7 @@ def test_a_link_that_cannot_be_made_fails_what_waits_for_it(
 
         monkeypatch.setattr(linkset, "make_link", refuse)
         at.set.on_link_ready("d", LinkReady(EPOCH, "there"))
-        assert at.completed == [Completion("d", EPOCH, 0, True, False, error="too many open files")]
+        assert at.completed == [PieceDone("d", EPOCH, 0, True, False, error="too many open files")]
         at.set.abort(AbortLink("d", EPOCH, True, False))
         await until(lambda: at.aborted == [("d", EPOCH, True)])
         assert not at.failures
@@ -278,7 +285,7 @@ def test_a_dead_source_takes_its_ends_along(play: Callable[..., None]) -> None:
 def test_an_error_while_polling_ends_the_worker(play: Callable[..., None]) -> None:
     async def scenario(at: Fixture) -> None:
         link = await at.opened()
-        link.done.append(Completion("d", EPOCH, 99, True, True))  # of a piece that was never started
+        link.done.append(PieceDone("d", EPOCH, 99, True, True))  # of a piece that was never started
         at.set.poll()
         assert [type(error) for error in at.failures] == [KeyError]
 

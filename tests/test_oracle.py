@@ -285,7 +285,7 @@ def test_recorded_inputs_replay_to_the_same_plans(run_over: Callable[[str], Run]
     for link, names in (("", ["worker-0"]), ("unix", ["prefill-0", "decode-0"]), ("shm", ["prefill-0", "decode-0"])):
         for name in names:
             with (run_over(link).logs / f"{name}.1.inputs").open("rb") as log:
-                plans = list(replay(log, load_policy(thirds())))
+                plans = list(replay(log, load_policy))
             assert sum(recorded is not None for recorded, _ in plans) > 100
             assert [recorded for recorded, _ in plans] == [replayed for _, replayed in plans]
 

@@ -114,7 +114,7 @@ def test_a_run_with_faults_replays_to_the_same_plans(tmp_path: Path) -> None:
     for name in ("prefill-0.1", "decode-0.1", "decode-0.2"):
         path = tmp_path / f"{name}.inputs"
         with path.open("rb") as log:
-            plans = list(replay(log, load_policy("fcfs")))
+            plans = list(replay(log, load_policy))
         assert sum(recorded is not None for recorded, _ in plans) > 10, name
         assert [recorded for recorded, _ in plans] == [replayed for _, replayed in plans], name
         with path.open("rb") as log:

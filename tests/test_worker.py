@@ -13,8 +13,8 @@ import pytest
 
 from minidisagg.config import ClusterSettings, ModelSettings, RunSettings, WorkerConfig, WorkerSettings
 from minidisagg.core.checked import PolicyError
+from minidisagg.core.inputs import Input, PieceDone, Received, Schedule
 from minidisagg.core.messages import ROUTER, AnyMessage, Envelope, Fatal, KVWait, PeerDown, PeerUp, Role
-from minidisagg.core.plan import Completion
 from minidisagg.runtime import worker as module
 from minidisagg.runtime.blackbox import read_notes
 from minidisagg.runtime.worker import Worker
@@ -38,11 +38,8 @@ class IdleCore:
     def __init__(self) -> None:
         self.outbox: list[Any] = []
 
-    def on_message(self, envelope: Envelope, now: float) -> None:
-        """Nothing comes of it."""
-
-    def schedule(self, now: float) -> None:
-        """Nothing to compute."""
+    def on(self, what: Input, now: float) -> None:
+        """Nothing comes of it, and there is nothing to compute."""
 
 
 class NoLinks:
@@ -170,7 +167,7 @@ class Harm(RuntimeError):
     """What nobody expected."""
 
 
-@pytest.mark.parametrize("where", ["message", "peer", "completion", "abort", "planning", "callback", "thread", "task"])
+@pytest.mark.parametrize("where", ["message", "peer", "piece", "planning", "callback", "thread", "task"])
 def test_an_error_at_any_entrance_ends_the_worker_which_does_nothing_more(
     where: str, play: Callable[[Scenario], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,19 +185,19 @@ def test_an_error_at_any_entrance_ends_the_worker_which_does_nothing_more(
             yield Envelope("d", 1, FIRST)
             harm()
 
+        def refuse(kind: type[Input]) -> None:
+            monkeypatch.setattr(core, "on", lambda what, now: harm() if isinstance(what, kind) else None)
+
         if where == "message":
-            monkeypatch.setattr(core, "on_message", harm)
+            refuse(Received)
             net.hear(FIRST)
         elif where == "peer":
             await worker._serve_peer(peer())  # type: ignore[arg-type]
-        elif where == "completion":
-            monkeypatch.setattr(core, "on_transfer_done", harm, raising=False)
-            worker._on_completion(Completion("d", 1, 0, True, True))
-        elif where == "abort":
-            monkeypatch.setattr(core, "on_link_aborted", harm, raising=False)
-            worker._on_link_aborted("d", 1, True)
+        elif where == "piece":
+            refuse(PieceDone)
+            worker._on_link_news(PieceDone("d", 1, 0, True, True))
         elif where == "planning":
-            monkeypatch.setattr(core, "schedule", harm)
+            refuse(Schedule)
             loop.call_later(0, worker._advance)
         elif where == "callback":
             loop.call_soon(harm)
@@ -217,9 +214,8 @@ def test_an_error_at_any_entrance_ends_the_worker_which_does_nothing_more(
         for _ in range(100):
             await asyncio.sleep(0.001)
         assert worker.failure == "Harm: harm" and worker.done.is_set()
-        heard: list[Envelope] = []
-        monkeypatch.setattr(core, "on_message", lambda envelope, now: heard.append(envelope))
-        monkeypatch.setattr(core, "schedule", harm)
+        heard: list[Input] = []
+        monkeypatch.setattr(core, "on", lambda what, now: heard.append(what))
         net.hear(SECOND)
         assert not heard
 
@@ -233,7 +229,7 @@ def test_a_note_says_what_the_worker_was_reading_when_it_failed(
         monkeypatch.setattr(sys, "excepthook", lambda *_: None)
         net.hear(KVWait("well", 3))
         assert read_notes(tmp_path, "w", 1) == set()
-        monkeypatch.setattr(net.worker.core, "on_message", lambda *_: 1 // 0)
+        monkeypatch.setattr(net.worker.core, "on", lambda *_: 1 // 0)
         net.hear(KVWait("ill", 2))
         assert read_notes(tmp_path, "w", 1) == {("ill", 2)}
         net.worker.computing.write([("a", 0), ("b", 1)])
@@ -248,11 +244,12 @@ def test_a_broken_policy_is_told_before_the_worker_ends(
     play: Callable[[Scenario], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario(net: Network) -> None:
-        def broken(now: float) -> None:
-            raise PolicyError("policy Mine: compose raised KeyError: 5")
+        def broken(what: Input, now: float) -> None:
+            if isinstance(what, Schedule):
+                raise PolicyError("policy Mine: compose raised KeyError: 5")
 
         monkeypatch.setattr(sys, "excepthook", lambda *_: None)
-        monkeypatch.setattr(net.worker.core, "schedule", broken)
+        monkeypatch.setattr(net.worker.core, "on", broken)
         router = FakeChannel()
         net.worker.channels[ROUTER] = router  # type: ignore[assignment]
         net.hear(FIRST)

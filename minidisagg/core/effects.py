@@ -23,7 +23,7 @@ class OpenLink(Struct, frozen=True, array_like=True):
 
 
 class StartTransfer(Struct, frozen=True, array_like=True):
-    """Start this piece; its `Completion` comes back through `on_transfer_done`."""
+    """Start this piece; its `PieceDone` comes back through `on_transfer_done`."""
 
     op: TransferOp
 

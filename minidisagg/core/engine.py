@@ -1,35 +1,36 @@
 """One worker's brain, and the way of a request through it.
 
-    on_message   Submit → QUEUED; KVOffer → waits for pages, then WAIT_KV
-    schedule     the policy fills a step through the BatchBuilder; QUEUED → RUNNING
-    on_step_done sampled tokens go to the router; after prefill RUNNING → HELD if decode is elsewhere
-    on_transfer_done / on_link_aborted   pieces of KV have moved, or never will
-    on_tick      leases, deadlines, statistics
+    Received     Submit → QUEUED; KVOffer → waits for pages, then WAIT_KV
+    Schedule     the policy fills a step through the BatchBuilder; QUEUED → RUNNING
+    StepDone     sampled tokens go to the router; after prefill RUNNING → HELD if decode is elsewhere
+    PieceDone, AbortConfirmed   pieces of KV have moved, or never will
+    Tick         leases, deadlines
 
-Sans-IO: time comes in as an argument, effects go out through `outbox`, so that the same code runs under the worker's
-event loop and under the simulator's virtual clock. `schedule` may run a step ahead of `on_step_done`. What makes that
-safe: a request keeps its pages while any step carries it, plans carry the incarnation, and computed lengths are
-assigned from the plan and never added up.
+Sans-IO: these inputs come through the one door `on`, with the time, and effects go out through `outbox`, so that the
+same code runs under the worker's event loop and under the simulator's virtual clock. `Schedule` may come a step ahead
+of `StepDone`. What makes that safe: a request keeps its pages while any step carries it, plans carry the incarnation,
+and computed lengths are assigned from the plan and never added up.
 """
 
 from __future__ import annotations
 
 import bisect
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from minidisagg.core.batch import BatchBuilder
 from minidisagg.core.blocks import BlockPool, IntegrityError, PageState
 from minidisagg.core.checked import Checked, PolicyError
 from minidisagg.core.effects import Effect, Send
 from minidisagg.core.handoff import Receiver, Sender
+from minidisagg.core.inputs import AbortConfirmed, Input, PieceDone, Received, Schedule, StepDone, Tick
 from minidisagg.core.lived import LivedTime
 from minidisagg.core.messages import (
     ROUTER,
     Abort,
     AnyMessage,
-    Envelope,
     Failed,
     KVAck,
     KVBusy,
@@ -46,13 +47,14 @@ from minidisagg.core.messages import (
     PeerUp,
     Released,
     Role,
+    SetPolicy,
     SetRole,
     Stats,
     StepOutput,
     Submit,
     TokenOut,
 )
-from minidisagg.core.plan import NO_TOKEN, Completion, SeqKey, StepPlan
+from minidisagg.core.plan import NO_TOKEN, SeqKey, StepPlan
 from minidisagg.core.policy import Policy, Stage, WorkerOptions
 from minidisagg.core.request import Request, State
 
@@ -74,6 +76,7 @@ class EngineSpec:
     page_size: int
     num_layers: int
     fingerprint: str
+    policy: str = "fcfs"
     one_sided_links: bool = False
     prefix_caching: bool = True
     lease: float = 30.0  # seconds that a side of a handoff waits for the other
@@ -85,9 +88,10 @@ class EngineSpec:
 class EngineCore:
     """Schedules one worker. Also the `WorkerView` of its policy."""
 
-    def __init__(self, spec: EngineSpec, policy: Policy) -> None:
+    def __init__(self, spec: EngineSpec, load_policy: Callable[[str], Policy]) -> None:
+        """`load_policy` makes the policy that the spec names, and those that are set while it runs."""
         self.spec = spec
-        self.policy = Checked(policy)
+        self.policy = Checked(load_policy(spec.policy))
         self.name = spec.name
         self.role = spec.role
         self.options = spec.options
@@ -124,123 +128,29 @@ class EngineCore:
         self.receiver = Receiver(
             self.pool, spec.lease, spec.link_timeout, emit, self._handoff_ready, self._handoff_gone
         )
-        self._handlers: dict[type[AnyMessage], Callable[[Envelope], None]] = {
-            Submit: self._on_submit, Abort: self._on_abort, Migrate: self._on_migrate, SetRole: self._on_set_role,
-            PeerUp: self._on_peer_up, PeerDown: self._on_peer_down, KVOffer: self._on_offer, KVGrant: self._on_grant,
-            KVWait: self._on_wait, KVBusy: self._on_busy, KVChunk: self._on_chunk, KVDone: self._on_done,
-            KVAck: self._on_ack, KVCancel: self._on_cancel, KVFailed: self._on_failed,
-            LinkAborted: self._on_link_aborted_by_peer,
+        self._inputs: dict[type, Callable[[Any], StepPlan | None]] = {
+            Received: self._on_received, Schedule: self._on_schedule, StepDone: self._on_step_done,
+            PieceDone: self._on_piece_done, AbortConfirmed: self._on_abort_confirmed, Tick: self._on_tick,
         }  # fmt: skip
+        self._messages: dict[type, Callable[[str, Any, float], None]] = {
+            Submit: self._on_submit, Abort: self._on_abort, Migrate: self._on_migrate, SetRole: self._on_set_role,
+            SetPolicy: self._on_set_policy, PeerUp: self._on_peer_up, PeerDown: self._on_peer_down,
+            KVOffer: self._on_offer, KVGrant: self.sender.on_grant, KVWait: self.sender.on_wait,
+            KVBusy: self.receiver.on_busy, KVChunk: self.receiver.on_chunk, KVDone: self.receiver.on_done,
+            KVAck: self.sender.on_ack, KVCancel: self._on_cancel, KVFailed: self._on_failed,
+            LinkAborted: self._on_link_aborted,
+        }  # fmt: skip
+        self._load_policy = load_policy
 
     # ------------------------------------------------------------ what drivers call
 
-    def on_message(self, envelope: Envelope, now: float) -> None:
-        """A message from the router or a peer. One of a dead epoch of a peer changes nothing."""
-        self._set(now)
-        if envelope.source != ROUTER and envelope.epoch < self.peers.get(envelope.source, 0):
-            return
-        self._handlers[type(envelope.body)](envelope)
+    def on(self, what: Input, now: float) -> StepPlan | None:
+        """The one door. Answers `Schedule` with the next step, if there is one.
 
-    def set_policy(self, spec: str, policy: Policy, now: float) -> None:
-        """Schedule by `policy`, which `spec` names, from now on; what waits is put in its order."""
-        self._set(now)
-        self.policy = Checked(policy)
-        self._reorder(self.waiting, "prefill")
-        self._reorder(self.running, "decode")
-        offers, self.offers = self.offers, []
-        for source, offer, request in offers:
-            self._queue_offer(source, offer, request)
-
-    def schedule(self, now: float) -> StepPlan | None:
-        """The next step, or None if there is nothing to compute. Raises `PolicyError` and `StalledError`."""
-        self._set(now)
-        self._grant_offers()
-        if self.policy.dynamic_order:
-            self._reorder(self.waiting, "prefill")
-            self._reorder(self.running, "decode")
-        for cohort in self._turns():
-            batch = BatchBuilder(self, cohort)
-            self.policy.compose(batch, self)
-            if batch.items:
-                self._cohort = cohort
-                break
-        else:
-            if not (self.plans or self.sender.busy or self.receiver.busy or self.held):
-                if self.waiting or self.running:
-                    raise StalledError(
-                        f"worker {self.name}: {len(self.waiting)} requests wait, {len(self.running)} run, "
-                        f"{self.free_pages} pages are free, and policy {self.policy.name} plans nothing"
-                    )
-            return None
-        self.steps += 1
-        plan = StepPlan(self.steps, batch.items, batch.new, self._dropped)
-        self._dropped = []
-        if not self.plans:
-            self._step_since = self._lived
-        self.plans[plan.step_id] = plan
-        return plan
-
-    def on_step_done(self, step_id: int, tokens: list[int], seconds: float, now: float) -> None:
-        """The step's sampled tokens (or `NO_TOKEN`), one per sampling item, in the order of the items."""
-        self._set(now)
-        self._step_since = self._lived
-        plan = self.plans.pop(step_id)
-        sampled = iter(tokens)
-        out: list[TokenOut] = []
-        prefill = decode = context = 0
-        for item in plan.items:
-            token = next(sampled) if item.sample else -1
-            request = self.requests[item.request_id, item.incarnation]
-            request.inflight -= 1
-            context += item.start + item.count
-            if item.start + item.count <= request.prefill_len:
-                prefill += item.count
-            else:
-                decode += item.count
-                self._trust(request)
-            if request.state is not State.RUNNING:
-                self._retire_if_settled(request)
-                continue
-            request.num_computed = item.start + item.count
-            self._publish(request)  # before the token: a last one takes the pages away
-            if item.sample:
-                request.pending -= 1
-                if token == NO_TOKEN:
-                    self._fail(request, "the logits of its next token are not finite, or forbid every token")
-                else:
-                    out.append(self._on_token(request, token))
-            if request.state is State.RUNNING and request.key in self.sender.transfers:
-                self.sender.advance(request, self._lived)
-        self._send(ROUTER, StepOutput(step_id, out, seconds, prefill, decode, context, now))
-
-    def on_transfer_done(self, completion: Completion, now: float) -> None:
-        """A piece of KV has left or landed, or its link is broken."""
-        self._set(now)
-        (self.sender if completion.send else self.receiver).on_completion(completion, self._lived)
-
-    def on_link_aborted(self, peer: str, link_epoch: int, outgoing: bool, now: float) -> None:
-        """Confirmed: nothing of this link can touch this worker's pages any more."""
-        self._set(now)
-        (self.sender if outgoing else self.receiver).on_aborted(peer, link_epoch)
-
-    def on_tick(self, now: float) -> None:
-        """Leases and deadlines; the driver calls it a few times a second."""
-        self._set(now)
-        computes = bool(self.plans) and self._lived <= self._step_since + self.spec.step_deadline
-        for request in self.sender.on_tick(self._lived, computes):
-            self._give_back(request, "the decode worker granted no pages in time", failure=False)
-        for request in self.held:
-            if request.key not in self.sender.transfers and now > request.ready_at + self.spec.lease:
-                self._give_back(request, "held for too long", failure=False)
-        self.receiver.on_tick(self._lived)
-        if (computes or self.running) and self._lived > self._renew_at:
-            self._renew_at = self._lived + self.spec.lease / 4
-            if computes:
-                self.sender.renew()
-            # Only what runs here makes room; without it two workers might wait for each other's pages for ever.
-            for source, offer, _ in self.offers if self.running else ():
-                self._send(source, KVWait(offer.request_id, offer.incarnation))
-        self._refuse_where_empty()
+        Raises `PolicyError` and `StalledError`, after which the core is of no use.
+        """
+        self.now, self._lived = now, self._clock.at(now)
+        return self._inputs[type(what)](what)
 
     def stats(self) -> Stats:
         """The engine's share of a `Stats` message; the driver adds what it measures."""
@@ -290,6 +200,96 @@ class EngineCore:
             wrong = [page for page in range(self.num_pages) if holders[page] != self.pool.refs[page]]
             raise IntegrityError(f"pages {wrong[:8]} have other references than holders")
 
+    # ------------------------------------------------------------ inputs
+
+    def _on_received(self, what: Received) -> None:
+        """A message of a dead epoch of a peer changes nothing."""
+        envelope = what.envelope
+        if envelope.source != ROUTER and envelope.epoch < self.peers.get(envelope.source, 0):
+            return
+        self._messages[type(envelope.body)](envelope.source, envelope.body, self._lived)
+
+    def _on_schedule(self, _: Schedule) -> StepPlan | None:
+        self._grant_offers()
+        if self.policy.dynamic_order:
+            self._reorder(self.waiting, "prefill")
+            self._reorder(self.running, "decode")
+        for cohort in self._turns():
+            batch = BatchBuilder(self, cohort)
+            self.policy.compose(batch, self)
+            if batch.items:
+                self._cohort = cohort
+                break
+        else:
+            if not (self.plans or self.sender.busy or self.receiver.busy or self.held):
+                if self.waiting or self.running:
+                    raise StalledError(
+                        f"worker {self.name}: {len(self.waiting)} requests wait, {len(self.running)} run, "
+                        f"{self.free_pages} pages are free, and policy {self.policy.name} plans nothing"
+                    )
+            return None
+        self.steps += 1
+        plan = StepPlan(self.steps, batch.items, batch.new, self._dropped)
+        self._dropped = []
+        if not self.plans:
+            self._step_since = self._lived
+        self.plans[plan.step_id] = plan
+        return plan
+
+    def _on_step_done(self, done: StepDone) -> None:
+        self._step_since = self._lived
+        plan = self.plans.pop(done.step_id)
+        sampled = iter(done.tokens)
+        out: list[TokenOut] = []
+        prefill = decode = context = 0
+        for item in plan.items:
+            token = next(sampled) if item.sample else -1
+            request = self.requests[item.request_id, item.incarnation]
+            request.inflight -= 1
+            context += item.start + item.count
+            if item.start + item.count <= request.prefill_len:
+                prefill += item.count
+            else:
+                decode += item.count
+                self._trust(request)
+            if request.state is not State.RUNNING:
+                self._retire_if_settled(request)
+                continue
+            request.num_computed = item.start + item.count
+            self._publish(request)  # before the token: a last one takes the pages away
+            if item.sample:
+                request.pending -= 1
+                if token == NO_TOKEN:
+                    self._fail(request, "the logits of its next token are not finite, or forbid every token")
+                else:
+                    out.append(self._on_token(request, token))
+            if request.state is State.RUNNING and request.key in self.sender.transfers:
+                self.sender.advance(request, self._lived)
+        self._send(ROUTER, StepOutput(done.step_id, out, done.seconds, prefill, decode, context, self.now))
+
+    def _on_piece_done(self, done: PieceDone) -> None:
+        (self.sender if done.send else self.receiver).on_piece_done(done, self._lived)
+
+    def _on_abort_confirmed(self, done: AbortConfirmed) -> None:
+        (self.sender if done.outgoing else self.receiver).on_aborted(done.peer, done.link_epoch)
+
+    def _on_tick(self, tick: Tick) -> None:
+        computes = bool(self.plans) and self._lived <= self._step_since + self.spec.step_deadline
+        for request in self.sender.on_tick(self._lived, computes):
+            self._give_back(request, "the decode worker granted no pages in time", failure=False)
+        for request in self.held:
+            if request.key not in self.sender.transfers and self.now > request.ready_at + self.spec.lease:
+                self._give_back(request, "held for too long", failure=False)
+        self.receiver.on_tick(self._lived)
+        if (computes or self.running) and self._lived > self._renew_at:
+            self._renew_at = self._lived + self.spec.lease / 4
+            if computes:
+                self.sender.renew()
+            # Only what runs here makes room; without it two workers might wait for each other's pages for ever.
+            for source, _, offered in self.offers if self.running else ():
+                self._send(source, KVWait(*offered.key))
+        self._refuse_where_empty()
+
     # ------------------------------------------------------------ what the builder calls
 
     def admit(self, request: Request, spare: int) -> bool:
@@ -331,24 +331,21 @@ class EngineCore:
 
     # ------------------------------------------------------------ messages
 
-    def _on_submit(self, envelope: Envelope) -> None:
-        message: Submit = envelope.body  # type: ignore[assignment]
+    def _on_submit(self, source: str, message: Submit, _: float) -> None:
         if self._stale(message.request_id, message.incarnation):
             return
         request = Request(message, self.spec.fingerprint, self.now)
         self._add(request)
         self._insert(self.waiting, request, "prefill")
 
-    def _on_abort(self, envelope: Envelope) -> None:
-        message: Abort = envelope.body  # type: ignore[assignment]
+    def _on_abort(self, source: str, message: Abort, _: float) -> None:
         self._close(message.request_id, message.incarnation)
         self._forget_offers(message.request_id, message.incarnation)
         for request in [r for r in self.requests.values() if r.request_id == message.request_id]:
             if request.incarnation <= message.incarnation:
                 self._end(request, State.DONE_INFLIGHT)
 
-    def _on_migrate(self, envelope: Envelope) -> None:
-        message: Migrate = envelope.body  # type: ignore[assignment]
+    def _on_migrate(self, source: str, message: Migrate, _: float) -> None:
         request = self.requests.get((message.request_id, message.incarnation))
         if request is None or request.state is not State.HELD or request.key in self.sender.transfers:
             return
@@ -359,20 +356,27 @@ class EngineCore:
             self.sender.offer(request, message.dest, self._lived, self.spec.fingerprint)
             self.sender.finish_prefill(request, request.output[-1], self._lived)
 
-    def _on_set_role(self, envelope: Envelope) -> None:
-        self.role = envelope.body.role  # type: ignore[union-attr]
+    def _on_set_role(self, source: str, message: SetRole, _: float) -> None:
+        self.role = message.role
         self._send(ROUTER, self.stats())
 
-    def _on_peer_up(self, envelope: Envelope) -> None:
-        message: PeerUp = envelope.body  # type: ignore[assignment]
+    def _on_set_policy(self, source: str, message: SetPolicy, _: float) -> None:
+        """Schedule by it from now on; what waits is put in its order."""
+        self.policy = Checked(self._load_policy(message.spec))
+        self._reorder(self.waiting, "prefill")
+        self._reorder(self.running, "decode")
+        offers, self.offers = self.offers, []
+        for peer, offer, request in offers:
+            self._queue_offer(peer, offer, request)
+
+    def _on_peer_up(self, source: str, message: PeerUp, _: float) -> None:
         stale = message.epoch < self.peers.get(message.worker, 0)
         if not stale and message.epoch > self.up.get(message.worker, -1):
             self.up[message.worker] = message.epoch
             self._fence_peer(message.worker, message.epoch)
             self.sender.abort_link(message.worker, peer_dead=True)  # opened after the death, it leads nowhere
 
-    def _on_peer_down(self, envelope: Envelope) -> None:
-        message: PeerDown = envelope.body  # type: ignore[assignment]
+    def _on_peer_down(self, source: str, message: PeerDown, _: float) -> None:
         self._fence_peer(message.worker, message.epoch + 1)
 
     def _fence_peer(self, worker: str, epoch: int) -> None:
@@ -383,8 +387,7 @@ class EngineCore:
             self.sender.abort_link(worker, peer_dead=True)
             self.receiver.on_peer_down(worker, epoch - 1, self._lived)
 
-    def _on_offer(self, envelope: Envelope) -> None:
-        offer: KVOffer = envelope.body  # type: ignore[assignment]
+    def _on_offer(self, source: str, offer: KVOffer, _: float) -> None:
         key = offer.request_id, offer.incarnation
         if any(waiting.request_id == key[0] and waiting.incarnation == key[1] for _, waiting, _ in self.offers):
             return
@@ -396,53 +399,32 @@ class EngineCore:
             refusal = "another model, cache layout or codec"
         elif request.prefill_len > self.num_pages * self.page_size:
             refusal = "the prompt exceeds the decode worker's KV cache"
-        elif self.receiver.is_dead(envelope.source, offer.link_epoch):
+        elif self.receiver.is_dead(source, offer.link_epoch):
             refusal = "the link has been given up"
         if refusal:
-            self._send(envelope.source, KVFailed(*key, refusal))
+            self._send(source, KVFailed(*key, refusal))
             return
-        self._queue_offer(envelope.source, offer, request)
+        self._queue_offer(source, offer, request)
         self._grant_offers()
 
-    def _on_grant(self, envelope: Envelope) -> None:
-        self.sender.on_grant(envelope.source, envelope.body, self._lived)  # type: ignore[arg-type]
-
-    def _on_wait(self, envelope: Envelope) -> None:
-        self.sender.on_wait(envelope.source, envelope.body, self._lived)  # type: ignore[arg-type]
-
-    def _on_busy(self, envelope: Envelope) -> None:
-        self.receiver.on_busy(envelope.source, envelope.body, self._lived)  # type: ignore[arg-type]
-
-    def _on_chunk(self, envelope: Envelope) -> None:
-        self.receiver.on_chunk(envelope.source, envelope.body, self._lived)  # type: ignore[arg-type]
-
-    def _on_done(self, envelope: Envelope) -> None:
-        self.receiver.on_done(envelope.source, envelope.body)  # type: ignore[arg-type]
-
-    def _on_ack(self, envelope: Envelope) -> None:
-        self.sender.on_ack(envelope.source, envelope.body)  # type: ignore[arg-type]
-
-    def _on_cancel(self, envelope: Envelope) -> None:
-        message: KVCancel = envelope.body  # type: ignore[assignment]
+    def _on_cancel(self, source: str, message: KVCancel, _: float) -> None:
         key = message.request_id, message.incarnation
         self._forget_offers(*key)
         if key not in self.requests:
             self._close(*key)  # it may have overtaken the offer
-        self.receiver.on_cancel(envelope.source, message)
+        self.receiver.on_cancel(source, message, self._lived)
 
-    def _on_failed(self, envelope: Envelope) -> None:
-        message: KVFailed = envelope.body  # type: ignore[assignment]
+    def _on_failed(self, source: str, message: KVFailed, _: float) -> None:
         request = self.requests.get((message.request_id, message.incarnation))
-        reason = self.sender.on_failed(envelope.source, message)
+        reason = self.sender.on_failed(source, message)
         if reason is not None and request is not None:
             self._give_back(request, reason, failure=True)
 
-    def _on_link_aborted_by_peer(self, envelope: Envelope) -> None:
-        message: LinkAborted = envelope.body  # type: ignore[assignment]
+    def _on_link_aborted(self, source: str, message: LinkAborted, now: float) -> None:
         if message.outgoing:
-            self.receiver.on_peer_aborted(envelope.source, message.link_epoch, self._lived)
+            self.receiver.on_peer_aborted(source, message.link_epoch, now)
         else:
-            self.sender.on_peer_aborted(envelope.source, message.link_epoch)
+            self.sender.on_peer_aborted(source, message.link_epoch)
 
     # ------------------------------------------------------------ tokens
 
@@ -661,8 +643,13 @@ class EngineCore:
         after = bisect.bisect_right(cohorts, self._cohort)
         return (cohorts[after:] + cohorts[:after]) or [0]
 
-    def _set(self, now: float) -> None:
-        self.now, self._lived = now, self._clock.at(now)
-
     def _send(self, dest: str, body: AnyMessage) -> None:
         self.outbox.append(Send(dest, body))
+
+
+def drain(core: EngineCore) -> Iterator[Effect]:
+    """Take the effects out, those that carrying them out adds included."""
+    while core.outbox:
+        effects = core.outbox[:]
+        core.outbox.clear()  # the list itself is what sender and receiver emit into
+        yield from effects

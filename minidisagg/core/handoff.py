@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 
 from minidisagg.core.blocks import BlockPool
 from minidisagg.core.effects import AbortLink, Effect, OpenLink, Send, StartTransfer
+from minidisagg.core.inputs import PieceDone
 from minidisagg.core.messages import (
     ROUTER,
     Fatal,
@@ -37,7 +38,7 @@ from minidisagg.core.messages import (
     KVWait,
     LinkAborted,
 )
-from minidisagg.core.plan import Completion, SeqKey, TransferOp
+from minidisagg.core.plan import SeqKey, TransferOp
 from minidisagg.core.request import Request
 
 REMEMBERED = 4096  # ended handoffs whose chunk count is still known
@@ -201,7 +202,7 @@ class Sender:
             return message.reason
         return None
 
-    def on_ack(self, peer: str, message: KVAck) -> None:
+    def on_ack(self, peer: str, message: KVAck, _: float) -> None:
         """The destination has it all."""
         transfer = self.transfers.get((message.request_id, message.incarnation))
         if transfer is not None and transfer.peer == peer and transfer.done:
@@ -209,22 +210,22 @@ class Sender:
             transfer.acked = transfer.stopping = True
             self._settle(transfer)
 
-    def on_completion(self, completion: Completion, now: float) -> None:
+    def on_piece_done(self, done: PieceDone, now: float) -> None:
         """A piece has left, or the link is broken."""
-        link = self.links.get(completion.peer)
-        if link is None or link.epoch != completion.link_epoch:
+        link = self.links.get(done.peer)
+        if link is None or link.epoch != done.link_epoch:
             return  # of a link that is being aborted; its confirmation settles everything
-        if not completion.ok:
-            self.abort_link(completion.peer, peer_dead=False, reason=completion.error)
+        if not done.ok:
+            self.abort_link(done.peer, peer_dead=False, reason=done.error)
             return
-        chunk = link.flying.pop(completion.seq, None)
+        chunk = link.flying.pop(done.seq, None)
         if chunk is None:
             return
         link.deadline = now + self.timeout
         if self.one_sided:
-            self._emit(Send(completion.peer, KVChunk(
+            self._emit(Send(done.peer, KVChunk(
                 chunk.request_id, chunk.incarnation, chunk.link_epoch, chunk.seq, chunk.first, chunk.count,
-                chunk.layers, completion.checksum,
+                chunk.layers, done.checksum,
             )))  # fmt: skip
         transfer = self.transfers.get((chunk.request_id, chunk.incarnation))
         if transfer is not None:
@@ -384,7 +385,7 @@ class Receiver:
         if transfer is not None and not transfer.dropped:
             transfer.deadline = now + self.lease
 
-    def on_done(self, peer: str, message: KVDone) -> None:
+    def on_done(self, peer: str, message: KVDone, _: float) -> None:
         """The source has started its last piece."""
         transfer = self._find(peer, message.request_id, message.incarnation)
         if transfer is not None and transfer.expected is None:
@@ -392,7 +393,7 @@ class Receiver:
             transfer.first_token = message.first_token
             self._settle(transfer)
 
-    def on_cancel(self, peer: str, message: KVCancel) -> None:
+    def on_cancel(self, peer: str, message: KVCancel, _: float) -> None:
         """The source has stopped."""
         transfer = self._find(peer, message.request_id, message.incarnation)
         if transfer is not None:
@@ -409,17 +410,17 @@ class Receiver:
             self._emit(Send(transfer.source, KVFailed(*request.key, reason)))
             self._settle(transfer)
 
-    def on_completion(self, completion: Completion, now: float) -> None:
+    def on_piece_done(self, done: PieceDone, now: float) -> None:
         """A piece has landed, or the link is broken."""
-        where = completion.peer, completion.link_epoch
-        if not completion.ok:  # of a link, it may be, over which nothing has come yet: it was not connected
+        where = done.peer, done.link_epoch
+        if not done.ok:  # of a link, it may be, over which nothing has come yet: it was not connected
             if not self.is_dead(*where):
                 self.abort_link(*where, peer_dead=False, now=now)
             return
         link = self.links.get(where)
         if link is None:
             return
-        key = link.flying.pop(completion.seq, None)
+        key = link.flying.pop(done.seq, None)
         link.deadline = now + self.timeout
         transfer = self.transfers.get(key) if key is not None else None
         if transfer is not None:

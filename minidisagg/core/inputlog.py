@@ -1,7 +1,7 @@
 """The ordered input log of one engine, and its replay.
 
-Everything that an `EngineCore` decides follows from its spec, its policy and this log: messages, step results,
-transfers, ticks, each with its time. A real run records it; `replay` gives the same plans bit for bit.
+Everything that an `EngineCore` decides follows from its spec, its policy and its inputs, each with its time. A real run
+records them; `replay` gives the same plans bit for bit.
 """
 
 from __future__ import annotations
@@ -14,106 +14,40 @@ import msgspec
 from msgspec import Struct
 
 from minidisagg.core.engine import EngineCore, EngineSpec
-from minidisagg.core.messages import Envelope
-from minidisagg.core.plan import Completion, StepPlan
+from minidisagg.core.inputs import Input, Schedule
+from minidisagg.core.plan import StepPlan
 from minidisagg.core.policy import Policy
 
 
-class Received(Struct, frozen=True, tag=True, array_like=True):
-    """`on_message`"""
+class Entry(Struct, frozen=True, array_like=True):
+    """One input, before the core has acted on it."""
 
     now: float
-    envelope: Envelope
+    what: Input
 
 
-class Scheduled(Struct, frozen=True, tag=True, array_like=True):
-    """`schedule`, with the plan that came of it."""
-
-    now: float
-    plan: StepPlan | None
-
-
-class StepDone(Struct, frozen=True, tag=True, array_like=True):
-    """`on_step_done`"""
-
-    now: float
-    step_id: int
-    tokens: list[int]
-    seconds: float
-
-
-class TransferDone(Struct, frozen=True, tag=True, array_like=True):
-    """`on_transfer_done`"""
-
-    now: float
-    completion: Completion
-
-
-class LinkGone(Struct, frozen=True, tag=True, array_like=True):
-    """`on_link_aborted`"""
-
-    now: float
-    peer: str
-    link_epoch: int
-    outgoing: bool
-
-
-class Ticked(Struct, frozen=True, tag=True, array_like=True):
-    """`on_tick`"""
-
-    now: float
-
-
-class PolicySet(Struct, frozen=True, tag=True, array_like=True):
-    """`set_policy`"""
-
-    now: float
-    spec: str
-
-
-Entry = Received | Scheduled | StepDone | TransferDone | LinkGone | Ticked | PolicySet
 _LENGTH = struct.Struct("<I")
+_plans = msgspec.msgpack.Decoder(StepPlan | None)
 
 
 class RecordingCore(EngineCore):
-    """An `EngineCore` that writes each input to `log`, in order, before it acts on it."""
+    """An `EngineCore` that writes to `log` its spec, each of its inputs, and behind a `Schedule` the plan."""
 
-    def __init__(self, spec: EngineSpec, policy: Policy, log: BinaryIO) -> None:
-        super().__init__(spec, policy)
+    def __init__(self, spec: EngineSpec, load_policy: Callable[[str], Policy], log: BinaryIO) -> None:
+        super().__init__(spec, load_policy)
         self._log = log
         self._write(spec)
 
-    def on_message(self, envelope: Envelope, now: float) -> None:
-        self._write(Received(now, envelope))
-        super().on_message(envelope, now)
-
-    def set_policy(self, spec: str, policy: Policy, now: float) -> None:
-        self._write(PolicySet(now, spec))
-        super().set_policy(spec, policy, now)
-
-    def schedule(self, now: float) -> StepPlan | None:
-        plan = super().schedule(now)
-        self._write(Scheduled(now, plan))
+    def on(self, what: Input, now: float) -> StepPlan | None:
+        """See `EngineCore`."""
+        self._write(Entry(now, what))
+        plan = super().on(what, now)
+        if isinstance(what, Schedule):
+            self._write(plan)
         return plan
 
-    def on_step_done(self, step_id: int, tokens: list[int], seconds: float, now: float) -> None:
-        self._write(StepDone(now, step_id, tokens, seconds))
-        super().on_step_done(step_id, tokens, seconds, now)
-
-    def on_transfer_done(self, completion: Completion, now: float) -> None:
-        self._write(TransferDone(now, completion))
-        super().on_transfer_done(completion, now)
-
-    def on_link_aborted(self, peer: str, link_epoch: int, outgoing: bool, now: float) -> None:
-        self._write(LinkGone(now, peer, link_epoch, outgoing))
-        super().on_link_aborted(peer, link_epoch, outgoing, now)
-
-    def on_tick(self, now: float) -> None:
-        self._write(Ticked(now))
-        super().on_tick(now)
-
-    def _write(self, entry: Entry | EngineSpec) -> None:
-        data = msgspec.msgpack.encode(entry)
+    def _write(self, record: Entry | EngineSpec | StepPlan | None) -> None:
+        data = msgspec.msgpack.encode(record)
         self._log.write(_LENGTH.pack(len(data)) + data)
 
 
@@ -127,29 +61,14 @@ def read_log(log: BinaryIO) -> Iterator[bytes]:
 
 
 def replay(
-    log: BinaryIO, policy: Policy, load_policy: Callable[[str], Policy] | None = None
-) -> Iterator[tuple[StepPlan | None, StepPlan | None]]:
-    """(recorded plan, replayed plan) of every `schedule`; `load_policy` makes what was set on the way."""
-    records = read_log(log)
-    core = EngineCore(msgspec.msgpack.decode(next(records), type=EngineSpec), policy)
-    decoder = msgspec.msgpack.Decoder(Entry)
+    log: BinaryIO, load_policy: Callable[[str], Policy]
+) -> Iterator[tuple[StepPlan | None, StepPlan | None]]:  # fmt: skip
+    """(recorded plan, replayed plan) of every `Schedule`; `load_policy` makes the policies by their names."""
+    records, decoder = read_log(log), msgspec.msgpack.Decoder(Entry)
+    core = EngineCore(msgspec.msgpack.decode(next(records), type=EngineSpec), load_policy)
     for record in records:
         entry = decoder.decode(record)
-        if isinstance(entry, Received):
-            core.on_message(entry.envelope, entry.now)
-        elif isinstance(entry, Scheduled):
-            plan = core.schedule(entry.now)
+        plan = core.on(entry.what, entry.now)
+        if isinstance(entry.what, Schedule) and (recorded := next(records, None)) is not None:
             # Through the encoder as the recorded plan was: block tables are live lists until then.
-            yield entry.plan, msgspec.msgpack.decode(msgspec.msgpack.encode(plan), type=StepPlan | None)
-        elif isinstance(entry, StepDone):
-            core.on_step_done(entry.step_id, entry.tokens, entry.seconds, entry.now)
-        elif isinstance(entry, TransferDone):
-            core.on_transfer_done(entry.completion, entry.now)
-        elif isinstance(entry, LinkGone):
-            core.on_link_aborted(entry.peer, entry.link_epoch, entry.outgoing, entry.now)
-        elif isinstance(entry, PolicySet):
-            if load_policy is None:
-                raise ValueError(f"the policy was set to {entry.spec!r} on the way: give load_policy")
-            core.set_policy(entry.spec, load_policy(entry.spec), entry.now)
-        else:
-            core.on_tick(entry.now)
+            yield _plans.decode(recorded), _plans.decode(msgspec.msgpack.encode(plan))

@@ -71,18 +71,3 @@ class TransferOp(Struct, frozen=True, array_like=True):
     count: int
     layers: tuple[int, int]
     checksum: int = 0  # one-sided receive: what the source says it wrote
-
-
-class Completion(Struct, frozen=True, array_like=True):
-    """A `TransferOp` has ended, well or not."""
-
-    peer: str
-    link_epoch: int
-    seq: int
-    send: bool
-    ok: bool
-    seconds: float = 0.0
-    nbytes: int = 0  # on the wire
-    checksum: int = 0
-    error: str = ""
-    ended: float = 0.0  # time.monotonic() of this process; the event loop may hear of it milliseconds later

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 
 from minidisagg.core.checked import PolicyError, policy_name
 from minidisagg.core.effects import AbortLink, Effect, Send, StartTransfer
-from minidisagg.core.engine import EngineCore, EngineSpec, StalledError
+from minidisagg.core.engine import EngineCore, EngineSpec, StalledError, drain
+from minidisagg.core.inputs import AbortConfirmed, PieceDone, Received, Schedule, StepDone, Tick
 from minidisagg.core.messages import ROUTER, Envelope, Hello, Role, SamplingParams
-from minidisagg.core.plan import Completion
 from minidisagg.core.policy import Policy, WorkerOptions
 from minidisagg.core.router import Emit, Router, RouterSpec, drain_outbox
 
@@ -48,7 +48,7 @@ class _Stage:
             if roles[role] > MOST:
                 continue
             spec = EngineSpec(name, 1, role, PAGES, PAGE_SIZE, 1, "", options=options)
-            self.cores[name] = EngineCore(spec, make_policy())
+            self.cores[name] = EngineCore(spec, lambda _: make_policy())
             hello = Hello(role, PAGES, PAGE_SIZE, PAGES * PAGE_SIZE, "", "", 0, 1)
             self.router.on_message(Envelope(name, 1, hello), self.now)
 
@@ -64,32 +64,32 @@ class _Stage:
             self.now += TURN
             self.router.on_tick(self.now)
             for name, core in self.cores.items():
-                core.on_tick(self.now)
+                core.on(Tick(), self.now)
                 self.router.on_message(Envelope(name, 1, core.stats()), self.now)
-                if (plan := core.schedule(self.now)) is not None:
-                    core.on_step_done(plan.step_id, [0] * sum(item.sample for item in plan.items), 0.01, self.now)
+                if (plan := core.on(Schedule(), self.now)) is not None:
+                    core.on(StepDone(plan.step_id, [0] * sum(item.sample for item in plan.items), 0.01), self.now)
 
     def _settle(self) -> None:
         """Deliver until nobody has anything to say."""
         while self.router.outbox or any(core.outbox for core in self.cores.values()):
             for effect in drain_outbox(self.router):
                 if isinstance(effect, Send):
-                    self.cores[effect.dest].on_message(Envelope(ROUTER, 0, effect.body), self.now)
+                    self.cores[effect.dest].on(Received(Envelope(ROUTER, 0, effect.body)), self.now)
                 elif isinstance(effect, Emit) and effect.finish == "error":
                     raise PolicyError(effect.error)
             for core in self.cores.values():
-                effects = core.outbox[:]
-                core.outbox.clear()
-                for wanted in effects:
+                for wanted in drain(core):
                     self._carry_out(core, wanted)
 
     def _carry_out(self, core: EngineCore, effect: Effect) -> None:
         if isinstance(effect, Send):
             envelope = Envelope(core.name, 1, effect.body)
-            dest = self.router if effect.dest == ROUTER else self.cores[effect.dest]
-            dest.on_message(envelope, self.now)
+            if effect.dest == ROUTER:
+                self.router.on_message(envelope, self.now)
+            else:
+                self.cores[effect.dest].on(Received(envelope), self.now)
         elif isinstance(effect, StartTransfer):
             op = effect.op
-            core.on_transfer_done(Completion(op.peer, op.link_epoch, op.seq, op.send, ok=True), self.now)
+            core.on(PieceDone(op.peer, op.link_epoch, op.seq, op.send, ok=True), self.now)
         elif isinstance(effect, AbortLink):
-            core.on_link_aborted(effect.peer, effect.link_epoch, effect.outgoing, self.now)
+            core.on(AbortConfirmed(effect.peer, effect.link_epoch, effect.outgoing), self.now)

@@ -2,7 +2,7 @@
 
 The destination makes its end first and tells the source where it is (`LinkOpen` → `LinkReady`); operations that the
 core starts meanwhile wait. All that blocks (connecting, aborting) runs in threads; the core hears of the end of an
-operation through `on_completion`, and of a confirmed abort through `on_aborted`.
+operation as `PieceDone`, and of a confirmed abort as `AbortConfirmed`, both through `on_news`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from msgspec.structs import replace
 
 from minidisagg.core.effects import AbortLink, Send
 from minidisagg.core.handoff import EPOCH_BITS
+from minidisagg.core.inputs import AbortConfirmed, PieceDone
 from minidisagg.core.messages import LinkOpen, LinkReady, LinkStats, Piece
-from minidisagg.core.plan import Completion, TransferOp
+from minidisagg.core.plan import TransferOp
 from minidisagg.runtime.kv_cache import KVCache
 from minidisagg.transfer.emulate import EmulatedLink, Emulation
 from minidisagg.transfer.links import Link, LinkError, make_link
@@ -42,8 +43,7 @@ class LinkSet:
 
     def __init__(
         self, name: str, cache: KVCache, kind: str, one_sided: bool, codec: str, run_dir: Path, timeout: float,
-        latency: float, send: Callable[[Send], None], on_completion: Callable[[Completion], None],
-        on_aborted: Callable[[str, int, bool], None],
+        latency: float, send: Callable[[Send], None], on_news: Callable[[PieceDone | AbortConfirmed], None],
         on_failure: Callable[[BaseException], None], clock: Callable[[], float] | None,
     ) -> None:  # fmt: skip
         """`latency`: seconds added to each piece that this worker sends (an injected delay). With a `clock`, pieces
@@ -57,8 +57,7 @@ class LinkSet:
         self.timeout = timeout
         self.latency = latency
         self._send = send
-        self._on_completion = on_completion
-        self._on_aborted = on_aborted
+        self._on_news = on_news
         self._on_failure = on_failure
         self._clock = clock
         self._trace: list[Piece] = []
@@ -121,7 +120,7 @@ class LinkSet:
             entry.waiting.append(op)
 
     def abort(self, effect: AbortLink) -> None:
-        """Give the link up; `on_aborted` is called once nothing of it can touch this worker's pages."""
+        """Give the link up; `AbortConfirmed` follows once nothing of it can touch this worker's pages."""
         key = effect.peer, effect.link_epoch, effect.outgoing
         entry = self._entries.setdefault(key, Entry())
         entry.closing = True
@@ -144,7 +143,7 @@ class LinkSet:
                 if self._clock is not None:
                     self._trace.append(_piece(completion, request_id, self._clock() - time.monotonic(), elapsed))
                 if not entry.closing:
-                    self._on_completion(completion)
+                    self._on_news(completion)
 
     async def close(self) -> None:
         """Give up all links; for the end of the process."""
@@ -172,7 +171,7 @@ class LinkSet:
         taken, self._trace = self._trace, []
         return taken
 
-    def _settle(self, done: Completion, elapsed: float) -> None:
+    def _settle(self, done: PieceDone, elapsed: float) -> None:
         if done.ok:
             queued = max(0.0, elapsed - done.seconds)
             self._count(
@@ -209,7 +208,7 @@ class LinkSet:
             self._count(key[0], backlog=-len(entry.waiting))
         entry.waiting = []
         if confirmed and self._entries.pop(key, None) is not None:
-            self._on_aborted(*key)
+            self._on_news(AbortConfirmed(*key))
         elif not confirmed and (key[2] or not self.one_sided):
             # Nobody else can stop this end's own thread: the process ends, and with it all that it could still write.
             raise LinkError(f"the abort of the link with {key[0]} does not return")
@@ -221,7 +220,7 @@ class LinkSet:
         if outgoing:
             self._count(peer, backlog=-len(waiting), failures=1)
         for seq in [op.seq for op in waiting] or [0]:
-            self._on_completion(Completion(peer, link_epoch, seq, outgoing, ok=False, error=error))
+            self._on_news(PieceDone(peer, link_epoch, seq, outgoing, ok=False, error=error))
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = self._loop.create_task(work)
@@ -234,7 +233,7 @@ class LinkSet:
             self._on_failure(error)
 
 
-def _piece(done: Completion, request_id: str, clock_ahead: float, elapsed: float) -> Piece:
+def _piece(done: PieceDone, request_id: str, clock_ahead: float, elapsed: float) -> Piece:
     ended = done.ended + clock_ahead
     return Piece(
         done.peer, done.link_epoch, done.seq, done.send, request_id, ended - elapsed, ended - done.seconds, ended,

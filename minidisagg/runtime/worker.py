@@ -1,10 +1,10 @@
 """A worker process: one event loop that drives one `EngineCore`, and one thread that drives one device.
 
-    front end ──Submit──▶ channel ──▶ core.on_message ─┐
-    peers ──KVOffer, …──▶ channel ──▶ core.on_message ─┼─▶ _advance: carry out the outbox, plan the next step
-    device thread ──tokens──▶ core.on_step_done ───────┤      Send          → channel to the front end or a peer
-    link threads ──completions──▶ core.on_transfer_done┘      StartTransfer → LinkSet
-                                                              StepPlan      → device thread
+    front end ──Submit──▶ channel ──Received──┐
+    peers ──KVOffer, …──▶ channel ──Received──┼─▶ core.on ─▶ _advance: carry out the outbox, plan the next step
+    device thread ──tokens────────StepDone────┤                Send          → channel to the front end or a peer
+    link threads ──pieces─────────PieceDone───┘                StartTransfer → LinkSet
+                                                               StepPlan      → device thread
 
 On a CPU the loop and the device share the worker's cores; the device thread runs at a lower priority, so that a
 message is answered at once even in the middle of a long prefill.
@@ -25,6 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -34,8 +35,9 @@ import torch
 from minidisagg.config import ClusterSettings, WorkerConfig, WorkerSettings, parse_cpus
 from minidisagg.core.checked import PolicyError
 from minidisagg.core.effects import AbortLink, OpenLink, Send, StartTransfer
-from minidisagg.core.engine import EngineCore, EngineSpec
+from minidisagg.core.engine import EngineCore, EngineSpec, drain
 from minidisagg.core.inputlog import RecordingCore
+from minidisagg.core.inputs import AbortConfirmed, Input, PieceDone, Received, Schedule, StepDone, Tick
 from minidisagg.core.messages import (
     ROUTER,
     AnyMessage,
@@ -47,10 +49,9 @@ from minidisagg.core.messages import (
     PeerDown,
     PeerUp,
     Pieces,
-    SetPolicy,
     Submit,
 )
-from minidisagg.core.plan import Completion, StepPlan
+from minidisagg.core.plan import StepPlan
 from minidisagg.model.config import ModelConfig
 from minidisagg.model.loader import load_config, load_weights
 from minidisagg.model.transformer import Transformer
@@ -170,17 +171,18 @@ class Worker:
             name=config.name, epoch=config.epoch, role=config.role, num_pages=cache.num_pages,
             page_size=cache.page_size, num_layers=model_config.num_layers,
             fingerprint=cache.fingerprint(model_config, config.cluster.kv_codec),
-            one_sided_links=kind == "shm", prefix_caching=config.model.prefix_caching, lease=config.run.lease,
+            policy=config.cluster.policy, one_sided_links=kind == "shm",
+            prefix_caching=config.model.prefix_caching, lease=config.run.lease,
             link_timeout=config.run.link_timeout, step_deadline=config.run.step_deadline,
             options=config.settings.options(),
         )  # fmt: skip
-        policy = make_policy(config.cluster.policy, config.name, config.run.decision_dir)
+        load_policy = partial(make_policy, who=config.name, log_dir=config.run.decision_dir)
         if config.run.record_dir:
             path = Path(config.run.record_dir) / f"{config.name}.{config.epoch}.inputs"
             self.record = path.open("wb", buffering=0)  # a kill loses nothing
-            self.core: EngineCore = RecordingCore(spec, policy, self.record)
+            self.core: EngineCore = RecordingCore(spec, load_policy, self.record)
         else:
-            self.core = EngineCore(spec, policy)
+            self.core = EngineCore(spec, load_policy)
         ahead = config.run.step_ahead
         self.depth = ahead if ahead >= 0 else int(self.device.device.type == "cuda")
         self.link_kind = kind
@@ -203,8 +205,8 @@ class Worker:
         self.links = LinkSet(
             config.name, self.device.cache, self.link_kind, self.core.spec.one_sided_links,
             config.cluster.kv_codec, Path(config.run_dir),
-            config.run.link_timeout, config.run.delays.get("transfer", 0.0), self._carry_out, self._on_completion,
-            self._on_link_aborted, self._on_failure, self.now if config.run.trace else None,
+            config.run.link_timeout, config.run.delays.get("transfer", 0.0), self._carry_out, self._on_link_news,
+            self._on_failure, self.now if config.run.trace else None,
         )  # fmt: skip
 
     # ------------------------------------------------------------ inputs
@@ -257,27 +259,23 @@ class Worker:
                 self.links.on_link_open(envelope.source, body)
         elif isinstance(body, LinkReady):
             self.links.on_link_ready(envelope.source, body)
-        elif isinstance(body, SetPolicy):
-            policy = make_policy(body.spec, self.config.name, self.config.run.decision_dir)
-            self.core.set_policy(body.spec, policy, self.now())
         else:
-            self.core.on_message(envelope, self.now())
+            self.core.on(Received(envelope), self.now())
         if isinstance(body, PeerDown):
             self._drain()  # the core gives up the links that it knows of, and what is left is for nobody
             self.links.on_peer_down(body.worker, body.epoch)
 
-    def _on_completion(self, completion: Completion) -> None:
-        if self._guarded(self.core.on_transfer_done, completion, self.now()):
+    def _on_link_news(self, what: PieceDone | AbortConfirmed) -> None:
+        if self._guarded(self._tell, what):
             self._advance()
 
-    def _on_link_aborted(self, peer: str, link_epoch: int, outgoing: bool) -> None:
-        if self._guarded(self.core.on_link_aborted, peer, link_epoch, outgoing, self.now()):
-            self._advance()
+    def _tell(self, what: Input) -> None:
+        self.core.on(what, self.now())
 
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK)
-            self.core.on_tick(self.now())
+            self._tell(Tick())
             self._advance()
             self._send(ROUTER, self.stats())
             if pieces := self.links.take_trace():
@@ -306,7 +304,7 @@ class Worker:
     def _carry_on(self) -> None:
         self._drain()
         while self.steps_flying <= self.depth and not self._waits_on_purpose():
-            plan = self.core.schedule(self.now())
+            plan = self.core.on(Schedule(), self.now())
             self._drain()
             if plan is None:
                 return
@@ -321,7 +319,7 @@ class Worker:
         self.bytes_read += result.bytes_read
         for logprobs in result.logprobs:  # they decide nothing, so the core need not see them
             self._send(ROUTER, logprobs)
-        self.core.on_step_done(plan.step_id, result.tokens, result.seconds, self.now())
+        self._tell(StepDone(plan.step_id, result.tokens, result.seconds))
         self._advance()
 
     def _compute(self, plan: StepPlan) -> StepResult:
@@ -335,18 +333,15 @@ class Worker:
         return self.loop.run_in_executor(self.device_thread, work, *arguments)
 
     def _drain(self) -> None:
-        while self.core.outbox:
-            effects = self.core.outbox[:]
-            self.core.outbox.clear()
-            for effect in effects:
-                if isinstance(effect, Send):
-                    self._carry_out(effect)
-                elif isinstance(effect, StartTransfer):
-                    self.links.start(effect.op)
-                elif isinstance(effect, OpenLink):
-                    self.links.open(effect.peer, effect.link_epoch)
-                elif isinstance(effect, AbortLink):
-                    self.links.abort(effect)
+        for effect in drain(self.core):
+            if isinstance(effect, Send):
+                self._carry_out(effect)
+            elif isinstance(effect, StartTransfer):
+                self.links.start(effect.op)
+            elif isinstance(effect, OpenLink):
+                self.links.open(effect.peer, effect.link_epoch)
+            elif isinstance(effect, AbortLink):
+                self.links.abort(effect)
 
     def _carry_out(self, effect: Send) -> None:
         self._send(effect.dest, effect.body)

@@ -61,7 +61,7 @@ STRUCTS: dict[str, type[Struct]] = {
     kind.__name__: kind
     for kind in (
         CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest, ErrorBody,
-        _answer("Completion", CompletionChoice, "A whole completion, or the data of one event of its stream."),
+        _answer("PieceDone", CompletionChoice, "A whole completion, or the data of one event of its stream."),
         _answer("ChatCompletion", ChatChoice, "A whole answer."),
         _answer("ChatCompletionChunk", ChatChunkChoice, "The data of one event of a streamed answer."),
     )
@@ -88,7 +88,7 @@ def describe() -> dict[str, Any]:
         "/v1/models/{model}": {**card, "parameters": [model]},
         "/openapi.json": _operation("get", "This document", one_object, ANY),
         "/v1/completions": _operation(
-            "post", "Complete prompts", _streamable("Completion", "Completion"), GENERATES, "CompletionRequest"
+            "post", "Complete prompts", _streamable("PieceDone", "PieceDone"), GENERATES, "CompletionRequest"
         ),
         "/v1/chat/completions": _operation(
             "post", "Answer a conversation", _streamable("ChatCompletion", "ChatCompletionChunk"), GENERATES,

@@ -18,12 +18,14 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from minidisagg.core.blocks import IntegrityError, PageState
 from minidisagg.core.effects import AbortLink, OpenLink, Send, StartTransfer
-from minidisagg.core.engine import EngineCore, EngineSpec
+from minidisagg.core.engine import EngineCore, EngineSpec, drain
+from minidisagg.core.inputs import AbortConfirmed, Input, PieceDone, Received, Schedule, StepDone, Tick
 from minidisagg.core.messages import ROUTER, AnyMessage, Envelope, Hello, SamplingParams
-from minidisagg.core.plan import Completion, PlanItem, SeqInit, SeqKey, StepPlan, TransferOp
+from minidisagg.core.plan import PlanItem, SeqInit, SeqKey, StepPlan, TransferOp
 from minidisagg.core.policy import Policy
 from minidisagg.core.router import Emit, Kill, Router, RouterSpec, StageTimes, drain_outbox
 from minidisagg.sim.cost_model import LinearCost
@@ -208,7 +210,7 @@ class Simulator:
     # ------------------------------------------------------------ processes
 
     def _start(self, spec: EngineSpec) -> None:
-        worker = SimWorker(EngineCore(spec, self.make_policy()))
+        worker = SimWorker(EngineCore(spec, lambda _: self.make_policy()))
         self.workers[spec.name] = worker
         self._send(worker, ROUTER, Hello(
             spec.role, spec.num_pages, spec.page_size, 1 << 20, spec.fingerprint, f"sim:{spec.name}", 0, 1
@@ -225,11 +227,11 @@ class Simulator:
         self.router.on_tick(self.now)
         self._drain_router()
         for worker in self.workers.values():
-            self._inside(worker, lambda w=worker: self._worker_tick(w))  # type: ignore[misc]
+            self._inside(worker, partial(self._worker_tick, worker))
         self.at(self.now + TICK, self._tick)
 
     def _worker_tick(self, worker: SimWorker) -> None:
-        worker.core.on_tick(self.now)
+        worker.core.on(Tick(), self.now)
         self._send(worker, ROUTER, worker.core.stats())
 
     def _inside(self, worker: SimWorker, action: Callable[[], None]) -> None:
@@ -283,7 +285,7 @@ class Simulator:
             self.router.on_message(envelope, self.now)
             self._drain_router()
         elif target is not None:
-            self._inside(target, lambda: target.core.on_message(envelope, self.now))
+            self._inside(target, partial(self._tell, target, Received(envelope)))
 
     def _drain_router(self) -> None:
         self._touched.add(ROUTER)
@@ -309,29 +311,26 @@ class Simulator:
     # ------------------------------------------------------------ a worker's device and links
 
     def _drain_worker(self, worker: SimWorker) -> None:
-        while worker.core.outbox:
-            effects = worker.core.outbox[:]
-            worker.core.outbox.clear()
-            for effect in effects:
-                if isinstance(effect, Send):
-                    self._send(worker, effect.dest, effect.body)
-                elif isinstance(effect, StartTransfer):
-                    self._start_transfer(worker, effect.op)
-                elif isinstance(effect, AbortLink):
-                    self._abort_link(worker, effect)
-                elif isinstance(effect, OpenLink):
-                    self._targets[worker.core.name, effect.link_epoch] = self.workers[effect.peer]
+        for effect in drain(worker.core):
+            if isinstance(effect, Send):
+                self._send(worker, effect.dest, effect.body)
+            elif isinstance(effect, StartTransfer):
+                self._start_transfer(worker, effect.op)
+            elif isinstance(effect, AbortLink):
+                self._abort_link(worker, effect)
+            elif isinstance(effect, OpenLink):
+                self._targets[worker.core.name, effect.link_epoch] = self.workers[effect.peer]
 
     def _schedule(self, worker: SimWorker) -> None:
         while len(worker.steps) <= self.depth:
-            plan = worker.core.schedule(self.now)
+            plan = worker.core.on(Schedule(), self.now)
             self._drain_worker(worker)
             if plan is None:
                 return
             worker.steps.append(plan)
             seconds = self.cost.step_seconds(plan)
             worker.device_free_at = max(worker.device_free_at, self.now) + seconds
-            self.at(worker.device_free_at, lambda p=plan, s=seconds: self._finish_step(worker, p, s))  # type: ignore[misc]
+            self.at(worker.device_free_at, partial(self._finish_step, worker, plan, seconds))
 
     def _finish_step(self, worker: SimWorker, plan: StepPlan, seconds: float) -> None:
         def finish() -> None:
@@ -340,7 +339,7 @@ class Simulator:
                 return
             tokens = self._compute(worker, plan)
             worker.steps.popleft()
-            worker.core.on_step_done(plan.step_id, tokens, seconds, self.now)
+            worker.core.on(StepDone(plan.step_id, tokens, seconds), self.now)
 
         self._inside(worker, finish)
 
@@ -394,7 +393,7 @@ class Simulator:
                 self._copy(worker, op.pages, receiver, op.remote)
             else:  # bytes that went to this worker's dead predecessor fail the checksum
                 ok = self._targets[op.peer, op.link_epoch] is worker
-            worker.core.on_transfer_done(Completion(op.peer, op.link_epoch, op.seq, op.send, ok), self.now)
+            worker.core.on(PieceDone(op.peer, op.link_epoch, op.seq, op.send, ok), self.now)
 
         self._inside(worker, finish)
 
@@ -409,8 +408,11 @@ class Simulator:
             self._copy(sender, send.pages, receiver, receive.pages)
         for worker, op, there in ((sender, send, sending), (receiver, receive, receiving)):
             if there:
-                completion = Completion(op.peer, op.link_epoch, op.seq, op.send, ok and sending and receiving)
-                self._inside(worker, lambda w=worker, c=completion: w.core.on_transfer_done(c, self.now))  # type: ignore[misc]
+                done = PieceDone(op.peer, op.link_epoch, op.seq, op.send, ok and sending and receiving)
+                self._inside(worker, partial(self._tell, worker, done))
+
+    def _tell(self, worker: SimWorker, what: Input) -> None:
+        worker.core.on(what, self.now)
 
     def _copy(self, source: SimWorker, pages: list[int], dest: SimWorker, remote: list[int]) -> None:
         if self.check:
@@ -440,6 +442,6 @@ class Simulator:
 
         def confirm() -> None:
             self._dead_ends.add((worker.core.name, effect.peer, effect.link_epoch, effect.outgoing))
-            worker.core.on_link_aborted(effect.peer, effect.link_epoch, effect.outgoing, self.now)
+            worker.core.on(AbortConfirmed(effect.peer, effect.link_epoch, effect.outgoing), self.now)
 
         self.at(self.now + self.rng.random() * self.chaos.abort_delay, lambda: self._inside(worker, confirm))

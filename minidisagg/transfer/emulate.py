@@ -13,7 +13,8 @@ from collections import deque
 
 import msgspec
 
-from minidisagg.core.plan import Completion, TransferOp
+from minidisagg.core.inputs import PieceDone
+from minidisagg.core.plan import TransferOp
 from minidisagg.transfer.links import ThreadLink
 
 
@@ -75,7 +76,7 @@ class EmulatedLink:
             self._held.append((self._arrival, op))
             self._changed.notify()
 
-    def poll(self) -> list[Completion]:
+    def poll(self) -> list[PieceDone]:
         """See `Link.poll`; `seconds` includes the time on the emulated wire."""
         done = self._inner.poll()
         return [msgspec.structs.replace(c, seconds=c.seconds + self._added.pop(c.seq, 0.0)) for c in done]

@@ -24,7 +24,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from minidisagg.core.plan import Completion, TransferOp
+from minidisagg.core.inputs import PieceDone
+from minidisagg.core.plan import TransferOp
 from minidisagg.transfer.codec import make_codec
 
 KINDS = ("gloo", "nccl", "shm", "tcp", "unix")
@@ -67,7 +68,7 @@ class Link(Protocol):
         """
         ...
 
-    def poll(self) -> list[Completion]:
+    def poll(self) -> list[PieceDone]:
         """Completions since the last call, in order: one for each started operation."""
         ...
 
@@ -116,7 +117,7 @@ class ThreadLink(ABC):
         self._lock = threading.Lock()
         self._outstanding = 0
         self._ops: queue.SimpleQueue[TransferOp | None] = queue.SimpleQueue()
-        self._done: deque[Completion] = deque()
+        self._done: deque[PieceDone] = deque()
         self._thread = threading.Thread(target=self._run, name=f"link-{setup.pair}", daemon=True)
         self._thread.start()
 
@@ -167,7 +168,7 @@ class ThreadLink(ABC):
                 return
         self._complete(op, f"more than {MAX_OUTSTANDING} operations on one link" if full else "the link was aborted")
 
-    def poll(self) -> list[Completion]:
+    def poll(self) -> list[PieceDone]:
         """See `Link.poll`."""
         done = [self._done.popleft() for _ in range(len(self._done))]
         with self._lock:
@@ -228,7 +229,7 @@ class ThreadLink(ABC):
 
     def _complete(self, op: TransferOp, error: str, seconds: float = 0.0, checksum: int = 0) -> None:
         nbytes = 0 if error else self.wire_bytes(op)
-        done = Completion(
+        done = PieceDone(
             op.peer, op.link_epoch, op.seq, op.send, not error, seconds, nbytes, checksum, error, time.monotonic()
         )
         self._done.append(done)
