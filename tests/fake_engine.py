@@ -102,7 +102,7 @@ class FakeWorker:
             self.seen += 1
             self.submitted = [*self.submitted[-99:], body]
             self.requests[body.request_id] = body
-            self.emitted[body.request_id] = len(body.emitted)
+            self.emitted[body.request_id] = len(body.spec.emitted)
             self._work.set()
         elif isinstance(body, Abort):
             self.aborted += self.requests.pop(body.request_id, None) is not None
@@ -112,7 +112,7 @@ class FakeWorker:
     async def _report(self, channel: Channel) -> None:
         while True:
             running = min(len(self.requests), self.max_num_seqs)
-            live = sum((len(r.prompt) + self.emitted[r.request_id]) // PAGE + 1 for r in self.requests.values())
+            live = sum((len(r.spec.prompt) + self.emitted[r.request_id]) // PAGE + 1 for r in self.requests.values())
             self._send(channel, Stats(
                 self._role, self.steps, running, len(self.requests) - running, 0, 0, 0, max(0, PAGES - live), live,
                 0, 0, 0, clock=time.monotonic(), cpu_seconds=time.process_time(),
@@ -132,7 +132,7 @@ class FakeWorker:
             batch = list(self.requests.values())[: self.max_num_seqs]
             outs = [self._advance(channel, request, loop.time() - began) for request in batch]
             if outs:
-                new = sum(len(r.prompt) for r, out in zip(batch, outs, strict=True) if out.index == 0)
+                new = sum(len(r.spec.prompt) for r, out in zip(batch, outs, strict=True) if out.index == 0)
                 decoding = sum(out.index > 0 for out in outs)
                 self.steps += 1
                 self._send(channel, StepOutput(self.steps, outs, loop.time() - began, new, decoding))
@@ -140,13 +140,13 @@ class FakeWorker:
             await asyncio.sleep(0)
 
     def _advance(self, channel: Channel, request: Submit, seconds: float) -> TokenOut:
-        name, sampling, index = request.request_id, request.sampling, self.emitted[request.request_id]
+        name, sampling, index = request.request_id, request.spec.sampling, self.emitted[request.request_id]
         token = fake_token(sampling.seed or 0, index, self.vocab_size)
-        if sampling.prompt_logprobs is not None and index == 0 and len(request.prompt) > 1:
-            scores = [_score(prompt_token, sampling.prompt_logprobs) for prompt_token in request.prompt[1:]]
+        if sampling.prompt_logprobs is not None and index == 0 and len(request.spec.prompt) > 1:
+            scores = [_score(prompt_token, sampling.prompt_logprobs) for prompt_token in request.spec.prompt[1:]]
             self._send(channel, Logprobs(name, request.incarnation, 1, scores))
         if sampling.logprobs is not None:
-            first = len(request.prompt) + index
+            first = len(request.spec.prompt) + index
             self._send(channel, Logprobs(name, request.incarnation, first, [_score(token, sampling.logprobs)]))
         self.emitted[name] += 1
         stops = index + 1 > sampling.min_tokens and token in sampling.stop_token_ids

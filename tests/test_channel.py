@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from minidisagg.core.messages import ROUTER, Abort, Envelope, SamplingParams, Submit, encode
+from minidisagg.core.messages import ROUTER, Abort, Envelope, RequestSpec, SamplingParams, Submit, encode
 from minidisagg.runtime import channel as channel_module
 from minidisagg.runtime.channel import MAX_FRAME, Channel, ChannelError, connect, listen
 
@@ -72,7 +72,7 @@ def test_both_ways_on_one_connection(tmp_path: Path) -> None:
     async def main() -> list[Envelope]:
         server = await listen(str(tmp_path / "s"), echo)
         channel = await connect(f"unix:{tmp_path}/s")
-        big = Envelope(ROUTER, 1, Submit("big", 1, list(range(100_000)), [], SamplingParams(), 0.0))
+        big = Envelope(ROUTER, 1, Submit("big", 1, RequestSpec(prompt=list(range(100_000)), sampling=SamplingParams())))
         sent = [big, *(envelope(number) for number in range(1000)), big]
         for message in sent:
             channel.send(message)

@@ -16,7 +16,7 @@ import msgspec
 from cluster import needs_two_cores
 
 from minidisagg.config import RunSettings
-from minidisagg.core.messages import KVOffer, Role, SamplingParams
+from minidisagg.core.messages import KVOffer, RequestSpec, Role, SamplingParams
 from minidisagg.core.policy import ClusterView, Policy, WorkerOptions, WorkerStatus
 from minidisagg.policies import load_policy
 
@@ -129,7 +129,8 @@ def again(line: Line, policy: Policy) -> Any:
         seen = line["request"]
         sampling = SamplingParams(max_tokens=seen["max_tokens"])
         prompt = [0] * seen["prefill_len"]
-        offer = KVOffer(seen["request_id"], 0, prompt, [], sampling, seen["arrival"], "", seen["priority"], "", 0)
+        spec = RequestSpec(prompt=prompt, sampling=sampling, arrival=seen["arrival"], priority=seen["priority"])
+        offer = KVOffer(seen["request_id"], 0, spec, "", 0)
         return policy.accept(offer, worker)
     if hook == "order":
         return json.loads(json.dumps(policy.order(work(line["request"]), line["stage"], worker)))

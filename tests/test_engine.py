@@ -28,6 +28,7 @@ from minidisagg.core.messages import (
     PeerDown,
     PeerUp,
     Released,
+    RequestSpec,
     Role,
     SamplingParams,
     StepOutput,
@@ -80,7 +81,8 @@ def submit(
 ) -> Submit:  # fmt: skip
     sampling = SamplingParams(max_tokens=max_tokens, stop_token_ids=stop)
     prompt = [100 * sum(map(ord, request_id)) + index for index in range(length)]
-    return Submit(request_id, incarnation, prompt, [], sampling, arrival, decode=decode, hold=hold)
+    spec = RequestSpec(prompt=prompt, sampling=sampling, arrival=arrival)
+    return Submit(request_id, incarnation, spec, decode=decode, hold=hold)
 
 
 def sizes(plan: StepPlan | None) -> dict[str, tuple[int, int]]:
@@ -140,7 +142,7 @@ def test_the_last_pages_of_a_request_go_into_the_prefix_cache() -> None:
     hand.step()
     assert hand.core.idle and hand.core.pool.counts[PageState.CACHED] == 2
     repeated = submit("a", 8, max_tokens=1)
-    hand.receive(Submit("b", 0, repeated.prompt, [], repeated.sampling, 0.0))
+    hand.receive(Submit("b", 0, repeated.spec))
     assert sizes(hand.step()) == {"b": (4, 4)}, "one page is taken from the cache, one token must be computed"
 
 
@@ -228,7 +230,8 @@ def test_a_destination_says_that_offers_wait_only_while_something_runs() -> None
 
 def offer(request_id: str, length: int, link_epoch: int, incarnation: int = 0, fingerprint: str = "f") -> KVOffer:
     prompt = list(range(length))
-    return KVOffer(request_id, incarnation, prompt, [], SamplingParams(), 0.0, "", 0, fingerprint, link_epoch)
+    spec = RequestSpec(prompt=prompt, sampling=SamplingParams())
+    return KVOffer(request_id, incarnation, spec, fingerprint, link_epoch)
 
 
 LINK = (1 << 20) + 1

@@ -33,6 +33,7 @@ from minidisagg.core.messages import (
     Piece,
     Pieces,
     Released,
+    RequestSpec,
     Role,
     SamplingParams,
     SetPolicy,
@@ -47,8 +48,11 @@ from minidisagg.core.messages import (
 )
 
 SAMPLING = SamplingParams(max_tokens=3, stop=("x",), stop_token_ids=(1, 2), seed=-5)
+SPEC = RequestSpec(
+    prompt=[1, 2], emitted=[3], sampling=SAMPLING, arrival=0.5, salt="s", priority=-1, cohort=2
+)  # fmt: skip
 EXAMPLES: list[AnyMessage] = [
-    Submit("a", 1, [1, 2], [3], SAMPLING, 0.5, decode="d", hold=True, salt="s", priority=-1),
+    Submit("a", 1, SPEC, decode="d", hold=True),
     Abort("a", 1), SetRole(Role.DECODE), SetPolicy("sarathi:chunk=64"),
     Migrate("a", 1, "d"), PeerUp("w", 2, "unix:x"), PeerDown("w", 1),
     Hello(Role.BOTH, 8, 4, 32, "f", "unix:y", 7, 64, {"device": "cpu", "cores": 2}),
@@ -56,7 +60,7 @@ EXAMPLES: list[AnyMessage] = [
     Pieces([Piece("d", 1 << 20, 0, True, "a", 0.5, 0.75, 1.0, 64, True)]),
     Logprobs("a", 1, 1, [TokenLogprob(-0.5, [(3, -0.25)])]),
     Stats(Role.PREFILL, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, clock=1.5), Fatal("why", "w", 3),
-    KVOffer("a", 1, [1], [2], SAMPLING, 0.0, "", 0, "f", 1 << 20), KVGrant("a", 1, [4, 5], 1),
+    KVOffer("a", 1, SPEC, "f", 1 << 20), KVGrant("a", 1, [4, 5], 1),
     KVWait("a", 1), KVBusy("a", 1), Failed("a", 1, "why"),
     KVChunk("a", 1, 1 << 20, 0, 1, 2, (0, 30), (1 << 64) - 1), KVDone("a", 1, 2, 9), KVAck("a", 1), KVCancel("a", 1, 2),
     KVFailed("a", 1, "why"), LinkOpen("shm", "raw", 1 << 20), LinkReady(1 << 20, "x"), LinkAborted(1 << 20, True),
@@ -78,7 +82,7 @@ def test_every_message_has_an_example() -> None:
     b"", b"\x00", b"\xc1", encode(Envelope("w", 1, Abort("a", 1)))[:-1], encode(Envelope("w", 1, Abort("a", 1))) + b"x",
     msgspec.msgpack.encode(["w", 1, ["Eval", "a", 1]]), msgspec.msgpack.encode(["w", "1", ["Abort", "a", 1]]),
     msgspec.msgpack.encode(["w", 1, ["Abort", "a"]]), msgspec.msgpack.encode(["w", 1, ["SetRole", 9]]),
-    encode(Envelope("w", 1, Submit("a", 0, [-1], [], SAMPLING, 0.0))),
+    encode(Envelope("w", 1, Submit("a", 0, RequestSpec(prompt=[-1], sampling=SAMPLING)))),
 ])  # fmt: skip
 def test_garbage_is_refused(data: bytes) -> None:
     with pytest.raises(msgspec.MsgspecError):

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 from stepwise import spec
 from test_engine import Hand, sizes, submit
 
-from minidisagg.core.messages import Role
+from minidisagg.core.messages import RequestSpec, Role, SamplingParams
 from minidisagg.core.policy import ClusterView, Placement, Policy, Reject, WorkerOptions, WorkerStatus
 from minidisagg.core.router import Tracked
 from minidisagg.policies import load_policy, names
@@ -61,7 +62,7 @@ def test_sarathi_never_leaves_a_decode_out() -> None:
 def test_priority_goes_before_arrival() -> None:
     hand = Hand(spec("w", options=WorkerOptions(max_num_seqs=1)))
     first, urgent = submit("first", 4, arrival=0.0), submit("urgent", 4, arrival=1.0)
-    hand.receive(first, type(urgent)(**{f: getattr(urgent, f) for f in urgent.__struct_fields__} | {"priority": 1}))
+    hand.receive(first, replace(urgent, spec=replace(urgent.spec, priority=1)))
     assert sizes(hand.step()) == {"urgent": (0, 4)}
 
 
@@ -89,7 +90,7 @@ def test_placement_takes_the_least_loaded() -> None:
     view = cluster(p0=Role.PREFILL, p1=Role.PREFILL, d0=Role.DECODE, d1=Role.DECODE)
     view.workers["p0"].queued_tokens = 10
     view.workers["d0"].decoding = 1
-    request = Tracked("a", [1], None, 0.0, 0.0)  # type: ignore[arg-type]
+    request = Tracked("a", RequestSpec(prompt=[1], sampling=SamplingParams()), 0.0)
     assert Policy().place(request, view) == Placement("p1", "d1")
     assert Policy().place(request, cluster(w=Role.BOTH)) == Placement("w", "w")
     assert isinstance(Policy().place(request, cluster(p=Role.PREFILL)), Reject)

@@ -19,6 +19,7 @@ from minidisagg.core.messages import (
     Logprobs,
     Migrate,
     Released,
+    RequestSpec,
     Role,
     SamplingParams,
     SetRole,
@@ -56,7 +57,9 @@ class Hand:
         self.say(worker, StepOutput(1, [out]))
 
     def request(self, request_id: str = "a", length: int = 4) -> None:
-        self.router.on_request(request_id, [1] * length, SAMPLING, self.now)
+        self.router.on_request(
+            request_id, RequestSpec(prompt=[1] * length, sampling=SAMPLING, arrival=self.now), self.now
+        )
         self.router.check_integrity()
 
     def take(self) -> list[object]:
@@ -66,6 +69,12 @@ class Hand:
 
     def emits(self) -> list[Emit]:
         return [effect for effect in self.take() if isinstance(effect, Emit)]
+
+
+def submit(incarnation: int, emitted: list[int] | None = None, decode: str = "", hold: bool = False) -> Submit:
+    """What the request `a` becomes."""
+    spec = RequestSpec(prompt=[1] * 4, emitted=emitted or [], sampling=SAMPLING)
+    return Submit("a", incarnation, spec, decode, hold)
 
 
 def stats(role: Role, running: int = 0, steps: int = 0, held: int = 0, flying: int = 0) -> Stats:
@@ -124,7 +133,7 @@ def test_what_a_worker_gave_back_is_submitted_again_with_its_tokens() -> None:
         hand.say("w", Released("a", incarnation, "preempted"))  # a late copy
         abort, again = hand.take()
         assert abort == ("w", Abort("a", incarnation))
-        assert again == ("w", Submit("a", incarnation + 1, [1] * 4, [100], SAMPLING, 0.0))
+        assert again == ("w", submit(incarnation + 1, [100]))
 
 
 def test_a_poison_request_ends_in_an_error_after_three_failures() -> None:
@@ -146,7 +155,7 @@ def test_a_new_process_that_comes_before_the_news_of_the_old_ones_death() -> Non
     hand.request("a")
     hand.take()
     hand.say("w", Hello(Role.BOTH, 64, 4, 256, "f", "", 0, 1), epoch=2)
-    assert ("w", Submit("a", 1, [1] * 4, [], SAMPLING, 0.0)) in hand.take()
+    assert ("w", submit(1)) in hand.take()
     hand.router.on_worker_down("w", 1, hand.now)
     hand.say("w", Hello(Role.BOTH, 64, 4, 256, "f", "", 0, 1), epoch=1)
     assert not hand.take(), "neither the late news nor a late copy of the old Hello changes anything"
@@ -158,7 +167,7 @@ def test_requests_wait_for_a_worker() -> None:
     hand.request("a")
     assert hand.router.parked == ["a"] and not hand.take()
     hand.say("d", Hello(Role.DECODE, 64, 4, 256, "f", "", 0, 1))
-    assert ("p", Submit("a", 0, [1] * 4, [], SAMPLING, 0.0, decode="d")) in hand.take()
+    assert ("p", submit(0, decode="d")) in hand.take()
 
 
 def test_a_worker_finishes_before_it_flips() -> None:
@@ -201,7 +210,7 @@ class Late(Policy):
 def test_late_binding_names_the_decode_worker_after_prefill() -> None:
     hand = Hand({"p": Role.PREFILL, "d1": Role.DECODE, "d2": Role.DECODE}, Late())
     hand.request("a")
-    assert hand.take() == [("p", Submit("a", 0, [1] * 4, [], SAMPLING, 0.0, hold=True))]
+    assert hand.take() == [("p", submit(0, hold=True))]
     hand.token("p", "a", 0)
     assert hand.take()[1:] == [("p", Migrate("a", 0, "d2"))]
     hand.token("d2", "a", 1, finish="stop")

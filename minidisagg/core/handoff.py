@@ -21,6 +21,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from msgspec.structs import replace
+
 from minidisagg.core.blocks import BlockPool
 from minidisagg.core.effects import AbortLink, Effect, OpenLink, Send, StartTransfer
 from minidisagg.core.inputs import PieceDone
@@ -142,11 +144,8 @@ class Sender:
             link = self.links[peer] = OutLink(self._next_epoch)
             self._emit(OpenLink(peer, link.epoch))
         self.transfers[request.key] = Outgoing(request, peer, link.epoch, now + self.lease)
-        emitted = request.output[: request.prefill_len - len(request.prompt)]
-        self._emit(Send(peer, KVOffer(
-            request.request_id, request.incarnation, request.prompt, emitted, request.sampling, request.arrival,
-            request.salt, request.priority, fingerprint, link.epoch, request.cohort,
-        )))  # fmt: skip
+        spec = replace(request.spec, cohort=request.cohort)
+        self._emit(Send(peer, KVOffer(*request.key, spec, fingerprint, link.epoch)))
 
     def on_grant(self, peer: str, message: KVGrant, now: float) -> None:
         """Start with what is computed already. A grant for a handoff that is over gets its `KVCancel` again."""

@@ -54,6 +54,23 @@ class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True, forb
     prompt_logprobs: MaxLogprobs | None = None  # the same of the prompt's tokens, from the second on
 
 
+class RequestSpec(Struct, frozen=True, array_like=True, kw_only=True):
+    """What a request is, wherever it goes: all that a worker needs to begin it or to go on with it."""
+
+    prompt: list[TokenId]
+    emitted: list[TokenId] = []  # tokens that the client has; apart, since penalties, limits and usage need the split
+    sampling: SamplingParams
+    arrival: float = 0.0  # seconds on the router's clock; orders requests, never compared with a worker's clock
+    salt: str = ""  # separates prefix caches of different tenants
+    priority: int = 0
+    cohort: int = 0  # suspects of a crash: a step holds requests of one cohort only
+
+    @property
+    def prefill_len(self) -> int:
+        """Tokens that a prefill computes."""
+        return len(self.prompt) + len(self.emitted)
+
+
 class Message(Struct, frozen=True, tag=True, array_like=True):
     """Base of all messages; the class name is the tag on the wire."""
 
@@ -62,24 +79,16 @@ class Message(Struct, frozen=True, tag=True, array_like=True):
 
 
 class Submit(Message, frozen=True):
-    """Compute this request: prefill `prompt + emitted`, then hand over to `decode`, or stay where that is empty.
+    """Compute this request: prefill what is known of it, then hand over to `decode`, or stay where that is empty.
 
-    `emitted` are tokens that the client already has (non-empty after a failure); they stay apart from the prompt
-    because penalties, limits and usage need the split. With `hold`, the worker keeps the blocks after prefill until
-    a `Migrate` names the decode worker (late binding).
+    With `hold`, the worker keeps the blocks after prefill until a `Migrate` names the decode worker (late binding).
     """
 
     request_id: str
     incarnation: int
-    prompt: list[TokenId]
-    emitted: list[TokenId]
-    sampling: SamplingParams
-    arrival: float  # seconds on the router's clock; orders requests, never compared with a worker's clock
+    spec: RequestSpec
     decode: str = ""
     hold: bool = False
-    salt: str = ""  # separates prefix caches of different tenants
-    priority: int = 0
-    cohort: int = 0  # suspects of a crash: a step holds requests of one cohort only
 
 
 class Abort(Message, frozen=True):
@@ -286,22 +295,13 @@ class Fatal(Message, frozen=True):
 
 
 class KVOffer(Message, frozen=True):
-    """Source to destination: I am computing these tokens; give me pages for their KV.
-
-    It carries all that the destination needs to go on with the request.
-    """
+    """Source to destination: I am computing these tokens; give me pages for their KV."""
 
     request_id: str
     incarnation: int
-    prompt: list[TokenId]
-    emitted: list[TokenId]
-    sampling: SamplingParams
-    arrival: float
-    salt: str
-    priority: int
+    spec: RequestSpec
     fingerprint: str
     link_epoch: int  # the link that will carry it
-    cohort: int = 0
 
 
 class KVGrant(Message, frozen=True):

@@ -12,7 +12,7 @@ from minidisagg.core.checked import PolicyError, policy_name
 from minidisagg.core.effects import AbortLink, Effect, Send, StartTransfer
 from minidisagg.core.engine import EngineCore, EngineSpec, StalledError, drain
 from minidisagg.core.inputs import AbortConfirmed, PieceDone, Received, Schedule, StepDone, Tick
-from minidisagg.core.messages import ROUTER, Envelope, Hello, Role, SamplingParams
+from minidisagg.core.messages import ROUTER, Envelope, Hello, RequestSpec, Role, SamplingParams
 from minidisagg.core.policy import Policy, WorkerOptions
 from minidisagg.core.router import Emit, Router, RouterSpec, drain_outbox
 
@@ -54,9 +54,9 @@ class _Stage:
 
     def play(self) -> None:
         for number in range(REQUESTS):
-            prompt = [number] * PROMPT
             sampling = SamplingParams(max_tokens=OUTPUT, temperature=0.0)
-            self.router.on_request(f"rehearsal-{number}", prompt, sampling, self.now, priority=number)
+            spec = RequestSpec(prompt=[number] * PROMPT, sampling=sampling, priority=number)
+            self.router.on_request(f"rehearsal-{number}", spec, self.now)
         for _ in range(TURNS):
             self._settle()
             if not self.router.requests:

@@ -35,7 +35,6 @@ class Request:
     """
 
     __slots__ = (
-        "arrival",
         "cached_tokens",
         "cohort",
         "decode",
@@ -52,39 +51,32 @@ class Request:
         "peer",
         "pending",
         "prefill_len",
-        "priority",
-        "prompt",
         "published",
         "queued_at",
         "ready_at",
         "request_id",
         "root",
-        "salt",
-        "sampling",
         "sort_key",
+        "spec",
         "state",
     )
 
     def __init__(self, source: Submit | KVOffer, fingerprint: str, now: float) -> None:
         self.request_id = source.request_id
         self.incarnation = source.incarnation
-        self.prompt = source.prompt
-        self.output = list(source.emitted)
-        self.sampling: SamplingParams = source.sampling
-        self.arrival = source.arrival
-        self.priority = source.priority
-        self.salt = source.salt
-        self.cohort = source.cohort
+        self.spec = spec = source.spec
+        self.output = list(spec.emitted)
+        self.cohort = spec.cohort
         self.decode = source.decode if isinstance(source, Submit) else ""
         # It decodes elsewhere: nothing is planned here past its first token.
         self.leaves = isinstance(source, Submit) and (source.hold or bool(source.decode))
         self.peer = ""  # where its KV comes from, while WAIT_KV
         self.state = State.QUEUED
         self.pages: list[int] = []
-        self.root = prefix_root(fingerprint, source.salt)
+        self.root = prefix_root(fingerprint, spec.salt)
         self.hashes: list[bytes] = []
         self.published = 0  # pages considered for the prefix cache so far
-        self.prefill_len = len(source.prompt) + len(source.emitted)
+        self.prefill_len = spec.prefill_len
         self.num_scheduled = 0
         self.num_computed = 0
         self.pending = 0
@@ -100,6 +92,31 @@ class Request:
     def key(self) -> SeqKey:
         """(request_id, incarnation)."""
         return self.request_id, self.incarnation
+
+    @property
+    def prompt(self) -> list[int]:
+        """What the client sent."""
+        return self.spec.prompt
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """How its tokens are chosen."""
+        return self.spec.sampling
+
+    @property
+    def arrival(self) -> float:
+        """Seconds on the router's clock."""
+        return self.spec.arrival
+
+    @property
+    def priority(self) -> int:
+        """The higher, the earlier."""
+        return self.spec.priority
+
+    @property
+    def max_tokens(self) -> int:
+        """Output limit; the upper bound of its length."""
+        return self.spec.sampling.max_tokens
 
     @property
     def num_tokens(self) -> int:

@@ -21,6 +21,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from minidisagg.core.checked import Checked, PolicyError
 from minidisagg.core.effects import Send
@@ -36,8 +37,8 @@ from minidisagg.core.messages import (
     PeerDown,
     PeerUp,
     Released,
+    RequestSpec,
     Role,
-    SamplingParams,
     SetPolicy,
     SetRole,
     Stats,
@@ -103,12 +104,8 @@ class Tracked:
     """One accepted request: the log entry, and where it is."""
 
     request_id: str
-    prompt: list[int]
-    sampling: SamplingParams
-    arrival: float
+    spec: RequestSpec  # as it came
     deadline: float
-    salt: str = ""
-    priority: int = 0
     emitted: list[int] = field(default_factory=list)
     incarnation: int = 0
     failures: int = 0
@@ -132,12 +129,27 @@ class Tracked:
     @property
     def prefill_len(self) -> int:
         """Tokens that the next prefill computes."""
-        return len(self.prompt) + len(self.emitted)
+        return len(self.spec.prompt) + len(self.emitted)
+
+    @property
+    def prompt(self) -> list[int]:
+        """What the client sent."""
+        return self.spec.prompt
+
+    @property
+    def arrival(self) -> float:
+        """Seconds on this clock; it may lie before the time at which the router heard of the request."""
+        return self.spec.arrival
+
+    @property
+    def priority(self) -> int:
+        """The higher, the earlier."""
+        return self.spec.priority
 
     @property
     def max_tokens(self) -> int:
         """Output limit; the upper bound of its length."""
-        return self.sampling.max_tokens
+        return self.spec.sampling.max_tokens
 
 
 @dataclass
@@ -189,19 +201,13 @@ class Router:
 
     # ------------------------------------------------------------ clients
 
-    def on_request(
-        self, request_id: str, prompt: list[int], sampling: SamplingParams, now: float, arrival: float | None = None,
-        salt: str = "", priority: int = 0,
-    ) -> None:  # fmt: skip
-        """A client's request; its fate is told through `Emit`. `arrival` may lie before `now` (open-loop load)."""
+    def on_request(self, request_id: str, spec: RequestSpec, now: float) -> None:
+        """A client's request; its fate is told through `Emit`. Its arrival may lie before `now` (open-loop load)."""
         self._set(now)
         if request_id in self.requests:
             self.outbox.append(Emit(request_id, finish="error", error="a request of this id is running"))
             return
-        request = Tracked(
-            request_id, prompt, sampling, now if arrival is None else arrival, now + self.spec.request_timeout,
-            salt, priority,
-        )  # fmt: skip
+        request = Tracked(request_id, spec, now + self.spec.request_timeout)
         try:
             verdict = self.policy.admit(request, self.view)
         except PolicyError as error:
@@ -212,7 +218,7 @@ class Router:
             return
         self.requests[request_id] = request
         self.view.waiting += 1
-        self.view.waiting_tokens += len(prompt)
+        self.view.waiting_tokens += len(spec.prompt)
         self._place(request, new=True)
 
     def on_abort(self, request_id: str, now: float, reason: str = "") -> None:
@@ -367,11 +373,10 @@ class Router:
         view.workers[placement.prefill].queued_tokens += request.charged
         self._bind(request, placement.decode or "")
         request.workers.append(placement.prefill)
-        self._send(placement.prefill, Submit(
-            request.request_id, request.incarnation, request.prompt, list(request.emitted), request.sampling,
-            request.arrival, decode="" if placement.decode == placement.prefill else placement.decode or "",
-            hold=placement.decode is None, salt=request.salt, priority=request.priority, cohort=request.cohort,
-        ))  # fmt: skip
+        spec = replace(request.spec, emitted=list(request.emitted), cohort=request.cohort)
+        decode = "" if placement.decode == placement.prefill else placement.decode or ""
+        hold = placement.decode is None
+        self._send(placement.prefill, Submit(request.request_id, request.incarnation, spec, decode, hold))
 
     def _ask_place(self, request: Tracked) -> Placement | Reject | None:
         """None: the policy has no answer, and the request has failed."""

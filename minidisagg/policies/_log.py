@@ -50,9 +50,8 @@ class Logged(Policy):
 
     def accept(self, offer: KVOffer, worker: WorkerView) -> bool:
         answer = self.asks.accept(offer, worker)
-        asked = _seen(offer, "request_id", "arrival", "priority") | {
-            "prefill_len": len(offer.prompt) + len(offer.emitted), "max_tokens": offer.sampling.max_tokens,
-        }  # fmt: skip
+        asked = {"request_id": offer.request_id} | _seen(offer.spec, "arrival", "priority", "prefill_len")
+        asked["max_tokens"] = offer.spec.sampling.max_tokens
         self._log("accept", worker.now, answer, request=asked, worker=_worker(worker))
         return answer
 

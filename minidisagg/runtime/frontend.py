@@ -29,7 +29,7 @@ import msgspec
 from minidisagg.config import ClusterSettings, ModelSettings, RunSettings
 from minidisagg.core.checked import PolicyError
 from minidisagg.core.effects import Send
-from minidisagg.core.messages import ROUTER, Envelope, Fatal, Hello, Role, SamplingParams, Stats, TokenId
+from minidisagg.core.messages import ROUTER, Envelope, Fatal, Hello, RequestSpec, Role, SamplingParams, Stats, TokenId
 from minidisagg.core.plan import SeqKey
 from minidisagg.core.policy import RoleChange
 from minidisagg.core.router import Emit, Kill, Router, RouterSpec, drain_outbox
@@ -201,7 +201,15 @@ class Frontend:
         if sampling.seed is None:
             sampling = msgspec.structs.replace(sampling, seed=((self.run.seed << 32) + number) & MAX_SEED)
         self._callbacks[request_id] = on_emit
-        self.router.on_request(request_id, prompt, sampling, time.monotonic(), arrival, salt, priority)
+        now = time.monotonic()
+        spec = RequestSpec(
+            prompt=prompt,
+            sampling=sampling,
+            arrival=now if arrival is None else arrival,
+            salt=salt,
+            priority=priority,
+        )
+        self.router.on_request(request_id, spec, now)
         self._drain()
         return request_id
 

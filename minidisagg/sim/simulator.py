@@ -24,7 +24,7 @@ from minidisagg.core.blocks import IntegrityError, PageState
 from minidisagg.core.effects import AbortLink, OpenLink, Send, StartTransfer
 from minidisagg.core.engine import EngineCore, EngineSpec, drain
 from minidisagg.core.inputs import AbortConfirmed, Input, PieceDone, Received, Schedule, StepDone, Tick
-from minidisagg.core.messages import ROUTER, AnyMessage, Envelope, Hello, SamplingParams
+from minidisagg.core.messages import ROUTER, AnyMessage, Envelope, Hello, RequestSpec, SamplingParams
 from minidisagg.core.plan import PlanItem, SeqInit, SeqKey, StepPlan, TransferOp
 from minidisagg.core.policy import Policy
 from minidisagg.core.router import Emit, Kill, Router, RouterSpec, StageTimes, drain_outbox
@@ -158,7 +158,8 @@ class Simulator:
 
         def arrive() -> None:
             self.outcomes[request_id] = Outcome(prompt, sampling, self.now)
-            self.router.on_request(request_id, prompt, sampling, self.now, salt=salt, priority=priority)
+            spec = RequestSpec(prompt=prompt, sampling=sampling, arrival=self.now, salt=salt, priority=priority)
+            self.router.on_request(request_id, spec, self.now)
             self._drain_router()
 
         self.plan(at, arrive)
