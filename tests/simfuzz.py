@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from minidisagg.core.batch import BatchBuilder
 from minidisagg.core.engine import EngineCore, EngineSpec
-from minidisagg.core.messages import KVOffer, Role, SamplingParams
+from minidisagg.core.messages import Role, SamplingParams
 from minidisagg.core.policy import ClusterView, Placement, Policy, Reject, RequestView, RoleChange, WorkerOptions
 from minidisagg.core.request import Request
 from minidisagg.core.router import RouterSpec, StageTimes, Tracked
@@ -50,7 +50,7 @@ class Asked(Policy):
 
     PROMISED: ClassVar[dict[str, tuple[type, ...]]] = {
         "admit": (Tracked, ClusterView), "place": (Tracked, ClusterView), "rebalance": (ClusterView,),
-        "accept": (KVOffer, EngineCore), "order": (Request, str, EngineCore), "compose": (BatchBuilder, EngineCore),
+        "accept": (Request, EngineCore), "order": (Request, str, EngineCore), "compose": (BatchBuilder, EngineCore),
         "evict": (EngineCore, list),
     }  # fmt: skip
     STAGES = "prefill", "transfer", "decode"

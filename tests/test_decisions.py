@@ -18,6 +18,7 @@ from cluster import needs_two_cores
 from minidisagg.config import RunSettings
 from minidisagg.core.messages import KVOffer, RequestSpec, Role, SamplingParams
 from minidisagg.core.policy import ClusterView, Policy, WorkerOptions, WorkerStatus
+from minidisagg.core.request import Request
 from minidisagg.policies import load_policy
 
 Line = dict[str, Any]
@@ -130,7 +131,7 @@ def again(line: Line, policy: Policy) -> Any:
         sampling = SamplingParams(max_tokens=seen["max_tokens"])
         prompt = [0] * seen["prefill_len"]
         spec = RequestSpec(prompt=prompt, sampling=sampling, arrival=seen["arrival"], priority=seen["priority"])
-        offer = KVOffer(seen["request_id"], 0, spec, "", 0)
+        offer = Request(KVOffer(seen["request_id"], 0, spec, "", 0), "", 0.0)
         return policy.accept(offer, worker)
     if hook == "order":
         return json.loads(json.dumps(policy.order(work(line["request"]), line["stage"], worker)))

@@ -36,7 +36,7 @@ from minidisagg.core.messages import (
 )
 from minidisagg.core.plan import NO_TOKEN, StepPlan
 from minidisagg.core.policy import Policy, WorkerOptions
-from minidisagg.core.request import State
+from minidisagg.core.request import Request, State
 
 
 class Hand:
@@ -405,7 +405,7 @@ def test_time_in_which_a_worker_does_not_run_is_nobodys_silence() -> None:
 class Closed(Policy):
     """Takes no offer."""
 
-    def accept(self, offer: KVOffer, worker: object) -> bool:
+    def accept(self, offer: Request, worker: object) -> bool:
         return False
 
 

@@ -161,7 +161,7 @@ class Mine(Policy):
             return "never"  # which no tuple is less than
         return super().order(request, stage, worker)
     def accept(self, offer, worker):
-        return super().accept(offer, worker) if offer.spec.priority != 10 else "yes"
+        return super().accept(offer, worker) if offer.priority != 10 else "yes"
 """
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from minidisagg.core.blocks import IntegrityError
-from minidisagg.core.messages import KVOffer, Role
+from minidisagg.core.messages import Role
 from minidisagg.core.policy import (
     Accept,
     ClusterView,
@@ -72,7 +72,7 @@ class Checked(Policy):
             self._known("rebalance", change.worker, cluster.workers)
         return changes
 
-    def accept(self, offer: KVOffer, worker: WorkerView) -> bool:
+    def accept(self, offer: Request, worker: WorkerView) -> bool:
         answer = self._ask("accept", lambda: self.asks.accept(offer, worker))
         if not isinstance(answer, bool):
             self._fail("accept", f"answered {answer!r}, not True or False")

@@ -498,7 +498,7 @@ class EngineCore:
         """Whether the policy takes the first offer; one that it cannot answer for is no offer any more."""
         while self.offers:
             try:
-                return self.policy.accept(self.offers[0][1], self)
+                return self.policy.accept(self.offers[0][2], self)
             except PolicyError as error:
                 _, _, request = self.offers.pop(0)
                 self._send(ROUTER, Failed(*request.key, str(error)))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from minidisagg.core.messages import KVOffer, Role
+from minidisagg.core.messages import Role
 
 if TYPE_CHECKING:
     from minidisagg.core.batch import BatchBuilder
@@ -199,8 +199,8 @@ class Policy:
 
     # ------------------------------------------------------------ a worker's hooks
 
-    def accept(self, offer: KVOffer, worker: WorkerView) -> bool:
-        """Grant now, if there are pages, or let the offer wait."""
+    def accept(self, offer: Request, worker: WorkerView) -> bool:
+        """Grant now, if there are pages, or let the offered request wait."""
         return len(worker.running) + worker.expected < worker.options.max_num_seqs
 
     def order(self, request: Request, stage: Stage, worker: WorkerView) -> Any:

@@ -17,7 +17,6 @@ from minidisagg.core.policy import Accept, Policy, Reject
 
 if TYPE_CHECKING:
     from minidisagg.core.batch import BatchBuilder
-    from minidisagg.core.messages import KVOffer
     from minidisagg.core.policy import ClusterView, Placement, RequestView, RoleChange, Stage, Victim, WorkerView
     from minidisagg.core.request import Request
 
@@ -48,10 +47,9 @@ class Logged(Policy):
     def rebalance(self, cluster: ClusterView) -> list[RoleChange]:
         return self._routed("rebalance", cluster, lambda: self.asks.rebalance(cluster))
 
-    def accept(self, offer: KVOffer, worker: WorkerView) -> bool:
+    def accept(self, offer: Request, worker: WorkerView) -> bool:
         answer = self.asks.accept(offer, worker)
-        asked = {"request_id": offer.request_id} | _seen(offer.spec, "arrival", "priority", "prefill_len")
-        asked["max_tokens"] = offer.spec.sampling.max_tokens
+        asked = _seen(offer, "request_id", "arrival", "priority", "prefill_len", "max_tokens")
         self._log("accept", worker.now, answer, request=asked, worker=_worker(worker))
         return answer
 
