@@ -11,12 +11,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
-from minidisagg.core.batch import BatchBuilder
-from minidisagg.core.engine import EngineCore, EngineSpec
 from minidisagg.core.messages import Role, SamplingParams
 from minidisagg.core.policy import ClusterView, Placement, Policy, Reject, RequestView, RoleChange, WorkerOptions
 from minidisagg.core.request import Request
 from minidisagg.core.router import RouterSpec, StageTimes, Tracked
+from minidisagg.core.scheduler import BatchBuilder, View
+from minidisagg.core.spec import EngineSpec
 from minidisagg.policies.prefill_first import PrefillFirst
 from minidisagg.policies.sarathi import Sarathi
 from minidisagg.sim.cost_model import LinearCost
@@ -50,8 +50,8 @@ class Asked(Policy):
 
     PROMISED: ClassVar[dict[str, tuple[type, ...]]] = {
         "admit": (Tracked, ClusterView), "place": (Tracked, ClusterView), "rebalance": (ClusterView,),
-        "accept": (Request, EngineCore), "order": (Request, str, EngineCore), "compose": (BatchBuilder, EngineCore),
-        "evict": (EngineCore, list),
+        "accept": (Request, View), "order": (Request, str, View), "compose": (BatchBuilder, View),
+        "evict": (View, list),
     }  # fmt: skip
     STAGES = "prefill", "transfer", "decode"
 
@@ -172,7 +172,7 @@ def verdict(sim: Simulator) -> list[str]:
     for name, worker in sim.workers.items():
         if worker.alive:
             free, live, cached, inflight, quarantined = worker.core.pool.counts
-            if live or inflight or quarantined or free + cached != worker.core.num_pages:
+            if live or inflight or quarantined or free + cached != worker.core.spec.num_pages:
                 wrong.append(f"{name} leaks: {worker.core.pool.counts}")
     return wrong
 
@@ -194,7 +194,7 @@ def run_seeds(first: int, last: int) -> tuple[dict[int, list[str]], Counter[str]
             sim = build(seed)
             wrong = check(sim)
             ends.update(outcome.finish for outcome in sim.outcomes.values())
-            ends["preempted"] += sum(worker.core.preemptions for worker in sim.workers.values())
+            ends["preempted"] += sum(worker.core.scheduler.preemptions for worker in sim.workers.values())
         except (AssertionError, RuntimeError, KeyError, ValueError, IndexError) as error:
             wrong = [repr(error)]
         if wrong:

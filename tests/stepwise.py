@@ -9,11 +9,11 @@ from typing import Any
 from simfuzz import verdict
 
 from minidisagg.core.blocks import BlockPool
-from minidisagg.core.engine import EngineSpec
 from minidisagg.core.messages import ROUTER, Envelope, Role
 from minidisagg.core.plan import StepPlan
 from minidisagg.core.policy import Policy, WorkerOptions
 from minidisagg.core.router import RouterSpec
+from minidisagg.core.spec import EngineSpec
 from minidisagg.sim.simulator import Chaos, Simulator, SimWorker
 
 NEVER = 1e9

@@ -8,10 +8,10 @@ import random
 import pytest
 from simfuzz import verdict
 
-from minidisagg.core.engine import EngineSpec
 from minidisagg.core.messages import Role, SamplingParams
 from minidisagg.core.policy import Policy, WorkerOptions
 from minidisagg.core.router import Router, Tracked
+from minidisagg.core.spec import EngineSpec
 from minidisagg.sim.simulator import Simulator
 
 CLUSTERS = {"colocated": [3], "two": [3, 3], "1p1d": [1, 2], "2p2d": [1, 1, 2, 2]}
@@ -85,7 +85,7 @@ def test_suspects_that_have_survived_share_steps_again() -> None:
     def look() -> None:
         core = sim.workers["w0"].core
         seen.update(request.cohort for request in core.requests.values())
-        shared.append(not core.cohorts and len(core.running) == 8)
+        shared.append(not core.scheduler.cohorts and len(core.scheduler.running) == 8)
         if not sim.settled:
             sim.at(sim.now + 0.01, look)
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 from stepwise import Stepwise, spec
 
-from minidisagg.core.batch import BatchBuilder
 from minidisagg.core.blocks import PageState
 from minidisagg.core.effects import Send, StartTransfer
-from minidisagg.core.engine import EngineCore, EngineSpec, StalledError
+from minidisagg.core.engine import EngineCore, StalledError
 from minidisagg.core.inputs import AbortConfirmed, PieceDone, Received, Schedule, StepDone, Tick
 from minidisagg.core.messages import (
     ROUTER,
@@ -37,6 +36,8 @@ from minidisagg.core.messages import (
 from minidisagg.core.plan import NO_TOKEN, StepPlan
 from minidisagg.core.policy import Policy, WorkerOptions
 from minidisagg.core.request import Request, State
+from minidisagg.core.scheduler import BatchBuilder
+from minidisagg.core.spec import EngineSpec
 
 
 class Hand:
@@ -152,14 +153,14 @@ def test_preemption_lets_the_oldest_run_and_tells_the_router() -> None:
     hand.step()
     hand.receive(submit("old", 4, arrival=1.0))
     hand.step()
-    assert [request.request_id for request in hand.core.running] == ["old", "young"]
+    assert [request.request_id for request in hand.core.scheduler.running] == ["old", "young"]
     for _ in range(3):
         hand.step()
     assert not hand.sent(Released)
     assert sizes(hand.step()) == {"old": (7, 1)}
     released = hand.sent(Released)
     assert [(r.request_id, r.incarnation, r.failure) for r in released] == [("young", 0, False)]  # type: ignore[union-attr]
-    assert hand.core.preemptions == hand.core.stats().preemptions == 1
+    assert hand.core.scheduler.preemptions == hand.core.stats().preemptions == 1
 
 
 def test_a_victim_whose_pages_a_link_still_reads_is_the_only_one() -> None:
@@ -173,7 +174,9 @@ def test_a_victim_whose_pages_a_link_still_reads_is_the_only_one() -> None:
     while not hand.sent(Released):
         hand.step()
     assert [released.request_id for released in hand.sent(Released)] == ["new"]  # type: ignore[union-attr]
-    assert [request.request_id for request in hand.core.running] == ["old", "mid"], "both wait for those pages"
+    assert [request.request_id for request in hand.core.scheduler.running] == ["old", "mid"], (
+        "both wait for those pages"
+    )
     link = hand.core.sender.links["d"]
     for seq in list(link.flying):
         hand.core.on(PieceDone("d", link.epoch, seq, True, True), hand.now)
@@ -260,11 +263,11 @@ def test_an_offer_of_another_layout_or_too_long_is_refused() -> None:
 def test_an_offer_waits_for_pages_and_an_abort_takes_it_away() -> None:
     hand = Hand(spec("w", num_pages=2))
     hand.receive(offer("a", 8, LINK), offer("b", 4, LINK), offer("c", 4, LINK), source="p", epoch=1)
-    assert len(hand.core.offers) == 2
+    assert len(hand.core.scheduler.offers) == 2
     hand.receive(Abort("b", 0))
-    assert [waiting[2].request_id for waiting in hand.core.offers] == ["c"]
+    assert [waiting[2].request_id for waiting in hand.core.scheduler.offers] == ["c"]
     hand.receive(offer("b", 4, LINK), source="p", epoch=1)
-    assert len(hand.core.offers) == 1, "the tombstone holds"
+    assert len(hand.core.scheduler.offers) == 1, "the tombstone holds"
     hand.receive(KVCancel("a", 0, 0), source="p", epoch=1)
     hand.core.on(Schedule(), 0.0)
     assert [grant.request_id for grant in hand.sent(KVGrant)] == ["a", "c"]  # type: ignore[union-attr]
@@ -490,7 +493,7 @@ def test_a_prompt_that_does_not_fit_holds_up_those_behind_it() -> None:
     hand.step()
     hand.receive(submit("long", 12, arrival=1.0), submit("short", 4, arrival=2.0))
     assert sizes(hand.step()) == {"runs": (4, 1)}
-    assert [request.request_id for request in hand.core.waiting] == ["long", "short"]
+    assert [request.request_id for request in hand.core.scheduler.waiting] == ["long", "short"]
 
 
 def test_a_page_is_spared_for_each_that_runs() -> None:
@@ -517,7 +520,7 @@ def test_a_refused_handoff_is_given_back_with_the_reason_and_by_its_destination_
 def test_a_newer_incarnations_offer_takes_the_place_of_one_that_waits() -> None:
     hand = Hand(spec("w", num_pages=2))
     hand.receive(offer("a", 8, LINK), offer("b", 4, LINK), offer("b", 4, LINK, incarnation=1), source="p", epoch=1)
-    assert [waiting[2].key for waiting in hand.core.offers] == [("b", 1)]
+    assert [waiting[2].key for waiting in hand.core.scheduler.offers] == [("b", 1)]
 
 
 def test_the_first_token_tells_how_long_its_prompt_queued_and_was_computed() -> None:

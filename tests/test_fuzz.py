@@ -15,6 +15,7 @@ from minidisagg.core.handoff import Receiver
 from minidisagg.core.inputs import Received
 from minidisagg.core.messages import Abort, Envelope, KVAck, KVCancel, KVDone, KVFailed, KVGrant
 from minidisagg.core.request import Request, State
+from minidisagg.core.scheduler import BatchBuilder
 
 SEEDS = 400
 PART = 100  # of them, in one test
@@ -97,16 +98,16 @@ def forget_to_release_a_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def publish_before_it_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    scheduled = EngineCore.scheduled
+    put = BatchBuilder._put
 
-    def hasty(self: EngineCore, request: Request, count: int, samples: bool) -> None:
-        scheduled(self, request, count, samples)
+    def hasty(self: BatchBuilder, request: Request, start: int, count: int, index: int) -> None:
+        put(self, request, start, count, index)
         known = min(request.num_scheduled, len(request.prompt) + len(request.output))
         confirmed, request.num_computed = request.num_computed, known
-        self._publish(request)
+        self._scheduler.publish(request)
         request.num_computed = confirmed
 
-    monkeypatch.setattr(EngineCore, "scheduled", hasty)
+    monkeypatch.setattr(BatchBuilder, "_put", hasty)
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import simfuzz
 
-from minidisagg.core.engine import EngineSpec
 from minidisagg.core.inputlog import RecordingCore, read_log, replay
 from minidisagg.core.inputs import Received, Schedule, Tick
 from minidisagg.core.messages import ROUTER, Envelope, SetPolicy
 from minidisagg.core.policy import Policy
+from minidisagg.core.spec import EngineSpec
 from minidisagg.sim import simulator
 
 

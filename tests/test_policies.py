@@ -55,7 +55,7 @@ def test_sarathi_serves_all_decodes_and_cuts_prompts_to_its_budget() -> None:
 def test_sarathi_never_leaves_a_decode_out() -> None:
     hand = running_decode(Sarathi(chunk=20))
     hand.step()
-    hand.core.policy.chunk = 1  # type: ignore[attr-defined]
+    hand.core.scheduler.policy.chunk = 1  # type: ignore[attr-defined]
     assert sizes(hand.step()) == {"old": (5, 1), "a": (6, 1), "b": (5, 1)}
 
 

@@ -297,7 +297,7 @@ def test_preempted_by_the_engine_and_placed_again_by_the_router() -> None:
         sim.submit(f"r{index}", [index] * 4, SamplingParams(max_tokens=12), 0.0)
         sim.events.pop(-1)()
     sim.settle()
-    assert sim.workers["w"].core.preemptions > 0 and not sim.complaints()
+    assert sim.workers["w"].core.scheduler.preemptions > 0 and not sim.complaints()
     assert [outcome.finish for outcome in sim.outcomes.values()] == ["length"] * 3
 
 

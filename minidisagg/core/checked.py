@@ -26,8 +26,8 @@ from minidisagg.core.policy import (
 )
 
 if TYPE_CHECKING:
-    from minidisagg.core.batch import BatchBuilder
     from minidisagg.core.request import Request
+    from minidisagg.core.scheduler import BatchBuilder
 
 A = TypeVar("A")
 

@@ -13,10 +13,11 @@ from typing import BinaryIO
 import msgspec
 from msgspec import Struct
 
-from minidisagg.core.engine import EngineCore, EngineSpec
+from minidisagg.core.engine import EngineCore
 from minidisagg.core.inputs import Input, Schedule
 from minidisagg.core.plan import StepPlan
 from minidisagg.core.policy import Policy
+from minidisagg.core.spec import EngineSpec
 
 
 class Entry(Struct, frozen=True, array_like=True):

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from minidisagg.core.messages import Role
 
 if TYPE_CHECKING:
-    from minidisagg.core.batch import BatchBuilder
     from minidisagg.core.request import Request
+    from minidisagg.core.scheduler import BatchBuilder
 
 Stage = Literal["prefill", "transfer", "decode"]
 

@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping
 
 from minidisagg.core.checked import PolicyError, policy_name
 from minidisagg.core.effects import AbortLink, Effect, Send, StartTransfer
-from minidisagg.core.engine import EngineCore, EngineSpec, StalledError, drain
+from minidisagg.core.engine import EngineCore, StalledError, drain
 from minidisagg.core.inputs import AbortConfirmed, PieceDone, Received, Schedule, StepDone, Tick
 from minidisagg.core.messages import ROUTER, Envelope, Hello, RequestSpec, Role, SamplingParams
 from minidisagg.core.policy import Policy, WorkerOptions
 from minidisagg.core.router import Emit, Router, RouterSpec, drain_outbox
+from minidisagg.core.spec import EngineSpec
 
 Workers = Mapping[str, tuple[Role, WorkerOptions]]
 PROMPT, OUTPUT, REQUESTS = 6, 8, 3  # tokens of each, and how many requests
@@ -83,7 +84,7 @@ class _Stage:
 
     def _carry_out(self, core: EngineCore, effect: Effect) -> None:
         if isinstance(effect, Send):
-            envelope = Envelope(core.name, 1, effect.body)
+            envelope = Envelope(core.spec.name, 1, effect.body)
             if effect.dest == ROUTER:
                 self.router.on_message(envelope, self.now)
             else:

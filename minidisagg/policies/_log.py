@@ -16,9 +16,9 @@ import msgspec
 from minidisagg.core.policy import Accept, Policy, Reject
 
 if TYPE_CHECKING:
-    from minidisagg.core.batch import BatchBuilder
     from minidisagg.core.policy import ClusterView, Placement, RequestView, RoleChange, Stage, Victim, WorkerView
     from minidisagg.core.request import Request
+    from minidisagg.core.scheduler import BatchBuilder
 
 A = TypeVar("A")
 Write = Callable[[bytes], object]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from minidisagg.core.batch import BatchBuilder
 from minidisagg.core.policy import Policy, WorkerView
+from minidisagg.core.scheduler import BatchBuilder
 
 
 class PrefillFirst(Policy):

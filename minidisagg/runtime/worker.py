@@ -35,7 +35,7 @@ import torch
 from minidisagg.config import ClusterSettings, WorkerConfig, WorkerSettings, parse_cpus
 from minidisagg.core.checked import PolicyError
 from minidisagg.core.effects import AbortLink, OpenLink, Send, StartTransfer
-from minidisagg.core.engine import EngineCore, EngineSpec, drain
+from minidisagg.core.engine import EngineCore, drain
 from minidisagg.core.inputlog import RecordingCore
 from minidisagg.core.inputs import AbortConfirmed, Input, PieceDone, Received, Schedule, StepDone, Tick
 from minidisagg.core.messages import (
@@ -52,6 +52,7 @@ from minidisagg.core.messages import (
     Submit,
 )
 from minidisagg.core.plan import StepPlan
+from minidisagg.core.spec import EngineSpec
 from minidisagg.model.config import ModelConfig
 from minidisagg.model.loader import load_config, load_weights
 from minidisagg.model.transformer import Transformer
@@ -381,7 +382,7 @@ class Worker:
         if not self.decode_wait:
             return False
         now = self.now()
-        for request in self.core.running:
+        for request in self.core.scheduler.running:
             left = request.ready_at + self.decode_wait - now
             if request.ready_at >= 0 and not request.introduced and left > 0:
                 self.loop.call_later(left, self._advance)

@@ -22,12 +22,13 @@ from functools import partial
 
 from minidisagg.core.blocks import IntegrityError, PageState
 from minidisagg.core.effects import AbortLink, OpenLink, Send, StartTransfer
-from minidisagg.core.engine import EngineCore, EngineSpec, drain
+from minidisagg.core.engine import EngineCore, drain
 from minidisagg.core.inputs import AbortConfirmed, Input, PieceDone, Received, Schedule, StepDone, Tick
 from minidisagg.core.messages import ROUTER, AnyMessage, Envelope, Hello, RequestSpec, SamplingParams
 from minidisagg.core.plan import PlanItem, SeqInit, SeqKey, StepPlan, TransferOp
 from minidisagg.core.policy import Policy
 from minidisagg.core.router import Emit, Kill, Router, RouterSpec, StageTimes, drain_outbox
+from minidisagg.core.spec import EngineSpec
 from minidisagg.sim.cost_model import LinearCost
 
 MASK = (1 << 64) - 1
@@ -89,7 +90,7 @@ class SimWorker:
 
     def __init__(self, core: EngineCore) -> None:
         self.core = core
-        self.memory = [[0] * core.page_size for _ in range(core.num_pages)]
+        self.memory = [[0] * core.spec.page_size for _ in range(core.spec.num_pages)]
         self.last: dict[SeqKey, int] = {}  # last sampled token per sequence, as an executor keeps it
         self.stalled_until = 0.0
         self.backlog: list[Callable[[], None]] = []  # what happens to it while it is stopped
@@ -244,7 +245,7 @@ class Simulator:
             if len(worker.backlog) == 1:
                 self.at(worker.stalled_until, lambda: self._resume(worker))
             return
-        self._touched.add(worker.core.name)
+        self._touched.add(worker.core.spec.name)
         action()
         if worker.alive:
             self._drain_worker(worker)
@@ -261,7 +262,7 @@ class Simulator:
     # ------------------------------------------------------------ messages
 
     def _send(self, sender: SimWorker, dest: str, body: AnyMessage) -> None:
-        self._post(Envelope(sender.core.name, sender.core.spec.epoch, body), dest, None)
+        self._post(Envelope(sender.core.spec.name, sender.core.spec.epoch, body), dest, None)
 
     def _post(self, envelope: Envelope, dest: str, target: SimWorker | None) -> None:
         """FIFO per pair, unless chaos has its way. A frame goes to the process to which its channel leads."""
@@ -320,7 +321,7 @@ class Simulator:
             elif isinstance(effect, AbortLink):
                 self._abort_link(worker, effect)
             elif isinstance(effect, OpenLink):
-                self._targets[worker.core.name, effect.link_epoch] = self.workers[effect.peer]
+                self._targets[worker.core.spec.name, effect.link_epoch] = self.workers[effect.peer]
 
     def _schedule(self, worker: SimWorker) -> None:
         while len(worker.steps) <= self.depth:
@@ -336,7 +337,7 @@ class Simulator:
     def _finish_step(self, worker: SimWorker, plan: StepPlan, seconds: float) -> None:
         def finish() -> None:
             if any(item.request_id in self.poison for item in plan.items):
-                self.kill(worker.core.name)
+                self.kill(worker.core.spec.name)
                 return
             tokens = self._compute(worker, plan)
             worker.steps.popleft()
@@ -345,7 +346,7 @@ class Simulator:
         self._inside(worker, finish)
 
     def _compute(self, worker: SimWorker, plan: StepPlan) -> list[int]:
-        size, memory = worker.core.page_size, worker.memory
+        size, memory = worker.core.spec.page_size, worker.memory
         for key in plan.dropped:
             worker.last.pop(key, None)
         new = {(init.request_id, init.incarnation): init for init in plan.new}
@@ -370,11 +371,11 @@ class Simulator:
     def _start_transfer(self, worker: SimWorker, op: TransferOp) -> None:
         """Two-sided: the bytes move once both ends have started it. One-sided: when the source has."""
         if self.one_sided:
-            receiver = self._targets[worker.core.name, op.link_epoch] if op.send else worker
+            receiver = self._targets[worker.core.spec.name, op.link_epoch] if op.send else worker
             seconds = self.cost.transfer_seconds(op.count) if op.send else 0.0
             self.at(self.now + seconds, lambda: self._finish_transfer(worker, receiver, op))
             return
-        piece = worker.core.name if op.send else op.peer, op.link_epoch, op.seq
+        piece = worker.core.spec.name if op.send else op.peer, op.link_epoch, op.seq
         posted = self._posted.setdefault(piece, {})
         posted[op.send] = worker, op
         if len(posted) == 2:
@@ -387,7 +388,7 @@ class Simulator:
         """One-sided: the source writes into the destination's memory, whatever that thinks of it by now."""
 
         def finish() -> None:
-            if (worker.core.name, op.peer, op.link_epoch, op.send) in self._dead_ends:
+            if (worker.core.spec.name, op.peer, op.link_epoch, op.send) in self._dead_ends:
                 return
             if op.send:
                 ok = self.rng.random() >= self.chaos.break_transfer
@@ -402,7 +403,7 @@ class Simulator:
         if sender.alive and receiver.alive and self.now < sender.stalled_until:
             self.at(sender.stalled_until, lambda: self._land(sender, send, receiver, receive, ok))
             return
-        names = sender.core.name, receiver.core.name
+        names = sender.core.spec.name, receiver.core.spec.name
         receiving = receiver.alive and (names[1], names[0], send.link_epoch, False) not in self._dead_ends
         sending = sender.alive and (names[0], names[1], send.link_epoch, True) not in self._dead_ends
         if receiving and sending and receive.pages:  # else they are thrown away
@@ -426,7 +427,7 @@ class Simulator:
         for page in pages:
             if worker.alive and worker.core.pool.state[page] not in states:
                 state = worker.core.pool.state[page].name
-                raise IntegrityError(f"page {page} of {worker.core.name} is in use while it is {state}")
+                raise IntegrityError(f"page {page} of {worker.core.spec.name} is in use while it is {state}")
 
     def _expect_kv(self, worker: SimWorker, item: PlanItem, init: SeqInit) -> None:
         slots = itertools.chain.from_iterable(worker.memory[page] for page in item.pages)
@@ -434,7 +435,7 @@ class Simulator:
         for token, slot in zip([*init.prompt, *init.output][: item.start], slots, strict=False):
             content = chain(content, token)
             if slot != content:
-                raise IntegrityError(f"{item.request_id} starts from KV on {worker.core.name} that is not its own")
+                raise IntegrityError(f"{item.request_id} starts from KV on {worker.core.spec.name} that is not its own")
 
     def _abort_link(self, worker: SimWorker, effect: AbortLink) -> None:
         """Confirmed after a while; a one-sided destination only if the source has stopped."""
@@ -442,7 +443,7 @@ class Simulator:
             return
 
         def confirm() -> None:
-            self._dead_ends.add((worker.core.name, effect.peer, effect.link_epoch, effect.outgoing))
+            self._dead_ends.add((worker.core.spec.name, effect.peer, effect.link_epoch, effect.outgoing))
             worker.core.on(AbortConfirmed(effect.peer, effect.link_epoch, effect.outgoing), self.now)
 
         self.at(self.now + self.rng.random() * self.chaos.abort_delay, lambda: self._inside(worker, confirm))

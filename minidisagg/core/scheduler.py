@@ -1,0 +1,382 @@
+"""What one worker computes next: its queues and their order, who gets pages, and the step that comes of it.
+
+The policy decides, by a view of the worker; the scheduler keeps every account (tokens, sequences, pages, preemption). A
+request comes in through `queue`, `queue_offer` or `run`, and leaves through `remove`.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from minidisagg.core.blocks import BlockPool
+from minidisagg.core.checked import Checked, PolicyError
+from minidisagg.core.messages import KVOffer, Role
+from minidisagg.core.plan import PlanItem, SeqInit
+from minidisagg.core.policy import Policy, Stage, WorkerOptions
+from minidisagg.core.request import Request, State
+from minidisagg.core.spec import EngineSpec
+
+
+class Offer(NamedTuple):
+    """A handoff that a peer proposes, and the request that would come of it."""
+
+    source: str
+    message: KVOffer
+    request: Request
+
+
+class View:
+    """The `WorkerView` of a policy."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self.name = scheduler.spec.name
+        self.options: WorkerOptions = scheduler.spec.options
+        self.page_size = scheduler.spec.page_size
+        self.num_pages = scheduler.spec.num_pages
+
+    @property
+    def role(self) -> Role:
+        """What the router sends here."""
+        return self._scheduler.role
+
+    @property
+    def now(self) -> float:
+        """Seconds, on the worker's clock."""
+        return self._scheduler.now
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that an allocation can have."""
+        return self._scheduler.pool.available
+
+    @property
+    def running(self) -> Sequence[Request]:
+        """In the policy's order."""
+        return tuple(self._scheduler.running)
+
+    @property
+    def waiting(self) -> Sequence[Request]:
+        """In the policy's order."""
+        return tuple(self._scheduler.waiting)
+
+    @property
+    def expected(self) -> int:
+        """Requests whose KV is on its way here."""
+        return self._scheduler.expected()
+
+
+class Scheduler:
+    """One worker's."""
+
+    def __init__(
+        self,
+        spec: EngineSpec,
+        policy: Policy,
+        pool: BlockPool,
+        expected: Callable[[], int],
+        preempted: Callable[[Request], None],
+        failed: Callable[[Request, str], None],
+    ) -> None:
+        """`expected()`: requests whose KV is on its way here. `preempted(request)` and `failed(request, reason)` end a
+        request, which leads to `remove`."""
+        self.spec = spec
+        self.role = spec.role
+        self.policy = Checked(policy)
+        self.pool = pool
+        self.expected = expected
+        self._preempted = preempted
+        self._failed = failed
+        self.now = 0.0
+        self.waiting: list[Request] = []  # QUEUED, by the policy's order
+        self.running: list[Request] = []  # RUNNING, by the policy's order
+        self.offers: list[Offer] = []  # by the policy's order
+        self.cohorts: Counter[int] = Counter()  # suspects of a crash that are here, by cohort
+        self.preemptions = 0
+        self.prefix_queries = 0
+        self.prefix_hits = 0
+        self.view = View(self)
+        self._cohort = 0  # whose turn the last step was
+
+    # ------------------------------------------------------------ queues
+
+    def queue(self, request: Request) -> None:
+        """A prompt to compute, in its place by the policy's order."""
+        self._insert(self.waiting, request, "prefill")
+
+    def run(self, request: Request) -> None:
+        """Into the batch: who stands in front by the policy's order is served, and evicts, first."""
+        request.state = State.RUNNING
+        self._insert(self.running, request, "decode")
+
+    def remove(self, request: Request) -> None:
+        """It waits and runs no more."""
+        if request.state is State.QUEUED:
+            self.waiting.remove(request)
+        elif request.state is State.RUNNING:
+            self.running.remove(request)
+
+    def set_policy(self, policy: Policy) -> None:
+        """Schedule by it from now on; what is here is put in its order."""
+        self.policy = Checked(policy)
+        self._reorder(self.waiting, "prefill")
+        self._reorder(self.running, "decode")
+        offers, self.offers = self.offers, []
+        for offer in offers:
+            self.queue_offer(offer)
+
+    def _insert(self, queue: list[Request], request: Request, stage: Stage) -> None:
+        """A request that has no place in the order fails."""
+        try:
+            request.sort_key[stage] = self.policy.order(request, stage, self.view)
+            bisect.insort(queue, request, key=lambda r: r.sort_key[stage])
+        except (PolicyError, TypeError) as error:
+            queue.append(request)  # where the end of it looks
+            self._failed(request, self._said(error))
+
+    def _reorder(self, queue: list[Request], stage: Stage) -> None:
+        for request in queue[:]:
+            try:
+                request.sort_key[stage] = self.policy.order(request, stage, self.view)
+            except PolicyError as error:
+                self._failed(request, str(error))
+        try:
+            queue.sort(key=lambda r: r.sort_key[stage])
+        except TypeError as error:
+            raise self.policy.incomparable(error) from error
+
+    def _said(self, error: PolicyError | TypeError) -> str:
+        return str(error if isinstance(error, PolicyError) else self.policy.incomparable(error))
+
+    # ------------------------------------------------------------ offers
+
+    def queue_offer(self, offer: Offer) -> None:
+        """A handoff that waits for pages. One that has no place in the order fails."""
+        request = offer.request
+        try:
+            request.sort_key["transfer"] = self.policy.order(request, "transfer", self.view)
+            bisect.insort(self.offers, offer, key=lambda o: o.request.sort_key["transfer"])
+        except (PolicyError, TypeError) as error:
+            self._failed(request, self._said(error))
+
+    def take_offer(self) -> tuple[Offer, list[int]] | None:
+        """The first offer, if the policy accepts it and there is room, and the pages reserved for its KV.
+
+        One that does not fit holds up the rest.
+        """
+        if not self._accepts_first():
+            return None
+        offer = self.offers[0]
+        request = offer.request
+        # A page each for what is running, or their next tokens would preempt right away.
+        tokens = request.prefill_len
+        pages = self._pages_for(request, tokens, tokens, len(self.running), self.pool.reserve)
+        if pages is None:
+            return None
+        del self.offers[0]
+        return offer, pages
+
+    def forget_offers(self, gone: Callable[[Offer], bool]) -> None:
+        """Offers that wait are no requests yet."""
+        self.offers = [offer for offer in self.offers if not gone(offer)]
+
+    def _accepts_first(self) -> bool:
+        """Whether the policy takes the first offer; one that it cannot answer for is no offer any more."""
+        while self.offers:
+            try:
+                return self.policy.accept(self.offers[0].request, self.view)
+            except PolicyError as error:
+                self._failed(self.offers.pop(0).request, str(error))
+        return False
+
+    # ------------------------------------------------------------ pages
+
+    def _pages_for(
+        self, request: Request, tokens: int, cacheable: int, spare: int, take: Callable[[int], list[int] | None]
+    ) -> list[int] | None:  # fmt: skip
+        """Give the request a block table for `tokens`: what the prefix cache has of the first `cacheable`, and the rest
+        from `take`, which is returned.
+
+        None, and nothing has changed, if not `spare` pages would be left.
+        """
+        size = self.spec.page_size
+        hashes = request.extend_hashes(size) if self.spec.prefix_caching else []
+        cached = self.pool.match(hashes[: cacheable // size])
+        need = -(-tokens // size) - len(cached)
+        self.pool.hold(cached)
+        pages = take(need) if self.pool.available >= need + spare else None
+        if pages is None:
+            self.pool.drop(cached)
+            return None
+        request.pages = cached + pages
+        request.published = len(cached)
+        request.cached_tokens = len(cached) * size
+        return pages
+
+    def admit(self, request: Request) -> bool:
+        """QUEUED → RUNNING with pages for all known tokens, so that a prompt once begun never waits for memory."""
+        running, tokens = len(self.running), request.num_tokens
+        if running + self.expected() >= self.spec.options.max_num_seqs:
+            return False
+        # One token at least must be computed. A page each must stay for what is running.
+        if self._pages_for(request, tokens, tokens - 1, running, self.pool.allocate) is None:
+            return False
+        self.waiting.remove(request)
+        request.num_scheduled = request.num_computed = request.cached_tokens
+        self.prefix_queries += tokens
+        self.prefix_hits += request.cached_tokens
+        self.run(request)
+        return request.state is State.RUNNING
+
+    def evict(self, keep: set[Request]) -> Request | None:
+        """Preempt one of the running requests that are neither in flight nor to `keep`, as the policy says."""
+        candidates = [r for r in self.running if not r.inflight and r not in keep]
+        victim = self.policy.evict(self.view, candidates)
+        if victim is None:
+            return None
+        self.preemptions += 1
+        self._preempted(victim.request)
+        return victim.request
+
+    def publish(self, request: Request) -> None:
+        """Offer the pages that have become full and confirmed to the prefix cache."""
+        full = request.num_computed // self.spec.page_size
+        if full > request.published and self.spec.prefix_caching:
+            hashes = request.extend_hashes(self.spec.page_size)
+            for index in range(request.published, full):
+                self.pool.publish(request.pages[index], hashes[index])
+            request.published = full
+
+    # ------------------------------------------------------------ steps
+
+    def compose(self) -> BatchBuilder | None:
+        """The next step, as the policy fills it; None where it is empty."""
+        if self.policy.dynamic_order:
+            self._reorder(self.waiting, "prefill")
+            self._reorder(self.running, "decode")
+        for cohort in self._turns():
+            batch = BatchBuilder(self, cohort)
+            self.policy.compose(batch, self.view)
+            if batch.items:
+                self._cohort = cohort
+                return batch
+        return None
+
+    # ------------------------------------------------------------ suspects
+
+    def suspect(self, request: Request) -> None:
+        """A request is here; if it is a suspect, it shares steps with its cohort only."""
+        if request.cohort:
+            self.cohorts[request.cohort] += 1
+
+    def trust(self, request: Request) -> None:
+        """It has survived a step of decode, or has left: its cohort is one less."""
+        if request.cohort:
+            self.cohorts[request.cohort] -= 1
+            self.cohorts += Counter()  # without the cohorts that have become empty
+            request.cohort = 0
+
+    def _turns(self) -> list[int]:
+        """The cohorts that have work, those after the one whose turn it was first."""
+        if not self.cohorts:
+            return [0]
+        cohorts = sorted({request.cohort for queue in (self.running, self.waiting) for request in queue})
+        after = bisect.bisect_right(cohorts, self._cohort)
+        return (cohorts[after:] + cohorts[:after]) or [0]
+
+
+class BatchBuilder:
+    """One step under construction. It owns every account; a policy only asks it."""
+
+    def __init__(self, scheduler: Scheduler, cohort: int = 0) -> None:
+        """Of requests of this cohort only, so that a step that fails accuses nobody else."""
+        self._scheduler, self._cohort = scheduler, cohort
+        self.tokens_left = scheduler.spec.options.max_num_batched_tokens
+        self.seqs_left = scheduler.spec.options.max_num_seqs
+        # stable while requests are added and preempted
+        self.running: Sequence[Request] = self._mine(scheduler.running)
+        self.waiting: Sequence[Request] = self._mine(scheduler.waiting)
+        self.items: list[PlanItem] = []
+        self.new: list[SeqInit] = []
+        self.begun: list[Request] = []  # whose first tokens are in this step
+        self.members: set[Request] = set()
+        self._pending = False  # pages of a victim are still being read by a link
+
+    def _mine(self, queue: list[Request]) -> Sequence[Request]:
+        if not self._scheduler.cohorts:
+            return tuple(queue)
+        return tuple(request for request in queue if request.cohort == self._cohort)
+
+    @property
+    def empty(self) -> bool:
+        """Nothing is in the step yet."""
+        return not self.items
+
+    def add(self, request: Request, limit: int | None = None) -> int:
+        """Put up to `limit` tokens of the request (default: all that remain) into the step.
+
+        Returns how many went in: 0 where it does not fit, has nothing to compute, or is in the step already.
+        """
+        if not self.seqs_left or not self.tokens_left or request in self.members or (limit is not None and limit <= 0):
+            return 0
+        if request.cohort != self._cohort:
+            return 0
+        if request.state is State.QUEUED:
+            if not self._scheduler.admit(request):
+                return 0
+        elif request.state is not State.RUNNING:
+            return 0
+        start, index, count = request.num_scheduled, len(request.output) + request.pending, 1
+        if start < request.prefill_len:
+            count = min(request.prefill_len - start, self.tokens_left, limit or self.tokens_left)
+            if self._scheduler.spec.options.chunk:
+                count = min(count, self._scheduler.spec.options.chunk)
+        elif index >= request.max_tokens or request.leaves:
+            return 0  # all that is to come from here is in flight
+        end = start + count
+        if end > len(request.pages) * self._scheduler.spec.page_size and not self._room(request, end):
+            return 0
+        self._put(request, start, count, index)
+        return count
+
+    def _room(self, request: Request, end: int) -> bool:
+        """Pages for positions [0, end); preempts for them where a decode would else stand still."""
+        scheduler = self._scheduler
+        missing = -(-end // scheduler.spec.page_size) - len(request.pages)
+        while missing > 0:
+            pages = scheduler.pool.allocate(missing)
+            if pages is not None:
+                request.pages.extend(pages)
+                break
+            victim = None if self._pending else scheduler.evict(self.members)
+            if victim is None:
+                return False  # what is in flight will free pages
+            self._pending = bool(victim.pages)
+            if victim is request:
+                return False
+        return True
+
+    def _put(self, request: Request, start: int, count: int, index: int) -> None:
+        end = start + count
+        if not request.introduced:
+            request.introduced = True
+            self.begun.append(request)
+            self.new.append(
+                SeqInit(request.request_id, request.incarnation, request.prompt, list(request.output), request.sampling)
+            )
+        samples = end == len(request.prompt) + index
+        tokens = request.tokens(start, end)
+        self.items.append(
+            PlanItem(request.request_id, request.incarnation, start, count, tokens, request.pages, samples, index)
+        )
+        self.members.add(request)
+        self.tokens_left -= count
+        self.seqs_left -= 1
+        request.num_scheduled += count
+        request.inflight += 1
+        request.pending += samples
+        if request.first_scheduled_at < 0:
+            request.first_scheduled_at = self._scheduler.now

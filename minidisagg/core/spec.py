@@ -1,0 +1,28 @@
+"""What a worker's core is built from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from minidisagg.core.messages import Role
+from minidisagg.core.policy import WorkerOptions
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """The same values and the same inputs give the same plans."""
+
+    name: str
+    epoch: int
+    role: Role
+    num_pages: int
+    page_size: int
+    num_layers: int
+    fingerprint: str
+    policy: str = "fcfs"
+    one_sided_links: bool = False
+    prefix_caching: bool = True
+    lease: float = 30.0  # seconds that a side of a handoff waits for the other
+    link_timeout: float = 10.0  # seconds for one piece on a link
+    step_deadline: float = 120.0  # seconds for one step: until then a worker that computes is alive
+    options: WorkerOptions = field(default_factory=WorkerOptions)
