@@ -17,7 +17,7 @@ from cluster import needs_two_cores
 
 from minidisagg.config import RunSettings
 from minidisagg.core.messages import KVOffer, RequestSpec, Role, SamplingParams
-from minidisagg.core.policy import ClusterView, Policy, WorkerOptions, WorkerStatus
+from minidisagg.core.policy import ClusterView, Policy, Reject, WorkerOptions, WorkerStatus
 from minidisagg.core.request import Request
 from minidisagg.policies import load_policy
 
@@ -25,7 +25,7 @@ Line = dict[str, Any]
 CURIOUS = """
 from minidisagg import Policy
 from minidisagg.core.messages import Role
-from minidisagg.core.policy import Accept, Placement, Reject, RoleChange, Victim
+from minidisagg.core.policy import Placement, Reject, RoleChange, Victim
 
 
 class Curious(Policy):
@@ -36,7 +36,7 @@ class Curious(Policy):
     def admit(self, request, cluster):
         if request.max_tokens > 30 or cluster.waiting_tokens > cluster.max_waiting_tokens:
             return Reject(2.5, f"{request.max_tokens} of {cluster.max_waiting}")
-        return Accept()
+        return None
 
     def place(self, request, cluster):
         workers = cluster.candidates(Role.DECODE if request.prefill else Role.PREFILL)
@@ -123,8 +123,9 @@ def again(line: Line, policy: Policy) -> Any:
         return msgspec.to_builtins(policy.rebalance(cluster_of(line)))
     if hook in ("admit", "place"):
         answer = getattr(policy, hook)(SimpleNamespace(**line["request"]), cluster_of(line))
-        verdict = {"verdict": type(answer).__name__.lower()} if type(answer).__name__ != "Placement" else {}
-        return {**verdict, **msgspec.to_builtins(answer)}
+        if answer is None:
+            return {"verdict": "accept"}
+        return ({"verdict": "reject"} if isinstance(answer, Reject) else {}) | msgspec.to_builtins(answer)
     worker = worker_of(line)
     if hook == "accept":
         seen = line["request"]

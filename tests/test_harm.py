@@ -197,7 +197,7 @@ def test_a_request_that_the_policy_cannot_answer_for_fails_alone(tmp_path: Path)
 @pytest.mark.parametrize(
     ("hook", "body", "words"),
     [
-        ("admit", "return True", "policy Mine: admit answered True, not Accept or Reject"),
+        ("admit", "return True", "policy Mine: admit answered True, not Reject or None"),
         ("place", "return self.Placement('nowhere', None)", "place raised AttributeError"),
         ("rebalance", "raise OSError('disk')", "policy Mine: rebalance raised OSError: disk"),
         ("accept", "return None", "policy Mine: accept answered None, not True or False"),

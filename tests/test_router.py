@@ -365,7 +365,7 @@ class Broken(Policy):
 @pytest.mark.parametrize(
     ("hook", "answer", "words"),
     [
-        ("admit", None, "admit answered None, not Accept or Reject"),
+        ("admit", True, "admit answered True, not Reject or None"),
         ("admit", SystemExit(3), "admit raised SystemExit: 3"),
         ("admit", Reject(float("nan"), "full"), "retry_after is seconds"),
         ("place", KeyError("x"), "place raised KeyError: 'x'"),

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from minidisagg.core.blocks import IntegrityError
 from minidisagg.core.messages import Role
 from minidisagg.core.policy import (
-    Accept,
     ClusterView,
     Placement,
     Policy,
@@ -51,9 +50,9 @@ class Checked(Policy):
         """Of the policy itself, which may change its mind."""
         return bool(self.asks.dynamic_order)
 
-    def admit(self, request: RequestView, cluster: ClusterView) -> Accept | Reject:
+    def admit(self, request: RequestView, cluster: ClusterView) -> Reject | None:
         answer = self._ask("admit", lambda: self.asks.admit(request, cluster))
-        return answer if isinstance(answer, Accept) else self._rejection("admit", answer, "Accept or Reject")
+        return None if answer is None else self._rejection("admit", answer, "Reject or None")
 
     def place(self, request: RequestView, cluster: ClusterView) -> Placement | Reject:
         answer = self._ask("place", lambda: self.asks.place(request, cluster))

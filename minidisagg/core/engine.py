@@ -271,7 +271,7 @@ class EngineCore:
         self._forget_offers(message.request_id, message.incarnation)
         for request in [r for r in self.requests.values() if r.request_id == message.request_id]:
             if request.incarnation <= message.incarnation:
-                self._end(request, State.DONE_INFLIGHT)
+                self._end(request)
 
     def _on_migrate(self, source: str, message: Migrate, _: float) -> None:
         request = self.requests.get((message.request_id, message.incarnation))
@@ -365,7 +365,7 @@ class EngineCore:
         )  # fmt: skip
         request.ready_at = -1.0
         if finish:
-            self._end(request, State.DONE_INFLIGHT)
+            self._end(request)
         elif first and request.leaves:
             self.scheduler.remove(request)
             request.state = State.HELD
@@ -404,22 +404,22 @@ class EngineCore:
         self.scheduler.run(request)
 
     def _handoff_gone(self, request: Request) -> None:
-        self._end(request, State.DONE_INFLIGHT)
+        self._end(request)
 
     def _handoff_ended(self, request: Request, failure: str) -> None:
-        if request.state in (State.DONE_INFLIGHT, State.PREEMPTED):
+        if request.state is State.DONE_INFLIGHT:
             self._retire_if_settled(request)
         elif failure:
             self._give_back(request, failure, failure=True)
         else:
-            self._end(request, State.DONE_INFLIGHT)
+            self._end(request)
 
     # ------------------------------------------------------------ ends
 
     def _give_back(self, request: Request, reason: str, failure: bool) -> None:
-        if request.state in (State.DONE_INFLIGHT, State.PREEMPTED, State.DONE):
+        if request.state in (State.DONE_INFLIGHT, State.DONE):
             return
-        self._end(request, State.PREEMPTED)
+        self._end(request)
         self._send(ROUTER, Released(request.request_id, request.incarnation, reason, failure))
 
     def _preempted(self, request: Request) -> None:
@@ -428,22 +428,22 @@ class EngineCore:
 
     def _fail(self, request: Request, reason: str) -> None:
         """It can go on nowhere."""
-        if request.state in (State.DONE_INFLIGHT, State.PREEMPTED, State.DONE):
+        if request.state in (State.DONE_INFLIGHT, State.DONE):
             return
         if request.key in self.requests:  # else it is only offered
-            self._end(request, State.DONE_INFLIGHT)
+            self._end(request)
         self._send(ROUTER, Failed(request.request_id, request.incarnation, reason))
 
-    def _end(self, request: Request, state: State) -> None:
+    def _end(self, request: Request) -> None:
         """Out of every queue at once; the pages go when no step and no peer can touch them any more."""
         if request.state is State.WAIT_KV and request.pages:
             if request.key in self.receiver.transfers:
                 self.receiver.drop(request, "aborted")
             return  # the receiver says when its pages are settled
-        if request.state in (State.DONE_INFLIGHT, State.PREEMPTED, State.DONE):
+        if request.state in (State.DONE_INFLIGHT, State.DONE):
             return
         self.scheduler.remove(request)
-        request.state = state
+        request.state = State.DONE_INFLIGHT
         if request.key in self.sender.transfers:
             self.sender.stop(request)
         self._retire_if_settled(request)
@@ -473,7 +473,7 @@ class EngineCore:
         for request in [r for r in self.requests.values() if r.request_id == request_id]:
             if request.incarnation > incarnation:
                 return True
-            self._end(request, State.DONE_INFLIGHT)
+            self._end(request)
         self._forget_offers(request_id, incarnation)
         return False
 

@@ -22,11 +22,6 @@ Stage = Literal["prefill", "transfer", "decode"]
 
 
 @dataclass(frozen=True)
-class Accept:
-    """Take the request in."""
-
-
-@dataclass(frozen=True)
 class Reject:
     """Turn it away; the client may come back after `retry_after` seconds."""
 
@@ -44,10 +39,9 @@ class Placement:
 
 @dataclass(frozen=True)
 class Victim:
-    """Whose pages are to be freed, and how. "recompute" sends it back through the router."""
+    """Whose pages are to be freed; it goes back through the router and is computed again."""
 
     request: Request
-    how: Literal["recompute"] = "recompute"
 
 
 @dataclass(frozen=True)
@@ -172,13 +166,13 @@ class Policy:
 
     # ------------------------------------------------------------ the router's hooks
 
-    def admit(self, request: RequestView, cluster: ClusterView) -> Accept | Reject:
+    def admit(self, request: RequestView, cluster: ClusterView) -> Reject | None:
         """Take it in while the waiting requests and their prompt tokens are within bounds."""
         if cluster.waiting >= cluster.max_waiting:
             return Reject(1.0, f"{cluster.waiting} requests are waiting already")
         if cluster.waiting_tokens + request.prefill_len > cluster.max_waiting_tokens:
             return Reject(1.0, f"{cluster.waiting_tokens} prompt tokens are waiting already")
-        return Accept()
+        return None
 
     def place(self, request: RequestView, cluster: ClusterView) -> Placement | Reject:
         """The worker with the fewest queued tokens prefills; it decodes too if it may, else the emptiest one does."""

@@ -14,7 +14,7 @@ class State(Enum):
     """Where a request is in its life on this worker.
 
     QUEUED ──first chunk──▶ RUNNING ──last token──▶ DONE_INFLIGHT ──its last step lands──▶ DONE
-    WAIT_KV ──KV complete──▶ RUNNING ──no pages──▶ PREEMPTED ──its last step lands──▶ DONE
+    WAIT_KV ──KV complete──▶ RUNNING ──no pages──▶ DONE_INFLIGHT
                              RUNNING ──prefill ends, decode is elsewhere──▶ HELD ──acknowledged──▶ DONE
     """
 
@@ -22,8 +22,7 @@ class State(Enum):
     WAIT_KV = auto()  # pages granted, KV on its way from a peer
     RUNNING = auto()  # in the batch: a prompt begun, or decoding
     HELD = auto()  # computed here, kept until the decode worker has it
-    PREEMPTED = auto()  # given back to the router, a step still flies
-    DONE_INFLIGHT = auto()  # the end is known, a step still flies
+    DONE_INFLIGHT = auto()  # ended here, or given back to the router: a step or a peer still reads its pages
     DONE = auto()  # no pages, no step: forgotten
 
 
@@ -48,7 +47,6 @@ class Request:
         "num_scheduled",
         "output",
         "pages",
-        "peer",
         "pending",
         "prefill_len",
         "published",
@@ -70,7 +68,6 @@ class Request:
         self.decode = source.decode if isinstance(source, Submit) else ""
         # It decodes elsewhere: nothing is planned here past its first token.
         self.leaves = isinstance(source, Submit) and (source.hold or bool(source.decode))
-        self.peer = ""  # where its KV comes from, while WAIT_KV
         self.state = State.QUEUED
         self.pages: list[int] = []
         self.root = prefix_root(fingerprint, spec.salt)

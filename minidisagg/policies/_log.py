@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from minidisagg.core.policy import Accept, Policy, Reject
+from minidisagg.core.policy import Policy, Reject
 
 if TYPE_CHECKING:
     from minidisagg.core.policy import ClusterView, Placement, RequestView, RoleChange, Stage, Victim, WorkerView
@@ -38,7 +38,7 @@ class Logged(Policy):
         self._head, self._write = {"who": who, "policy": spec}, write
         self._still = False  # `rebalance` wanted nothing the last time
 
-    def admit(self, request: RequestView, cluster: ClusterView) -> Accept | Reject:
+    def admit(self, request: RequestView, cluster: ClusterView) -> Reject | None:
         return self._routed("admit", cluster, lambda: self.asks.admit(request, cluster), request=request)
 
     def place(self, request: RequestView, cluster: ClusterView) -> Placement | Reject:
@@ -81,13 +81,15 @@ class Logged(Policy):
         dice = cluster.rng.getstate()
         answer = ask()
         shown: Any = answer
-        if isinstance(answer, Accept | Reject):
-            shown = {"verdict": type(answer).__name__.lower(), **msgspec.to_builtins(answer)}
+        if isinstance(answer, Reject):
+            shown = {"verdict": "reject", **msgspec.to_builtins(answer)}
+        elif answer is None:
+            shown = {"verdict": "accept"}
         inputs: dict[str, Any] = {name: _seen(request, *REQUEST) for name, request in more.items()}
         inputs["cluster"] = _seen(cluster, *CLUSTER)
         if cluster.rng.getstate() != dice:
             inputs["rng"] = dice
-        if answer or not self._still:  # of `rebalance`, which is asked on every tick, what it wants and when it stops
+        if hook != "rebalance" or answer or not self._still:  # which is asked on every tick: what it wants, and the end
             self._log(hook, cluster.now, shown, **inputs)
         if hook == "rebalance":
             self._still = not answer
