@@ -23,8 +23,9 @@ from minidisagg.config import (
 )
 from minidisagg.core.messages import SamplingParams
 from minidisagg.ranges import explained
+from minidisagg.transfer.kinds import KINDS
 
-LINKS = ("auto", "gloo", "nccl", "shm", "tcp", "unix")  # `transfer.links.KINDS`, which needs torch, and auto
+LINKS = ("auto", *KINDS)
 KV_CODECS = ("raw",)  # `transfer.codec.CODECS`
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 MODEL, CLUSTER, WORKER = ModelSettings(), ClusterSettings(), WorkerSettings()

@@ -29,7 +29,6 @@ from minidisagg.measure.records import STAGES as RECORD_STAGES
 from minidisagg.options import (
     DTYPES,
     KV_CODECS,
-    LINKS,
     Engine,
     engine_options,
     mode_option,
@@ -237,12 +236,10 @@ def test_sampling_flag_out_of_range() -> None:
 
 
 def test_choices_are_those_of_the_engine() -> None:
-    """The flags' choices are repeated in `options`, because their owners need torch."""
+    """The flag's choices are repeated in `options`, because their owner needs torch."""
     torch = pytest.importorskip("torch")
     from minidisagg.transfer.codec import CODECS
-    from minidisagg.transfer.links import KINDS
 
-    assert LINKS == ("auto", *KINDS)
     assert KV_CODECS == CODECS
     assert all(isinstance(getattr(torch, name), torch.dtype) for name in DTYPES if name != "auto")
     assert STAGES == RECORD_STAGES

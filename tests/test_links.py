@@ -26,7 +26,8 @@ from minidisagg.core.inputs import PieceDone
 from minidisagg.core.plan import TransferOp
 from minidisagg.runtime.worker import link_kind
 from minidisagg.transfer.emulate import EmulatedLink, Emulation
-from minidisagg.transfer.links import LinkError, LinkSetup, ThreadLink, make_link, resolve_kind
+from minidisagg.transfer.kinds import make_link, resolve_kind
+from minidisagg.transfer.links import LinkError, LinkSetup, ThreadLink
 
 KINDS = ["gloo", "shm", "tcp", "unix"]
 TWO_SIDED = ["gloo", "tcp", "unix"]
@@ -88,16 +89,18 @@ def open_link(
     kind: str, source: bool, epoch: int, kv: torch.Tensor, fd: int, run_dir: Path, timeout: float
 ) -> ThreadLink:
     return make_link(
-        kind,
-        source=source,
-        pair=PAIR,
-        link_epoch=epoch,
-        kv=kv,
-        kv_fd=fd,
-        codec="raw",
-        run_dir=run_dir,
-        wake=lambda: None,
-        timeout=timeout,
+        LinkSetup(
+            kind,
+            source=source,
+            pair=PAIR,
+            link_epoch=epoch,
+            kv=kv,
+            kv_fd=fd,
+            codec="raw",
+            run_dir=run_dir,
+            wake=lambda: None,
+            timeout=timeout,
+        )
     )
 
 
@@ -560,11 +563,11 @@ def test_a_source_of_another_pair_or_epoch_is_refused(
 ) -> None:
     caches = [make_cache(SMALL, torch.float32, seed) for seed in (1, None)]
     ends = [
-        make_link(
+        make_link(LinkSetup(
             kind, source=kv is caches[0][0], pair=source_pair if kv is caches[0][0] else PAIR,
             link_epoch=source_epoch if kv is caches[0][0] else 1, kv=kv, kv_fd=fd, codec="raw", run_dir=tmp_path,
             wake=lambda: None, timeout=TIMEOUT if met else 0.5,
-        )
+        ))
         for kv, fd in caches
     ]  # fmt: skip
     raised = meet(*ends)
@@ -724,15 +727,17 @@ def test_kinds_that_cannot_be_are_refused_in_one_line(tmp_path: Path) -> None:
         open_link("rdma", True, 1, kv, fd, tmp_path, 1.0)
     with pytest.raises(ValueError, match="memfd"):
         make_link(
-            "shm",
-            source=False,
-            pair=PAIR,
-            link_epoch=1,
-            kv=kv,
-            kv_fd=None,
-            codec="raw",
-            run_dir=tmp_path,
-            wake=lambda: None,
-            timeout=1.0,
+            LinkSetup(
+                "shm",
+                source=False,
+                pair=PAIR,
+                link_epoch=1,
+                kv=kv,
+                kv_fd=None,
+                codec="raw",
+                run_dir=tmp_path,
+                wake=lambda: None,
+                timeout=1.0,
+            )
         )
     os.close(fd)

@@ -18,6 +18,7 @@ from minidisagg.core.messages import LinkOpen, LinkReady
 from minidisagg.core.plan import TransferOp
 from minidisagg.runtime import linkset
 from minidisagg.runtime.linkset import LinkSet
+from minidisagg.transfer.links import LinkSetup
 
 EPOCH = 7
 
@@ -25,8 +26,7 @@ EPOCH = 7
 class FakeLink:
     """Does what the test says; `connect` and `abort` block until then."""
 
-    def __init__(self, **made: Any) -> None:
-        self.made = made
+    def __init__(self) -> None:
         self.started: list[TransferOp] = []
         self.done: list[PieceDone] = []
         self.reached, self.fenced = threading.Event(), threading.Event()
@@ -74,8 +74,8 @@ class Fixture:
         else:
             self.aborted.append((news.peer, news.link_epoch, news.outgoing))
 
-    def _make(self, kind: str, **made: Any) -> FakeLink:
-        self.links.append(FakeLink(**made))
+    def _make(self, setup: LinkSetup) -> FakeLink:
+        self.links.append(FakeLink())
         return self.links[-1]
 
     async def opened(self, connected: bool = True) -> FakeLink:
@@ -250,7 +250,7 @@ def test_a_link_that_cannot_be_made_fails_what_waits_for_it(
         at.set.open("d", EPOCH)
         at.set.start(TransferOp("d", EPOCH, 0, True, "r", 0, [0], [0], 1, (0, 1)))
 
-        def refuse(kind: str, **made: Any) -> FakeLink:
+        def refuse(setup: LinkSetup) -> FakeLink:
             raise OSError("too many open files")
 
         monkeypatch.setattr(linkset, "make_link", refuse)

@@ -22,7 +22,8 @@ from minidisagg.core.messages import LinkOpen, LinkReady, LinkStats, Piece
 from minidisagg.core.plan import TransferOp
 from minidisagg.runtime.kv_cache import KVCache
 from minidisagg.transfer.emulate import EmulatedLink, Emulation
-from minidisagg.transfer.links import Link, LinkError, make_link
+from minidisagg.transfer.kinds import make_link
+from minidisagg.transfer.links import Link, LinkError, LinkSetup
 
 LinkKey = tuple[str, int, bool]  # peer, link epoch, outgoing
 
@@ -156,10 +157,19 @@ class LinkSet:
     def _make(self, peer: str, link_epoch: int, source: bool) -> Link:
         pair = f"{self.name}-{peer}" if source else f"{peer}-{self.name}"
         link = make_link(
-            self.kind, source=source, pair=pair, link_epoch=link_epoch, kv=self.cache.data, kv_fd=self.cache.fd,
-            codec=self.codec, run_dir=self.run_dir, wake=self._wake,
-            timeout=self.timeout,
-        )  # fmt: skip
+            LinkSetup(
+                kind=self.kind,
+                source=source,
+                pair=pair,
+                link_epoch=link_epoch,
+                kv=self.cache.data,
+                kv_fd=self.cache.fd,
+                codec=self.codec,
+                run_dir=self.run_dir,
+                wake=self._wake,
+                timeout=self.timeout,
+            )
+        )
         return EmulatedLink(link, Emulation(latency=self.latency)) if source and self.latency else link
 
     def stats(self) -> list[LinkStats]:

@@ -63,7 +63,7 @@ from minidisagg.runtime.channel import Channel, ChannelError, connect, listen
 from minidisagg.runtime.executor import Executor, StepResult
 from minidisagg.runtime.kv_cache import KVCache, num_pages_for, page_bytes
 from minidisagg.runtime.linkset import LinkSet
-from minidisagg.transfer.links import resolve_kind
+from minidisagg.transfer.kinds import resolve_kind
 
 T = TypeVar("T")
 TICK = 0.25  # seconds between ticks and Stats

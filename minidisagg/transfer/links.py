@@ -1,4 +1,4 @@
-"""The one interface of all links, the thread that drives each of them, and the factory.
+"""The one interface of all links, and the thread that drives each of them.
 
 A `Link` is one direction of one (source, destination) pair under its own epoch. It moves bytes of whole KV pages and
 decides nothing: offers, grants, sequence numbers and deadlines are `core/handoff.py`. Each link has one thread, which
@@ -28,7 +28,6 @@ from minidisagg.core.inputs import PieceDone
 from minidisagg.core.plan import TransferOp
 from minidisagg.transfer.codec import make_codec
 
-KINDS = ("gloo", "nccl", "shm", "tcp", "unix")
 JOIN_SECONDS = 0.1
 MAX_OUTSTANDING = 4096  # operations started and not yet polled: the core keeps far fewer
 
@@ -257,50 +256,3 @@ class Trailer:
         if data[:24] == cls.pack(op, nbytes, checksum)[:24]:
             raise CorruptError(f"checksum mismatch in piece {op.seq}")
         raise LinkError(f"out of step: expected piece {op.seq} of {nbytes} bytes, got piece {seq} of {size}")
-
-
-def resolve_kind(kind: str, *device_types: str) -> str:
-    """The kind of link between caches on these device types ("cpu", "cuda"): `auto` is nccl between GPUs, else gloo.
-
-    Raises `ValueError` for an unknown kind and for one that cannot reach these devices.
-    """
-    if kind == "auto":
-        return "nccl" if device_types and all(device == "cuda" for device in device_types) else "gloo"
-    if kind not in KINDS:
-        raise ValueError(f"unknown link {kind!r}; known: auto, {', '.join(KINDS)}")
-    wanted = "cuda" if kind == "nccl" else "cpu"
-    if kind != "gloo" and any(device != wanted for device in device_types):
-        raise ValueError(f"link {kind!r} needs caches on {wanted}, not {', '.join(device_types)}")
-    return kind
-
-
-def make_link(
-    kind: str,
-    *,
-    source: bool,
-    pair: str,
-    link_epoch: int,
-    kv: Tensor,
-    kv_fd: int | None,
-    codec: str,
-    run_dir: Path,
-    wake: Wake,
-    timeout: float,
-) -> ThreadLink:
-    """One end of a link of a resolved `kind`. The destination makes its end first and tells the source its `endpoint`.
-
-    Raises `ValueError` for an unknown kind or codec and for a cache that the kind cannot serve.
-    """
-    setup = LinkSetup(kind, source, pair, link_epoch, kv, kv_fd, codec, run_dir, wake, timeout)
-    kind = resolve_kind(kind, kv.device.type)
-    if kind in ("gloo", "nccl"):
-        from minidisagg.transfer.dist import DistLink
-
-        return DistLink(setup)
-    if kind == "shm":
-        from minidisagg.transfer.mapped import ShmLink
-
-        return ShmLink(setup)
-    from minidisagg.transfer.stream import StreamLink
-
-    return StreamLink(setup)

@@ -1,0 +1,44 @@
+"""The kinds of links, and the family that each belongs to. Imports a family, and torch with it, only to make a link."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from minidisagg.transfer.links import LinkSetup, ThreadLink
+
+KINDS = ("gloo", "nccl", "shm", "tcp", "unix")
+
+
+def resolve_kind(kind: str, *device_types: str) -> str:
+    """The kind of link between caches on these device types ("cpu", "cuda"): `auto` is nccl between GPUs, else gloo.
+
+    Raises `ValueError` for an unknown kind and for one that cannot reach these devices.
+    """
+    if kind == "auto":
+        return "nccl" if device_types and all(device == "cuda" for device in device_types) else "gloo"
+    if kind not in KINDS:
+        raise ValueError(f"unknown link {kind!r}; known: auto, {', '.join(KINDS)}")
+    wanted = "cuda" if kind == "nccl" else "cpu"
+    if kind != "gloo" and any(device != wanted for device in device_types):
+        raise ValueError(f"link {kind!r} needs caches on {wanted}, not {', '.join(device_types)}")
+    return kind
+
+
+def make_link(setup: LinkSetup) -> ThreadLink:
+    """One end of a link of a resolved kind. The destination makes its end first and tells the source its `endpoint`.
+
+    Raises `ValueError` for an unknown kind or codec and for a cache that the kind cannot serve.
+    """
+    kind = resolve_kind(setup.kind, setup.kv.device.type)
+    if kind in ("gloo", "nccl"):
+        from minidisagg.transfer.dist import DistLink
+
+        return DistLink(setup)
+    if kind == "shm":
+        from minidisagg.transfer.mapped import ShmLink
+
+        return ShmLink(setup)
+    from minidisagg.transfer.stream import StreamLink
+
+    return StreamLink(setup)
