@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from minidisagg.core.blocks import IntegrityError
 from minidisagg.core.messages import Role
 from minidisagg.core.policy import (
+    Batch,
     ClusterView,
     Placement,
     Policy,
@@ -21,12 +22,9 @@ from minidisagg.core.policy import (
     RoleChange,
     Stage,
     Victim,
+    Work,
     WorkerView,
 )
-
-if TYPE_CHECKING:
-    from minidisagg.core.request import Request
-    from minidisagg.core.scheduler import BatchBuilder
 
 A = TypeVar("A")
 
@@ -71,13 +69,13 @@ class Checked(Policy):
             self._known("rebalance", change.worker, cluster.workers)
         return changes
 
-    def accept(self, offer: Request, worker: WorkerView) -> bool:
+    def accept(self, offer: Work, worker: WorkerView) -> bool:
         answer = self._ask("accept", lambda: self.asks.accept(offer, worker))
         if not isinstance(answer, bool):
             self._fail("accept", f"answered {answer!r}, not True or False")
         return answer
 
-    def order(self, request: Request, stage: Stage, worker: WorkerView) -> Any:
+    def order(self, request: Work, stage: Stage, worker: WorkerView) -> Any:
         def ask() -> Any:
             key = self.asks.order(request, stage, worker)
             bool(key < key)  # raises if it has no order
@@ -87,10 +85,10 @@ class Checked(Policy):
 
         return self._ask("order", ask)
 
-    def compose(self, batch: BatchBuilder, worker: WorkerView) -> None:
+    def compose(self, batch: Batch, worker: WorkerView) -> None:
         self._ask("compose", lambda: self.asks.compose(batch, worker))
 
-    def evict(self, worker: WorkerView, candidates: Sequence[Request]) -> Victim | None:
+    def evict(self, worker: WorkerView, candidates: Sequence[Work]) -> Victim | None:
         answer = self._ask("evict", lambda: self.asks.evict(worker, candidates))
         if answer is not None and not (isinstance(answer, Victim) and answer.request in candidates):
             self._fail("evict", f"answered {answer!r}, not a Victim among the candidates")

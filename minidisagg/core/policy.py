@@ -1,7 +1,7 @@
 """A scheduling policy: seven hooks, each with a working default, over read-only views.
 
 The defaults are first come first served, placed on the least loaded worker. A policy overrides what it wants to
-change; it asks the `BatchBuilder` and the views, and never touches the accounting. Each worker and the router have an
+change; it asks the views and the `Batch`, and never touches the accounting. Each worker and the router have an
 instance of their own: what `place` sets cannot be read in `compose` except through the request.
 """
 
@@ -10,13 +10,9 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from minidisagg.core.messages import Role
-
-if TYPE_CHECKING:
-    from minidisagg.core.request import Request
-    from minidisagg.core.scheduler import BatchBuilder
 
 Stage = Literal["prefill", "transfer", "decode"]
 
@@ -41,7 +37,7 @@ class Placement:
 class Victim:
     """Whose pages are to be freed; it goes back through the router and is computed again."""
 
-    request: Request
+    request: Work
 
 
 @dataclass(frozen=True)
@@ -61,8 +57,8 @@ class WorkerOptions:
     chunk: int = 0  # most prompt tokens of one request in one step; 0: no limit but the budget
 
 
-class RequestView(Protocol):
-    """What `admit` and `place` see of a request."""
+class AnyRequest(Protocol):
+    """What every hook sees of a request."""
 
     @property
     def request_id(self) -> str: ...
@@ -74,6 +70,11 @@ class RequestView(Protocol):
     def prefill_len(self) -> int: ...
     @property
     def max_tokens(self) -> int: ...
+
+
+class RequestView(AnyRequest, Protocol):
+    """What `admit` and `place` see of a request."""
+
     @property
     def prefill(self) -> str:
         """The worker that holds its KV, where `place` is asked again because it left `decode` open; else empty."""
@@ -126,6 +127,47 @@ class ClusterView:
         return (worker.queued_tokens + tokens) * worker.t_prefill_token
 
 
+class Work(AnyRequest, Protocol):
+    """What a worker's hooks see of a request there: what is done, and what remains."""
+
+    @property
+    def prompt(self) -> Sequence[int]: ...
+    @property
+    def output(self) -> Sequence[int]: ...
+    @property
+    def pages(self) -> Sequence[int]: ...
+    @property
+    def num_scheduled(self) -> int: ...
+    @property
+    def remaining(self) -> int: ...
+    @property
+    def is_prefill(self) -> bool: ...
+
+
+class Batch(Protocol):
+    """One step under construction, as `compose` fills it."""
+
+    @property
+    def running(self) -> Sequence[Any]:
+        """`Work` that may be added, in the policy's order."""
+        ...
+
+    @property
+    def waiting(self) -> Sequence[Any]:
+        """`Work` that may be added, in the policy's order."""
+        ...
+
+    @property
+    def tokens_left(self) -> int: ...
+    @property
+    def seqs_left(self) -> int: ...
+    @property
+    def empty(self) -> bool: ...
+    def add(self, request: Any, limit: int | None = None) -> int:
+        """Put up to `limit` tokens of the request (default: all that remain) into the step; how many went in."""
+        ...
+
+
 class WorkerView(Protocol):
     """What a worker's hooks see of it."""
 
@@ -144,9 +186,9 @@ class WorkerView(Protocol):
     @property
     def free_pages(self) -> int: ...
     @property
-    def running(self) -> Sequence[Request]: ...
+    def running(self) -> Sequence[Work]: ...
     @property
-    def waiting(self) -> Sequence[Request]: ...
+    def waiting(self) -> Sequence[Work]: ...
     @property
     def expected(self) -> int:
         """Requests whose KV is on its way here."""
@@ -193,15 +235,15 @@ class Policy:
 
     # ------------------------------------------------------------ a worker's hooks
 
-    def accept(self, offer: Request, worker: WorkerView) -> bool:
+    def accept(self, offer: Work, worker: WorkerView) -> bool:
         """Grant now, if there are pages, or let the offered request wait."""
         return len(worker.running) + worker.expected < worker.options.max_num_seqs
 
-    def order(self, request: Request, stage: Stage, worker: WorkerView) -> Any:
+    def order(self, request: Work, stage: Stage, worker: WorkerView) -> Any:
         """Sort key within one stage."""
         return (-request.priority, request.arrival)
 
-    def compose(self, batch: BatchBuilder, worker: WorkerView) -> None:
+    def compose(self, batch: Batch, worker: WorkerView) -> None:
         """Fill one step: whatever is running, then whole prompts in order, fused into the same step."""
         for request in batch.running:
             batch.add(request)
@@ -209,6 +251,6 @@ class Policy:
             if not batch.add(request):
                 break
 
-    def evict(self, worker: WorkerView, candidates: Sequence[Request]) -> Victim | None:
+    def evict(self, worker: WorkerView, candidates: Sequence[Work]) -> Victim | None:
         """Whose pages to free for a decode that needs one; `candidates` are neither in flight nor in the batch."""
         return Victim(max(candidates, key=lambda r: (-r.priority, r.arrival))) if candidates else None

@@ -237,9 +237,10 @@ class Scheduler:
         victim = self.policy.evict(self.view, candidates)
         if victim is None:
             return None
+        request = next(r for r in candidates if r is victim.request)
         self.preemptions += 1
-        self._preempted(victim.request)
-        return victim.request
+        self._preempted(request)
+        return request
 
     def publish(self, request: Request) -> None:
         """Offer the pages that have become full and confirmed to the prefix cache."""

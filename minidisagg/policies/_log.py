@@ -9,23 +9,30 @@ policy gives the same answer to it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
-from minidisagg.core.policy import Policy, Reject
-
-if TYPE_CHECKING:
-    from minidisagg.core.policy import ClusterView, Placement, RequestView, RoleChange, Stage, Victim, WorkerView
-    from minidisagg.core.request import Request
-    from minidisagg.core.scheduler import BatchBuilder
+from minidisagg.core.policy import (
+    Batch,
+    ClusterView,
+    Placement,
+    Policy,
+    Reject,
+    RequestView,
+    RoleChange,
+    Stage,
+    Victim,
+    Work,
+    WorkerView,
+)
 
 A = TypeVar("A")
 Write = Callable[[bytes], object]
 REQUEST = "request_id", "arrival", "priority", "prefill_len", "max_tokens", "prefill"
 CLUSTER = "waiting", "waiting_tokens", "max_waiting", "max_waiting_tokens", "workers"
 WORKER = "name", "role", "options", "page_size", "num_pages", "free_pages", "expected"
-ON_WORKER = "request_id", "arrival", "priority", "prefill_len", "num_scheduled", "remaining", "is_prefill"
+ON_WORKER = "request_id", "arrival", "priority", "prefill_len", "max_tokens", "num_scheduled", "remaining", "is_prefill"
 
 
 class Logged(Policy):
@@ -47,21 +54,21 @@ class Logged(Policy):
     def rebalance(self, cluster: ClusterView) -> list[RoleChange]:
         return self._routed("rebalance", cluster, lambda: self.asks.rebalance(cluster))
 
-    def accept(self, offer: Request, worker: WorkerView) -> bool:
+    def accept(self, offer: Work, worker: WorkerView) -> bool:
         answer = self.asks.accept(offer, worker)
         asked = _seen(offer, "request_id", "arrival", "priority", "prefill_len", "max_tokens")
         self._log("accept", worker.now, answer, request=asked, worker=_worker(worker))
         return answer
 
-    def order(self, request: Request, stage: Stage, worker: WorkerView) -> Any:
+    def order(self, request: Work, stage: Stage, worker: WorkerView) -> Any:
         answer = self.asks.order(request, stage, worker)
         self._log("order", worker.now, answer, request=_work(request), stage=stage, worker=_seen(worker, *WORKER))
         return answer
 
-    def compose(self, batch: BatchBuilder, worker: WorkerView) -> None:
+    def compose(self, batch: Batch, worker: WorkerView) -> None:
         before, add, adds = _worker(worker), batch.add, list[tuple[str, int | None, int]]()
 
-        def noted(request: Request, limit: int | None = None) -> int:
+        def noted(request: Work, limit: int | None = None) -> int:
             adds.append((request.request_id, limit, count := add(request, limit)))
             return count
 
@@ -70,7 +77,7 @@ class Logged(Policy):
         if adds or before["waiting"] or before["running"]:
             self._log("compose", worker.now, adds, worker=before)
 
-    def evict(self, worker: WorkerView, candidates: Sequence[Request]) -> Victim | None:
+    def evict(self, worker: WorkerView, candidates: Sequence[Work]) -> Victim | None:
         answer = self.asks.evict(worker, candidates)
         victim = None if answer is None else answer.request.request_id
         names = [request.request_id for request in candidates]
@@ -104,8 +111,8 @@ def _seen(of: object, *names: str) -> dict[str, Any]:
     return {name: getattr(of, name) for name in names}
 
 
-def _work(request: Request) -> dict[str, Any]:
-    sizes = {"max_tokens": request.sampling.max_tokens, "output": len(request.output), "pages": len(request.pages)}
+def _work(request: Work) -> dict[str, Any]:
+    sizes = {"output": len(request.output), "pages": len(request.pages)}
     return _seen(request, *ON_WORKER) | sizes
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from minidisagg.core.policy import Policy, WorkerView
-from minidisagg.core.scheduler import BatchBuilder
+from minidisagg.core.policy import Batch, Policy, WorkerView
 
 
 class PrefillFirst(Policy):
     """Whole prompts by themselves as long as there are any with room; otherwise all decodes."""
 
-    def compose(self, batch: BatchBuilder, worker: WorkerView) -> None:
+    def compose(self, batch: Batch, worker: WorkerView) -> None:
         """A step is either prompts or decodes."""
         for request in (*batch.running, *batch.waiting):
             if request.is_prefill and not batch.add(request):

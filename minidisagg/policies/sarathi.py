@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from minidisagg.core.policy import Policy, WorkerView
-from minidisagg.core.scheduler import BatchBuilder
+from minidisagg.core.policy import Batch, Policy, WorkerView
 
 
 class Sarathi(Policy):
@@ -16,7 +15,7 @@ class Sarathi(Policy):
             raise ValueError(f"sarathi: chunk must be a number of tokens, at least 1, not {chunk}")
         self.chunk = chunk
 
-    def compose(self, batch: BatchBuilder, worker: WorkerView) -> None:
+    def compose(self, batch: Batch, worker: WorkerView) -> None:
         """One token for each decode; what is left of the budget goes to prompts."""
         left = self.chunk
         for request in batch.running:
