@@ -72,6 +72,7 @@ class EngineCore:
         self.outbox: list[Effect] = []
         self.pool = BlockPool(spec.num_pages)
         self.requests: dict[SeqKey, Request] = {}
+        self._incarnations: dict[str, list[Request]] = {}  # of each request that is here; seldom more than one
         self.plans: dict[int, StepPlan] = {}  # steps in flight
         self.peers: dict[str, int] = {}  # per worker, the lowest epoch that is not known to be dead
         self.up: dict[str, int] = {}  # per worker, the epoch of its last `PeerUp`
@@ -155,6 +156,8 @@ class EngineCore:
     def check_integrity(self) -> None:
         """The pool's invariants, and that its references are exactly what the requests hold."""
         self.pool.check_integrity()
+        if sum(map(len, self._incarnations.values())) != len(self.requests):
+            raise IntegrityError("requests and their incarnations disagree")
         holders = [0] * self.spec.num_pages
         for request in self.requests.values():
             reserved: list[int] = []
@@ -269,7 +272,7 @@ class EngineCore:
     def _on_abort(self, source: str, message: Abort, _: float) -> None:
         self._close(message.request_id, message.incarnation)
         self._forget_offers(message.request_id, message.incarnation)
-        for request in [r for r in self.requests.values() if r.request_id == message.request_id]:
+        for request in self._incarnations.get(message.request_id, [])[:]:
             if request.incarnation <= message.incarnation:
                 self._end(request)
 
@@ -457,6 +460,9 @@ class EngineCore:
         if request.introduced:
             self._dropped.append(request.key)
         del self.requests[request.key]
+        self._incarnations[request.request_id].remove(request)
+        if not self._incarnations[request.request_id]:
+            del self._incarnations[request.request_id]
         self.scheduler.trust(request)
         self._close(request.request_id, request.incarnation)
 
@@ -470,7 +476,7 @@ class EngineCore:
         """Over, aborted, or here already; a newer incarnation ends an older one that is still here."""
         if incarnation <= self._fence.get(request_id, -1) or (request_id, incarnation) in self.requests:
             return True
-        for request in [r for r in self.requests.values() if r.request_id == request_id]:
+        for request in self._incarnations.get(request_id, [])[:]:
             if request.incarnation > incarnation:
                 return True
             self._end(request)
@@ -485,6 +491,7 @@ class EngineCore:
 
     def _add(self, request: Request) -> None:
         self.requests[request.key] = request
+        self._incarnations.setdefault(request.request_id, []).append(request)
         self.scheduler.suspect(request)
 
     def _send(self, dest: str, body: AnyMessage) -> None:
