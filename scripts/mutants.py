@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 ENVIRONMENT = Path(os.environ.get("MINIDISAGG_MUTANTS_VENV") or ROOT / ".venv-mutants")
 PACKAGES = ["mutmut==3.8.1", "msgspec>=0.18", "hypothesis>=6.100", "pytest>=8.2", "pytest-timeout>=2.3"]
 # The core's tests: a quarter of a minute on one quiet core, without processes and without torch.
-FILES = "blocks engine deadlines router policies messages inputlog simulator stateful".split()
+FILES = "blame blocks engine deadlines router policies rehearsal messages inputlog simulator stateful".split()
 TESTS = [*(f"tests/test_{name}.py" for name in FILES), "tests/test_fuzz.py::test_faults_lose_nothing[0]"]
 NOTHING = "no.such.mutant"  # mutmut then makes all mutants, times the tests, and stops
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+from msgspec.structs import replace
 from stepwise import Stepwise, spec
 
 from minidisagg.core.blocks import PageState
-from minidisagg.core.effects import Send, StartTransfer
+from minidisagg.core.checked import PolicyError
+from minidisagg.core.effects import AbortLink, OpenLink, Send, StartTransfer
 from minidisagg.core.engine import EngineCore, StalledError
 from minidisagg.core.inputs import AbortConfirmed, PieceDone, Received, Schedule, StepDone, Tick
 from minidisagg.core.messages import (
@@ -533,3 +537,106 @@ def test_the_first_token_tells_how_long_its_prompt_queued_and_was_computed() -> 
     first, second = (token for output in hand.sent(StepOutput) for token in output.tokens)  # type: ignore[union-attr]
     assert (first.queue_s, first.prefill_s) == (pytest.approx(2.0), pytest.approx(0.01))
     assert (second.queue_s, second.prefill_s) == (0.0, 0.0)
+
+
+class Odd(Policy):
+    """Gives the request `odd` a key that no other can be compared with, and evicts whatever `victim` says."""
+
+    victim: Any = None
+
+    def order(self, request: Any, stage: Any, worker: Any) -> Any:
+        return "odd" if request.request_id == "odd" else super().order(request, stage, worker)
+
+    def evict(self, worker: Any, candidates: Any) -> Any:
+        return self.victim
+
+
+def test_a_request_that_has_no_place_in_the_order_fails_and_the_queue_stands() -> None:
+    hand = Hand(policy=Odd())
+    hand.receive(submit("a", 4, max_tokens=1), submit("odd", 4), submit("b", 4, max_tokens=1))
+    assert [r.request_id for r in hand.core.scheduler.waiting] == ["a", "b"]
+    [send] = [e for e in hand.core.outbox if isinstance(e, Send) and isinstance(e.body, Failed)]
+    assert send.dest == ROUTER and send.body.request_id == "odd"
+    assert send.body.reason.startswith("policy Odd: order raised TypeError: ")
+    hand.step()
+    assert hand.core.idle
+    hand.receive(offer("c", 4, LINK), offer("odd", 4, LINK, incarnation=1), source="p", epoch=1)
+    assert [f.incarnation for f in hand.sent(Failed)] == [0, 1]  # type: ignore[union-attr]
+    assert ("c", 0) in hand.core.requests and ("odd", 1) not in hand.core.requests
+
+
+def test_a_victim_that_is_none_is_named() -> None:
+    policy = Odd()
+    hand = Hand(spec("w", num_pages=3, prefix_caching=False), policy)
+    hand.receive(submit("a", 4, arrival=0.0), submit("b", 4, arrival=1.0))
+    policy.victim = 5
+    with pytest.raises(PolicyError, match="policy Odd: evict answered 5, not a Victim among the candidates"):
+        for _ in range(8):
+            hand.step()
+
+
+def test_prefix_hits_are_told_with_the_first_token_only() -> None:
+    hand = Hand()
+    hand.receive(submit("a", 9, max_tokens=1))
+    hand.step()
+    hand.receive(Submit("b", 0, RequestSpec(prompt=submit("a", 9).spec.prompt, sampling=SamplingParams(max_tokens=3))))
+    for _ in range(3):
+        hand.step()
+    steps = hand.sent(StepOutput)
+    assert [step.step_id for step in steps] == [1, 2, 3, 4]  # type: ignore[union-attr]
+    told = [(t.request_id, t.cached_tokens) for step in steps for t in step.tokens]  # type: ignore[union-attr]
+    assert told == [("a", 0), ("b", 8), ("b", 0), ("b", 0)]
+
+
+def test_news_of_a_peer_that_is_dead_already_brings_it_not_back() -> None:
+    hand = Hand()
+    hand.receive(PeerUp("d", 2, ""), PeerDown("d", 2), submit("a", 4, decode="d"))
+    hand.step()
+    [open_link] = [e for e in hand.core.outbox if isinstance(e, OpenLink)]
+    hand.receive(PeerUp("d", 2, ""))  # a late copy
+    assert not [e for e in hand.core.outbox if isinstance(e, AbortLink)]
+    hand.receive(PeerUp("d", 3, ""))
+    [abort] = [e for e in hand.core.outbox if isinstance(e, AbortLink)]
+    assert (abort.link_epoch, abort.outgoing, abort.peer_dead) == (open_link.link_epoch, True, True)
+
+
+def test_offers_wait_for_an_engine_whose_step_still_flies() -> None:
+    """It is not empty, so that its policy may still change its mind."""
+    hand = Hand(policy=Closed())
+    hand.receive(submit("gone", 4))
+    plan = hand.core.on(Schedule(), hand.now)
+    assert plan is not None
+    hand.receive(Abort("gone", 0))
+    hand.receive(offer("a", 8, LINK), source="p", epoch=1)
+    hand.live(4.0)
+    assert not hand.sent(KVFailed)
+    hand.done(plan)
+    hand.live(2.7)
+    assert hand.sent(KVFailed)
+
+
+def test_each_chunk_renews_the_lease_at_the_destination() -> None:
+    hand = Hand()
+    hand.receive(offer("a", 8, LINK), source="p", epoch=1)
+    hand.live(4.0)
+    hand.receive(KVChunk("a", 0, LINK, 0, 0, 1, (0, 2)), source="p", epoch=1)
+    hand.core.on(PieceDone("p", LINK, 0, False, True), hand.now)
+    hand.live(4.5)
+    assert not hand.sent(KVFailed)
+    hand.live(0.7)
+    assert hand.sent(KVFailed)
+
+
+def test_cohorts_are_forgotten_with_their_last_request() -> None:
+    hand = Hand()
+    suspects = [replace(submit(name, 4, max_tokens=2), spec=replace(submit(name, 4).spec, cohort=c)) for name, c in
+                (("a", 1), ("b", 1), ("c", 2))]  # fmt: skip
+    hand.receive(*suspects, submit("free", 4, max_tokens=2))
+    assert hand.core.scheduler.cohorts == {1: 2, 2: 1}
+    alone = [sizes(hand.step()).keys() for _ in range(3)]
+    assert sorted(map(sorted, alone)) == [["a", "b"], ["c"], ["free"]]
+    hand.receive(Abort("c", 0))
+    assert hand.core.scheduler.cohorts == {1: 2}
+    for _ in range(4):
+        hand.step()
+    assert not hand.core.scheduler.cohorts

@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 from minidisagg.config import RunSettings
-from minidisagg.core.inputlog import Entry, Scheduled, read_log, replay
+from minidisagg.core.inputlog import read_entries, replay
 from minidisagg.core.plan import PlanItem, SeqInit, StepPlan
 from minidisagg.model.loader import load_config, load_weights
 from minidisagg.model.transformer import Transformer
@@ -185,15 +185,13 @@ def batch_of_one(prompt: list[int], count: int) -> list[int]:
 
 def chunks_of_prompts(log: Path) -> Counter[str]:
     """In how many steps each request's first prefill was computed, of those that found nothing in the prefix cache."""
-    decoder = msgspec.msgpack.Decoder(Entry)
     length = {f"{index:08d}": len(prompt) for index, prompt in enumerate(PROMPTS)}
     counts: Counter[str] = Counter()
     hits: set[str] = set()
     with log.open("rb") as file:
-        for record in list(read_log(file))[1:]:
-            entry = decoder.decode(record)
-            if isinstance(entry, Scheduled) and entry.plan is not None:
-                for item in entry.plan.items:
+        for _, plan in read_entries(file)[1]:
+            if plan is not None:
+                for item in plan.items:
                     if item.incarnation == 0 and item.start < length[item.request_id]:
                         if item.request_id not in counts and item.start > 0:
                             hits.add(item.request_id)

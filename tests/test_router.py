@@ -22,6 +22,7 @@ from minidisagg.core.messages import (
     RequestSpec,
     Role,
     SamplingParams,
+    SetPolicy,
     SetRole,
     Stats,
     StepOutput,
@@ -488,3 +489,34 @@ def test_a_workers_figures_are_smoothed_and_kept_apart_by_phase() -> None:
     assert (status.t_prefill_token, status.t_decode_step) == (pytest.approx(0.12), pytest.approx(0.6))
     hand.say("w", Stats(Role.BOTH, 5, 0, 0, 0, 0, 0, 40, 0, 20, 4, 0))
     assert status.pages_free == 60
+
+
+@pytest.mark.parametrize("answer", [Reject(1.0, "later"), Placement("p", None)])
+def test_a_policy_that_names_no_decode_worker_after_prefill_has_it_computed_again(answer: object) -> None:
+    policy = Broken(place=Placement("p", None))
+    hand = Hand({"p": Role.PREFILL, "d": Role.DECODE}, policy)
+    hand.request("a")
+    hand.take()
+    policy.answers["place"] = answer
+    hand.token("p", "a", 0)
+    assert ("p", Abort("a", 0)) in hand.take()
+    assert hand.router.requests["a"].incarnation == 1 and hand.router.requests["a"].prefilling
+    hand.router.check_integrity()
+
+
+def test_a_new_policy_reaches_every_worker_and_those_that_come_later() -> None:
+    hand = Hand({"w": Role.BOTH, "x": Role.BOTH})
+    hand.router.set_policy("mine:k=1", Policy(), hand.now)
+    assert [effect for effect in hand.take() if isinstance(effect, tuple)] == [
+        ("w", SetPolicy("mine:k=1")), ("x", SetPolicy("mine:k=1"))
+    ]  # fmt: skip
+    hand.say("y", Hello(Role.BOTH, 64, 4, 256, "f", "", 0, 1))
+    assert ("y", SetPolicy("mine:k=1")) in hand.take()
+
+
+def test_a_role_that_a_worker_has_already_is_no_flip() -> None:
+    hand = Hand({"w": Role.BOTH})
+    hand.router.set_role(RoleChange("w", Role.BOTH), hand.now)
+    assert hand.router.view.workers["w"].takes(Role.PREFILL)
+    hand.router.on_tick(hand.now)
+    assert not hand.take()

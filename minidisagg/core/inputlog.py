@@ -61,15 +61,31 @@ def read_log(log: BinaryIO) -> Iterator[bytes]:
         yield data
 
 
+def read_entries(log: BinaryIO) -> tuple[EngineSpec, Iterator[tuple[Entry, StepPlan | None]]]:
+    """What the engine was built from, and each of its inputs, a `Schedule` with the plan that came of it."""
+    records, decoder = read_log(log), msgspec.msgpack.Decoder(Entry)
+    spec = msgspec.msgpack.decode(next(records), type=EngineSpec)
+
+    def entries() -> Iterator[tuple[Entry, StepPlan | None]]:
+        for record in records:
+            entry, plan = decoder.decode(record), None
+            if isinstance(entry.what, Schedule):
+                if (answer := next(records, None)) is None:
+                    return  # killed while it planned
+                plan = _plans.decode(answer)
+            yield entry, plan
+
+    return spec, entries()
+
+
 def replay(
     log: BinaryIO, load_policy: Callable[[str], Policy]
 ) -> Iterator[tuple[StepPlan | None, StepPlan | None]]:  # fmt: skip
     """(recorded plan, replayed plan) of every `Schedule`; `load_policy` makes the policies by their names."""
-    records, decoder = read_log(log), msgspec.msgpack.Decoder(Entry)
-    core = EngineCore(msgspec.msgpack.decode(next(records), type=EngineSpec), load_policy)
-    for record in records:
-        entry = decoder.decode(record)
+    spec, entries = read_entries(log)
+    core = EngineCore(spec, load_policy)
+    for entry, recorded in entries:
         plan = core.on(entry.what, entry.now)
-        if isinstance(entry.what, Schedule) and (recorded := next(records, None)) is not None:
+        if isinstance(entry.what, Schedule):
             # Through the encoder as the recorded plan was: block tables are live lists until then.
-            yield _plans.decode(recorded), _plans.decode(msgspec.msgpack.encode(plan))
+            yield recorded, _plans.decode(msgspec.msgpack.encode(plan))
