@@ -181,7 +181,7 @@ def test_a_scored_prompt_has_a_salt_of_its_own(served: Serving) -> None:
     def salts(body: dict[str, Any]) -> list[str]:
         before = worker.seen
         assert post(served, "/v1/completions", {"max_tokens": 1, **body})[0] == 200
-        return [submit.salt for submit in worker.submitted[before - worker.seen :]]
+        return [submit.spec.salt for submit in worker.submitted[before - worker.seen :]]
 
     plain = [salts({"prompt": "a", **more}) for more in ({}, {"echo": True}, {"logprobs": 1}, {"n": 2})]
     assert {salt for some in plain for salt in some} == {""}

@@ -118,13 +118,13 @@ class Supervisor:
                 stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, env=_environment(config),
             )  # fmt: skip
         self.processes[name] = process
-        for work in self._watch(name, config.epoch, process), self._kill_if_silent(name, config.epoch):
+        for work in self._watch(name, config.epoch, process), self._kill_if_silent(name, config.epoch, HELLO_TIMEOUT):
             task = asyncio.get_running_loop().create_task(work)
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _kill_if_silent(self, name: str, epoch: int) -> None:
-        for _ in range(round(HELLO_TIMEOUT)):  # in seconds that this process lives through
+    async def _kill_if_silent(self, name: str, epoch: int, seconds: float) -> None:
+        for _ in range(round(seconds)):  # that this process lives through
             await asyncio.sleep(1.0)
             if (name, epoch) in self.greeted:
                 return
