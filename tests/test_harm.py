@@ -77,7 +77,7 @@ async def one_of_many(shape: ClusterSettings, count: int) -> tuple[Frontend, lis
         results.remove(guilty)
         assert [result.finish for result in results] == ["length"] * (count - 1), [r.error for r in results]
         assert await run_to_end(frontend, PROMPTS[:4], greedy(4)), "and the engine goes on"
-        await assert_clean(frontend)
+        await assert_clean(frontend, within=15.0)  # an abort over gloo lasts as long as its wait, 10 s
         return frontend, [result.tokens for result in results]
 
 
