@@ -10,7 +10,6 @@ from simfuzz import verdict
 
 from minidisagg.core.messages import Role, SamplingParams
 from minidisagg.core.policy import Policy, WorkerOptions
-from minidisagg.core.router import Router, Tracked
 from minidisagg.core.spec import EngineSpec
 from minidisagg.sim.simulator import Simulator
 
@@ -30,20 +29,6 @@ def build(roles: list[int], requests: int, depth: int, seed: int, options: Worke
         prompt = [rng.randrange(1000) for _ in range(rng.randint(4, 20))]
         sim.submit(f"r{index}", prompt, SamplingParams(max_tokens=40, temperature=0.0), rng.random() * 0.05)
     return sim
-
-
-@pytest.fixture
-def charged(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """What each request was charged with at its end."""
-    found: dict[str, int] = {}
-    finish = Router._finish
-
-    def noted(self: Router, request: Tracked, *rest: object, **more: object) -> None:
-        found[request.request_id] = request.failures
-        finish(self, request, *rest, **more)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Router, "_finish", noted)
-    return found
 
 
 @pytest.mark.parametrize("depth", [0, 1])

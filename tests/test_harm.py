@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from cluster import (
 )
 
 from minidisagg.config import ClusterSettings, Mode, RunSettings
-from minidisagg.core.router import Emit, Router, Tracked
+from minidisagg.core.router import Emit, Router
 from minidisagg.runtime.frontend import EngineError, Frontend, _make_run_dir
 from minidisagg.runtime.launch import Supervisor
 
@@ -44,19 +44,6 @@ GUILTY = "00000004"
 def hooks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("minidisagg.runtime.launch.BACKOFF", (0.0,))
     monkeypatch.syspath_prepend(HOOKS)  # the supervisor hands its path on to the workers
-
-
-@pytest.fixture
-def charged(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
-    found: dict[str, int] = {}
-    finish = Router._finish
-
-    def noted(self: Router, request: Tracked, *rest: object, **more: object) -> None:
-        found[request.request_id] = request.failures
-        finish(self, request, *rest, **more)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Router, "_finish", noted)
-    yield found
 
 
 async def until(condition: Callable[[], bool], within: float = 20.0) -> None:

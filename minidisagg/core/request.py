@@ -6,7 +6,7 @@ from enum import Enum, auto
 from typing import Any
 
 from minidisagg.core.blocks import page_hash, prefix_root
-from minidisagg.core.messages import KVOffer, SamplingParams, Submit
+from minidisagg.core.messages import KVOffer, RequestSpec, SamplingParams, Submit
 from minidisagg.core.plan import SeqKey
 
 
@@ -26,7 +26,34 @@ class State(Enum):
     DONE = auto()  # no pages, no step: forgotten
 
 
-class Request:
+class OfSpec:
+    """What the spec of a request says, for whoever has one."""
+
+    __slots__ = ()
+    spec: RequestSpec
+
+    @property
+    def prompt(self) -> list[int]:
+        """What the client sent."""
+        return self.spec.prompt
+
+    @property
+    def arrival(self) -> float:
+        """Seconds on the router's clock; it may lie before the time at which the router heard of the request."""
+        return self.spec.arrival
+
+    @property
+    def priority(self) -> int:
+        """The higher, the earlier."""
+        return self.spec.priority
+
+    @property
+    def max_tokens(self) -> int:
+        """Output limit; the upper bound of its length."""
+        return self.spec.sampling.max_tokens
+
+
+class Request(OfSpec):
     """One incarnation of a request on one worker.
 
     Two counters keep a step ahead honest: `num_scheduled` positions are in plans, `num_computed` of them are
@@ -91,29 +118,9 @@ class Request:
         return self.request_id, self.incarnation
 
     @property
-    def prompt(self) -> list[int]:
-        """What the client sent."""
-        return self.spec.prompt
-
-    @property
     def sampling(self) -> SamplingParams:
         """How its tokens are chosen."""
         return self.spec.sampling
-
-    @property
-    def arrival(self) -> float:
-        """Seconds on the router's clock."""
-        return self.spec.arrival
-
-    @property
-    def priority(self) -> int:
-        """The higher, the earlier."""
-        return self.spec.priority
-
-    @property
-    def max_tokens(self) -> int:
-        """Output limit; the upper bound of its length."""
-        return self.spec.sampling.max_tokens
 
     @property
     def num_tokens(self) -> int:

@@ -49,6 +49,7 @@ from minidisagg.core.messages import (
 )
 from minidisagg.core.plan import SeqKey
 from minidisagg.core.policy import ClusterView, Placement, Policy, Reject, RoleChange, WorkerStatus
+from minidisagg.core.request import OfSpec
 
 MAX_FAILURES = 3  # a request that is charged with this many ends in an error
 SMOOTHING = 0.2  # weight of the newest step in the running means
@@ -100,7 +101,7 @@ RouterEffect = Send | Emit | Kill
 
 
 @dataclass
-class Tracked:
+class Tracked(OfSpec):
     """One accepted request: the log entry, and where it is."""
 
     request_id: str
@@ -130,26 +131,6 @@ class Tracked:
     def prefill_len(self) -> int:
         """Tokens that the next prefill computes."""
         return len(self.spec.prompt) + len(self.emitted)
-
-    @property
-    def prompt(self) -> list[int]:
-        """What the client sent."""
-        return self.spec.prompt
-
-    @property
-    def arrival(self) -> float:
-        """Seconds on this clock; it may lie before the time at which the router heard of the request."""
-        return self.spec.arrival
-
-    @property
-    def priority(self) -> int:
-        """The higher, the earlier."""
-        return self.spec.priority
-
-    @property
-    def max_tokens(self) -> int:
-        """Output limit; the upper bound of its length."""
-        return self.spec.sampling.max_tokens
 
 
 @dataclass
