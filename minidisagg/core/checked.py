@@ -34,7 +34,7 @@ class PolicyError(RuntimeError):
 
 
 class Checked(Policy):
-    """Asks another policy. Every hook raises `PolicyError` and nothing else."""
+    """Asks another policy. What a hook of it does wrong is a `PolicyError`, whatever it was."""
 
     asks: Policy
 

@@ -23,13 +23,13 @@ class OpenLink(Struct, frozen=True, array_like=True):
 
 
 class StartTransfer(Struct, frozen=True, array_like=True):
-    """Start this piece; its `PieceDone` comes back through `on_transfer_done`."""
+    """Start this piece; it comes back as `PieceDone`."""
 
     op: TransferOp
 
 
 class AbortLink(Struct, frozen=True, array_like=True):
-    """Give the link up; `on_link_aborted` says when nothing of it can touch this worker's pages any more."""
+    """Give the link up; `AbortConfirmed` says when nothing of it can touch this worker's pages any more."""
 
     peer: str
     link_epoch: int
