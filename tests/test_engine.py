@@ -640,3 +640,18 @@ def test_cohorts_are_forgotten_with_their_last_request() -> None:
     for _ in range(4):
         hand.step()
     assert not hand.core.scheduler.cohorts
+
+
+class Wide(Policy):
+    """Fills its step from all that is on the worker, not from what the batch offers."""
+
+    def compose(self, batch: Any, worker: Any) -> None:
+        for request in (*worker.running, *worker.waiting):
+            batch.add(request)
+
+
+def test_suspects_stay_apart_whatever_a_policy_adds() -> None:
+    hand = Hand(policy=Wide())
+    suspect = submit("a", 4, max_tokens=2)
+    hand.receive(replace(suspect, spec=replace(suspect.spec, cohort=1)), submit("free", 4, max_tokens=2))
+    assert [list(sizes(hand.step())) for _ in range(2)] in ([["a"], ["free"]], [["free"], ["a"]])
