@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from minidisagg.core.plan import TransferOp
+from minidisagg.core.plan import Piece
 from minidisagg.transfer.codec import Block, Checksum, RawCodec, cache_rows, cut, make_codec, runs
 
 LAYERS, PAGES = 3, 10
@@ -20,8 +20,8 @@ def random_cache(dtype: torch.dtype = torch.float32, tail: tuple[int, ...] = (2,
     return torch.randn(LAYERS, 2, PAGES, *tail, generator=generator).to(dtype)
 
 
-def op(pages: list[int], layers: tuple[int, int] = (0, LAYERS)) -> TransferOp:
-    return TransferOp("peer", 1, 0, True, "r", 1, pages, [], len(pages), layers)
+def op(pages: list[int], layers: tuple[int, int] = (0, LAYERS)) -> Piece:
+    return Piece("peer", 1, 0, True, "r", 1, pages, [], len(pages), layers)
 
 
 def checksum(rows: torch.Tensor) -> int:

@@ -7,7 +7,7 @@ from test_engine import LINK, Hand, offer, submit
 from minidisagg.core.blocks import PageState
 from minidisagg.core.effects import AbortLink
 from minidisagg.core.inputs import AbortConfirmed, PieceDone, Schedule
-from minidisagg.core.messages import ROUTER, Fatal, KVChunk, KVGrant, LinkAborted, PeerUp, Released
+from minidisagg.core.messages import ROUTER, Fatal, KVGrant, KVPiece, LinkAborted, PeerUp, Released
 
 TIMEOUT, LEASE = 2.0, 5.0  # of `stepwise.spec`
 
@@ -75,7 +75,7 @@ def receiving() -> Hand:
     """A destination with a piece under way since now."""
     hand = Hand()
     hand.receive(PeerUp("p", 1, ""))
-    hand.receive(offer("a", 4, LINK), KVChunk("a", 0, LINK, 0, 0, 1, (0, 2)), source="p", epoch=1)
+    hand.receive(offer("a", 4, LINK), KVPiece("a", 0, LINK, 0, 0, 1, (0, 2)), source="p", epoch=1)
     return hand
 
 

@@ -10,7 +10,7 @@ from stepwise import Stepwise, spec
 
 from minidisagg.core.blocks import PageState
 from minidisagg.core.checked import PolicyError
-from minidisagg.core.effects import AbortLink, OpenLink, Send, StartTransfer
+from minidisagg.core.effects import AbortLink, OpenLink, Send, StartPiece
 from minidisagg.core.engine import EngineCore, StalledError
 from minidisagg.core.inputs import AbortConfirmed, PieceDone, Received, Schedule, StepDone, Tick
 from minidisagg.core.messages import (
@@ -21,11 +21,11 @@ from minidisagg.core.messages import (
     Failed,
     KVBusy,
     KVCancel,
-    KVChunk,
     KVDone,
     KVFailed,
     KVGrant,
     KVOffer,
+    KVPiece,
     KVWait,
     Migrate,
     PeerDown,
@@ -208,7 +208,7 @@ def test_a_held_request_is_given_back_when_its_lease_is_over() -> None:
     assert not hand.sent(Released)
     hand.live(0.2)
     assert {(r.request_id, r.failure) for r in hand.sent(Released)} == {("held", False), ("offered", False)}  # type: ignore[union-attr]
-    assert [(c.request_id, c.chunks) for c in hand.sent(KVCancel)] == [("offered", 0)]  # type: ignore[union-attr]
+    assert [(c.request_id, c.pieces) for c in hand.sent(KVCancel)] == [("offered", 0)]  # type: ignore[union-attr]
     assert hand.core.idle and hand.core.pool.counts[PageState.LIVE] == 0
 
 
@@ -446,8 +446,8 @@ def test_chunks_are_pushed_while_the_prompt_is_still_computed() -> None:
 
 def pushed(hand: Hand) -> list[tuple[int, int]]:
     """(first page, pages) of each piece, announced and started alike, of all layers."""
-    chunks = [chunk for chunk in hand.sent(KVChunk) if isinstance(chunk, KVChunk)]
-    ops = [effect.op for effect in hand.core.outbox if isinstance(effect, StartTransfer)]
+    chunks = [chunk for chunk in hand.sent(KVPiece) if isinstance(chunk, KVPiece)]
+    ops = [effect.piece for effect in hand.core.outbox if isinstance(effect, StartPiece)]
     for chunk, op in zip(chunks, ops, strict=True):
         assert (chunk.seq, chunk.count, chunk.layers) == (op.seq, op.count, op.layers) and op.layers == (0, 2)
         assert len(op.pages) == len(op.remote) == op.count and op.send
@@ -486,8 +486,8 @@ def test_what_was_preempted_for_a_step_is_not_added_to_it() -> None:
 
 def test_a_piece_that_was_written_is_verified_against_what_its_source_says() -> None:
     hand = Hand(spec("w", one_sided_links=True))
-    hand.receive(offer("a", 8, LINK), KVChunk("a", 0, LINK, 0, 1, 1, (0, 2), checksum=77), source="p", epoch=1)
-    [op] = [effect.op for effect in hand.core.outbox if isinstance(effect, StartTransfer)]
+    hand.receive(offer("a", 8, LINK), KVPiece("a", 0, LINK, 0, 1, 1, (0, 2), checksum=77), source="p", epoch=1)
+    [op] = [effect.piece for effect in hand.core.outbox if isinstance(effect, StartPiece)]
     assert (op.checksum, op.pages, op.count, op.layers, op.send) == (77, [1], 1, (0, 2), False)
 
 
@@ -619,7 +619,7 @@ def test_each_chunk_renews_the_lease_at_the_destination() -> None:
     hand = Hand()
     hand.receive(offer("a", 8, LINK), source="p", epoch=1)
     hand.live(4.0)
-    hand.receive(KVChunk("a", 0, LINK, 0, 0, 1, (0, 2)), source="p", epoch=1)
+    hand.receive(KVPiece("a", 0, LINK, 0, 0, 1, (0, 2)), source="p", epoch=1)
     hand.core.on(PieceDone("p", LINK, 0, False, True), hand.now)
     hand.live(4.5)
     assert not hand.sent(KVFailed)

@@ -23,7 +23,7 @@ from msgspec import structs
 
 from minidisagg.config import ClusterSettings, WorkerSettings
 from minidisagg.core.inputs import PieceDone
-from minidisagg.core.plan import TransferOp
+from minidisagg.core.plan import Piece
 from minidisagg.runtime.worker import link_kind
 from minidisagg.transfer.emulate import EmulatedLink, Emulation
 from minidisagg.transfer.kinds import make_link, resolve_kind
@@ -153,8 +153,8 @@ class Pair:
         self.pipe.recv()
         return self.link
 
-    def op(self, seq: int, send: bool, pages: list[int], remote: list[int], layers: tuple[int, int]) -> TransferOp:
-        return TransferOp("peer", self.epoch, seq, send, f"r{seq}", 1, pages, remote, len(remote), layers)
+    def op(self, seq: int, send: bool, pages: list[int], remote: list[int], layers: tuple[int, int]) -> Piece:
+        return Piece("peer", self.epoch, seq, send, f"r{seq}", 1, pages, remote, len(remote), layers)
 
     def move(self, pieces: list[tuple[list[int], list[int], tuple[int, int]]], seq: int = 0) -> list[PieceDone]:
         """Send (source pages, destination pages, layers) pieces and return the destination's completions."""
@@ -304,7 +304,7 @@ def test_another_sequence_number_or_request_breaks_the_link(kind: str, make_pair
         link = pair.connect()
         link.start(pair.op(0, False, [5], [3], (0, 3)))
         link.start(pair.op(1, False, [6], [3], (0, 3)))
-        wrong = TransferOp("peer", pair.epoch, seq, True, request_id, incarnation, [3], [3], 1, (0, 3))
+        wrong = Piece("peer", pair.epoch, seq, True, request_id, incarnation, [3], [3], 1, (0, 3))
         pair.tell("start", [wrong])
         first, second = collect(link, 2)
         assert not first.ok and "out of step" in first.error
@@ -318,7 +318,7 @@ def test_operations_outside_the_cache_are_refused(kind: str, make_pair: MakePair
     pair = make_pair(kind)
     for pages, layers in (([16], (0, 3)), ([-1], (0, 3)), ([1], (0, 4)), ([1, 2], (0, 3))):
         link = pair.connect()
-        link.start(TransferOp("peer", pair.epoch, 0, False, "r", 1, pages, [0], 1, layers, 1))
+        link.start(Piece("peer", pair.epoch, 0, False, "r", 1, pages, [0], 1, layers, 1))
         assert not collect(link, 1)[0].ok
         assert link.abort(True) and pair.tell("abort")
     assert poisoned(pair.kv)
@@ -586,7 +586,7 @@ def test_a_discarded_piece_is_verified_like_any_other(kind: str, make_pair: Make
     assert "piece 1" in kept.error, "still in step"
     link = pair.connect()
     link.start(pair.op(0, False, [], [3], (0, 3)))
-    pair.tell("start", [TransferOp("peer", pair.epoch, 0, True, "other", 1, [3], [3], 1, (0, 3))])
+    pair.tell("start", [Piece("peer", pair.epoch, 0, True, "other", 1, [3], [3], 1, (0, 3))])
     (wrong,) = collect(link, 1)
     assert not wrong.ok and "out of step" in wrong.error
 
@@ -605,7 +605,7 @@ class StuckLink(ThreadLink):
     def _open(self, endpoint: str) -> None:
         self.opened += 1
 
-    def _carry(self, op: TransferOp) -> int:
+    def _carry(self, op: Piece) -> int:
         self.begun.set()
         assert self.go_on.wait(10.0)
         return 5
@@ -633,7 +633,7 @@ def stuck(tmp_path: Path) -> Iterator[StuckLink]:
 def test_an_abort_is_not_confirmed_while_the_thread_is_at_work(stuck: StuckLink) -> None:
     stuck.connect("")
     for seq in range(2):
-        stuck.start(TransferOp("peer", 1, seq, True, "r", 1, [1], [1], 1, (0, 3)))
+        stuck.start(Piece("peer", 1, seq, True, "r", 1, [1], [1], 1, (0, 3)))
     assert stuck.begun.wait(10.0)
     assert not stuck.abort(True) and not stuck.dropped
     stuck.go_on.set()
@@ -646,7 +646,7 @@ def test_an_abort_waits_for_a_thread_whose_wait_ran_out_while_the_process_was_st
     """Both waits are over at the moment of the resume, and the thread has not been told yet."""
     patience, stuck.patience = stuck.patience, 1.0
     stuck.connect("")
-    stuck.start(TransferOp("peer", 1, 0, True, "r", 1, [1], [1], 1, (0, 3)))
+    stuck.start(Piece("peer", 1, 0, True, "r", 1, [1], [1], 1, (0, 3)))
     assert stuck.begun.wait(10.0)
     thread = stuck._thread
 

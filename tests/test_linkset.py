@@ -15,7 +15,7 @@ from minidisagg.core.effects import AbortLink, Send
 from minidisagg.core.handoff import EPOCH_BITS
 from minidisagg.core.inputs import AbortConfirmed, PieceDone
 from minidisagg.core.messages import LinkOpen, LinkReady
-from minidisagg.core.plan import TransferOp
+from minidisagg.core.plan import Piece
 from minidisagg.runtime import linkset
 from minidisagg.runtime.linkset import LinkSet
 from minidisagg.transfer.links import LinkSetup
@@ -27,7 +27,7 @@ class FakeLink:
     """Does what the test says; `connect` and `abort` block until then."""
 
     def __init__(self) -> None:
-        self.started: list[TransferOp] = []
+        self.started: list[Piece] = []
         self.done: list[PieceDone] = []
         self.reached, self.fenced = threading.Event(), threading.Event()
         self.aborts: list[bool] = []  # `peer_dead` of each call
@@ -39,7 +39,7 @@ class FakeLink:
     def connect(self, endpoint: str) -> None:
         assert self.reached.wait(10.0)
 
-    def start(self, op: TransferOp) -> None:
+    def start(self, op: Piece) -> None:
         self.started.append(op)
 
     def poll(self) -> list[PieceDone]:
@@ -98,7 +98,7 @@ class Fixture:
 
     def complete(self, link: FakeLink, seq: int, send: bool) -> PieceDone:
         """A piece has ended that the set had started."""
-        self.set.start(TransferOp("d", EPOCH, seq, send, "r", 0, [0], [0], 1, (0, 1)))
+        self.set.start(Piece("d", EPOCH, seq, send, "r", 0, [0], [0], 1, (0, 1)))
         link.done.append(PieceDone("d", EPOCH, seq, send, True, ended=time.monotonic()))
         return link.done[-1]
 
@@ -179,7 +179,7 @@ def test_a_thread_that_does_not_stop_ends_the_process_unless_only_the_source_can
 def test_a_link_that_was_never_made_is_given_up_at_once(play: Callable[..., None]) -> None:
     async def scenario(at: Fixture) -> None:
         at.set.open("d", EPOCH)
-        at.set.start(TransferOp("d", EPOCH, 0, True, "r", 0, [0], [0], 1, (0, 1)))
+        at.set.start(Piece("d", EPOCH, 0, True, "r", 0, [0], [0], 1, (0, 1)))
         assert at.set.stats()[0].backlog == 1
         at.set.abort(AbortLink("d", EPOCH, True, False))
         await until(lambda: at.aborted == [("d", EPOCH, True)])
@@ -227,7 +227,7 @@ def test_a_link_given_up_before_the_peer_answered_is_not_made(fenced: bool, play
 def test_pieces_wait_for_the_link_and_fail_with_it(play: Callable[..., None]) -> None:
     async def scenario(at: Fixture) -> None:
         link = await at.opened(connected=False)
-        ops = [TransferOp("d", EPOCH, seq, True, "r", 0, [0], [0], 1, (0, 1)) for seq in range(3)]
+        ops = [Piece("d", EPOCH, seq, True, "r", 0, [0], [0], 1, (0, 1)) for seq in range(3)]
         for op in ops[:2]:
             at.set.start(op)
         assert link.started == []
@@ -236,7 +236,7 @@ def test_pieces_wait_for_the_link_and_fail_with_it(play: Callable[..., None]) ->
         at.set.start(ops[2])
         assert link.started == ops
         at.set.open("e", EPOCH)
-        at.set.start(TransferOp("e", EPOCH, 0, True, "r", 0, [0], [0], 1, (0, 1)))
+        at.set.start(Piece("e", EPOCH, 0, True, "r", 0, [0], [0], 1, (0, 1)))
         at.set.on_link_ready("e", LinkReady(EPOCH, "", "e speaks gloo"))
         assert at.completed == [PieceDone("e", EPOCH, 0, True, False, error="e speaks gloo")]
 
@@ -248,7 +248,7 @@ def test_a_link_that_cannot_be_made_fails_what_waits_for_it(
 ) -> None:
     async def scenario(at: Fixture) -> None:
         at.set.open("d", EPOCH)
-        at.set.start(TransferOp("d", EPOCH, 0, True, "r", 0, [0], [0], 1, (0, 1)))
+        at.set.start(Piece("d", EPOCH, 0, True, "r", 0, [0], [0], 1, (0, 1)))
 
         def refuse(setup: LinkSetup) -> FakeLink:
             raise OSError("too many open files")

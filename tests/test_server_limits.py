@@ -270,7 +270,7 @@ def test_tokens_that_came_with_a_failure_are_not_lost() -> None:
         found: list[tuple[int, int]] = []
         with pytest.raises(ApiError, match="no more"):
             async for batch in made.news():
-                found += [(news.choice.index, piece.token) for news in batch for piece in news.pieces]
+                found += [(news.choice.index, part.token) for news in batch for part in news.parts]
         assert found == [(0, 65), (1, 66), (1, 67)]
 
     run(work)

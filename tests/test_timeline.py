@@ -16,7 +16,7 @@ import pytest
 from cluster import needs_two_cores
 
 from minidisagg.config import RunSettings
-from minidisagg.core.messages import Envelope, Piece, Pieces, Role, Stats, StepOutput, TokenOut
+from minidisagg.core.messages import Envelope, PieceSpan, PieceSpans, Role, Stats, StepOutput, TokenOut
 from minidisagg.core.router import Emit, StageTimes
 from minidisagg.measure.timeline import STAGES, Timeline, write_timeline
 
@@ -129,8 +129,8 @@ def test_spans_nest_add_up_and_line_up(tmp_path: Path, offset: float) -> None:
             assert [token.request_id for token in body.tokens] == step["args"]["requests"]
             assert ends(step) / 1e6 == pytest.approx(body.clock - true[name], abs=NEAR)
             late.append(now - ends(step) / 1e6)
-        elif isinstance(body, Pieces):
-            pieces[name] += [piece.ended - true[name] for piece in body.pieces]
+        elif isinstance(body, PieceSpans):
+            pieces[name] += [piece.ended - true[name] for piece in body.spans]
     assert not any(list(left) for left in reports.values())
     assert -1e-6 < min(late) and median(late) < NEAR, "a step ends as its report comes, and not after it"
     for name, events_of in (("prefill-0", sends), ("decode-0", receives)):
@@ -176,8 +176,8 @@ def test_every_track_nests_with_one_prefill_and_two_decode_workers(latency: floa
             seq, begun = seq + 1, ended + rng.choice((0.0, 0.001)) * rng.random()
             ended = begun + rng.choice((0.0, 1e-3)) * rng.random()
             for name, other, send in (("p", peer, True), (peer, "p", False)):
-                piece = Piece(other, 1, seq, send, "r", begun, begun - latency * send, ended, 9, True)
-                timeline.on_message(Envelope(name, 1, Pieces([piece])), 1e6 + 9.0)
+                piece = PieceSpan(other, 1, seq, send, "r", begun, begun - latency * send, ended, 9, True)
+                timeline.on_message(Envelope(name, 1, PieceSpans([piece])), 1e6 + 9.0)
     for number in range(300):
         stages = [rng.choice((0.0, rng.random())) for _ in STAGES]
         times = StageTimes(*stages, e2e=sum(reversed(stages)))  # the same but for its last digit

@@ -5,7 +5,7 @@ from __future__ import annotations
 from msgspec import Struct
 
 from minidisagg.core.messages import AnyMessage
-from minidisagg.core.plan import TransferOp
+from minidisagg.core.plan import Piece
 
 
 class Send(Struct, frozen=True, array_like=True):
@@ -22,10 +22,10 @@ class OpenLink(Struct, frozen=True, array_like=True):
     link_epoch: int
 
 
-class StartTransfer(Struct, frozen=True, array_like=True):
+class StartPiece(Struct, frozen=True, array_like=True):
     """Start this piece; it comes back as `PieceDone`."""
 
-    op: TransferOp
+    piece: Piece
 
 
 class AbortLink(Struct, frozen=True, array_like=True):
@@ -37,4 +37,4 @@ class AbortLink(Struct, frozen=True, array_like=True):
     peer_dead: bool
 
 
-Effect = Send | OpenLink | StartTransfer | AbortLink
+Effect = Send | OpenLink | StartPiece | AbortLink

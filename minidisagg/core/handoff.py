@@ -4,13 +4,13 @@
     KVOffer   ─────────────────────────────▶ pages reserved (INFLIGHT), or the offer waits
               ◀───────────────────────────── KVWait, now and then, or KVGrant
     KVBusy    ─────────────────────────────▶ now and then, while the source computes
-    KVChunk   ─────────────────────────────▶ receive posted, in the order of the link's sequence numbers
+    KVPiece   ─────────────────────────────▶ receive posted, in the order of the link's sequence numbers
       bytes   ═══════════ link ════════════▶
-    KVDone    ─────────────────────────────▶ all chunks landed: pages LIVE, the request decodes here
+    KVDone    ─────────────────────────────▶ all pieces landed: pages LIVE, the request decodes here
               ◀───────────────────────────── KVAck: the source releases its pages
 
 A reserved page leaves INFLIGHT in three ways only: everything that the source ever started has landed (after `KVDone`
-or `KVCancel`, which count the chunks), or the abort of the link is confirmed. Whoever wants out asks the other side
+or `KVCancel`, which count the pieces), or the abort of the link is confirmed. Whoever wants out asks the other side
 (`KVCancel`, `KVFailed`) and waits. Any failed piece gives up the whole link: all transfers on it are recomputed, and
 the next one opens the link under a new epoch.
 """
@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from msgspec.structs import replace
 
 from minidisagg.core.blocks import BlockPool
-from minidisagg.core.effects import AbortLink, Effect, OpenLink, Send, StartTransfer
+from minidisagg.core.effects import AbortLink, Effect, OpenLink, Send, StartPiece
 from minidisagg.core.inputs import PieceDone
 from minidisagg.core.messages import (
     ROUTER,
@@ -32,15 +32,15 @@ from minidisagg.core.messages import (
     KVAck,
     KVBusy,
     KVCancel,
-    KVChunk,
     KVDone,
     KVFailed,
     KVGrant,
     KVOffer,
+    KVPiece,
     KVWait,
     LinkAborted,
 )
-from minidisagg.core.plan import SeqKey, TransferOp
+from minidisagg.core.plan import Piece, SeqKey
 from minidisagg.core.request import Request
 
 REMEMBERED = 4096  # ended handoffs whose chunk count is still known
@@ -58,7 +58,7 @@ class Outgoing:
     pages: list[int] | None = None  # the destination's, once granted
     started: int = 0  # pages of the block table that the link has, or that the destination held before
     flying: int = 0  # pieces on the link
-    chunks: int = 0  # pieces started
+    pieces: int = 0  # pieces started
     first_token: int | None = None  # prefill is complete
     done: bool = False  # KVDone is sent
     acked: bool = False  # the destination has it; only completions at this end are missing
@@ -89,7 +89,7 @@ class OutLink:
 
     epoch: int
     next_seq: int = 0
-    flying: dict[int, KVChunk] = field(default_factory=dict)
+    flying: dict[int, KVPiece] = field(default_factory=dict)
     deadline: float = 0.0  # for the oldest piece
 
 
@@ -98,7 +98,7 @@ class InLink:
     """One link epoch from one source."""
 
     next_seq: int = 0
-    early: dict[int, KVChunk] = field(default_factory=dict)  # arrived out of order
+    early: dict[int, KVPiece] = field(default_factory=dict)  # arrived out of order
     flying: dict[int, SeqKey] = field(default_factory=dict)
     deadline: float = 0.0
 
@@ -129,7 +129,7 @@ class Sender:
         self.transfers: dict[SeqKey, Outgoing] = {}
         self.links: dict[str, OutLink] = {}
         self._aborting: dict[tuple[str, int], list[Outgoing]] = {}
-        self._past: OrderedDict[SeqKey, int] = OrderedDict()  # chunks of handoffs that are over
+        self._past: OrderedDict[SeqKey, int] = OrderedDict()  # pieces of handoffs that are over
 
     @property
     def busy(self) -> bool:
@@ -177,7 +177,7 @@ class Sender:
             self._start(transfer, ready - transfer.started, now)
         if transfer.first_token is not None and transfer.started == total:
             transfer.done = True
-            self._emit(Send(transfer.peer, KVDone(*request.key, transfer.chunks, transfer.first_token)))
+            self._emit(Send(transfer.peer, KVDone(*request.key, transfer.pieces, transfer.first_token)))
 
     def finish_prefill(self, request: Request, token: int, now: float) -> None:
         """The first token is known: the last pages go out, and `KVDone` with it."""
@@ -222,7 +222,7 @@ class Sender:
             return
         link.deadline = now + self.timeout
         if self.one_sided:
-            self._emit(Send(done.peer, KVChunk(
+            self._emit(Send(done.peer, KVPiece(
                 chunk.request_id, chunk.incarnation, chunk.link_epoch, chunk.seq, chunk.first, chunk.count,
                 chunk.layers, done.checksum,
             )))  # fmt: skip
@@ -253,7 +253,7 @@ class Sender:
     def on_aborted(self, peer: str, link_epoch: int) -> None:
         """Nothing reads from or writes to the link any more."""
         for transfer in self._aborting.pop((peer, link_epoch), ()):
-            self._emit(Send(peer, KVCancel(*transfer.request.key, transfer.chunks)))
+            self._emit(Send(peer, KVCancel(*transfer.request.key, transfer.pieces)))
             self._forget(transfer, "" if transfer.acked else transfer.lost)
         self._emit(Send(peer, LinkAborted(link_epoch, True)))
 
@@ -282,17 +282,17 @@ class Sender:
         request, first = transfer.request, transfer.started
         assert transfer.pages is not None
         link = self.links[transfer.peer]
-        chunk = KVChunk(*request.key, link.epoch, link.next_seq, first, count, (0, self.num_layers))
+        chunk = KVPiece(*request.key, link.epoch, link.next_seq, first, count, (0, self.num_layers))
         if not link.flying:
             link.deadline = now + self.timeout
         link.flying[link.next_seq] = chunk
         link.next_seq += 1
         transfer.started += count
-        transfer.chunks += 1
+        transfer.pieces += 1
         transfer.flying += 1
         if not self.one_sided:
             self._emit(Send(transfer.peer, chunk))
-        self._emit(StartTransfer(TransferOp(
+        self._emit(StartPiece(Piece(
             peer=transfer.peer, link_epoch=link.epoch, seq=chunk.seq, send=True, request_id=request.request_id,
             incarnation=request.incarnation, pages=request.pages[first : first + count],
             remote=transfer.pages[first : first + count], count=count, layers=chunk.layers,
@@ -301,13 +301,13 @@ class Sender:
     def _settle(self, transfer: Outgoing) -> None:
         if not transfer.flying and not transfer.lost:
             if not transfer.acked:
-                self._emit(Send(transfer.peer, KVCancel(*transfer.request.key, transfer.chunks)))
+                self._emit(Send(transfer.peer, KVCancel(*transfer.request.key, transfer.pieces)))
             self._forget(transfer, "")
 
     def _forget(self, transfer: Outgoing, failure: str) -> None:
         key = transfer.request.key
         del self.transfers[key]
-        self._past[key] = transfer.chunks
+        self._past[key] = transfer.pieces
         if len(self._past) > REMEMBERED:
             self._past.popitem(last=False)
         self._ended(transfer.request, failure)
@@ -352,7 +352,7 @@ class Receiver:
         self.transfers[request.key] = Incoming(request, source, link_epoch, reserved, now + self.lease)
         self._emit(Send(source, KVGrant(*request.key, request.pages, skip)))
 
-    def on_chunk(self, peer: str, chunk: KVChunk, now: float) -> None:
+    def on_piece(self, peer: str, chunk: KVPiece, now: float) -> None:
         """Post the receive, strictly in the order of sequence numbers."""
         if self.is_dead(peer, chunk.link_epoch):
             return
@@ -372,7 +372,7 @@ class Receiver:
                 link.deadline = now + self.timeout
             link.flying[chunk.seq] = chunk.request_id, chunk.incarnation
             link.next_seq += 1
-            self._emit(StartTransfer(TransferOp(
+            self._emit(StartPiece(Piece(
                 peer=peer, link_epoch=chunk.link_epoch, seq=chunk.seq, send=False, request_id=chunk.request_id,
                 incarnation=chunk.incarnation, pages=pages, remote=[], count=chunk.count, layers=chunk.layers,
                 checksum=chunk.checksum,
@@ -388,7 +388,7 @@ class Receiver:
         """The source has started its last piece."""
         transfer = self._find(peer, message.request_id, message.incarnation)
         if transfer is not None and transfer.expected is None:
-            transfer.expected = message.chunks
+            transfer.expected = message.pieces
             transfer.first_token = message.first_token
             self._settle(transfer)
 
@@ -398,7 +398,7 @@ class Receiver:
         if transfer is not None:
             transfer.dropped = True
             if transfer.expected is None:
-                transfer.expected = message.chunks
+                transfer.expected = message.pieces
             self._settle(transfer)
 
     def drop(self, request: Request, reason: str) -> None:

@@ -30,7 +30,7 @@ class StepDone(Struct, frozen=True, tag=True, array_like=True):
 
 
 class PieceDone(Struct, frozen=True, tag=True, array_like=True):
-    """A `TransferOp` has ended, well or not."""
+    """A `Piece` has ended, well or not."""
 
     peer: str
     link_epoch: int

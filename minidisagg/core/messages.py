@@ -198,7 +198,7 @@ class StepOutput(Message, frozen=True):
     clock: float = 0.0  # the worker's, at the step's end
 
 
-class Piece(Struct, frozen=True, array_like=True):
+class PieceSpan(Struct, frozen=True, array_like=True):
     """One end of one piece on a link, on the worker's clock: handed over, begun, ended (seconds)."""
 
     peer: str
@@ -213,10 +213,10 @@ class Piece(Struct, frozen=True, array_like=True):
     ok: bool
 
 
-class Pieces(Message, frozen=True):
+class PieceSpans(Message, frozen=True):
     """What a traced worker's links have done since the last time."""
 
-    pieces: list[Piece]
+    spans: list[PieceSpan]
 
 
 class Released(Message, frozen=True):
@@ -331,7 +331,7 @@ class KVBusy(Message, frozen=True):
     incarnation: int
 
 
-class KVChunk(Message, frozen=True):
+class KVPiece(Message, frozen=True):
     """Source to destination: piece `seq` of the link carries these pages of the request.
 
     Two-sided links announce a piece before its bytes, one-sided links after them (`checksum` is then set).
@@ -348,11 +348,11 @@ class KVChunk(Message, frozen=True):
 
 
 class KVDone(Message, frozen=True):
-    """Source to destination: all is sent, in `chunks` pieces; the request goes on with `first_token`."""
+    """Source to destination: all is sent, in `pieces` pieces; the request goes on with `first_token`."""
 
     request_id: str
     incarnation: int
-    chunks: int
+    pieces: int
     first_token: int
 
 
@@ -364,11 +364,11 @@ class KVAck(Message, frozen=True):
 
 
 class KVCancel(Message, frozen=True):
-    """Source to destination: I have stopped, after `chunks` pieces; nothing more will be written."""
+    """Source to destination: I have stopped, after `pieces` pieces; nothing more will be written."""
 
     request_id: str
     incarnation: int
-    chunks: int
+    pieces: int
 
 
 class KVFailed(Message, frozen=True):
@@ -415,14 +415,14 @@ AnyMessage = (
     | StepOutput
     | Released
     | Failed
-    | Pieces
+    | PieceSpans
     | Stats
     | Fatal
     | KVOffer
     | KVGrant
     | KVWait
     | KVBusy
-    | KVChunk
+    | KVPiece
     | KVDone
     | KVAck
     | KVCancel

@@ -52,7 +52,7 @@ class StepPlan(Struct, frozen=True, array_like=True):
     dropped: list[SeqKey]
 
 
-class TransferOp(Struct, frozen=True, array_like=True):
+class Piece(Struct, frozen=True, array_like=True):
     """One piece on a link: whole pages of one request, for a range of layers.
 
     `seq` counts the pieces of one link epoch from 0, in the order in which both ends start them; `pages` are this

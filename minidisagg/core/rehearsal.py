@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 
 from minidisagg.core.checked import PolicyError, policy_name
-from minidisagg.core.effects import AbortLink, Effect, Send, StartTransfer
+from minidisagg.core.effects import AbortLink, Effect, Send, StartPiece
 from minidisagg.core.engine import EngineCore, StalledError, drain
 from minidisagg.core.inputs import AbortConfirmed, PieceDone, Received, Schedule, StepDone, Tick
 from minidisagg.core.messages import ROUTER, Envelope, Hello, RequestSpec, Role, SamplingParams
@@ -89,8 +89,8 @@ class _Stage:
                 self.router.on_message(envelope, self.now)
             else:
                 self.cores[effect.dest].on(Received(envelope), self.now)
-        elif isinstance(effect, StartTransfer):
-            op = effect.op
-            core.on(PieceDone(op.peer, op.link_epoch, op.seq, op.send, ok=True), self.now)
+        elif isinstance(effect, StartPiece):
+            piece = effect.piece
+            core.on(PieceDone(piece.peer, piece.link_epoch, piece.seq, piece.send, ok=True), self.now)
         elif isinstance(effect, AbortLink):
             core.on(AbortConfirmed(effect.peer, effect.link_epoch, effect.outgoing), self.now)

@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from minidisagg.core.messages import Envelope, Hello, Piece, Pieces, Role, Stats, StepOutput
+from minidisagg.core.messages import Envelope, Hello, PieceSpan, PieceSpans, Role, Stats, StepOutput
 from minidisagg.core.router import Emit, StageTimes
 
 STAGES = ("queue", "prefill", "transfer", "decode_wait", "decode")
@@ -57,7 +57,7 @@ class Timeline:
         self._roles: dict[Incarnation, Role] = {}
         self._steps: list[tuple[Incarnation, StepOutput]] = []
         self._stats: list[tuple[Incarnation, Stats]] = []
-        self._pieces: list[tuple[Incarnation, Piece]] = []
+        self._spans: list[tuple[Incarnation, PieceSpan]] = []
         self._ends: list[tuple[float, Emit, StageTimes]] = []
         self._news: list[tuple[float, str]] = []
 
@@ -76,8 +76,8 @@ class Timeline:
             self._steps.append((who, body))
         elif isinstance(body, Stats):
             self._stats.append((who, body))
-        elif isinstance(body, Pieces):
-            self._pieces += [(who, piece) for piece in body.pieces]
+        elif isinstance(body, PieceSpans):
+            self._spans += [(who, span) for span in body.spans]
 
     def on_emit(self, emit: Emit, now: float) -> None:
         """Keep the ends of requests."""
@@ -113,8 +113,8 @@ class Timeline:
             out.append(_counter("queue", pids[who], at, waiting=stats.waiting, running=stats.running, held=stats.held))
             pages = {state: getattr(stats, f"pages_{state}") for state in ("live", "inflight", "cached", "quarantined")}
             out.append(_counter("pages", pids[who], at, **pages))
-        for who, piece in sorted(self._pieces, key=lambda of: of[1].begun):  # of one worker that is one clock
-            out += self._piece(who, piece, pids[who], tracks)
+        for who, span in sorted(self._spans, key=lambda of: of[1].begun):  # of one worker that is one clock
+            out += self._piece(who, span, pids[who], tracks)
         for now, emit, times in sorted(self._ends, key=lambda end: end[1].request_id):
             out += _request(first_pid, now, emit, times, tracks)
         out += self._waiting(first_pid)
@@ -125,7 +125,7 @@ class Timeline:
     def _here(self, who: Incarnation, stamp: float) -> int:
         return _ns(stamp - self.ahead.get(who, 0.0))
 
-    def _piece(self, who: Incarnation, piece: Piece, pid: int, tracks: Tracks) -> list[Event]:
+    def _piece(self, who: Incarnation, piece: PieceSpan, pid: int, tracks: Tracks) -> list[Event]:
         source, dest = (who[0], piece.peer) if piece.send else (piece.peer, who[0])
         name = f"sends to {dest}" if piece.send else f"receives from {source}"
         tid, begin, end = tracks.place(pid, name, self._here(who, piece.begun), self._here(who, piece.ended))

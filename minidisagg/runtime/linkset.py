@@ -1,8 +1,8 @@
-"""A worker's links: opened on the core's word, fed with its operations, given up on its word.
+"""A worker's links: opened on the core's word, fed with its pieces, given up on its word.
 
-The destination makes its end first and tells the source where it is (`LinkOpen` → `LinkReady`); operations that the
+The destination makes its end first and tells the source where it is (`LinkOpen` → `LinkReady`); pieces that the
 core starts meanwhile wait. All that blocks (connecting, aborting) runs in threads; the core hears of the end of an
-operation as `PieceDone`, and of a confirmed abort as `AbortConfirmed`, both through `on_news`.
+piece as `PieceDone`, and of a confirmed abort as `AbortConfirmed`, both through `on_news`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from msgspec.structs import replace
 from minidisagg.core.effects import AbortLink, Send
 from minidisagg.core.handoff import EPOCH_BITS
 from minidisagg.core.inputs import AbortConfirmed, PieceDone
-from minidisagg.core.messages import LinkOpen, LinkReady, LinkStats, Piece
-from minidisagg.core.plan import TransferOp
+from minidisagg.core.messages import LinkOpen, LinkReady, LinkStats, PieceSpan
+from minidisagg.core.plan import Piece
 from minidisagg.runtime.kv_cache import KVCache
 from minidisagg.transfer.emulate import EmulatedLink, Emulation
 from minidisagg.transfer.kinds import make_link
@@ -35,7 +35,7 @@ class Entry:
     link: Link | None = None
     connected: bool = False
     closing: bool = False
-    waiting: list[TransferOp] = field(default_factory=list)  # started before the link was there
+    waiting: list[Piece] = field(default_factory=list)  # started before the link was there
     started: dict[int, tuple[float, str]] = field(default_factory=dict)  # seq → when it was handed over, request id
 
 
@@ -61,7 +61,7 @@ class LinkSet:
         self._on_news = on_news
         self._on_failure = on_failure
         self._clock = clock
-        self._trace: list[Piece] = []
+        self._trace: list[PieceSpan] = []
         self._loop = asyncio.get_running_loop()
         self._entries: dict[LinkKey, Entry] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -109,16 +109,16 @@ class LinkSet:
             if key[0] == peer and not key[2] and key[1] >> EPOCH_BITS <= epoch and not entry.closing:
                 self.abort(AbortLink(peer, key[1], False, True))
 
-    def start(self, op: TransferOp) -> None:
+    def start(self, piece: Piece) -> None:
         """Start one piece, or let it wait for the link."""
-        entry = self._entries.setdefault((op.peer, op.link_epoch, op.send), Entry())
-        if op.send:
-            self._count(op.peer, backlog=1)
-        entry.started[op.seq] = time.monotonic(), op.request_id
+        entry = self._entries.setdefault((piece.peer, piece.link_epoch, piece.send), Entry())
+        if piece.send:
+            self._count(piece.peer, backlog=1)
+        entry.started[piece.seq] = time.monotonic(), piece.request_id
         if entry.connected and entry.link is not None and not entry.closing:
-            entry.link.start(op)
+            entry.link.start(piece)
         else:
-            entry.waiting.append(op)
+            entry.waiting.append(piece)
 
     def abort(self, effect: AbortLink) -> None:
         """Give the link up; `AbortConfirmed` follows once nothing of it can touch this worker's pages."""
@@ -128,7 +128,7 @@ class LinkSet:
         self._spawn(self._abort(key, entry, effect.peer_dead))
 
     def poll(self) -> None:
-        """Hand finished operations to the core; called when a link wakes the loop."""
+        """Hand finished pieces to the core; called when a link wakes the loop."""
         try:
             self._poll()
         except Exception as error:
@@ -142,7 +142,7 @@ class LinkSet:
                 if completion.send:
                     self._settle(completion, elapsed)
                 if self._clock is not None:
-                    self._trace.append(_piece(completion, request_id, self._clock() - time.monotonic(), elapsed))
+                    self._trace.append(_span(completion, request_id, self._clock() - time.monotonic(), elapsed))
                 if not entry.closing:
                     self._on_news(completion)
 
@@ -176,7 +176,7 @@ class LinkSet:
         """What went out, by peer."""
         return list(self._stats.values())
 
-    def take_trace(self) -> list[Piece]:
+    def take_trace(self) -> list[PieceSpan]:
         """The pieces that have ended since the last time, of either direction."""
         taken, self._trace = self._trace, []
         return taken
@@ -206,8 +206,8 @@ class LinkSet:
             return
         entry.connected = True
         waiting, entry.waiting = entry.waiting, []
-        for op in waiting:
-            entry.link.start(op)
+        for piece in waiting:
+            entry.link.start(piece)
 
     async def _abort(self, key: LinkKey, entry: Entry, peer_dead: bool) -> None:
         confirmed = True  # a link that was never made cannot write
@@ -229,7 +229,7 @@ class LinkSet:
         peer, link_epoch, outgoing = key
         if outgoing:
             self._count(peer, backlog=-len(waiting), failures=1)
-        for seq in [op.seq for op in waiting] or [0]:
+        for seq in [piece.seq for piece in waiting] or [0]:
             self._on_news(PieceDone(peer, link_epoch, seq, outgoing, ok=False, error=error))
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
@@ -243,9 +243,9 @@ class LinkSet:
             self._on_failure(error)
 
 
-def _piece(done: PieceDone, request_id: str, clock_ahead: float, elapsed: float) -> Piece:
+def _span(done: PieceDone, request_id: str, clock_ahead: float, elapsed: float) -> PieceSpan:
     ended = done.ended + clock_ahead
-    return Piece(
+    return PieceSpan(
         done.peer, done.link_epoch, done.seq, done.send, request_id, ended - elapsed, ended - done.seconds, ended,
         done.nbytes, done.ok,
     )  # fmt: skip

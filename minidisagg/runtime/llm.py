@@ -17,7 +17,7 @@ from minidisagg.core.router import StageTimes
 from minidisagg.model.pull import ensure
 from minidisagg.model.tokenizer import Tokenizer
 from minidisagg.runtime.frontend import Frontend
-from minidisagg.runtime.output import OutputProcessor, Piece, with_stops
+from minidisagg.runtime.output import OutputProcessor, TokenText, with_stops
 
 T = TypeVar("T")
 Prompt = str | list[int]
@@ -42,18 +42,18 @@ class GenerationError(RuntimeError):
 async def complete(
     frontend: Frontend, tokenizer: Tokenizer, prompt: Prompt, sampling: SamplingParams, on_text: OnText | None = None
 ) -> Output:
-    """One request to its end; `on_text` hears each piece of text as soon as it is final."""
+    """One request to its end; `on_text` hears each part of text as soon as it is final."""
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
     processor = OutputProcessor(tokenizer, sampling)
-    pieces: list[Piece] = []
+    parts: list[TokenText] = []
     times = None
     stream = frontend.generate(ids, with_stops(sampling, tokenizer))
     try:
         async for emit in stream:
-            for piece in processor.push(emit):
-                pieces.append(piece)
-                if piece.text and on_text is not None:
-                    on_text(piece.text)
+            for part in processor.push(emit):
+                parts.append(part)
+                if part.text and on_text is not None:
+                    on_text(part.text)
             times = emit.times
             if processor.finish:
                 break
@@ -61,8 +61,8 @@ async def complete(
                 raise GenerationError(emit.error or emit.finish)
     finally:
         await stream.aclose()  # type: ignore[attr-defined]
-    text = "".join(piece.text for piece in pieces)
-    return Output(text, [piece.token for piece in pieces], ids, processor.finish, times)
+    text = "".join(part.text for part in parts)
+    return Output(text, [part.token for part in parts], ids, processor.finish, times)
 
 
 class LLM:
@@ -122,7 +122,7 @@ class LLM:
         return self._run(all_of_them())
 
     def stream(self, prompt: Prompt, on_text: OnText, sampling: SamplingParams | None = None) -> Output:
-        """One prompt; `on_text` is called from the engine's thread with each piece of text."""
+        """One prompt; `on_text` is called from the engine's thread with each part of text."""
         return self._run(complete(self.frontend, self.tokenizer, prompt, sampling or SamplingParams(), on_text))
 
     def close(self) -> None:

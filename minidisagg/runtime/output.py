@@ -12,7 +12,7 @@ from minidisagg.core.router import Emit
 from minidisagg.model.tokenizer import IncrementalDetokenizer, Tokenizer
 
 
-class Piece(NamedTuple):
+class TokenText(NamedTuple):
     """One token and the text that is final with it, empty where a character or a stop string may be incomplete.
 
     `finish` is "stop" or "length" with the last one. `added` is what the token added to the text before stop strings
@@ -84,11 +84,11 @@ class OutputProcessor:
                 break
         self.detokenizer.flush()
 
-    def push(self, emit: Emit) -> list[Piece]:
+    def push(self, emit: Emit) -> list[TokenText]:
         """The news, token by token; after a stop string nothing more comes."""
-        pieces: list[Piece] = []
+        parts: list[TokenText] = []
         if self.finish:
-            return pieces
+            return parts
         for n, token in enumerate(emit.tokens):
             self.num_tokens += 1
             counts = self.num_tokens > self.min_tokens
@@ -100,10 +100,10 @@ class OutputProcessor:
                 self.finish = emit.finish
                 rest, stopped = self.checker.push(self.detokenizer.flush(), counts)
                 text += rest if stopped else rest + self.checker.flush()
-            pieces.append(Piece(text, token, emit.logprobs[n] if emit.logprobs else None, self.finish, added))
+            parts.append(TokenText(text, token, emit.logprobs[n] if emit.logprobs else None, self.finish, added))
             if self.finish:
                 break
-        return pieces
+        return parts
 
 
 def with_stops(sampling: SamplingParams, tokenizer: Tokenizer) -> SamplingParams:

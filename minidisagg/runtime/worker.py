@@ -3,7 +3,7 @@
     front end ──Submit──▶ channel ──Received──┐
     peers ──KVOffer, …──▶ channel ──Received──┼─▶ core.on ─▶ _advance: carry out the outbox, plan the next step
     device thread ──tokens────────StepDone────┤                Send          → channel to the front end or a peer
-    link threads ──pieces─────────PieceDone───┘                StartTransfer → LinkSet
+    link threads ──pieces─────────PieceDone───┘                StartPiece → LinkSet
                                                                StepPlan      → device thread
 
 On a CPU the loop and the device share the worker's cores; the device thread runs at a lower priority, so that a
@@ -34,7 +34,7 @@ import torch
 
 from minidisagg.config import ClusterSettings, WorkerConfig, WorkerSettings, parse_cpus
 from minidisagg.core.checked import PolicyError
-from minidisagg.core.effects import AbortLink, OpenLink, Send, StartTransfer
+from minidisagg.core.effects import AbortLink, OpenLink, Send, StartPiece
 from minidisagg.core.engine import EngineCore, drain
 from minidisagg.core.inputlog import RecordingCore
 from minidisagg.core.inputs import AbortConfirmed, Input, PieceDone, Received, Schedule, StepDone, Tick
@@ -48,7 +48,7 @@ from minidisagg.core.messages import (
     LinkReady,
     PeerDown,
     PeerUp,
-    Pieces,
+    PieceSpans,
     Submit,
 )
 from minidisagg.core.plan import StepPlan
@@ -280,7 +280,7 @@ class Worker:
             self._advance()
             self._send(ROUTER, self.stats())
             if pieces := self.links.take_trace():
-                self._send(ROUTER, Pieces(pieces))
+                self._send(ROUTER, PieceSpans(pieces))
             if self.core.idle and self.core.steps != self.checked:
                 self.checked = self.core.steps
                 self.core.check_integrity()
@@ -337,8 +337,8 @@ class Worker:
         for effect in drain(self.core):
             if isinstance(effect, Send):
                 self._carry_out(effect)
-            elif isinstance(effect, StartTransfer):
-                self.links.start(effect.op)
+            elif isinstance(effect, StartPiece):
+                self.links.start(effect.piece)
             elif isinstance(effect, OpenLink):
                 self.links.open(effect.peer, effect.link_epoch)
             elif isinstance(effect, AbortLink):

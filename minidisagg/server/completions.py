@@ -18,7 +18,7 @@ from aiohttp import web
 from minidisagg.core.messages import SamplingParams, TokenLogprob
 from minidisagg.core.router import StageTimes
 from minidisagg.model.tokenizer import IncrementalDetokenizer, Tokenizer
-from minidisagg.runtime.output import Piece
+from minidisagg.runtime.output import TokenText
 from minidisagg.server.generation import Choice, Generation, News
 from minidisagg.server.protocol import (
     ApiError,
@@ -58,11 +58,11 @@ class Endpoint(ABC):
         """Decode, check and tokenize. Raises `ApiError` 400."""
 
     @abstractmethod
-    def chunk(self, job: Job, news: News, piece: Piece, first: bool, tokenizer: Tokenizer) -> Sequence[Any]:
+    def chunk(self, job: Job, news: News, part: TokenText, first: bool, tokenizer: Tokenizer) -> Sequence[Any]:
         """The choices of one chunk."""
 
     @abstractmethod
-    def choice(self, job: Job, choice: Choice, pieces: list[Piece], tokenizer: Tokenizer) -> Any:
+    def choice(self, job: Job, choice: Choice, parts: list[TokenText], tokenizer: Tokenizer) -> Any:
         """One whole choice."""
 
 
@@ -102,23 +102,23 @@ class Completions(Endpoint):
         return Job(request, prompts, sampling, bool(request.echo), request.logprobs is not None, texts)
 
     def chunk(
-        self, job: Job, news: News, piece: Piece, first: bool, tokenizer: Tokenizer
+        self, job: Job, news: News, part: TokenText, first: bool, tokenizer: Tokenizer
     ) -> Sequence[CompletionChoice]:
-        return [self.choice(job, news.choice, [piece], tokenizer, first)]
+        return [self.choice(job, news.choice, [part], tokenizer, first)]
 
     def choice(
-        self, job: Job, choice: Choice, pieces: list[Piece], tokenizer: Tokenizer, first: bool = True
+        self, job: Job, choice: Choice, parts: list[TokenText], tokenizer: Tokenizer, first: bool = True
     ) -> CompletionChoice:
-        finish, echo = pieces[-1].finish or None, first and job.echo
-        pieces = pieces if _shown(job) else []
+        finish, echo = parts[-1].finish or None, first and job.echo
+        parts = parts if _shown(job) else []
         sent = job.texts[choice.index // job.n] if echo else None
         prompt = (tokenizer.decode(choice.prompt, False) if sent is None else sent) if echo else ""
-        logprobs = self._logprobs(job, choice, pieces, prompt if echo else None, tokenizer)
-        choice.offset += len(prompt) + sum(len(piece.added) for piece in pieces)
-        return CompletionChoice(choice.index, prompt + "".join(piece.text for piece in pieces), logprobs, finish)
+        logprobs = self._logprobs(job, choice, parts, prompt if echo else None, tokenizer)
+        choice.offset += len(prompt) + sum(len(part.added) for part in parts)
+        return CompletionChoice(choice.index, prompt + "".join(part.text for part in parts), logprobs, finish)
 
     def _logprobs(
-        self, job: Job, choice: Choice, pieces: list[Piece], prompt: str | None, tokenizer: Tokenizer
+        self, job: Job, choice: Choice, parts: list[TokenText], prompt: str | None, tokenizer: Tokenizer
     ) -> CompletionLogprobs | None:
         if not job.wants_logprobs:
             return None
@@ -144,11 +144,11 @@ class Completions(Endpoint):
             ):
                 add(token, name, offset + at, value)
             offset += len(prompt)
-        for piece in pieces:
+        for part in parts:
             # Behind an echo a token is what stands at its offset, and a special one is not there; else it has its name.
-            name = token_text(tokenizer, piece.token, piece.added if job.echo else None)
-            add(piece.token, name, offset + max(0, len(piece.added) - len(name)), piece.logprob)
-            offset += len(piece.added)
+            name = token_text(tokenizer, part.token, part.added if job.echo else None)
+            add(part.token, name, offset + max(0, len(part.added) - len(name)), part.logprob)
+            offset += len(part.added)
         return out
 
 
@@ -170,23 +170,25 @@ class Chat(Endpoint):
         top = (request.top_logprobs or 0) if request.logprobs else None
         return Job(request, [ids], request.sampling(max_tokens, top, None), False, bool(request.logprobs))
 
-    def chunk(self, job: Job, news: News, piece: Piece, first: bool, tokenizer: Tokenizer) -> Sequence[ChatChunkChoice]:
+    def chunk(
+        self, job: Job, news: News, part: TokenText, first: bool, tokenizer: Tokenizer
+    ) -> Sequence[ChatChunkChoice]:
         index = news.choice.index
-        delta = Delta("assistant" if first else None, piece.text)
-        return [ChatChunkChoice(index, delta, self._logprobs(job, [piece], tokenizer), piece.finish or None)]
+        delta = Delta("assistant" if first else None, part.text)
+        return [ChatChunkChoice(index, delta, self._logprobs(job, [part], tokenizer), part.finish or None)]
 
-    def choice(self, job: Job, choice: Choice, pieces: list[Piece], tokenizer: Tokenizer) -> ChatChoice:
-        message = ChatMessage("assistant", "".join(piece.text for piece in pieces))
-        return ChatChoice(choice.index, message, self._logprobs(job, pieces, tokenizer), pieces[-1].finish)
+    def choice(self, job: Job, choice: Choice, parts: list[TokenText], tokenizer: Tokenizer) -> ChatChoice:
+        message = ChatMessage("assistant", "".join(part.text for part in parts))
+        return ChatChoice(choice.index, message, self._logprobs(job, parts, tokenizer), parts[-1].finish)
 
-    def _logprobs(self, job: Job, pieces: list[Piece], tokenizer: Tokenizer) -> ChatLogprobs | None:
+    def _logprobs(self, job: Job, parts: list[TokenText], tokenizer: Tokenizer) -> ChatLogprobs | None:
         if not job.wants_logprobs:
             return None
 
         def entry(token: int, logprob: float) -> tuple[str, float, list[int]]:
             return token_text(tokenizer, token), logprob, list(tokenizer.piece(token, False))
 
-        scored = [(piece.token, piece.logprob) for piece in pieces if piece.logprob is not None]
+        scored = [(part.token, part.logprob) for part in parts if part.logprob is not None]
         return ChatLogprobs([
             ContentLogprob(*entry(token, value.logprob), [TopLogprob(*entry(*other)) for other in value.top])
             for token, value in scored
@@ -271,13 +273,13 @@ class Answer:
 
     async def whole(self) -> bytes:
         """The body, once every choice has ended."""
-        pieces: dict[int, list[Piece]] = {choice.index: [] for choice in self.generation.choices}
+        parts: dict[int, list[TokenText]] = {choice.index: [] for choice in self.generation.choices}
         async for batch in self.generation.news():
             for news in batch:
-                pieces[news.choice.index] += news.pieces
-                self.written += len(news.pieces) if _shown(self.job) else 0
+                parts[news.choice.index] += news.parts
+                self.written += len(news.parts) if _shown(self.job) else 0
         choices = [
-            self.endpoint.choice(self.job, choice, pieces[choice.index], self.tokenizer)
+            self.endpoint.choice(self.job, choice, parts[choice.index], self.tokenizer)
             for choice in self.generation.choices
         ]
         return ENCODER.encode(Response(
@@ -290,8 +292,8 @@ class Answer:
         response = web.StreamResponse(headers={"Cache-Control": "no-cache", "Content-Type": "text/event-stream"})
         async for batch in self.generation.news():
             data = b"".join(
-                self._event(news, piece, news.first and n == 0, news.last and n == len(news.pieces) - 1)
-                for news in batch for n, piece in enumerate(news.pieces)
+                self._event(news, part, news.first and n == 0, news.last and n == len(news.parts) - 1)
+                for news in batch for n, part in enumerate(news.parts)
             )  # fmt: skip
             if not response.prepared:
                 await response.prepare(request)
@@ -301,8 +303,8 @@ class Answer:
         await response.write_eof(b"data: [DONE]\n\n")
         return response
 
-    def _event(self, news: News, piece: Piece, first: bool, last: bool) -> bytes:
-        choices = self.endpoint.chunk(self.job, news, piece, first, self.tokenizer)
+    def _event(self, news: News, part: TokenText, first: bool, last: bool) -> bytes:
+        choices = self.endpoint.chunk(self.job, news, part, first, self.tokenizer)
         self.written += _shown(self.job)  # what has come may be more: several tokens are written together
         usage = self.generation.usage(self.written) if self.each_usage else None
         return self._as_event(choices, usage, news.choice.times if last else None)

@@ -13,7 +13,7 @@ from minidisagg.core.messages import SamplingParams, TokenLogprob
 from minidisagg.core.router import Emit, StageTimes
 from minidisagg.model.tokenizer import Tokenizer
 from minidisagg.runtime.frontend import Frontend
-from minidisagg.runtime.output import OutputProcessor, Piece, with_stops
+from minidisagg.runtime.output import OutputProcessor, TokenText, with_stops
 from minidisagg.server.history import Timing
 from minidisagg.server.metrics import Metrics
 from minidisagg.server.protocol import ApiError, PromptDetails, Usage
@@ -42,7 +42,7 @@ class News:
     """What is new of a choice; `last` with its end, when `Choice.times` is set too."""
 
     choice: Choice
-    pieces: list[Piece]
+    parts: list[TokenText]
     first: bool
     last: bool
 
@@ -116,7 +116,7 @@ class Generation:
     async def news(self) -> AsyncIterator[list[News]]:
         """All that has come since the last time, until every choice has ended. Raises `ApiError` if one fails."""
         open_choices, failed = len(self.choices), None
-        held: dict[int, Piece] = {}  # the last piece waits for the stage times
+        held: dict[int, TokenText] = {}  # the last part waits for the stage times
         while open_choices:
             batch = [await self._queue.get()]
             while not self._queue.empty():
@@ -124,22 +124,22 @@ class Generation:
             out: list[News] = []
             for choice, emit in batch:
                 first = choice.processor.num_tokens == 0
-                pieces = choice.processor.push(emit)
+                parts = choice.processor.push(emit)
                 choice.prompt_logprobs = choice.prompt_logprobs or emit.prompt_logprobs
                 choice.cached_tokens = emit.cached_tokens or choice.cached_tokens
-                if pieces and pieces[-1].finish:
-                    held[choice.index] = pieces.pop()
+                if parts and parts[-1].finish:
+                    held[choice.index] = parts.pop()
                     if not emit.finish:  # a stop string: the engine does not know yet
                         self.frontend.abort(choice.request_id)
                 if emit.finish:
                     choice.times = emit.times
                     open_choices -= 1
                     if choice.index in held:
-                        pieces.append(held.pop(choice.index))
+                        parts.append(held.pop(choice.index))
                     else:
                         failed = failed or failure(emit)
-                if pieces:
-                    out.append(News(choice, pieces, first, emit.finish != ""))
+                if parts:
+                    out.append(News(choice, parts, first, emit.finish != ""))
             if out:
                 yield out
             if failed is not None:

@@ -21,11 +21,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from minidisagg.core.blocks import IntegrityError, PageState
-from minidisagg.core.effects import AbortLink, OpenLink, Send, StartTransfer
+from minidisagg.core.effects import AbortLink, OpenLink, Send, StartPiece
 from minidisagg.core.engine import EngineCore, drain
 from minidisagg.core.inputs import AbortConfirmed, Input, PieceDone, Received, Schedule, StepDone, Tick
 from minidisagg.core.messages import ROUTER, AnyMessage, Envelope, Hello, RequestSpec, SamplingParams
-from minidisagg.core.plan import PlanItem, SeqInit, SeqKey, StepPlan, TransferOp
+from minidisagg.core.plan import Piece, PlanItem, SeqInit, SeqKey, StepPlan
 from minidisagg.core.policy import Policy
 from minidisagg.core.router import Emit, Kill, Router, RouterSpec, StageTimes, drain_outbox
 from minidisagg.core.spec import EngineSpec
@@ -128,7 +128,7 @@ class Simulator:
         self._outside = 0  # arrivals and faults still to come
         self._last_delivery: dict[tuple[str, str], float] = {}
         self._targets: dict[tuple[str, int], SimWorker] = {}  # the process that a link was opened to
-        self._posted: dict[tuple[str, int, int], dict[bool, tuple[SimWorker, TransferOp]]] = {}
+        self._posted: dict[tuple[str, int, int], dict[bool, tuple[SimWorker, Piece]]] = {}
         self._dead_ends: set[tuple[str, str, int, bool]] = set()  # (owner, peer, link epoch, outgoing)
         self._touched: set[str] = set()  # workers, or the router, that this event may have changed
         for spec in specs:
@@ -316,8 +316,8 @@ class Simulator:
         for effect in drain(worker.core):
             if isinstance(effect, Send):
                 self._send(worker, effect.dest, effect.body)
-            elif isinstance(effect, StartTransfer):
-                self._start_transfer(worker, effect.op)
+            elif isinstance(effect, StartPiece):
+                self._start_transfer(worker, effect.piece)
             elif isinstance(effect, AbortLink):
                 self._abort_link(worker, effect)
             elif isinstance(effect, OpenLink):
@@ -368,38 +368,38 @@ class Simulator:
                 tokens.append(worker.last[key])
         return tokens
 
-    def _start_transfer(self, worker: SimWorker, op: TransferOp) -> None:
+    def _start_transfer(self, worker: SimWorker, piece: Piece) -> None:
         """Two-sided: the bytes move once both ends have started it. One-sided: when the source has."""
         if self.one_sided:
-            receiver = self._targets[worker.core.spec.name, op.link_epoch] if op.send else worker
-            seconds = self.cost.transfer_seconds(op.count) if op.send else 0.0
-            self.at(self.now + seconds, lambda: self._finish_transfer(worker, receiver, op))
+            receiver = self._targets[worker.core.spec.name, piece.link_epoch] if piece.send else worker
+            seconds = self.cost.transfer_seconds(piece.count) if piece.send else 0.0
+            self.at(self.now + seconds, lambda: self._finish_transfer(worker, receiver, piece))
             return
-        piece = worker.core.spec.name if op.send else op.peer, op.link_epoch, op.seq
-        posted = self._posted.setdefault(piece, {})
-        posted[op.send] = worker, op
+        where = worker.core.spec.name if piece.send else piece.peer, piece.link_epoch, piece.seq
+        posted = self._posted.setdefault(where, {})
+        posted[piece.send] = worker, piece
         if len(posted) == 2:
-            del self._posted[piece]
-            done = self.now + self.cost.transfer_seconds(op.count)
+            del self._posted[where]
+            done = self.now + self.cost.transfer_seconds(piece.count)
             ok = self.rng.random() >= self.chaos.break_transfer
             self.at(done, lambda: self._land(*posted[True], *posted[False], ok))
 
-    def _finish_transfer(self, worker: SimWorker, receiver: SimWorker, op: TransferOp) -> None:
+    def _finish_transfer(self, worker: SimWorker, receiver: SimWorker, piece: Piece) -> None:
         """One-sided: the source writes into the destination's memory, whatever that thinks of it by now."""
 
         def finish() -> None:
-            if (worker.core.spec.name, op.peer, op.link_epoch, op.send) in self._dead_ends:
+            if (worker.core.spec.name, piece.peer, piece.link_epoch, piece.send) in self._dead_ends:
                 return
-            if op.send:
+            if piece.send:
                 ok = self.rng.random() >= self.chaos.break_transfer
-                self._copy(worker, op.pages, receiver, op.remote)
+                self._copy(worker, piece.pages, receiver, piece.remote)
             else:  # bytes that went to this worker's dead predecessor fail the checksum
-                ok = self._targets[op.peer, op.link_epoch] is worker
-            worker.core.on(PieceDone(op.peer, op.link_epoch, op.seq, op.send, ok), self.now)
+                ok = self._targets[piece.peer, piece.link_epoch] is worker
+            worker.core.on(PieceDone(piece.peer, piece.link_epoch, piece.seq, piece.send, ok), self.now)
 
         self._inside(worker, finish)
 
-    def _land(self, sender: SimWorker, send: TransferOp, receiver: SimWorker, receive: TransferOp, ok: bool) -> None:
+    def _land(self, sender: SimWorker, send: Piece, receiver: SimWorker, receive: Piece, ok: bool) -> None:
         if sender.alive and receiver.alive and self.now < sender.stalled_until:
             self.at(sender.stalled_until, lambda: self._land(sender, send, receiver, receive, ok))
             return
@@ -408,9 +408,9 @@ class Simulator:
         sending = sender.alive and (names[0], names[1], send.link_epoch, True) not in self._dead_ends
         if receiving and sending and receive.pages:  # else they are thrown away
             self._copy(sender, send.pages, receiver, receive.pages)
-        for worker, op, there in ((sender, send, sending), (receiver, receive, receiving)):
+        for worker, piece, there in ((sender, send, sending), (receiver, receive, receiving)):
             if there:
-                done = PieceDone(op.peer, op.link_epoch, op.seq, op.send, ok and sending and receiving)
+                done = PieceDone(piece.peer, piece.link_epoch, piece.seq, piece.send, ok and sending and receiving)
                 self._inside(worker, partial(self._tell, worker, done))
 
     def _tell(self, worker: SimWorker, what: Input) -> None:

@@ -1,6 +1,6 @@
-"""KV pages as bytes on a wire: how an operation is cut into blocks, which pages lie side by side, and the checksum.
+"""KV pages as bytes on a wire: how a piece is cut into blocks, which pages lie side by side, and the checksum.
 
-An operation covers `count` pages of a range of layers, keys and values; each of these cells is one *row*: a page of one
+A piece covers `count` pages of a range of layers, keys and values; each of these cells is one *row*: a page of one
 layer's keys or values, contiguous in the cache. Every link moves rows in blocks of bounded size, both ends cut alike,
 and the checksum depends on the rows and their positions only, not on the blocks or on the link.
 """
@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from minidisagg.core.plan import TransferOp
+from minidisagg.core.plan import Piece
 
 CODECS = ("raw",)
 
@@ -22,7 +22,7 @@ _MASK = (1 << 64) - 1
 
 
 class Block(NamedTuple):
-    """A part of an operation's rows; the slices count from the operation's first layer and first page."""
+    """A part of a piece's rows; the slices count from the piece's first layer and first page."""
 
     layers: slice
     kinds: slice  # 0: keys, 1: values
@@ -39,9 +39,9 @@ class Block(NamedTuple):
 
 
 def cut(num_layers: int, count: int, row_bytes: int, limit: int) -> Iterator[Block]:
-    """Cut an operation's rows into blocks of at most `limit` bytes (at least one row).
+    """Cut a piece's rows into blocks of at most `limit` bytes (at least one row).
 
-    Small operations group whole layers; where one layer is larger than `limit`, a block stays within its keys or its
+    Small pieces group whole layers; where one layer is larger than `limit`, a block stays within its keys or its
     values, so that it is one piece of memory if its pages are consecutive.
     """
     layer_bytes = 2 * count * row_bytes
@@ -87,15 +87,15 @@ def window(rows: Tensor, layers: slice, kinds: slice, first_page: int, num_pages
 
 
 class Checksum:
-    """64 bits over an operation's rows: Σ weight(position) · Σ words of the row, modulo 2^64.
+    """64 bits over a piece's rows: Σ weight(position) · Σ words of the row, modulo 2^64.
 
     A row's sum changes with any changed byte and with stale or torn words; the odd weight by position catches swapped
     pages, layers or keys with values, and shifted streams. Summing words runs at the speed of reading memory (20 to
     30 GB/s on one core, against 2 GB/s for crc32). It finds accidents; it does not authenticate.
     """
 
-    def __init__(self, op: TransferOp, device: torch.device) -> None:
-        shape = (op.layers[1] - op.layers[0], 2, op.count, 1)
+    def __init__(self, piece: Piece, device: torch.device) -> None:
+        shape = (piece.layers[1] - piece.layers[0], 2, piece.count, 1)
         self._sums = torch.zeros(shape, dtype=torch.int64, device=device)
 
     def add(self, block: Block, rows: Tensor) -> None:
@@ -146,7 +146,7 @@ class RawCodec:
     def run_views(self, block: Block, first_layer: int, pages: Sequence[int]) -> Iterator[tuple[Block, Tensor]]:
         """The block as parts whose pages are consecutive, each with its view [layers, kinds, run, words] of the cache.
 
-        `pages` are the operation's pages in this cache.
+        `pages` are the piece's pages in this cache.
         """
         layers = slice(first_layer + block.layers.start, first_layer + block.layers.stop)
         here = pages[block.pages]

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, Store, TCPStore, Work
 
-from minidisagg.core.plan import TransferOp
+from minidisagg.core.plan import Piece
 from minidisagg.transfer.codec import Block, Checksum, cut
 from minidisagg.transfer.links import LinkError, LinkSetup, ThreadLink, Trailer
 
@@ -117,55 +117,55 @@ class DistLink(ThreadLink):
     def _on_stream(self) -> AbstractContextManager[object]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
-    def _carry(self, op: TransferOp) -> int:
+    def _carry(self, piece: Piece) -> int:
         with self._on_stream():
-            return self._send(op) if op.send else self._receive(op)
+            return self._send(piece) if piece.send else self._receive(piece)
 
-    def _send(self, op: TransferOp) -> int:
-        checksum, posted, fault = Checksum(op, self._device), deque[Work](), self.damage.pop(op.seq, "")
+    def _send(self, piece: Piece) -> int:
+        checksum, posted, fault = Checksum(piece, self._device), deque[Work](), self.damage.pop(piece.seq, "")
         if fault == "drop":
             return 0
-        for index, block in enumerate(self._blocks(op)):
+        for index, block in enumerate(self._blocks(piece)):
             if len(posted) == DEPTH:
                 self._wait(posted.popleft())
             staging = self._staged(index, block)
-            rows = self.codec.encode(block, op.layers[0], op.pages, staging)
+            rows = self.codec.encode(block, piece.layers[0], piece.pages, staging)
             checksum.add(block, rows)
             if fault and index == 0:
                 rows = staging.copy_(rows)
                 rows[0, 0, 0, 0] ^= 1
             posted.append(self._post(rows))
-        trailer = Trailer.pack(op, self.wire_bytes(op), checksum.value())
+        trailer = Trailer.pack(piece, self.wire_bytes(piece), checksum.value())
         posted.append(self._post(torch.frombuffer(bytearray(trailer), dtype=torch.uint8).to(self._device)))
         while posted:
             self._wait(posted.popleft())
         return checksum.value()
 
-    def _receive(self, op: TransferOp) -> int:
-        checksum, posted = Checksum(op, self._device), deque[tuple[Work, Block, Tensor]]()
-        for index, block in enumerate(self._blocks(op)):
+    def _receive(self, piece: Piece) -> int:
+        checksum, posted = Checksum(piece, self._device), deque[tuple[Work, Block, Tensor]]()
+        for index, block in enumerate(self._blocks(piece)):
             if len(posted) == DEPTH:
-                self._unpack(op, checksum, *posted.popleft())
+                self._unpack(piece, checksum, *posted.popleft())
             rows = self._staged(index, block)
             posted.append((self._post(rows), block, rows))
         trailer = torch.empty(Trailer.SIZE, dtype=torch.uint8, device=self._device)
         last = self._post(trailer)
         while posted:
-            self._unpack(op, checksum, *posted.popleft())
+            self._unpack(piece, checksum, *posted.popleft())
         self._wait(last)
         if self._stream is not None:
             self._stream.synchronize()
-        Trailer.verify(bytes(trailer.tolist()), op, self.wire_bytes(op), checksum.value())
+        Trailer.verify(bytes(trailer.tolist()), piece, self.wire_bytes(piece), checksum.value())
         return checksum.value()
 
-    def _unpack(self, op: TransferOp, checksum: Checksum, work: Work, block: Block, rows: Tensor) -> None:
+    def _unpack(self, piece: Piece, checksum: Checksum, work: Work, block: Block, rows: Tensor) -> None:
         self._wait(work)
         checksum.add(block, rows)
-        if op.pages:
-            self.codec.decode(rows, block, op.layers[0], op.pages)
+        if piece.pages:
+            self.codec.decode(rows, block, piece.layers[0], piece.pages)
 
-    def _blocks(self, op: TransferOp) -> Iterator[Block]:
-        return cut(op.layers[1] - op.layers[0], op.count, self.codec.row_bytes, BLOCK_BYTES)
+    def _blocks(self, piece: Piece) -> Iterator[Block]:
+        return cut(piece.layers[1] - piece.layers[0], piece.count, self.codec.row_bytes, BLOCK_BYTES)
 
     def _staged(self, index: int, block: Block) -> Tensor:
         """Staging memory for the block, [layers, kinds, pages, words]."""

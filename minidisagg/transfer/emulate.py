@@ -1,6 +1,6 @@
 """A slower and worse link than the one at hand: to draw "when does it pay" curves, and to inject faults.
 
-Only the source's end is wrapped. Each operation takes its turn on an emulated wire of a given bandwidth, travels for
+Only the source's end is wrapped. Each piece takes its turn on an emulated wire of a given bandwidth, travels for
 the latency and a jitter, and is then started on the real link, which adds its own (small) time. Order is kept.
 """
 
@@ -14,14 +14,14 @@ from collections import deque
 import msgspec
 
 from minidisagg.core.inputs import PieceDone
-from minidisagg.core.plan import TransferOp
+from minidisagg.core.plan import Piece
 from minidisagg.transfer.links import ThreadLink
 
 
 class Emulation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The wire's properties, and the share of operations that suffer a fault.
+    """The wire's properties, and the share of pieces that suffer a fault.
 
-    A dropped operation is never sent, though the source believes so; a corrupt one arrives with a wrong bit, a delayed
+    A dropped piece is never sent, though the source believes so; a corrupt one arrives with a wrong bit, a delayed
     one `delay_s` late. Which ones is decided by the seed, the link's epoch and the sequence number.
     """
 
@@ -42,8 +42,8 @@ class EmulatedLink:
         self.one_sided = inner.one_sided
         self._inner, self._emulation = inner, emulation
         self._wire_free = 0.0  # when the emulated wire has taken all that was started
-        self._arrival = 0.0  # of the last operation
-        self._held: deque[tuple[float, TransferOp]] = deque()
+        self._arrival = 0.0  # of the last piece
+        self._held: deque[tuple[float, Piece]] = deque()
         self._added: dict[int, float] = {}  # sequence number -> seconds on the emulated wire
         self._changed = threading.Condition()
         self._closing = False
@@ -58,22 +58,22 @@ class EmulatedLink:
         """See `Link.connect`."""
         self._inner.connect(endpoint)
 
-    def start(self, op: TransferOp) -> None:
-        """Put the operation on the emulated wire."""
+    def start(self, piece: Piece) -> None:
+        """Put the piece on the emulated wire."""
         wire, now = self._emulation, time.monotonic()
-        dice = random.Random(f"{wire.seed}/{op.link_epoch}/{op.seq}")
+        dice = random.Random(f"{wire.seed}/{piece.link_epoch}/{piece.seq}")
         travel = wire.latency + dice.uniform(0.0, wire.jitter)
         drop, corrupt, late = (dice.random() < share for share in (wire.drop, wire.corrupt, wire.delay))
         if drop or corrupt:
-            self._inner.damage[op.seq] = "drop" if drop else "corrupt"
+            self._inner.damage[piece.seq] = "drop" if drop else "corrupt"
         if late:
             travel += wire.delay_s
-        sending = self._inner.wire_bytes(op) / wire.bandwidth if wire.bandwidth else 0.0
+        sending = self._inner.wire_bytes(piece) / wire.bandwidth if wire.bandwidth else 0.0
         with self._changed:
             self._wire_free = max(now, self._wire_free) + sending
             self._arrival = max(self._arrival, self._wire_free + travel)
-            self._added[op.seq] = sending + travel
-            self._held.append((self._arrival, op))
+            self._added[piece.seq] = sending + travel
+            self._held.append((self._arrival, piece))
             self._changed.notify()
 
     def poll(self) -> list[PieceDone]:
@@ -93,7 +93,7 @@ class EmulatedLink:
         return stopped
 
     def _release(self) -> None:
-        """Start each operation on the real link when it arrives."""
+        """Start each piece on the real link when it arrives."""
         with self._changed:
             while not self._closing:
                 if not self._held:

@@ -2,7 +2,7 @@
 
 A `Link` is one direction of one (source, destination) pair under its own epoch. It moves bytes of whole KV pages and
 decides nothing: offers, grants, sequence numbers and deadlines are `core/handoff.py`. Each link has one thread, which
-takes the started operations in order and blocks on them; `wake` tells the event loop that `poll` has something.
+takes the started pieces in order and blocks on them; `wake` tells the event loop that `poll` has something.
 
 The cache is one tensor [num_layers, 2, num_pages, num_kv_heads, page_size, head_dim], contiguous.
 """
@@ -25,21 +25,21 @@ from typing import Protocol
 from torch import Tensor
 
 from minidisagg.core.inputs import PieceDone
-from minidisagg.core.plan import TransferOp
+from minidisagg.core.plan import Piece
 from minidisagg.transfer.codec import make_codec
 
 JOIN_SECONDS = 0.1
-MAX_OUTSTANDING = 4096  # operations started and not yet polled: the core keeps far fewer
+MAX_OUTSTANDING = 4096  # pieces started and not yet polled: the core keeps far fewer
 
 Wake = Callable[[], None]
 
 
 class LinkError(RuntimeError):
-    """An operation failed and nothing after it on this link can be trusted; one line for a person."""
+    """A piece failed and nothing after it on this link can be trusted; one line for a person."""
 
 
 class CorruptError(LinkError):
-    """The bytes of one operation are wrong, but the link is still in step."""
+    """The bytes of one piece are wrong, but the link is still in step."""
 
 
 class Link(Protocol):
@@ -58,7 +58,7 @@ class Link(Protocol):
         """
         ...
 
-    def start(self, op: TransferOp) -> None:
+    def start(self, piece: Piece) -> None:
         """Queue one piece. Pieces are carried out in the order in which they were started, once connected.
 
         A source's pages must be complete by then: on a GPU, computed and not merely launched.
@@ -68,7 +68,7 @@ class Link(Protocol):
         ...
 
     def poll(self) -> list[PieceDone]:
-        """Completions since the last call, in order: one for each started operation."""
+        """Completions since the last call, in order: one for each started piece."""
         ...
 
     def abort(self, peer_dead: bool) -> bool:
@@ -100,7 +100,7 @@ class LinkSetup:
 
 
 class ThreadLink(ABC):
-    """A link's queue, its thread, its completions. A family implements the opening, one operation, and the fence."""
+    """A link's queue, its thread, its completions. A family implements the opening, one piece, and the fence."""
 
     one_sided = False
 
@@ -115,7 +115,7 @@ class ThreadLink(ABC):
         self._opening = threading.Lock()  # held by `connect`, so that `abort` cannot overtake it
         self._lock = threading.Lock()
         self._outstanding = 0
-        self._ops: queue.SimpleQueue[TransferOp | None] = queue.SimpleQueue()
+        self._ops: queue.SimpleQueue[Piece | None] = queue.SimpleQueue()
         self._done: deque[PieceDone] = deque()
         self._thread = threading.Thread(target=self._run, name=f"link-{setup.pair}", daemon=True)
         self._thread.start()
@@ -129,8 +129,8 @@ class ThreadLink(ABC):
         """Meet the peer, or raise within the timeout."""
 
     @abstractmethod
-    def _carry(self, op: TransferOp) -> int:
-        """Do one operation and return its checksum; raise `CorruptError` if its bytes are wrong, else anything."""
+    def _carry(self, piece: Piece) -> int:
+        """Do one piece and return its checksum; raise `CorruptError` if its bytes are wrong, else anything."""
 
     @abstractmethod
     def _interrupt(self) -> None:
@@ -153,19 +153,19 @@ class ThreadLink(ABC):
             finally:
                 self._met.set()
 
-    def wire_bytes(self, op: TransferOp) -> int:
-        """Payload bytes of this operation on the wire."""
-        return self.codec.wire_bytes((op.layers[1] - op.layers[0]) * 2 * op.count)
+    def wire_bytes(self, piece: Piece) -> int:
+        """Payload bytes of this piece on the wire."""
+        return self.codec.wire_bytes((piece.layers[1] - piece.layers[0]) * 2 * piece.count)
 
-    def start(self, op: TransferOp) -> None:
+    def start(self, piece: Piece) -> None:
         """See `Link.start`."""
         with self._lock:
             self._outstanding += 1
             full = self._outstanding > MAX_OUTSTANDING
             if not self.closing and not full:
-                self._ops.put(op)
+                self._ops.put(piece)
                 return
-        self._complete(op, f"more than {MAX_OUTSTANDING} operations on one link" if full else "the link was aborted")
+        self._complete(piece, f"more than {MAX_OUTSTANDING} pieces on one link" if full else "the link was aborted")
 
     def poll(self) -> list[PieceDone]:
         """See `Link.poll`."""
@@ -202,57 +202,66 @@ class ThreadLink(ABC):
         return True
 
     def _run(self) -> None:
-        while (op := self._ops.get()) is not None:
+        while (piece := self._ops.get()) is not None:
             # the peer's first piece can be announced before this end's `connect` has returned
             if not self._met.wait(self.setup.timeout):
                 self._broken = "the peer did not connect in time"
             began, checksum, error = time.perf_counter(), 0, "the link was aborted" if self.closing else self._broken
             if not error:
                 try:
-                    self._check(op)
-                    checksum = self._carry(op)
+                    self._check(piece)
+                    checksum = self._carry(piece)
                 except CorruptError as failure:
                     error = str(failure)
                 except Exception as failure:  # whatever it was, it is reported, and the order on the link is lost
                     error = self._broken = str(failure).partition("\n")[0] or repr(failure)
-            self._complete(op, error, time.perf_counter() - began, checksum)
+            self._complete(piece, error, time.perf_counter() - began, checksum)
 
-    def _check(self, op: TransferOp) -> None:
+    def _check(self, piece: Piece) -> None:
         layers, _, pages = self.codec.rows.shape[:3]
-        if not 0 <= op.layers[0] < op.layers[1] <= layers:
-            raise LinkError(f"layers {op.layers} of {layers}")
-        if op.pages and (len(op.pages) != op.count or not 0 <= min(op.pages) <= max(op.pages) < pages):
-            raise LinkError(f"pages are not {op.count} of this cache's {pages}")
-        if op.send != self.setup.source or (op.send and not op.pages):
+        if not 0 <= piece.layers[0] < piece.layers[1] <= layers:
+            raise LinkError(f"layers {piece.layers} of {layers}")
+        if piece.pages and (len(piece.pages) != piece.count or not 0 <= min(piece.pages) <= max(piece.pages) < pages):
+            raise LinkError(f"pages are not {piece.count} of this cache's {pages}")
+        if piece.send != self.setup.source or (piece.send and not piece.pages):
             raise LinkError("a source sends pages, a destination receives them")
 
-    def _complete(self, op: TransferOp, error: str, seconds: float = 0.0, checksum: int = 0) -> None:
-        nbytes = 0 if error else self.wire_bytes(op)
+    def _complete(self, piece: Piece, error: str, seconds: float = 0.0, checksum: int = 0) -> None:
+        nbytes = 0 if error else self.wire_bytes(piece)
         done = PieceDone(
-            op.peer, op.link_epoch, op.seq, op.send, not error, seconds, nbytes, checksum, error, time.monotonic()
+            piece.peer,
+            piece.link_epoch,
+            piece.seq,
+            piece.send,
+            not error,
+            seconds,
+            nbytes,
+            checksum,
+            error,
+            time.monotonic(),
         )
         self._done.append(done)
         self.setup.wake()
 
 
 class Trailer:
-    """What follows the rows of each operation on a two-sided link, so that one skipped send cannot shift all others."""
+    """What follows the rows of each piece on a two-sided link, so that one skipped send cannot shift all others."""
 
     _FORMAT = struct.Struct("<QQQQ")  # sequence number, request, payload bytes, checksum
     SIZE = _FORMAT.size
 
     @classmethod
-    def pack(cls, op: TransferOp, nbytes: int, checksum: int) -> bytes:
-        """The trailer of `op`."""
-        request = blake2b(f"{op.request_id}/{op.incarnation}".encode(), digest_size=8).digest()
-        return cls._FORMAT.pack(op.seq, int.from_bytes(request, "little"), nbytes, checksum)
+    def pack(cls, piece: Piece, nbytes: int, checksum: int) -> bytes:
+        """The trailer of `piece`."""
+        request = blake2b(f"{piece.request_id}/{piece.incarnation}".encode(), digest_size=8).digest()
+        return cls._FORMAT.pack(piece.seq, int.from_bytes(request, "little"), nbytes, checksum)
 
     @classmethod
-    def verify(cls, data: bytes, op: TransferOp, nbytes: int, checksum: int) -> None:
-        """Raise `LinkError` if it belongs to another operation, `CorruptError` if only the checksum differs."""
-        if data == cls.pack(op, nbytes, checksum):
+    def verify(cls, data: bytes, piece: Piece, nbytes: int, checksum: int) -> None:
+        """Raise `LinkError` if it belongs to another piece, `CorruptError` if only the checksum differs."""
+        if data == cls.pack(piece, nbytes, checksum):
             return
         seq, _, size, _ = cls._FORMAT.unpack(data)
-        if data[:24] == cls.pack(op, nbytes, checksum)[:24]:
-            raise CorruptError(f"checksum mismatch in piece {op.seq}")
-        raise LinkError(f"out of step: expected piece {op.seq} of {nbytes} bytes, got piece {seq} of {size}")
+        if data[:24] == cls.pack(piece, nbytes, checksum)[:24]:
+            raise CorruptError(f"checksum mismatch in piece {piece.seq}")
+        raise LinkError(f"out of step: expected piece {piece.seq} of {nbytes} bytes, got piece {seq} of {size}")

@@ -18,7 +18,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from minidisagg.core.plan import TransferOp
+from minidisagg.core.plan import Piece
 from minidisagg.transfer.codec import Checksum, cache_rows, cut, runs, window
 from minidisagg.transfer.links import CorruptError, LinkError, LinkSetup, ThreadLink
 from minidisagg.transfer.stream import UnixListener
@@ -44,19 +44,19 @@ class MappedLink(ThreadLink):
         self._remote: Tensor | None = None  # the destination's rows [layers, 2, pages, words]
         super().__init__(setup)
 
-    def _carry(self, op: TransferOp) -> int:
-        return self._write(op) if op.send else self._verify(op)
+    def _carry(self, piece: Piece) -> int:
+        return self._write(piece) if piece.send else self._verify(piece)
 
-    def _write(self, op: TransferOp) -> int:
+    def _write(self, piece: Piece) -> int:
         remote = self._remote
         if remote is None:
             raise LinkError("the link is not connected")
-        if len(op.remote) != op.count or not 0 <= min(op.remote) <= max(op.remote) < remote.shape[2]:
-            raise LinkError(f"remote pages are not {op.count} of the peer's {remote.shape[2]}")
-        checksum, fault = Checksum(op, self.setup.kv.device), self.damage.pop(op.seq, "")
-        for block in cut(op.layers[1] - op.layers[0], op.count, self.codec.row_bytes, BLOCK_BYTES):
-            here, there = op.pages[block.pages], op.remote[block.pages]
-            layers = slice(op.layers[0] + block.layers.start, op.layers[0] + block.layers.stop)
+        if len(piece.remote) != piece.count or not 0 <= min(piece.remote) <= max(piece.remote) < remote.shape[2]:
+            raise LinkError(f"remote pages are not {piece.count} of the peer's {remote.shape[2]}")
+        checksum, fault = Checksum(piece, self.setup.kv.device), self.damage.pop(piece.seq, "")
+        for block in cut(piece.layers[1] - piece.layers[0], piece.count, self.codec.row_bytes, BLOCK_BYTES):
+            here, there = piece.pages[block.pages], piece.remote[block.pages]
+            layers = slice(piece.layers[0] + block.layers.start, piece.layers[0] + block.layers.stop)
             for run in runs(here, there):
                 pages = run.stop - run.start
                 rows = window(self.codec.rows, layers, block.kinds, here[run.start], pages)
@@ -65,18 +65,18 @@ class MappedLink(ThreadLink):
                 if fault != "drop":
                     window(remote, layers, block.kinds, there[run.start], pages).copy_(rows)
         if fault == "corrupt":
-            remote[op.layers[0], 0, op.remote[0], 0] ^= 1
+            remote[piece.layers[0], 0, piece.remote[0], 0] ^= 1
         return checksum.value()
 
-    def _verify(self, op: TransferOp) -> int:
-        checksum = Checksum(op, self.setup.kv.device)
-        if not op.pages:
+    def _verify(self, piece: Piece) -> int:
+        checksum = Checksum(piece, self.setup.kv.device)
+        if not piece.pages:
             return 0  # nothing is on a wire
-        for block in cut(op.layers[1] - op.layers[0], op.count, self.codec.row_bytes, BLOCK_BYTES):
-            for part, view in self.codec.run_views(block, op.layers[0], op.pages):
+        for block in cut(piece.layers[1] - piece.layers[0], piece.count, self.codec.row_bytes, BLOCK_BYTES):
+            for part, view in self.codec.run_views(block, piece.layers[0], piece.pages):
                 checksum.add(part, view)
-        if checksum.value() != op.checksum:
-            raise CorruptError(f"checksum mismatch in piece {op.seq}")
+        if checksum.value() != piece.checksum:
+            raise CorruptError(f"checksum mismatch in piece {piece.seq}")
         return checksum.value()
 
     def _drop(self) -> None:

@@ -18,7 +18,7 @@ from contextlib import suppress
 
 import torch
 
-from minidisagg.core.plan import TransferOp
+from minidisagg.core.plan import Piece
 from minidisagg.transfer.codec import Block, Checksum, cut, runs
 from minidisagg.transfer.links import LinkError, LinkSetup, ThreadLink, Trailer
 
@@ -139,46 +139,46 @@ class StreamLink(ThreadLink):
         if self.closing:
             raise LinkError("the link was aborted")
 
-    def _carry(self, op: TransferOp) -> int:
+    def _carry(self, piece: Piece) -> int:
         if self._socket is None:
             raise LinkError("the link is not connected")
-        checksum, fault = Checksum(op, self.setup.kv.device), self.damage.pop(op.seq, "")
+        checksum, fault = Checksum(piece, self.setup.kv.device), self.damage.pop(piece.seq, "")
         if fault == "drop":
             return 0
-        for block in cut(op.layers[1] - op.layers[0], op.count, self.codec.row_bytes, BLOCK_BYTES):
-            if op.send:
-                self._add(checksum, op, block)
-                buffers = self._buffers(op, block)
+        for block in cut(piece.layers[1] - piece.layers[0], piece.count, self.codec.row_bytes, BLOCK_BYTES):
+            if piece.send:
+                self._add(checksum, piece, block)
+                buffers = self._buffers(piece, block)
                 if fault == "corrupt":
                     fault, damaged = "", bytearray(buffers[0])
                     damaged[0] ^= 1
                     buffers[0] = memoryview(damaged)
                 write_all(self._socket, buffers)
-            elif op.pages:
-                read_all(self._socket, self._buffers(op, block))
-                self._add(checksum, op, block)
+            elif piece.pages:
+                read_all(self._socket, self._buffers(piece, block))
+                self._add(checksum, piece, block)
             else:
                 self._discard(checksum, block)
-        nbytes = self.wire_bytes(op)
-        if op.send:
-            write_all(self._socket, [memoryview(Trailer.pack(op, nbytes, checksum.value()))])
+        nbytes = self.wire_bytes(piece)
+        if piece.send:
+            write_all(self._socket, [memoryview(Trailer.pack(piece, nbytes, checksum.value()))])
         else:
             trailer = bytearray(Trailer.SIZE)
             read_all(self._socket, [memoryview(trailer)])
-            Trailer.verify(bytes(trailer), op, nbytes, checksum.value())
+            Trailer.verify(bytes(trailer), piece, nbytes, checksum.value())
         return checksum.value()
 
-    def _add(self, checksum: Checksum, op: TransferOp, block: Block) -> None:
-        for part, view in self.codec.run_views(block, op.layers[0], op.pages):
+    def _add(self, checksum: Checksum, piece: Piece, block: Block) -> None:
+        for part, view in self.codec.run_views(block, piece.layers[0], piece.pages):
             checksum.add(part, view)
 
-    def _buffers(self, op: TransferOp, block: Block) -> list[memoryview]:
+    def _buffers(self, piece: Piece, block: Block) -> list[memoryview]:
         """The block's rows in wire order [layers, kinds, pages], as pieces of the cache's memory."""
         row, pages = self.codec.row_bytes, self.setup.kv.shape[2]
-        here = op.pages[block.pages]
+        here = piece.pages[block.pages]
         spans = [(here[run.start] * row, (here[run.stop - 1] + 1) * row) for run in runs(here)]
         slabs = (
-            ((op.layers[0] + layer) * 2 + kind) * pages * row
+            ((piece.layers[0] + layer) * 2 + kind) * pages * row
             for layer in range(block.layers.start, block.layers.stop)
             for kind in range(block.kinds.start, block.kinds.stop)
         )
