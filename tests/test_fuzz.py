@@ -13,6 +13,7 @@ from minidisagg.core.blocks import BlockPool
 from minidisagg.core.engine import EngineCore
 from minidisagg.core.handoff import Receiver
 from minidisagg.core.inputs import Received
+from minidisagg.core.ledger import DestinationLedger
 from minidisagg.core.messages import Abort, Envelope, KVAck, KVCancel, KVDone, KVFailed, KVGrant
 from minidisagg.core.request import Request, State
 from minidisagg.core.scheduler import BatchBuilder
@@ -69,13 +70,13 @@ def lose_the_lease_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def reuse_before_the_abort_is_confirmed(monkeypatch: pytest.MonkeyPatch) -> None:
-    abort = Receiver.abort_link
+    abort = DestinationLedger.abort
 
-    def hasty(self: Receiver, peer: str, link_epoch: int, peer_dead: bool, now: float) -> None:
+    def hasty(self: DestinationLedger, peer: str, link_epoch: int, peer_dead: bool, now: float) -> None:
         abort(self, peer, link_epoch, peer_dead, now)
         self.on_aborted(peer, link_epoch)
 
-    monkeypatch.setattr(Receiver, "abort_link", hasty)
+    monkeypatch.setattr(DestinationLedger, "abort", hasty)
 
 
 def free_granted_pages_when_the_client_leaves(monkeypatch: pytest.MonkeyPatch) -> None:

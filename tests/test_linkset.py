@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from minidisagg.core.effects import AbortLink, Send
-from minidisagg.core.handoff import EPOCH_BITS
 from minidisagg.core.inputs import AbortConfirmed, PieceDone
+from minidisagg.core.ledger import EPOCH_BITS
 from minidisagg.core.messages import LinkOpen, LinkReady
 from minidisagg.core.plan import Piece
 from minidisagg.runtime import linkset

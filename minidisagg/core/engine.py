@@ -22,6 +22,7 @@ from minidisagg.core.blocks import BlockPool, IntegrityError, PageState
 from minidisagg.core.effects import Effect, Send
 from minidisagg.core.handoff import Receiver, Sender
 from minidisagg.core.inputs import AbortConfirmed, Input, PieceDone, Received, Schedule, StepDone, Tick
+from minidisagg.core.ledger import DestinationLedger, SourceLedger
 from minidisagg.core.lived import LivedTime
 from minidisagg.core.messages import (
     ROUTER,
@@ -85,13 +86,10 @@ class EngineCore:
         self._dropped: list[SeqKey] = []  # sequences that the executor may forget
         self._fence: OrderedDict[str, int] = OrderedDict()  # highest incarnation that is over, or was aborted
         emit = self.outbox.append
-        self.sender = Sender(
-            spec.epoch, spec.page_size, spec.num_layers, spec.one_sided_links, spec.lease, spec.link_timeout, emit,
-            self._handoff_ended,
-        )  # fmt: skip
-        self.receiver = Receiver(
-            self.pool, spec.lease, spec.link_timeout, emit, self._handoff_ready, self._handoff_gone
-        )
+        self.outgoing = SourceLedger(spec, emit)
+        self.incoming = DestinationLedger(spec, emit)
+        self.sender = Sender(spec, self.outgoing, emit, self._handoff_ended)
+        self.receiver = Receiver(spec, self.pool, self.incoming, emit, self._handoff_ready, self._end)
         self.scheduler = Scheduler(
             spec, load_policy(spec.policy), self.pool, lambda: len(self.receiver.transfers), self._preempted, self._fail
         )
@@ -103,7 +101,7 @@ class EngineCore:
             Submit: self._on_submit, Abort: self._on_abort, Migrate: self._on_migrate, SetRole: self._on_set_role,
             SetPolicy: self._on_set_policy, PeerUp: self._on_peer_up, PeerDown: self._on_peer_down,
             KVOffer: self._on_offer, KVGrant: self.sender.on_grant, KVWait: self.sender.on_wait,
-            KVBusy: self.receiver.on_busy, KVPiece: self.receiver.on_piece, KVDone: self.receiver.on_done,
+            KVBusy: self.receiver.on_busy, KVPiece: self.incoming.on_piece, KVDone: self.receiver.on_done,
             KVAck: self.sender.on_ack, KVCancel: self._on_cancel, KVFailed: self._on_failed,
             LinkAborted: self._on_link_aborted,
         }  # fmt: skip
@@ -186,7 +184,7 @@ class EngineCore:
             return None
         for request in batch.begun:
             if request.decode:
-                self.sender.offer(request, request.decode, self._lived, self.spec.fingerprint)
+                self.sender.offer(request, request.decode, self._lived)
         self.steps += 1
         plan = StepPlan(self.steps, batch.items, batch.new, self._dropped)
         self._dropped = []
@@ -238,19 +236,22 @@ class EngineCore:
         self._send(ROUTER, StepOutput(done.step_id, out, done.seconds, prefill, decode, context, self.now))
 
     def _on_piece_done(self, done: PieceDone) -> None:
-        (self.sender if done.send else self.receiver).on_piece_done(done, self._lived)
+        (self.outgoing if done.send else self.incoming).on_piece_done(done, self._lived)
 
     def _on_abort_confirmed(self, done: AbortConfirmed) -> None:
-        (self.sender if done.outgoing else self.receiver).on_aborted(done.peer, done.link_epoch)
+        (self.outgoing if done.outgoing else self.incoming).on_aborted(done.peer, done.link_epoch)
 
     def _on_tick(self, tick: Tick) -> None:
         computes = bool(self.plans) and self._lived <= self._step_since + self.spec.step_deadline
+        self.outgoing.on_tick(self._lived)
         for request in self.sender.on_tick(self._lived, computes):
             self._give_back(request, "the decode worker granted no pages in time", failure=False)
         for request in self.held:
             if request.key not in self.sender.transfers and self.now > request.ready_at + self.spec.lease:
                 self._give_back(request, "held for too long", failure=False)
+        self.incoming.on_tick(self._lived)
         self.receiver.on_tick(self._lived)
+        self.incoming.accuse(self._lived)
         if (computes or self.scheduler.running) and self._lived > self._renew_at:
             self._renew_at = self._lived + self.spec.lease / 4
             if computes:
@@ -284,7 +285,7 @@ class EngineCore:
             request.decode, request.leaves, request.ready_at = "", False, -1.0
             self.scheduler.run(request)
         else:
-            self.sender.offer(request, message.dest, self._lived, self.spec.fingerprint)
+            self.sender.offer(request, message.dest, self._lived)
             self.sender.finish_prefill(request, request.output[-1], self._lived)
 
     def _on_set_role(self, source: str, message: SetRole, _: float) -> None:
@@ -299,7 +300,7 @@ class EngineCore:
         if not stale and message.epoch > self.up.get(message.worker, -1):
             self.up[message.worker] = message.epoch
             self._fence_peer(message.worker, message.epoch)
-            self.sender.abort_link(message.worker, peer_dead=True)  # opened after the death, it leads nowhere
+            self.outgoing.abort(message.worker, peer_dead=True)  # opened after the death, it leads nowhere
 
     def _on_peer_down(self, source: str, message: PeerDown, _: float) -> None:
         self._fence_peer(message.worker, message.epoch + 1)
@@ -309,8 +310,8 @@ class EngineCore:
         if epoch > self.peers.get(worker, 0):
             self.peers[worker] = epoch
             self.scheduler.forget_offers(lambda offer: offer.source == worker)
-            self.sender.abort_link(worker, peer_dead=True)
-            self.receiver.on_peer_down(worker, epoch - 1, self._lived)
+            self.outgoing.abort(worker, peer_dead=True)
+            self.incoming.on_peer_down(worker, epoch - 1, self._lived)
 
     def _on_offer(self, source: str, offer: KVOffer, _: float) -> None:
         key = offer.request_id, offer.incarnation
@@ -324,7 +325,7 @@ class EngineCore:
             refusal = "another model, cache layout or codec"
         elif request.prefill_len > self.spec.num_pages * self.spec.page_size:
             refusal = "the prompt exceeds the decode worker's KV cache"
-        elif self.receiver.is_dead(source, offer.link_epoch):
+        elif self.incoming.is_dead(source, offer.link_epoch):
             refusal = "the link has been given up"
         if refusal:
             self._send(source, KVFailed(*key, refusal))
@@ -347,9 +348,9 @@ class EngineCore:
 
     def _on_link_aborted(self, source: str, message: LinkAborted, now: float) -> None:
         if message.outgoing:
-            self.receiver.on_peer_aborted(source, message.link_epoch, now)
+            self.incoming.on_peer_aborted(source, message.link_epoch, now)
         else:
-            self.sender.on_peer_aborted(source, message.link_epoch)
+            self.outgoing.on_peer_aborted(source, message.link_epoch)
 
     # ------------------------------------------------------------ tokens
 
@@ -385,8 +386,7 @@ class EngineCore:
             request = offer.request
             request.state = State.WAIT_KV
             self._add(request)
-            held = len(request.pages) - len(reserved)
-            self.receiver.grant(request, offer.source, offer.message.link_epoch, held, reserved, self._lived)
+            self.receiver.grant(request, offer.source, offer.message.link_epoch, reserved, self._lived)
 
     def _refuse_where_empty(self) -> None:
         """An empty worker has room for any offer. If the policy takes none, nothing here will ever change its mind."""
@@ -405,9 +405,6 @@ class EngineCore:
         request.ready_at = self.now
         self.scheduler.publish(request)
         self.scheduler.run(request)
-
-    def _handoff_gone(self, request: Request) -> None:
-        self._end(request)
 
     def _handoff_ended(self, request: Request, failure: str) -> None:
         if request.state is State.DONE_INFLIGHT:
@@ -448,7 +445,7 @@ class EngineCore:
         self.scheduler.remove(request)
         request.state = State.DONE_INFLIGHT
         if request.key in self.sender.transfers:
-            self.sender.stop(request)
+            self.sender.transfers[request.key].stop()
         self._retire_if_settled(request)
 
     def _retire_if_settled(self, request: Request) -> None:

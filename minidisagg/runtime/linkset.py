@@ -16,8 +16,8 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from minidisagg.core.effects import AbortLink, Send
-from minidisagg.core.handoff import EPOCH_BITS
 from minidisagg.core.inputs import AbortConfirmed, PieceDone
+from minidisagg.core.ledger import EPOCH_BITS
 from minidisagg.core.messages import LinkOpen, LinkReady, LinkStats, PieceSpan
 from minidisagg.core.plan import Piece
 from minidisagg.runtime.kv_cache import KVCache
