@@ -2,6 +2,7 @@
 
     Received     Submit → QUEUED; KVOffer → waits for pages, then WAIT_KV
     Schedule     the policy fills a step through the BatchBuilder; QUEUED → RUNNING
+    LayersDone   the KV of some layers leaves before the others are computed
     StepDone     sampled tokens go to the router; after prefill RUNNING → HELD if decode is elsewhere
     PieceDone, AbortConfirmed   pieces of KV have moved, or never will
     Tick         leases, deadlines
@@ -21,7 +22,7 @@ from typing import Any
 from minidisagg.core.blocks import BlockPool, IntegrityError, PageState
 from minidisagg.core.effects import Effect, Send
 from minidisagg.core.handoff import Receiver, Sender
-from minidisagg.core.inputs import AbortConfirmed, Input, PieceDone, Received, Schedule, StepDone, Tick
+from minidisagg.core.inputs import AbortConfirmed, Input, LayersDone, PieceDone, Received, Schedule, StepDone, Tick
 from minidisagg.core.ledger import DestinationLedger, SourceLedger
 from minidisagg.core.lived import LivedTime
 from minidisagg.core.messages import (
@@ -94,17 +95,33 @@ class EngineCore:
             spec, load_policy(spec.policy), self.pool, lambda: len(self.receiver.transfers), self._preempted, self._fail
         )
         self._inputs: dict[type, Callable[[Any], StepPlan | None]] = {
-            Received: self._on_received, Schedule: self._on_schedule, StepDone: self._on_step_done,
-            PieceDone: self._on_piece_done, AbortConfirmed: self._on_abort_confirmed, Tick: self._on_tick,
-        }  # fmt: skip
+            Received: self._on_received,
+            Schedule: self._on_schedule,
+            LayersDone: self._on_layers_done,
+            StepDone: self._on_step_done,
+            PieceDone: self._on_piece_done,
+            AbortConfirmed: self._on_abort_confirmed,
+            Tick: self._on_tick,
+        }
         self._messages: dict[type, Callable[[str, Any, float], None]] = {
-            Submit: self._on_submit, Abort: self._on_abort, Migrate: self._on_migrate, SetRole: self._on_set_role,
-            SetPolicy: self._on_set_policy, PeerUp: self._on_peer_up, PeerDown: self._on_peer_down,
-            KVOffer: self._on_offer, KVGrant: self.sender.on_grant, KVWait: self.sender.on_wait,
-            KVBusy: self.receiver.on_busy, KVPiece: self.incoming.on_piece, KVDone: self.receiver.on_done,
-            KVAck: self.sender.on_ack, KVCancel: self._on_cancel, KVFailed: self._on_failed,
+            Submit: self._on_submit,
+            Abort: self._on_abort,
+            Migrate: self._on_migrate,
+            SetRole: self._on_set_role,
+            SetPolicy: self._on_set_policy,
+            PeerUp: self._on_peer_up,
+            PeerDown: self._on_peer_down,
+            KVOffer: self._on_offer,
+            KVGrant: self.sender.on_grant,
+            KVWait: self.sender.on_wait,
+            KVBusy: self.receiver.on_busy,
+            KVPiece: self.incoming.on_piece,
+            KVDone: self.receiver.on_done,
+            KVAck: self.sender.on_ack,
+            KVCancel: self._on_cancel,
+            KVFailed: self._on_failed,
             LinkAborted: self._on_link_aborted,
-        }  # fmt: skip
+        }
         self._load_policy = load_policy
 
     # ------------------------------------------------------------ what drivers call
@@ -186,7 +203,7 @@ class EngineCore:
             if request.decode:
                 self.sender.offer(request, request.decode, self._lived)
         self.steps += 1
-        plan = StepPlan(self.steps, batch.items, batch.new, self._dropped)
+        plan = StepPlan(self.steps, batch.items, batch.new, self._dropped, self.sender.reports(batch.items))
         self._dropped = []
         if not self.plans:
             self._step_since = self._lived
@@ -203,6 +220,9 @@ class EngineCore:
                 f"worker {self.spec.name}: {len(scheduler.waiting)} requests wait, {len(scheduler.running)} run, "
                 f"{self.pool.available} pages are free, and policy {scheduler.policy.name} plans nothing"
             )
+
+    def _on_layers_done(self, done: LayersDone) -> None:
+        self.sender.advance_layers(self.plans[done.step_id].items, done.layer, self._lived)
 
     def _on_step_done(self, done: StepDone) -> None:
         self._step_since = self._lived

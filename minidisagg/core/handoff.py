@@ -15,7 +15,7 @@ and `KVCancel` count the pieces, so that the destination knows when all that was
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from msgspec.structs import replace
 
@@ -23,7 +23,7 @@ from minidisagg.core.blocks import BlockPool
 from minidisagg.core.effects import Effect, Send
 from minidisagg.core.ledger import DestinationLedger, SourceLedger
 from minidisagg.core.messages import KVAck, KVBusy, KVCancel, KVDone, KVFailed, KVGrant, KVOffer, KVWait
-from minidisagg.core.plan import SeqKey
+from minidisagg.core.plan import PlanItem, SeqKey
 from minidisagg.core.request import Request
 from minidisagg.core.spec import EngineSpec
 
@@ -67,7 +67,7 @@ class Outgoing:
             return
         size, num_layers = self.sender.spec.page_size, self.sender.spec.num_layers
         total = -(-self.length // size)
-        ready = total if end >= self.length else end // size
+        ready = total if end >= self.length else 0 if self.sender.spec.granularity.whole else end // size
         if ready > self.sent and layer > self.layers:
             mine, theirs = self.request.pages[self.sent : ready], self.pages[self.sent : ready]
             self.pieces += 1
@@ -164,6 +164,22 @@ class Sender:
     def advance(self, request: Request, now: float) -> None:
         """A step has computed more of it."""
         self.transfers[request.key].push(request.num_computed, self.spec.num_layers, now)
+
+    def reports(self, items: Sequence[PlanItem]) -> list[int]:
+        """After which layers a step with these items is to be reported: the ends of the groups that leave alone."""
+        spec, pages = self.spec, 0
+        for item in items:
+            transfer = self.transfers.get((item.request_id, item.incarnation))
+            if transfer is not None and not transfer.stopping:
+                pages = max(pages, -(-(item.start + item.count) // spec.page_size) - item.start // spec.page_size)
+        return spec.granularity.ends(spec.num_layers, pages * spec.layer_bytes) if pages else []
+
+    def advance_layers(self, items: Sequence[PlanItem], layer: int, now: float) -> None:
+        """A step with these items has computed their KV in layers [0, `layer`)."""
+        for item in items:
+            transfer = self.transfers.get((item.request_id, item.incarnation))
+            if transfer is not None:
+                transfer.push(item.start + item.count, layer, now)
 
     def on_failed(self, peer: str, message: KVFailed) -> str | None:
         """The destination wants out. Returns why if that concerns a live handoff, which is then to be stopped."""

@@ -44,12 +44,16 @@ class PlanItem(Struct, frozen=True, array_like=True, gc=False):
 
 
 class StepPlan(Struct, frozen=True, array_like=True):
-    """One device step. `new` precedes the first item of a sequence, `dropped` names sequences to forget."""
+    """One device step. `new` precedes the first item of a sequence, `dropped` names sequences to forget.
+
+    The device says `LayersDone` as soon as the KV of all layers before each of `reports` is in the cache.
+    """
 
     step_id: int
     items: list[PlanItem]
     new: list[SeqInit]
     dropped: list[SeqKey]
+    reports: list[int] = []
 
 
 class Piece(Struct, frozen=True, array_like=True):

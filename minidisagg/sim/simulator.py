@@ -23,7 +23,7 @@ from functools import partial
 from minidisagg.core.blocks import IntegrityError, PageState
 from minidisagg.core.effects import AbortLink, OpenLink, Send, StartPiece
 from minidisagg.core.engine import EngineCore, drain
-from minidisagg.core.inputs import AbortConfirmed, Input, PieceDone, Received, Schedule, StepDone, Tick
+from minidisagg.core.inputs import AbortConfirmed, Input, LayersDone, PieceDone, Received, Schedule, StepDone, Tick
 from minidisagg.core.messages import ROUTER, AnyMessage, Envelope, Hello, RequestSpec, SamplingParams
 from minidisagg.core.plan import Piece, PlanItem, SeqInit, SeqKey, StepPlan
 from minidisagg.core.policy import Policy
@@ -88,9 +88,11 @@ class Outcome:
 class SimWorker:
     """One simulated process: an engine core, its memory, and the step it is computing."""
 
-    def __init__(self, core: EngineCore) -> None:
+    def __init__(self, core: EngineCore, planes: int) -> None:
+        """`planes` [plane][page][slot] stand for layers where these move apart from one another, else one for all."""
         self.core = core
-        self.memory = [[0] * core.spec.page_size for _ in range(core.spec.num_pages)]
+        self.memory = [[[0] * core.spec.page_size for _ in range(core.spec.num_pages)] for _ in range(planes)]
+        self.written = 0  # planes of the step that is being computed
         self.last: dict[SeqKey, int] = {}  # last sampled token per sequence, as an executor keeps it
         self.stalled_until = 0.0
         self.backlog: list[Callable[[], None]] = []  # what happens to it while it is stopped
@@ -123,6 +125,7 @@ class Simulator:
         self.poison: set[str] = set()
         self.deaths = 0
         self.one_sided = any(spec.one_sided_links for spec in specs)
+        self.planes = max(spec.num_layers if spec.granularity.layered else 1 for spec in specs)
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._count = itertools.count()
         self._outside = 0  # arrivals and faults still to come
@@ -212,7 +215,7 @@ class Simulator:
     # ------------------------------------------------------------ processes
 
     def _start(self, spec: EngineSpec) -> None:
-        worker = SimWorker(EngineCore(spec, lambda _: self.make_policy()))
+        worker = SimWorker(EngineCore(spec, lambda _: self.make_policy()), self.planes)
         self.workers[spec.name] = worker
         self._send(worker, ROUTER, Hello(
             spec.role, spec.num_pages, spec.page_size, 1 << 20, spec.fingerprint, f"sim:{spec.name}", 0, 1
@@ -331,7 +334,11 @@ class Simulator:
                 return
             worker.steps.append(plan)
             seconds = self.cost.step_seconds(plan)
-            worker.device_free_at = max(worker.device_free_at, self.now) + seconds
+            begins = max(worker.device_free_at, self.now)
+            for layer in plan.reports:
+                share = layer / worker.core.spec.num_layers
+                self.at(begins + seconds * share, partial(self._report_layers, worker, plan, layer))
+            worker.device_free_at = begins + seconds
             self.at(worker.device_free_at, partial(self._finish_step, worker, plan, seconds))
 
     def _finish_step(self, worker: SimWorker, plan: StepPlan, seconds: float) -> None:
@@ -339,40 +346,57 @@ class Simulator:
             if any(item.request_id in self.poison for item in plan.items):
                 self.kill(worker.core.spec.name)
                 return
-            tokens = self._compute(worker, plan)
+            self._compute(worker, plan, self.planes)
+            tokens = self._sample(worker, plan)
+            worker.written = 0
             worker.steps.popleft()
             worker.core.on(StepDone(plan.step_id, tokens, seconds), self.now)
 
         self._inside(worker, finish)
 
-    def _compute(self, worker: SimWorker, plan: StepPlan) -> list[int]:
-        size, memory = worker.core.spec.page_size, worker.memory
-        for key in plan.dropped:
-            worker.last.pop(key, None)
+    def _report_layers(self, worker: SimWorker, plan: StepPlan, layer: int) -> None:
+        def report() -> None:
+            if worker.steps and worker.steps[0] is plan and layer > worker.written:
+                self._compute(worker, plan, layer)
+                worker.core.on(LayersDone(plan.step_id, layer), self.now)
+
+        self._inside(worker, report)
+
+    def _compute(self, worker: SimWorker, plan: StepPlan, planes: int) -> None:
+        """The step's KV, in the planes up to this one that do not have it yet."""
+        size = worker.core.spec.page_size
         new = {(init.request_id, init.incarnation): init for init in plan.new}
-        tokens = []
         for item in plan.items:
             key = item.request_id, item.incarnation
             if self.check:
                 self._expect(worker, item.pages, PageState.LIVE)
-                if key in new and item.start:
+                if key in new and item.start and not worker.written:
                     self._expect_kv(worker, item, new[key])
             known = item.tokens if len(item.tokens) == item.count else [*item.tokens, worker.last[key]]
-            for position, token in enumerate(known, item.start):
-                before = memory[item.pages[(position - 1) // size]][(position - 1) % size] if position else 0
-                memory[item.pages[position // size]][position % size] = chain(before, token)
+            for plane in worker.memory[worker.written : planes]:
+                for position, token in enumerate(known, item.start):
+                    before = plane[item.pages[(position - 1) // size]][(position - 1) % size] if position else 0
+                    plane[item.pages[position // size]][position % size] = chain(before, token)
+        worker.written = planes
+
+    def _sample(self, worker: SimWorker, plan: StepPlan) -> list[int]:
+        for key in plan.dropped:
+            worker.last.pop(key, None)
+        tokens = []
+        for item in plan.items:
             if item.sample:
-                end = item.start + item.count
-                slots = itertools.chain.from_iterable(memory[page] for page in item.pages)
-                worker.last[key] = sample(itertools.islice(slots, end), self.vocab)
-                tokens.append(worker.last[key])
+                planes = [itertools.chain.from_iterable(plane[page] for page in item.pages) for plane in worker.memory]
+                slots = (column[0] if len(set(column)) == 1 else hash(column) for column in zip(*planes, strict=True))
+                token = sample(itertools.islice(slots, item.start + item.count), self.vocab)
+                worker.last[item.request_id, item.incarnation] = token
+                tokens.append(token)
         return tokens
 
     def _start_transfer(self, worker: SimWorker, piece: Piece) -> None:
         """Two-sided: the bytes move once both ends have started it. One-sided: when the source has."""
         if self.one_sided:
             receiver = self._targets[worker.core.spec.name, piece.link_epoch] if piece.send else worker
-            seconds = self.cost.transfer_seconds(piece.count) if piece.send else 0.0
+            seconds = self._transfer_seconds(worker, piece) if piece.send else 0.0
             self.at(self.now + seconds, lambda: self._finish_transfer(worker, receiver, piece))
             return
         where = worker.core.spec.name if piece.send else piece.peer, piece.link_epoch, piece.seq
@@ -380,7 +404,7 @@ class Simulator:
         posted[piece.send] = worker, piece
         if len(posted) == 2:
             del self._posted[where]
-            done = self.now + self.cost.transfer_seconds(piece.count)
+            done = self.now + self._transfer_seconds(worker, piece)
             ok = self.rng.random() >= self.chaos.break_transfer
             self.at(done, lambda: self._land(*posted[True], *posted[False], ok))
 
@@ -392,7 +416,7 @@ class Simulator:
                 return
             if piece.send:
                 ok = self.rng.random() >= self.chaos.break_transfer
-                self._copy(worker, piece.pages, receiver, piece.remote)
+                self._copy(worker, piece, receiver, piece.remote)
             else:  # bytes that went to this worker's dead predecessor fail the checksum
                 ok = self._targets[piece.peer, piece.link_epoch] is worker
             worker.core.on(PieceDone(piece.peer, piece.link_epoch, piece.seq, piece.send, ok), self.now)
@@ -407,7 +431,7 @@ class Simulator:
         receiving = receiver.alive and (names[1], names[0], send.link_epoch, False) not in self._dead_ends
         sending = sender.alive and (names[0], names[1], send.link_epoch, True) not in self._dead_ends
         if receiving and sending and receive.pages:  # else they are thrown away
-            self._copy(sender, send.pages, receiver, receive.pages)
+            self._copy(sender, send, receiver, receive.pages)
         for worker, piece, there in ((sender, send, sending), (receiver, receive, receiving)):
             if there:
                 done = PieceDone(piece.peer, piece.link_epoch, piece.seq, piece.send, ok and sending and receiving)
@@ -416,12 +440,18 @@ class Simulator:
     def _tell(self, worker: SimWorker, what: Input) -> None:
         worker.core.on(what, self.now)
 
-    def _copy(self, source: SimWorker, pages: list[int], dest: SimWorker, remote: list[int]) -> None:
+    def _transfer_seconds(self, worker: SimWorker, piece: Piece) -> float:
+        first, end = piece.layers
+        return self.cost.transfer_seconds(piece.count * ((end - first) / worker.core.spec.num_layers))
+
+    def _copy(self, source: SimWorker, piece: Piece, dest: SimWorker, remote: list[int]) -> None:
         if self.check:
-            self._expect(source, pages, PageState.LIVE)
+            self._expect(source, piece.pages, PageState.LIVE)
             self._expect(dest, remote, PageState.INFLIGHT, PageState.QUARANTINED)
-        for mine, theirs in zip(pages, remote, strict=True):
-            dest.memory[theirs] = list(source.memory[mine])
+        layers = slice(*piece.layers) if self.planes > 1 else slice(0, 1)
+        for here, there in zip(source.memory[layers], dest.memory[layers], strict=True):
+            for mine, theirs in zip(piece.pages, remote, strict=True):
+                there[theirs] = list(here[mine])
 
     def _expect(self, worker: SimWorker, pages: list[int], *states: PageState) -> None:
         for page in pages:
@@ -430,12 +460,15 @@ class Simulator:
                 raise IntegrityError(f"page {page} of {worker.core.spec.name} is in use while it is {state}")
 
     def _expect_kv(self, worker: SimWorker, item: PlanItem, init: SeqInit) -> None:
-        slots = itertools.chain.from_iterable(worker.memory[page] for page in item.pages)
-        content = 0
-        for token, slot in zip([*init.prompt, *init.output][: item.start], slots, strict=False):
-            content = chain(content, token)
-            if slot != content:
-                raise IntegrityError(f"{item.request_id} starts from KV on {worker.core.spec.name} that is not its own")
+        for plane in worker.memory:
+            slots = itertools.chain.from_iterable(plane[page] for page in item.pages)
+            content = 0
+            for token, slot in zip([*init.prompt, *init.output][: item.start], slots, strict=False):
+                content = chain(content, token)
+                if slot != content:
+                    raise IntegrityError(
+                        f"{item.request_id} starts from KV on {worker.core.spec.name} that is not its own"
+                    )
 
     def _abort_link(self, worker: SimWorker, effect: AbortLink) -> None:
         """Confirmed after a while; a one-sided destination only if the source has stopped."""
