@@ -53,6 +53,7 @@ class ClusterSettings(Struct, frozen=True, kw_only=True):
     decode: WorkerSettings = WorkerSettings()
     policy: str = "fcfs"
     link: str = "auto"
+    transfer_granularity: str = "auto"
     kv_codec: str = "raw"
 
     def roles(self) -> list[tuple[str, Role, WorkerSettings]]:

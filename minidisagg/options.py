@@ -21,6 +21,7 @@ from minidisagg.config import (
     parse_size,
     parse_worker,
 )
+from minidisagg.core.granularity import parse_granularity
 from minidisagg.core.messages import SamplingParams
 from minidisagg.ranges import explained
 from minidisagg.transfer.kinds import KINDS
@@ -77,6 +78,9 @@ engine_options = stack(
                      help="Scheduling policy: a name, or FILE.py:CLASS."),
         click.option("--link", type=click.Choice(LINKS), default=CLUSTER.link, show_default=True,
                      help="How KV moves."),
+        click.option("--transfer-granularity", default=CLUSTER.transfer_granularity, show_default=True,
+                     metavar="request|chunk|layers:N|auto",
+                     help="What of a request's KV leaves at once: all, each chunk, or N layers as they are computed."),
         click.option("--kv-codec", type=click.Choice(KV_CODECS), default=CLUSTER.kv_codec, show_default=True,
                      help="How KV is written on the wire."),
         click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True),
@@ -110,9 +114,10 @@ def read_engine(model: str, flags: dict[str, Any], mode: str, one_worker: bool =
         mode=mode,  # type: ignore[arg-type]
         prefill=parse_worker(flags.pop("prefill"), worker),
         decode=parse_worker(flags.pop("decode"), worker),
-        **{key: flags.pop(key) for key in ("policy", "link", "kv_codec")},
+        **{key: flags.pop(key) for key in ("policy", "link", "transfer_granularity", "kv_codec")},
         **{key: number for key, number in numbers.items() if number is not None},
     )
+    parse_granularity(cluster.transfer_granularity, 1)
     if mode == "disagg" and not (cluster.prefill_workers and cluster.decode_workers):
         raise ValueError("disagg mode needs at least one prefill worker and one decode worker")
     if not cluster.roles():

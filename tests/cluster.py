@@ -37,7 +37,7 @@ def greedy(max_tokens: int) -> SamplingParams:
 
 def settings(
     mode: Mode, link: str = "auto", pages: int = 256, dtype: str = "float64", policy: str = "fcfs",
-    max_num_seqs: int = 48, chunk: int = 32,
+    max_num_seqs: int = 48, chunk: int = 32, granularity: str = "auto",
 ) -> ClusterSettings:  # fmt: skip
     """One worker, or a prefill and a decode worker, of one core each."""
     worker = WorkerSettings(
@@ -46,7 +46,7 @@ def settings(
     )  # fmt: skip
     return ClusterSettings(
         mode=mode, prefill_workers=1, decode_workers=int(mode == "disagg"), prefill=worker, decode=worker, link=link,
-        policy=policy,
+        policy=policy, transfer_granularity=granularity,
     )  # fmt: skip
 
 

@@ -84,7 +84,7 @@ class EngineCore:
         self._renew_at = 0.0  # when the other sides of handoffs are told again that this one lives
         self._step_since = 0.0  # when the oldest step in flight could begin
         self._shut_since = 0.0  # since when offers have stood before an empty worker
-        self._dropped: list[SeqKey] = []  # sequences that the executor may forget
+        self._dropped: list[SeqKey] = []  # sequences that the device may forget
         self._fence: OrderedDict[str, int] = OrderedDict()  # highest incarnation that is over, or was aborted
         emit = self.outbox.append
         self.outgoing = SourceLedger(spec, emit)

@@ -1,6 +1,6 @@
 """The core's outputs as plain data: what one step computes, and what one piece of a transfer moves.
 
-A driver (the engine's executor and links, or the simulator) carries them out and reports back; nothing here has
+A driver (the engine's device and links, or the simulator) carries them out and reports back; nothing here has
 behaviour, so a recorded run can be compared with its replay value by value.
 """
 
@@ -28,7 +28,7 @@ class PlanItem(Struct, frozen=True, array_like=True, gc=False):
     """One sequence's share of a step: compute KV for positions [start, start + count).
 
     `tokens` are the known token ids of these positions. With a step ahead in flight the last one may be missing
-    (`len(tokens) == count - 1`): the executor then takes the token that it sampled last for this sequence.
+    (`len(tokens) == count - 1`): the device then takes the token that it sampled last for this sequence.
     `pages` covers positions [0, start + count). With `sample`, the last position's logits give the token of output
     index `index`.
     """

@@ -16,10 +16,7 @@ loop's own handler and the threads' are the net.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import ctypes
 import os
-import signal
 import sys
 import threading
 import time
@@ -32,12 +29,13 @@ from typing import Any, BinaryIO, TypeVar
 import msgspec
 import torch
 
-from minidisagg.config import ClusterSettings, WorkerConfig, WorkerSettings, parse_cpus
+from minidisagg.config import ClusterSettings, WorkerConfig
 from minidisagg.core.checked import PolicyError
 from minidisagg.core.effects import AbortLink, OpenLink, Send, StartPiece
 from minidisagg.core.engine import EngineCore, drain
+from minidisagg.core.granularity import parse_granularity
 from minidisagg.core.inputlog import RecordingCore
-from minidisagg.core.inputs import AbortConfirmed, Input, PieceDone, Received, Schedule, StepDone, Tick
+from minidisagg.core.inputs import AbortConfirmed, Input, LayersDone, PieceDone, Received, Schedule, StepDone, Tick
 from minidisagg.core.messages import (
     ROUTER,
     AnyMessage,
@@ -49,63 +47,24 @@ from minidisagg.core.messages import (
     PeerDown,
     PeerUp,
     PieceSpans,
-    Submit,
 )
 from minidisagg.core.plan import StepPlan
 from minidisagg.core.spec import EngineSpec
 from minidisagg.model.config import ModelConfig
-from minidisagg.model.loader import load_config, load_weights
-from minidisagg.model.transformer import Transformer
+from minidisagg.model.loader import load_config
 from minidisagg.policies import make_policy
 from minidisagg.runtime.blackbox import KINDS, Note
 from minidisagg.runtime.ceilings import measure_ceilings
 from minidisagg.runtime.channel import Channel, ChannelError, connect, listen
-from minidisagg.runtime.executor import Executor, StepResult
-from minidisagg.runtime.kv_cache import KVCache, num_pages_for, page_bytes
+from minidisagg.runtime.device import StepResult, load_device
+from minidisagg.runtime.kv_cache import KVCache
 from minidisagg.runtime.linkset import LinkSet
-from minidisagg.transfer.kinds import resolve_kind
+from minidisagg.transfer.kinds import efficient_bytes, resolve_kind
 
 T = TypeVar("T")
 TICK = 0.25  # seconds between ticks and Stats
 DEVICE_NICE = 10  # priority of the device thread below the event loop's
 UNSENT = 10_000  # messages kept for a peer whose address has not come yet
-
-
-class Device:
-    """The model, its cache, and the work of one step; made and used on the worker's device thread."""
-
-    def __init__(self, config: WorkerConfig, model_config: ModelConfig) -> None:
-        settings = config.settings
-        self.device = torch.device(settings.device)
-        if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device {settings.device!r} is asked for, but torch {torch.__version__} sees no GPU")
-        self.dtype = _dtype(settings, model_config)
-        # Roles may compute in different dtypes; what they hand over is in the narrower one.
-        dtypes = [_dtype(worker, model_config) for _, _, worker in config.cluster.roles()]
-        kv_dtype = min(dtypes, key=lambda dtype: dtype.itemsize)
-        self.delays = config.run.delays
-        model = Transformer(model_config, load_weights(config.model.model, model_config), self.dtype, self.device)
-        size = config.model.block_size
-        num_pages = num_pages_for(settings.kv_cache_memory, model_config, size, kv_dtype)
-        if num_pages < 1:
-            need = page_bytes(model_config, size, kv_dtype)
-            raise ValueError(f"a KV cache of {settings.kv_cache_memory} bytes holds no page; one needs {need} bytes")
-        self.cache = KVCache(model_config, num_pages, size, kv_dtype, self.device)
-        self.executor = Executor(model, self.cache)
-
-    def run(self, plan: StepPlan) -> StepResult:
-        """One step, with the delays that an experiment injects; blocks."""
-        with torch.inference_mode():
-            result = self.executor.execute(plan)
-        delay = 0.0
-        for item in plan.items:
-            if item.sample and item.index == 0:
-                delay = max(delay, self.delays.get("prefill", 0.0))
-            elif item.index == 2:  # the second decode step: the first one's time is told apart from waiting for it
-                delay = max(delay, self.delays.get("decode", 0.0))
-        if delay:
-            time.sleep(delay)
-        return result
 
 
 class Worker:
@@ -126,7 +85,6 @@ class Worker:
         self.tasks: set[asyncio.Task[None]] = set()
         self.steps_flying = self.checked = 0  # steps under way, and those done when the accounts were checked last
         self.busy_seconds = self.flops = self.bytes_read = 0.0
-        self.decode_wait = config.run.delays.get("decode_wait", 0.0)
         self.clock_offset = config.run.clock_offsets.get(config.name, 0.0)
         self.computing, self.reading = (
             Note(Path(config.run_dir), config.name, config.epoch, kind) for kind in KINDS
@@ -141,7 +99,7 @@ class Worker:
         self.channels[ROUTER] = frontend
         try:
             model_config = load_config(config.model.model)
-            self.device = await self._on_device(Device, config, model_config)
+            self.device = await self._on_device(load_device, config, model_config)
             hello = await self._on_device(self._prepare, model_config)
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
@@ -163,16 +121,18 @@ class Worker:
             self.record.close()
 
     def _prepare(self, model_config: ModelConfig) -> Hello:
-        config, cache = self.config, self.device.cache
+        config, cache, model = self.config, self.device.cache, self.device.model
         kind = link_kind(config.cluster)
         bandwidth = flops = 0.0  # not known
         if config.run.ceilings and config.epoch == 1:  # later its neighbours are at work, and would be measured too
-            bandwidth, flops = measure_ceilings(self.device.dtype, device=self.device.device)
+            bandwidth, flops = measure_ceilings(model.dtype, device=model.device)
         spec = EngineSpec(
             name=config.name, epoch=config.epoch, role=config.role, num_pages=cache.num_pages,
             page_size=cache.page_size, num_layers=model_config.num_layers,
             fingerprint=cache.fingerprint(model_config, config.cluster.kv_codec),
             policy=config.cluster.policy, one_sided_links=kind == "shm",
+            granularity=parse_granularity(config.cluster.transfer_granularity, efficient_bytes(kind)),
+            layer_bytes=cache.bytes_per_page // model_config.num_layers,
             prefix_caching=config.model.prefix_caching, lease=config.run.lease,
             link_timeout=config.run.link_timeout, step_deadline=config.run.step_deadline,
             options=config.settings.options(),
@@ -185,7 +145,7 @@ class Worker:
         else:
             self.core = EngineCore(spec, load_policy)
         ahead = config.run.step_ahead
-        self.depth = ahead if ahead >= 0 else int(self.device.device.type == "cuda")
+        self.depth = ahead if ahead >= 0 else int(model.device.type == "cuda")
         self.link_kind = kind
         self.loop.call_soon_threadsafe(self._make_links)
         limit = _max_model_len(config, model_config, cache)
@@ -194,7 +154,7 @@ class Worker:
             spec.fingerprint, f"unix:{config.run_dir}/{config.name}.{config.epoch}.sock", os.getpid(),
             model_config.kv_bytes_per_token(cache.data.dtype.itemsize),
             {
-                "device": str(self.device.device), "dtype": str(self.device.dtype).removeprefix("torch."),
+                "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch."),
                 "threads": torch.get_num_threads(), "cpus": config.settings.cpus, "link": kind,
                 "bandwidth": bandwidth, "flops": flops, "parameters": model_config.num_parameters,
                 "vocab_size": model_config.vocab_size,
@@ -206,19 +166,15 @@ class Worker:
         self.links = LinkSet(
             config.name, self.device.cache, self.link_kind, self.core.spec.one_sided_links,
             config.cluster.kv_codec, Path(config.run_dir),
-            config.run.link_timeout, config.run.delays.get("transfer", 0.0), self._carry_out, self._on_link_news,
+            config.run.link_timeout, config.run.delays.get("transfer", 0.0), self._carry_out, self._on_news,
             self._on_failure, self.now if config.run.trace else None,
         )  # fmt: skip
 
     # ------------------------------------------------------------ inputs
 
     async def _serve_frontend(self, channel: Channel) -> None:
-        delay = self.config.run.delays.get("queue", 0.0)
         async for envelope in channel:
-            if isinstance(envelope.body, Submit) and delay:
-                self.loop.call_later(delay, self._on_message, envelope)
-            else:
-                self._on_message(envelope)
+            self._on_message(envelope)
         self.done.set()  # the front end is gone, and a worker does not outlive it
 
     async def _serve_peer(self, channel: Channel) -> None:
@@ -266,7 +222,7 @@ class Worker:
             self._drain()  # the core gives up the links that it knows of, and what is left is for nobody
             self.links.on_peer_down(body.worker, body.epoch)
 
-    def _on_link_news(self, what: PieceDone | AbortConfirmed) -> None:
+    def _on_news(self, what: LayersDone | PieceDone | AbortConfirmed) -> None:
         if self._guarded(self._tell, what):
             self._advance()
 
@@ -304,7 +260,7 @@ class Worker:
 
     def _carry_on(self) -> None:
         self._drain()
-        while self.steps_flying <= self.depth and not self._waits_on_purpose():
+        while self.steps_flying <= self.depth:
             plan = self.core.on(Schedule(), self.now())
             self._drain()
             if plan is None:
@@ -326,9 +282,13 @@ class Worker:
     def _compute(self, plan: StepPlan) -> StepResult:
         """On the device thread. The note stays where the step does not come through: its requests are suspects."""
         self.computing.write((item.request_id, item.incarnation) for item in plan.items)
-        result = self.device.run(plan)
+        result = self.device.run(plan, partial(self._report, plan.step_id))
         self.computing.clear()
         return result
+
+    def _report(self, step_id: int, layer: int) -> None:
+        """From whatever thread knows it; the loop hears of it before the step's end, which comes the same way."""
+        self.loop.call_soon_threadsafe(self._on_news, LayersDone(step_id, layer))
 
     def _on_device(self, work: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
         return self.loop.run_in_executor(self.device_thread, work, *arguments)
@@ -376,18 +336,6 @@ class Worker:
         self.channels[peer] = channel
         for body in self.unsent.pop(peer, []):
             self._send(peer, body)
-
-    def _waits_on_purpose(self) -> bool:
-        """An injected delay between a request's KV being complete and its first decode step."""
-        if not self.decode_wait:
-            return False
-        now = self.now()
-        for request in self.core.scheduler.running:
-            left = request.ready_at + self.decode_wait - now
-            if request.ready_at >= 0 and not request.introduced and left > 0:
-                self.loop.call_later(left, self._advance)
-                return True
-        return False
 
     # ------------------------------------------------------------ tasks
 
@@ -441,12 +389,9 @@ class Worker:
         self.done.set()
 
 
-def _dtype(settings: WorkerSettings, config: ModelConfig) -> torch.dtype:
-    name = settings.dtype
-    if name == "auto":
-        name = "bfloat16" if config.dtype == "float16" and settings.device == "cpu" else config.dtype
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
+def _lower_priority() -> None:
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), DEVICE_NICE)
 
 
 def link_kind(cluster: ClusterSettings) -> str:
@@ -473,51 +418,3 @@ def _max_model_len(config: WorkerConfig, model: ModelConfig, cache: KVCache) -> 
             f"needs {need} bytes"
         )
     return asked or min(model.max_model_len, held)
-
-
-def _lower_priority() -> None:
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), DEVICE_NICE)
-
-
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
-def main() -> None:
-    """`python -m minidisagg.runtime.worker CONFIG`, where CONFIG is a `WorkerConfig` as JSON."""
-    _die_with_parent()
-    config = msgspec.json.decode(sys.argv[1], type=WorkerConfig)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the front end's to handle
-    if config.settings.device == "cpu":
-        cpus = parse_cpus(config.settings.cpus)
-        if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, cpus)
-        torch.set_num_threads(len(cpus))
-    runner: contextlib.AbstractContextManager[asyncio.Runner]
-    try:
-        import uvloop
-
-        runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
-    except ImportError:  # it has no build for this platform
-        runner = asyncio.Runner()
-    with runner as active:
-        failure = active.run(_serve(config))
-    # Daemon threads may still block in a link; nothing that matters is left to do.
-    os._exit(1 if failure else 0)
-
-
-async def _serve(config: WorkerConfig) -> str:
-    worker = Worker(config)
-    try:
-        await worker.run()
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        sys.stderr.write(f"{error}\n")
-        return str(error)
-    return worker.failure
-
-
-if __name__ == "__main__":
-    main()

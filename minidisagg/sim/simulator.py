@@ -93,7 +93,7 @@ class SimWorker:
         self.core = core
         self.memory = [[[0] * core.spec.page_size for _ in range(core.spec.num_pages)] for _ in range(planes)]
         self.written = 0  # planes of the step that is being computed
-        self.last: dict[SeqKey, int] = {}  # last sampled token per sequence, as an executor keeps it
+        self.last: dict[SeqKey, int] = {}  # last sampled token per sequence, as a device keeps it
         self.stalled_until = 0.0
         self.backlog: list[Callable[[], None]] = []  # what happens to it while it is stopped
         self.alive = True
