@@ -15,8 +15,10 @@ from minidisagg.core.handoff import Outgoing, Receiver
 from minidisagg.core.inputs import LayersDone, Received
 from minidisagg.core.ledger import DestinationLedger
 from minidisagg.core.messages import Abort, Envelope, KVAck, KVCancel, KVDone, KVFailed, KVGrant
+from minidisagg.core.plan import StepPlan
 from minidisagg.core.request import Request, State
 from minidisagg.core.scheduler import BatchBuilder
+from minidisagg.sim.simulator import Simulator, SimWorker
 
 SEEDS = 400
 PART = 100  # of them, in one test

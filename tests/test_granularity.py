@@ -118,7 +118,6 @@ def test_a_grant_between_chunks_sends_what_is_whole_and_goes_on_by_groups() -> N
 def test_chunks_and_requests_are_not_reported() -> None:
     for granularity, pieces in ((Granularity(), 3), (Granularity(whole=True), 1)):
         source = Source(granularity, tokens=12, chunk=4)
-        source.grant()
         reports = []
         for chunk in range(3):
             reports += source.schedule()
