@@ -77,7 +77,7 @@ def test_each_group_leaves_when_it_is_computed() -> None:
     assert source.sent() == [(0, 3, (0, 2))]
     source.computed(4)
     source.computed(6)
-    assert source.sent() == [(0, 3, (0, 2)), (0, 3, (2, 4)), (0, 3, (4, 6))], "the last page is not full, and is the last"
+    assert source.sent() == [(0, 3, (0, 2)), (0, 3, (2, 4)), (0, 3, (4, 6))], "not full, but the last"
     assert not source.hand.sent(KVDone), "the first token is not known yet"
     source.end()
     assert source.hand.sent(KVDone) == [KVDone("a", 0, 3, 7)]

@@ -229,7 +229,8 @@ def test_colocated_equals_batch_of_one(colocated: Run) -> None:
 def pairs(full: bool) -> list[tuple[str, str]]:
     """(link, granularity): of the suite, or the rest of the product."""
     suite = [(link, GRANULARITY[link]) for link in ("gloo", "shm", "unix")]
-    every = [(link, unit) for link in ("gloo", "shm", "tcp", "unix") for unit in ("request", "chunk", "layers:1", "auto")]
+    units = "request", "chunk", "layers:1", "auto"
+    every = [(link, unit) for link in ("gloo", "shm", "tcp", "unix") for unit in units]
     return [pair for pair in every if pair not in suite] if full else suite
 
 
