@@ -153,7 +153,7 @@ def test_real_answers_fit() -> None:
     async def run() -> None:
         async with fake_server() as (_, _, port):
             for path, whole, chunk in (
-                ("/v1/completions", "PieceDone", "PieceDone"),
+                ("/v1/completions", "Completion", "Completion"),
                 ("/v1/chat/completions", "ChatCompletion", "ChatCompletionChunk"),
             ):
                 for stream in (False, True):

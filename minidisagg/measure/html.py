@@ -103,14 +103,24 @@ def read_comparison(result: Mapping[str, Any], lines: Sequence[Line], num_warmup
         for one, carried in zip(side["repetitions"], links, strict=True):
             runs.append(
                 RunRecord(
-                    label=label, mode=one["mode"], policy=one["policy"], model=one["model_id"],
-                    workload=one["workload"], request_rate=one["request_rate"], burstiness=one["burstiness"],
-                    max_concurrency=one["max_concurrency"], seed=one["seed"], repetition=one["repetition"],
-                    num_warmups=num_warmups, requests=[line for line in own if line.repetition == one["repetition"]],
-                    workers=[_worker(usage, one["wall"]) for usage in usages], links=carried,
-                    frontend_cpu_share=one["frontend_cpu_share"], wall_s=one["wall"],
+                    label=label,
+                    mode=one["mode"],
+                    policy=one["policy"],
+                    model=one["model_id"],
+                    workload=one["workload"],
+                    request_rate=one["request_rate"],
+                    burstiness=one["burstiness"],
+                    max_concurrency=one["max_concurrency"],
+                    seed=one["seed"],
+                    repetition=one["repetition"],
+                    num_warmups=num_warmups,
+                    requests=[line for line in own if line.repetition == one["repetition"]],
+                    workers=[_worker(usage, one["wall"]) for usage in usages],
+                    links=carried,
+                    frontend_cpu_share=one["frontend_cpu_share"],
+                    wall_s=one["wall"],
                 )
-            )  # fmt: skip
+            )
         sides.append(Side(label, _values(side["repetitions"]), runs, side["repetitions"]))
     ratios = {name: msgspec.convert(_known(ratio), Ratio) for name, ratio in result["ratios"].items()}
     b = sides[1] if len(sides) > 1 else None
@@ -126,9 +136,15 @@ def _worker(usage: Usage, wall: float) -> WorkerRecord:
     busy = usage.busy * wall
     peaks = [0.0 if math.isnan(value) else 1.0 for value in (usage.compute, usage.bandwidth)]
     return WorkerRecord(
-        name=usage.name, role=usage.role, busy_s=busy, cpu_s=usage.cpu * wall, flops=usage.compute * busy,
-        bytes_read=usage.bandwidth * busy, peak_flops=peaks[0], peak_bytes=peaks[1],
-    )  # fmt: skip
+        name=usage.name,
+        role=usage.role,
+        busy_s=busy,
+        cpu_s=usage.cpu * wall,
+        flops=usage.compute * busy,
+        bytes_read=usage.bandwidth * busy,
+        peak_flops=peaks[0],
+        peak_bytes=peaks[1],
+    )
 
 
 def _values(repetitions: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -39,9 +39,17 @@ UNKNOWN = Ratio(math.nan, math.nan, math.nan, math.nan, math.nan)
 
 def _table(title: str, caption: str = "") -> Table:
     return Table(
-        title=title, caption=caption or None, box=box.SIMPLE_HEAD, title_style="bold", title_justify="left",
-        caption_justify="left", caption_style="dim", pad_edge=False, show_edge=False, header_style="bold",
-    )  # fmt: skip
+        title=title,
+        caption=caption or None,
+        box=box.SIMPLE_HEAD,
+        title_style="bold",
+        title_justify="left",
+        caption_justify="left",
+        caption_style="dim",
+        pad_edge=False,
+        show_edge=False,
+        header_style="bold",
+    )
 
 
 def main_table(comparison: Comparison) -> Table:
@@ -162,10 +170,15 @@ def link_table(comparison: Comparison) -> Table | None:
             moved, seconds = sum(link.bytes for link in links), sum(link.seconds for link in links)
             wall = sum(run.wall_s for run in side.runs)
             table.add_row(
-                f"  {source} → {dest}", kind, f"{sum(link.transfers for link in links):,}", number(moved / 1e6),
-                number(seconds), number(moved / seconds / 1e9 if seconds else None),
-                share(seconds / wall if wall else None), str(sum(link.failures for link in links)),
-            )  # fmt: skip
+                f"  {source} → {dest}",
+                kind,
+                f"{sum(link.transfers for link in links):,}",
+                number(moved / 1e6),
+                number(seconds),
+                number(moved / seconds / 1e9 if seconds else None),
+                share(seconds / wall if wall else None),
+                str(sum(link.failures for link in links)),
+            )
     return table if table.row_count else None
 
 

@@ -84,9 +84,12 @@ def run_monitor(options: MonitorOptions) -> None:
 async def _run(options: MonitorOptions) -> None:
     headers = {"Authorization": f"Bearer {options.api_key}"} if options.api_key else {}
     async with aiohttp.ClientSession(
-        parse_server_url(options.url), headers=headers, connector=aiohttp.TCPConnector(limit=0),
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=SILENCE), read_bufsize=MAX_EVENT,
-    ) as session:  # fmt: skip
+        parse_server_url(options.url),
+        headers=headers,
+        connector=aiohttp.TCPConnector(limit=0),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=SILENCE),
+        read_bufsize=MAX_EVENT,
+    ) as session:
         with ExitStack() as files:
             monitor = Monitor(session, options, files)
             try:

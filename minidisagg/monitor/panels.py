@@ -85,14 +85,22 @@ def _latency(state: State, ui: Ui, width: int, height: int) -> Drawn:
     come, made = state.tokens.rates() or (0.0, 0.0)
     good, share, ended = state.goodput()
     style = PLAIN if not ended else GOOD if share >= GOOD_SHARE else BAD
-    lines += [[
-        Segment(" tokens ", BOLD), Segment(f"{come:>{each},.0f}"), Segment(" prompt/s", DIM),
-        Segment(f"{made:>{each},.0f}"), Segment(" output/s", DIM),
-    ], [
-        Segment(" goodput", BOLD), Segment(f"{good:>{each}.2f}"), Segment(" req/s", DIM),
-        Segment(f"  {share:>6.1%}" if ended else f"{NONE:>8}", style),
-        Segment(f" of {ended} requests" if wide else f" of {ended}/min", DIM),
-    ]]  # fmt: skip
+    lines += [
+        [
+            Segment(" tokens ", BOLD),
+            Segment(f"{come:>{each},.0f}"),
+            Segment(" prompt/s", DIM),
+            Segment(f"{made:>{each},.0f}"),
+            Segment(" output/s", DIM),
+        ],
+        [
+            Segment(" goodput", BOLD),
+            Segment(f"{good:>{each}.2f}"),
+            Segment(" req/s", DIM),
+            Segment(f"  {share:>6.1%}" if ended else f"{NONE:>8}", style),
+            Segment(f" of {ended} requests" if wide else f" of {ended}/min", DIM),
+        ],
+    ]
     return Drawn(legend, lines)
 
 
@@ -137,9 +145,10 @@ def _worker(state: State, worker: Worker, chosen: bool, wide: int, room: int) ->
     line = [
         Segment(" ▸ " if chosen else "   ", ACCENT),
         Segment(f"{worker.name:<{wide}} ", BOLD if chosen else PLAIN),
-        Segment(f"{worker.role:<8}", ROLES.get(worker.role, DIM)), Segment(f"{worker.state:<10}", mood),
+        Segment(f"{worker.role:<8}", ROLES.get(worker.role, DIM)),
+        Segment(f"{worker.state:<10}", mood),
         Segment(f"{worker.epoch:<6}"),
-    ]  # fmt: skip
+    ]
     if stats is None:
         return [*line, Segment("·" * room, DIM)]
     pages = _pages(stats)
@@ -159,12 +168,16 @@ def _links(state: State, ui: Ui, width: int, height: int) -> Drawn:
     for worker in state.now.workers:
         for link in worker.stats.links if worker.stats else []:
             speed, wire, piece = state.link_rates(worker, link)
-            lines.append([
-                Segment(f" {_link_name(worker.name, link, wide):<{wide}}"),
-                Segment(f"{rate(speed, unit):>{each}}", BOLD), Segment(f"{rate(wire, unit):>{each}}"),
-                Segment(f"{duration(piece):>8}"), Segment(f"{link.backlog:>5}", WARN if link.backlog else DIM),
-                Segment(f"{link.failures:>5}", BAD if link.failures else DIM),
-            ])  # fmt: skip
+            lines.append(
+                [
+                    Segment(f" {_link_name(worker.name, link, wide):<{wide}}"),
+                    Segment(f"{rate(speed, unit):>{each}}", BOLD),
+                    Segment(f"{rate(wire, unit):>{each}}"),
+                    Segment(f"{duration(piece):>8}"),
+                    Segment(f"{link.backlog:>5}", WARN if link.backlog else DIM),
+                    Segment(f"{link.failures:>5}", BAD if link.failures else DIM),
+                ]
+            )
     if len(lines) == 1:
         lines.append([Segment(" no KV has moved yet", DIM)])
     if len(lines) > height:
@@ -299,8 +312,10 @@ def details(state: State, ui: Ui, width: int) -> Drawn:
     lines: list[Line] = [
         [Segment(f" {end.id}", BOLD)],
         [Segment(f" {end.prompt_tokens} prompt tokens, {end.output_tokens} output tokens, end: {end.finish}")],
-        [], [Segment(" "), *parts(end, max(width - 2, 5))], [],
-    ]  # fmt: skip
+        [],
+        [Segment(" "), *parts(end, max(width - 2, 5))],
+        [],
+    ]
     for part, (_, glyph, look) in PART_LOOKS.items():
         seconds = end.stages.get(part, 0.0)
         text = Segment(f"{part.replace('_', ' '):<13}{duration(seconds):>9}")

@@ -128,14 +128,19 @@ class Admin:
     def routes(self) -> list[web.RouteDef]:
         """For `Application.add_routes`."""
         return [
-            web.get("/admin/state", self.state), web.get("/admin/events", self.events),
-            web.get("/admin/workers", self.part), web.get("/admin/requests", self.part),
-            web.get("/admin/links", self.links), web.get("/admin/trace", self.trace),
-            web.post("/admin/pause", self.pause), web.post("/admin/resume", self.pause),
-            web.post("/admin/policy", self.policy), web.post("/admin/mode", self.mode),
+            web.get("/admin/state", self.state),
+            web.get("/admin/events", self.events),
+            web.get("/admin/workers", self.part),
+            web.get("/admin/requests", self.part),
+            web.get("/admin/links", self.links),
+            web.get("/admin/trace", self.trace),
+            web.post("/admin/pause", self.pause),
+            web.post("/admin/resume", self.pause),
+            web.post("/admin/policy", self.policy),
+            web.post("/admin/mode", self.mode),
             web.post("/admin/workers/{name}/{action:role|drain|kill|restart}", self.act),
             web.post("/admin/requests/{id}/abort", self.abort),
-        ]  # fmt: skip
+        ]
 
     # ------------------------------------------------------------ seeing
 
@@ -149,14 +154,25 @@ class Admin:
             oldest[request.stage] = max(oldest.get(request.stage, 0.0), request.in_stage)
         prompt, generated = self.metrics.totals()
         return Snapshot(
-            clock=now, model=frontend.model.model, mode=self._mode(),
-            policy=router.policy_spec or frontend.cluster.policy, link=_link(frontend), paused=router.paused,
-            waiting=router.view.waiting, waiting_tokens=router.view.waiting_tokens, prompt_tokens=prompt,
-            generation_tokens=generated, restarts=len(frontend.restarted), stages=stages,
-            oldest=oldest, workers=[self._worker(name) for name in frontend.supervisor.names],
-            requests=requests[:MAX_REQUESTS], latencies=self.metrics.history.latencies(now),
-            seq=self.metrics.history.seq, **({} if since is None else self.metrics.history.since(since)),
-        )  # fmt: skip
+            clock=now,
+            model=frontend.model.model,
+            mode=self._mode(),
+            policy=router.policy_spec or frontend.cluster.policy,
+            link=_link(frontend),
+            paused=router.paused,
+            waiting=router.view.waiting,
+            waiting_tokens=router.view.waiting_tokens,
+            prompt_tokens=prompt,
+            generation_tokens=generated,
+            restarts=len(frontend.restarted),
+            stages=stages,
+            oldest=oldest,
+            workers=[self._worker(name) for name in frontend.supervisor.names],
+            requests=requests[:MAX_REQUESTS],
+            latencies=self.metrics.history.latencies(now),
+            seq=self.metrics.history.seq,
+            **({} if since is None else self.metrics.history.since(since)),
+        )
 
     def _requests(self, now: float) -> list[RequestState]:
         """All of them, the oldest first.
@@ -178,10 +194,19 @@ class Admin:
                 known = before.get(request.request_id, (stage, since))
                 since = known[1] if known[0] == stage else now
             self._entered[request.request_id] = stage, since
-            found.append(RequestState(
-                request.request_id, stage, now - request.arrival, now - since, len(request.prompt),
-                len(request.emitted), request.max_tokens, request.workers, request.incarnation,
-            ))  # fmt: skip
+            found.append(
+                RequestState(
+                    request.request_id,
+                    stage,
+                    now - request.arrival,
+                    now - since,
+                    len(request.prompt),
+                    len(request.emitted),
+                    request.max_tokens,
+                    request.workers,
+                    request.incarnation,
+                )
+            )
         return found[::-1]
 
     def _mode(self) -> str:
@@ -196,9 +221,16 @@ class Admin:
             return WorkerState(name, "", "down", router.epochs.get(name, 0))
         state: Any = "draining" if status.draining else "up" if status.flipping is None else "flipping"
         return WorkerState(
-            name, role_name(status.role), state, status.epoch, hello.pid, str(hello.info["device"]),
-            status.queued_tokens, status.decoding, _fields(router.stats.get(name)),
-        )  # fmt: skip
+            name,
+            role_name(status.role),
+            state,
+            status.epoch,
+            hello.pid,
+            str(hello.info["device"]),
+            status.queued_tokens,
+            status.decoding,
+            _fields(router.stats.get(name)),
+        )
 
     async def state(self, _: web.Request) -> web.Response:
         return _json(self.snapshot())

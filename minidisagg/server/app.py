@@ -88,15 +88,25 @@ class Server:
         self.app = web.Application(middlewares=[self.guard], client_max_size=MAX_BODY)
         self.app.on_response_prepare.append(_name)
         complete, chat = self._generates(Completions()), self._generates(Chat())
-        self.app.add_routes([
-            web.get("/health", self.health), web.get("/version", self.version), web.get("/metrics", self.expose),
-            web.get("/v1/models", self.models), web.get("/models", self.models),
-            web.get("/v1/models/{model:.+}", self.one_model), web.get("/openapi.json", self.openapi),
-            web.post("/v1/completions", complete), web.post("/v1/chat/completions", chat),
-            web.post("/completions", complete), web.post("/chat/completions", chat),
-            web.post("/tokenize", self.tokenize), web.post("/detokenize", self.detokenize),
-            web.get("/tokenizer_info", self.tokenizer_info), *self.admin.routes(),
-        ])  # fmt: skip
+        self.app.add_routes(
+            [
+                web.get("/health", self.health),
+                web.get("/version", self.version),
+                web.get("/metrics", self.expose),
+                web.get("/v1/models", self.models),
+                web.get("/models", self.models),
+                web.get("/v1/models/{model:.+}", self.one_model),
+                web.get("/openapi.json", self.openapi),
+                web.post("/v1/completions", complete),
+                web.post("/v1/chat/completions", chat),
+                web.post("/completions", complete),
+                web.post("/chat/completions", chat),
+                web.post("/tokenize", self.tokenize),
+                web.post("/detokenize", self.detokenize),
+                web.get("/tokenizer_info", self.tokenizer_info),
+                *self.admin.routes(),
+            ]
+        )
 
     # ------------------------------------------------------------ every request
 
@@ -221,9 +231,13 @@ class Server:
 
     def _card(self, name: str) -> dict[str, Any]:
         return {
-            "id": name, "object": "model", "created": self.started, "owned_by": "minidisagg",
-            "root": self.frontend.model.model, "max_model_len": self.frontend.max_model_len,
-        }  # fmt: skip
+            "id": name,
+            "object": "model",
+            "created": self.started,
+            "owned_by": "minidisagg",
+            "root": self.frontend.model.model,
+            "max_model_len": self.frontend.max_model_len,
+        }
 
     async def models(self, _: web.Request) -> web.Response:
         return _json({"object": "list", "data": [self._card(name) for name in sorted(self.names)]})
@@ -254,11 +268,15 @@ class Server:
         return _json({"prompt": await asyncio.to_thread(self.tokenizer.decode, asked.tokens, False)})
 
     async def tokenizer_info(self, _: web.Request) -> web.Response:
-        return _json({
-            **self.tokenizer.special_tokens, "eos_token": self.tokenizer.eos_token,
-            "eos_token_ids": self.tokenizer.eos_token_ids, "vocab_size": self.tokenizer.vocab_size,
-            "chat_template": self.tokenizer.chat_template,
-        })  # fmt: skip
+        return _json(
+            {
+                **self.tokenizer.special_tokens,
+                "eos_token": self.tokenizer.eos_token,
+                "eos_token_ids": self.tokenizer.eos_token_ids,
+                "vocab_size": self.tokenizer.vocab_size,
+                "chat_template": self.tokenizer.chat_template,
+            }
+        )
 
 
 async def _name(request: web.Request, response: web.StreamResponse) -> None:
@@ -373,9 +391,15 @@ async def listening(server: Server) -> Any:
     """The server on its port; yields the port. Raises `ValueError` where it is taken."""
     settings = server.settings
     runner = _Runner(
-        server.app, access_log=None, keepalive_timeout=IDLE_TIMEOUT, max_line_size=MAX_HEADER,
-        max_field_size=MAX_HEADER, handler_cancellation=True, shutdown_timeout=2.0, auto_decompress=False,
-    )  # fmt: skip
+        server.app,
+        access_log=None,
+        keepalive_timeout=IDLE_TIMEOUT,
+        max_line_size=MAX_HEADER,
+        max_field_size=MAX_HEADER,
+        handler_cancellation=True,
+        shutdown_timeout=2.0,
+        auto_decompress=False,
+    )
     await runner.setup()
     try:
         site = web.TCPSite(runner, settings.host, settings.port, backlog=1024)
@@ -423,7 +447,11 @@ async def _log_throughput(server: Server) -> None:
             logger.info(
                 "Avg prompt throughput: %.1f tokens/s, Avg generation throughput: %.1f tokens/s, Running: %d reqs, "
                 "Waiting: %d reqs, KV cache usage: %.1f%%, Prefix cache hit rate: %.1f%%",
-                (now[0] - before[0]) / LOG_EVERY, (now[1] - before[1]) / LOG_EVERY, load.running, load.waiting,
-                100 * load.kv_usage, 100 * load.hit_rate,
-            )  # fmt: skip
+                (now[0] - before[0]) / LOG_EVERY,
+                (now[1] - before[1]) / LOG_EVERY,
+                load.running,
+                load.waiting,
+                100 * load.kv_usage,
+                100 * load.hit_rate,
+            )
         before, quiet = now, not busy

@@ -64,9 +64,14 @@ class Generation:
     _queue: asyncio.Queue[tuple[Choice, Emit]] = field(default_factory=asyncio.Queue)
 
     def submit(
-        self, prompts: Sequence[list[int]], n: int, sampling: SamplingParams, salt: str, priority: int,
+        self,
+        prompts: Sequence[list[int]],
+        n: int,
+        sampling: SamplingParams,
+        salt: str,
+        priority: int,
         echo: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Hand `n` choices of each prompt to the engine. Raises `ApiError` 400, or 429 where there is no room.
 
         `echo`: the output is read after the prompt.

@@ -125,11 +125,17 @@ class History:
         step = envelope.body
         self.messages.append((envelope, now))
         if isinstance(step, StepOutput):
-            self.steps.append(StepRecord(
-                seq=self._next(), clock=now, worker=envelope.source, seconds=step.seconds,
-                prefill_tokens=step.prefill_tokens, decode_tokens=step.decode_tokens,
-                context_tokens=step.context_tokens,
-            ))  # fmt: skip
+            self.steps.append(
+                StepRecord(
+                    seq=self._next(),
+                    clock=now,
+                    worker=envelope.source,
+                    seconds=step.seconds,
+                    prefill_tokens=step.prefill_tokens,
+                    decode_tokens=step.decode_tokens,
+                    context_tokens=step.context_tokens,
+                )
+            )
         elif isinstance(step, Stats):
             reports = self.reports.setdefault(envelope.source, deque(maxlen=20))  # of five seconds
             if not self.missing():
@@ -150,10 +156,21 @@ class History:
         e2e = stages.pop("e2e", 0.0)
         first = timing.first - timing.arrived if timing.first else 0.0
         tpot = (timing.last - timing.first) / (timing.output_tokens - 1) if timing.output_tokens > 1 else 0.0
-        self.ends.append(EndRecord(
-            seq=self._next(), clock=now, id=emit.request_id, finish=emit.finish, prompt_tokens=timing.prompt_tokens,
-            output_tokens=timing.output_tokens, ttft=first, tpot=tpot, max_itl=timing.max_itl, e2e=e2e, stages=stages,
-        ))  # fmt: skip
+        self.ends.append(
+            EndRecord(
+                seq=self._next(),
+                clock=now,
+                id=emit.request_id,
+                finish=emit.finish,
+                prompt_tokens=timing.prompt_tokens,
+                output_tokens=timing.output_tokens,
+                ttft=first,
+                tpot=tpot,
+                max_itl=timing.max_itl,
+                e2e=e2e,
+                stages=stages,
+            )
+        )
         if timing.output_tokens:
             self.recent["ttft"].add(first, now)
         if timing.output_tokens > 1:

@@ -152,7 +152,8 @@ WORKERS: dict[str, tuple[type[GAUGE | COUNTER], str, Callable[[Stats], float]]] 
     "num_requests_waiting": (GAUGE, "Requests that wait for the batch.", lambda s: s.waiting + s.offers),
     "num_requests_held": (GAUGE, "Prefilled requests that wait for the decode worker.", lambda s: s.held),
     "kv_cache_usage_perc": (
-        GAUGE, "Share of the KV pages in use, 1 is all.",
+        GAUGE,
+        "Share of the KV pages in use, 1 is all.",
         lambda s: _used_pages(s) / max(1, _used_pages(s) + s.pages_free + s.pages_cached),
     ),
     "kv_transfer_backlog": (GAUGE, "KV pieces on their way.", lambda s: sum(link.backlog for link in s.links)),
@@ -164,7 +165,7 @@ WORKERS: dict[str, tuple[type[GAUGE | COUNTER], str, Callable[[Stats], float]]] 
     "worker_cpu_seconds": (COUNTER, "CPU time of the worker's process.", lambda s: s.cpu_seconds),
     "worker_flops": (COUNTER, "Floating-point operations of all steps.", lambda s: s.flops),
     "worker_bytes_read": (COUNTER, "Bytes of weights and KV that the steps had to read.", lambda s: s.bytes_read),
-}  # fmt: skip
+}
 LINKS: dict[str, tuple[str, Callable[[LinkStats], float]]] = {
     "kv_transfer_bytes": ("KV bytes sent.", lambda link: link.bytes),
     "kv_transfer_seconds": ("Time in which KV pieces were sent.", lambda link: link.seconds),
