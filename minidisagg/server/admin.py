@@ -30,6 +30,7 @@ from minidisagg.core.router import Tracked
 from minidisagg.measure.timeline import Timeline
 from minidisagg.runtime.frontend import Frontend
 from minidisagg.runtime.launch import role_name
+from minidisagg.server.connections import json_response
 from minidisagg.server.history import EndRecord, EventRecord, StepRecord
 from minidisagg.server.metrics import Metrics
 from minidisagg.server.protocol import ApiError, decode_plain
@@ -233,14 +234,16 @@ class Admin:
         )
 
     async def state(self, _: web.Request) -> web.Response:
-        return _json(self.snapshot())
+        return json_response(self.snapshot())
 
     async def part(self, request: web.Request) -> web.Response:
-        return _json(getattr(self.snapshot(), request.path.rpartition("/")[2]))
+        return json_response(getattr(self.snapshot(), request.path.rpartition("/")[2]))
 
     async def links(self, _: web.Request) -> web.Response:
         stats = sorted(self.frontend.stats.items())
-        return _json([{"source": name, **msgspec.structs.asdict(link)} for name, s in stats for link in s.links])
+        return json_response(
+            [{"source": name, **msgspec.structs.asdict(link)} for name, s in stats for link in s.links]
+        )
 
     async def trace(self, _: web.Request) -> web.Response:
         timeline = Timeline()
@@ -248,7 +251,7 @@ class Admin:
             timeline.on_message(*message)
         for emit in self.metrics.history.emits:
             timeline.on_emit(*emit)
-        return _json({"traceEvents": timeline.events(), "displayTimeUnit": "ms"})
+        return json_response({"traceEvents": timeline.events(), "displayTimeUnit": "ms"})
 
     async def events(self, request: web.Request) -> web.StreamResponse:
         try:
@@ -275,7 +278,7 @@ class Admin:
 
     async def pause(self, request: web.Request) -> web.Response:
         self.frontend.pause(request.path.endswith("/pause"))
-        return _json({"paused": self.frontend.router.paused})
+        return json_response({"paused": self.frontend.router.paused})
 
     async def policy(self, request: web.Request) -> web.Response:
         spec = decode_plain(await self.body(request), PolicyBody).policy
@@ -285,7 +288,7 @@ class Admin:
             self.frontend.set_policy(spec)
         except ValueError as error:
             raise ApiError(400, str(error), "policy") from None
-        return _json({"policy": spec})
+        return json_response({"policy": spec})
 
     async def mode(self, request: web.Request) -> web.Response:
         mode = decode_plain(await self.body(request), ModeBody).mode
@@ -295,7 +298,7 @@ class Admin:
         for index, name in enumerate(self.frontend.supervisor.names):
             role = Role.PREFILL if index < cluster.prefill_workers else Role.DECODE
             self.frontend.set_role(name, Role.BOTH if mode == "colocated" else role)  # of one that is down, too
-        return _json({"mode": mode})
+        return json_response({"mode": mode})
 
     async def act(self, request: web.Request) -> web.Response:
         name, action = request.match_info["name"], request.match_info["action"]
@@ -316,7 +319,7 @@ class Admin:
                 task = asyncio.create_task(self._restart(name, self.frontend.router.view.workers[name].epoch))
                 self._restarts.add(task)
                 task.add_done_callback(self._restarts.discard)
-        return _json(self._worker(name))
+        return json_response(self._worker(name))
 
     def _refuse_without(self, name: str, role: int) -> None:
         """409 if with `role` for this worker some stage had none. Raises `ApiError`."""
@@ -340,7 +343,7 @@ class Admin:
         if request_id not in self.frontend.router.requests:
             raise ApiError(404, f"there is no request {request_id!r}")
         self.frontend.abort(request_id)
-        return _json({"aborted": request_id})
+        return json_response({"aborted": request_id})
 
 
 def same_origin(request: web.Request) -> None:
@@ -366,7 +369,3 @@ def _stage(request: Tracked) -> tuple[Stage, float]:
 
 def _link(frontend: Frontend) -> str:
     return str(next((hello.info["link"] for hello in frontend.hellos.values()), ""))
-
-
-def _json(value: Any) -> web.Response:
-    return web.Response(body=msgspec.json.encode(value), content_type="application/json")

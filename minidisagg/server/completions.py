@@ -42,7 +42,6 @@ from minidisagg.server.protocol import (
 
 INLINE_TEXT = 4096  # characters that are tokenized on the event loop: less than a millisecond
 COMPLETION_TOKENS = 16  # OpenAI's default for completions
-WRITE_TIMEOUT = 30.0  # seconds in which a client must take something of what it is sent
 ENCODER = msgspec.json.Encoder()
 
 
