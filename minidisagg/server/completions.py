@@ -27,13 +27,13 @@ from minidisagg.server.protocol import (
     ChatLogprobs,
     ChatMessage,
     ChatRequest,
+    ChatRequestMessage,
     CompletionChoice,
     CompletionLogprobs,
     CompletionRequest,
     ContentLogprob,
     Delta,
     GenerationRequest,
-    Message,
     Response,
     TopLogprob,
     Usage,
@@ -200,7 +200,7 @@ def _shown(job: Job) -> bool:
     return job.request.max_tokens != 0
 
 
-def templated(tokenizer: Tokenizer, messages: list[Message]) -> str:
+def templated(tokenizer: Tokenizer, messages: list[ChatRequestMessage]) -> str:
     """The conversation as one text. Raises `ApiError` 400."""
     try:
         return tokenizer.apply_chat_template([message.as_dict() for message in messages])

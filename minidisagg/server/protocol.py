@@ -144,7 +144,7 @@ class TextPart(Struct, frozen=True):
     text: Text
 
 
-class Message(Struct, frozen=True):
+class ChatRequestMessage(Struct, frozen=True):
     """A turn of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -169,7 +169,7 @@ class Message(Struct, frozen=True):
 class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Meta(min_length=1, max_length=1024)]
+    messages: Annotated[list[ChatRequestMessage], Meta(min_length=1, max_length=1024)]
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
@@ -227,7 +227,7 @@ class TokenizeRequest(Struct, frozen=True):
     """POST /tokenize: a text, or a conversation through the chat template."""
 
     prompt: Text | None = None
-    messages: Annotated[list[Message], Meta(min_length=1, max_length=1024)] | None = None
+    messages: Annotated[list[ChatRequestMessage], Meta(min_length=1, max_length=1024)] | None = None
     add_special_tokens: bool | None = None
     model: Id | None = None
 
