@@ -9,7 +9,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from msgspec.structs import astuple
@@ -166,10 +166,10 @@ def interference_figure(comparison: Comparison) -> Figure | None:
         series = []
         for rows, label, hue, size, opacity, square in kinds:
             shown = rows[:: max(1, math.ceil(len(rows) / GAPS))]
-            marker = "square" if square else "circle"
+            marker: Literal["square", "circle"] = "square" if square else "circle"
             series.append(
                 Series("points", hue, rounded(shown[:, 0]), rounded(shown[:, 1], 4), label, [], size, opacity, marker)
-            )  # type: ignore[arg-type]
+            )
         title = f"{side.label}: a prefill in {gaps[:, 3].mean() if len(gaps) else 0:.1%} of the gaps"
         panels.append(Panel(title, time, length, series, 210))
     return Figure(
