@@ -21,8 +21,8 @@ import msgspec
 
 from minidisagg.core.messages import Envelope, Hello, PieceSpan, PieceSpans, Role, Stats, StepOutput
 from minidisagg.core.router import Emit, StageTimes
+from minidisagg.measure.records import STAGES
 
-STAGES = ("queue", "prefill", "transfer", "decode_wait", "decode")
 SLACK = 1000  # ns by which a piece may begin before the one ahead of it on its link has ended
 Incarnation = tuple[str, int]  # worker, epoch
 Event = dict[str, Any]
