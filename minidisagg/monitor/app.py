@@ -29,9 +29,11 @@ from rich.console import Console
 from rich.live import Live
 
 from minidisagg.address import parse_server_url
+from minidisagg.admin_schema import Snapshot
+from minidisagg.formats import VersionError
 from minidisagg.monitor.keys import Action, Post, SetLoad, Ui, press
 from minidisagg.monitor.load import DemoLoad
-from minidisagg.monitor.state import Snapshot, State, decode
+from minidisagg.monitor.state import State, decode
 from minidisagg.monitor.view import frame
 
 HZ = 10  # events and frames per second
@@ -193,6 +195,8 @@ class Monitor:
                 what, reason = "gone", "it ended the stream"
             except TimeoutError:
                 what, reason = "hangs", f"no event for {SILENCE:g} s"
+            except VersionError as error:  # to try again would not help
+                raise MonitorError(f"{self.options.url}: {error}") from None
             except (aiohttp.ClientError, ValueError) as error:
                 what, reason = "gone", str(error) or type(error).__name__
             if why := self.options.ended():
@@ -231,6 +235,8 @@ class Monitor:
                 data = await answer.read()
                 decode(data)
                 return data
+        except VersionError as error:
+            raise MonitorError(f"{self.options.url}: {error}") from None
         except ValueError:
             raise MonitorError(f"what answers at {self.options.url} is no minidisagg server") from None
         except (aiohttp.ClientError, TimeoutError):

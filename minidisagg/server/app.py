@@ -157,7 +157,7 @@ class Server:
 
     def _generates(self, endpoint: Endpoint) -> Handler:
         async def handle(request: web.Request) -> web.StreamResponse:
-            view = self.frontend.router.view
+            view = self.frontend.view
             if view.waiting >= view.max_waiting:  # before the body is read
                 raise too_many("too many requests are waiting", self.metrics.retry_after())
             job = await endpoint.read(await _body(request), self.tokenizer, self.frontend.max_model_len)
@@ -203,7 +203,7 @@ class Server:
 
     def unhealthy(self) -> str:
         """Why not, or nothing."""
-        router, history, now = self.frontend.router, self.history, time.monotonic()
+        history, now = self.history, time.monotonic()
         if self.draining:
             return "the server is shutting down"
         if self.frontend.failure:
@@ -212,9 +212,8 @@ class Server:
             return f"no worker takes {' or '.join(missing)}"
         if now - history.progress_at > STUCK_AFTER:
             return "requests wait, and no worker makes progress"
-        for name in router.heartbeats:
-            if router.stands_still(name, STUCK_AFTER):
-                return f"{name} makes no progress"
+        for name in self.frontend.stalled(STUCK_AFTER):
+            return f"{name} makes no progress"
         return ""
 
     async def version(self, _: web.Request) -> web.Response:
