@@ -21,8 +21,10 @@ import msgspec
 
 from minidisagg.core.messages import Envelope, Hello, PieceSpan, PieceSpans, Role, Stats, StepOutput
 from minidisagg.core.router import Emit, StageTimes
+from minidisagg.formats import check_version
 from minidisagg.measure.records import STAGES
 
+VERSION = 1
 SLACK = 1000  # ns by which a piece may begin before the one ahead of it on its link has ended
 Incarnation = tuple[str, int]  # worker, epoch
 Event = dict[str, Any]
@@ -160,12 +162,24 @@ class Timeline:
         return [_counter("waiting", pid, _ns(at), requests=n) for (at, _), n in zip(changes, waiting, strict=True)]
 
 
+def trace_document(events: list[Event]) -> dict[str, Any]:
+    """A trace file. `otherData` is where the format has whatever its viewers do not know."""
+    return {"otherData": {"version": VERSION}, "displayTimeUnit": "ms", "traceEvents": events}
+
+
 def write_timeline(path: Path, timelines: list[Timeline]) -> None:
     """All of them side by side in one file."""
     events: list[Event] = []
     for n, timeline in enumerate(timelines):
         events += timeline.events(first_pid=1 + 100 * n)
-    path.write_bytes(msgspec.json.encode({"traceEvents": events, "displayTimeUnit": "ms"}))
+    path.write_bytes(msgspec.json.encode(trace_document(events)))
+
+
+def read_timeline(path: Path) -> list[Event]:
+    """The events of a trace file. Raises `OSError`, `VersionError`, and `MsgspecError` or `KeyError` for others."""
+    document = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    check_version(path, document.get("otherData", {}).get("version"), VERSION)
+    return list(document["traceEvents"])
 
 
 def _request(pid: int, now: float, emit: Emit, times: StageTimes, tracks: Tracks) -> list[Event]:

@@ -28,7 +28,7 @@ from msgspec import Meta, Struct
 from minidisagg.admin_schema import STAGES, VERSION, RequestState, Snapshot, Stage, WorkerState, WorkerStats
 from minidisagg.core.messages import Role
 from minidisagg.core.router import Tracked
-from minidisagg.measure.timeline import Timeline
+from minidisagg.measure.timeline import Timeline, trace_document
 from minidisagg.runtime.frontend import Frontend
 from minidisagg.runtime.launch import role_name
 from minidisagg.server.connections import json_response
@@ -189,7 +189,7 @@ class Admin:
             timeline.on_message(*message)
         for emit in self.metrics.history.emits:
             timeline.on_emit(*emit)
-        return json_response({"traceEvents": timeline.events(), "displayTimeUnit": "ms"})
+        return json_response(trace_document(timeline.events()))
 
     async def events(self, request: web.Request) -> web.StreamResponse:
         try:
