@@ -84,7 +84,9 @@ async def run(path: Path, offsets: dict[str, float]) -> Told:
 def test_spans_nest_add_up_and_line_up(tmp_path: Path, offset: float) -> None:
     path = tmp_path / "trace.json"
     told = asyncio.run(run(path, {"decode-0": offset}))
-    events: Events = json.loads(path.read_text())["traceEvents"]
+    document = json.loads(path.read_text())
+    assert list(document) == ["otherData", "displayTimeUnit", "traceEvents"] and document["otherData"] == {"version": 1}
+    events: Events = document["traceEvents"]
     assert_nested(events)
 
     requests = of(events, cat="request")
