@@ -15,7 +15,6 @@ and computed lengths are assigned from the plan and never added up.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -54,10 +53,9 @@ from minidisagg.core.messages import (
 from minidisagg.core.plan import NO_TOKEN, SeqKey, StepPlan
 from minidisagg.core.policy import Policy
 from minidisagg.core.request import Request, State
+from minidisagg.core.requests import Requests
 from minidisagg.core.scheduler import Offer, Scheduler
 from minidisagg.core.spec import EngineSpec
-
-FENCED = 65536  # ended requests whose incarnation is still remembered
 
 
 class StalledError(RuntimeError):
@@ -73,8 +71,7 @@ class EngineCore:
         self.now = 0.0
         self.outbox: list[Effect] = []
         self.pool = BlockPool(spec.num_pages)
-        self.requests: dict[SeqKey, Request] = {}
-        self._incarnations: dict[str, list[Request]] = {}  # of each request that is here; seldom more than one
+        self.requests = Requests()
         self.plans: dict[int, StepPlan] = {}  # steps in flight
         self.peers: dict[str, int] = {}  # per worker, the lowest epoch that is not known to be dead
         self.up: dict[str, int] = {}  # per worker, the epoch of its last `PeerUp`
@@ -85,7 +82,6 @@ class EngineCore:
         self._step_since = 0.0  # when the oldest step in flight could begin
         self._shut_since = 0.0  # since when offers have stood before an empty worker
         self._dropped: list[SeqKey] = []  # sequences that the device may forget
-        self._fence: OrderedDict[str, int] = OrderedDict()  # highest incarnation that is over, or was aborted
         emit = self.outbox.append
         self.outgoing = SourceLedger(spec, emit)
         self.incoming = DestinationLedger(spec, emit)
@@ -171,8 +167,7 @@ class EngineCore:
     def check_integrity(self) -> None:
         """The pool's invariants, and that its references are exactly what the requests hold."""
         self.pool.check_integrity()
-        if sum(map(len, self._incarnations.values())) != len(self.requests):
-            raise IntegrityError("requests and their incarnations disagree")
+        self.requests.check_integrity()
         holders = [0] * self.spec.num_pages
         for request in self.requests.values():
             reserved: list[int] = []
@@ -291,9 +286,9 @@ class EngineCore:
         self.scheduler.queue(request)
 
     def _on_abort(self, source: str, message: Abort, _: float) -> None:
-        self._close(message.request_id, message.incarnation)
+        self.requests.close(message.request_id, message.incarnation)
         self._forget_offers(message.request_id, message.incarnation)
-        for request in self._incarnations.get(message.request_id, [])[:]:
+        for request in self.requests.of(message.request_id):
             if request.incarnation <= message.incarnation:
                 self._end(request)
 
@@ -357,7 +352,7 @@ class EngineCore:
         key = message.request_id, message.incarnation
         self._forget_offers(*key)
         if key not in self.requests:
-            self._close(*key)  # it may have overtaken the offer
+            self.requests.close(*key)  # it may have overtaken the offer
         self.receiver.on_cancel(source, message, self._lived)
 
     def _on_failed(self, source: str, message: KVFailed, _: float) -> None:
@@ -476,24 +471,14 @@ class EngineCore:
         request.pages = []
         if request.introduced:
             self._dropped.append(request.key)
-        del self.requests[request.key]
-        self._incarnations[request.request_id].remove(request)
-        if not self._incarnations[request.request_id]:
-            del self._incarnations[request.request_id]
+        self.requests.remove(request)
         self.scheduler.trust(request)
-        self._close(request.request_id, request.incarnation)
-
-    def _close(self, request_id: str, incarnation: int) -> None:
-        """Remember that this incarnation is over, so that a late message cannot revive it."""
-        self._fence[request_id] = max(incarnation, self._fence.pop(request_id, -1))
-        if len(self._fence) > FENCED:
-            self._fence.popitem(last=False)
 
     def _stale(self, request_id: str, incarnation: int) -> bool:
         """Over, aborted, or here already; a newer incarnation ends an older one that is still here."""
-        if incarnation <= self._fence.get(request_id, -1) or (request_id, incarnation) in self.requests:
+        if self.requests.is_over(request_id, incarnation) or (request_id, incarnation) in self.requests:
             return True
-        for request in self._incarnations.get(request_id, [])[:]:
+        for request in self.requests.of(request_id):
             if request.incarnation > incarnation:
                 return True
             self._end(request)
@@ -507,8 +492,7 @@ class EngineCore:
         )
 
     def _add(self, request: Request) -> None:
-        self.requests[request.key] = request
-        self._incarnations.setdefault(request.request_id, []).append(request)
+        self.requests.add(request)
         self.scheduler.suspect(request)
 
     def _send(self, dest: str, body: AnyMessage) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import Annotated
 
-import msgspec
 from msgspec import Meta, Struct
 
 ROUTER = "router"  # the address of the front-end process, beside the workers' names
@@ -439,17 +438,3 @@ class Envelope(Struct, frozen=True, array_like=True):
     source: str
     epoch: int
     body: AnyMessage
-
-
-_encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(Envelope)
-
-
-def encode(envelope: Envelope) -> bytes:
-    """One frame's payload."""
-    return _encoder.encode(envelope)
-
-
-def decode(data: bytes | bytearray | memoryview) -> Envelope:
-    """Raises `msgspec.MsgspecError` on anything that is not a well-formed message."""
-    return _decoder.decode(data)
