@@ -53,7 +53,6 @@ class ClusterSettings(Struct, frozen=True, kw_only=True):
     decode: WorkerSettings = WorkerSettings()
     policy: str = "fcfs"
     link: str = "auto"
-    kv_codec: str = "raw"
 
     def roles(self) -> list[tuple[str, Role, WorkerSettings]]:
         """Name, role and settings of each worker; colocated mode has as many workers, and each does both."""

@@ -26,7 +26,6 @@ from minidisagg.ranges import explained
 from minidisagg.transfer.kinds import KINDS
 
 LINKS = ("auto", *KINDS)
-KV_CODECS = ("raw",)  # `transfer.codec.CODECS`
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 MODEL, CLUSTER, WORKER = ModelSettings(), ClusterSettings(), WorkerSettings()
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -77,8 +76,6 @@ engine_options = stack(
                      help="Scheduling policy: a name, or FILE.py:CLASS."),
         click.option("--link", type=click.Choice(LINKS), default=CLUSTER.link, show_default=True,
                      help="How KV moves."),
-        click.option("--kv-codec", type=click.Choice(KV_CODECS), default=CLUSTER.kv_codec, show_default=True,
-                     help="How KV is written on the wire."),
         click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True),
         click.option("--no-prefix-caching", is_flag=True, help="Compute every prompt in full."),
         click.option("--prefill", default="", metavar="KEY=VAL,…", help="Settings of the prefill workers alone."),
@@ -110,7 +107,7 @@ def read_engine(model: str, flags: dict[str, Any], mode: str, one_worker: bool =
         mode=mode,  # type: ignore[arg-type]
         prefill=parse_worker(flags.pop("prefill"), worker),
         decode=parse_worker(flags.pop("decode"), worker),
-        **{key: flags.pop(key) for key in ("policy", "link", "kv_codec")},
+        **{key: flags.pop(key) for key in ("policy", "link")},
         **{key: number for key, number in numbers.items() if number is not None},
     )
     if mode == "disagg" and not (cluster.prefill_workers and cluster.decode_workers):

@@ -28,7 +28,6 @@ from minidisagg.core.messages import Role, SamplingParams
 from minidisagg.measure.records import STAGES as RECORD_STAGES
 from minidisagg.options import (
     DTYPES,
-    KV_CODECS,
     Engine,
     engine_options,
     mode_option,
@@ -238,9 +237,6 @@ def test_sampling_flag_out_of_range() -> None:
 def test_choices_are_those_of_the_engine() -> None:
     """The flag's choices are repeated in `options`, because their owner needs torch."""
     torch = pytest.importorskip("torch")
-    from minidisagg.transfer.codec import CODECS
-
-    assert KV_CODECS == CODECS
     assert all(isinstance(getattr(torch, name), torch.dtype) for name in DTYPES if name != "auto")
     assert STAGES == RECORD_STAGES
 

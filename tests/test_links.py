@@ -24,10 +24,12 @@ from msgspec import structs
 from minidisagg.config import ClusterSettings, WorkerSettings
 from minidisagg.core.inputs import PieceDone
 from minidisagg.core.plan import Piece
+from minidisagg.runtime.faults import Faults, FaultyLink
 from minidisagg.runtime.worker import link_kind
+from minidisagg.transfer.codec import Codec
 from minidisagg.transfer.emulate import EmulatedLink, Emulation
 from minidisagg.transfer.kinds import make_link, resolve_kind
-from minidisagg.transfer.links import LinkError, LinkSetup, ThreadLink
+from minidisagg.transfer.links import LinkError, LinkHost, LinkSetup, ThreadLink
 
 KINDS = ["gloo", "shm", "tcp", "unix"]
 TWO_SIDED = ["gloo", "tcp", "unix"]
@@ -39,6 +41,27 @@ PAIR = "p0->d0"
 torch.set_num_threads(1)
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["minidisagg.transfer.dist", "minidisagg.transfer.mapped", "minidisagg.transfer.stream"])
+
+
+class UpperHalf(Codec):
+    """A lossy codec: of each 4 bytes the upper two."""
+
+    word = torch.int16
+
+    def __init__(self, kv: torch.Tensor) -> None:
+        self.row_bytes = kv[0, 0, 0].nbytes // 2
+
+    def encode(self, rows: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        return out.copy_(rows.view(torch.int16)[..., 1::2])
+
+    def decode(self, wire: torch.Tensor, rows: torch.Tensor) -> None:
+        rows.view(torch.int16)[..., 0::2] = 0
+        rows.view(torch.int16)[..., 1::2] = wire
+
+
+def upper(kv: torch.Tensor) -> torch.Tensor:
+    """What is left of the cache, as bits."""
+    return kv.contiguous().view(torch.int32) & -(1 << 16)
 
 
 def make_cache(shape: tuple[int, ...], dtype: torch.dtype, seed: int | None) -> tuple[torch.Tensor, int]:
@@ -66,10 +89,12 @@ def source_main(
     while True:
         command, *args = pipe.recv()
         if command == "connect":
-            endpoint, epoch, emulation = args
+            endpoint, epoch, around = args
             link = open_link(kind, True, epoch, kv, fd, run_dir, timeout)
-            if emulation is not None:
-                link = EmulatedLink(link, emulation)
+            if isinstance(around, Emulation):
+                link = EmulatedLink(link, around)
+            elif isinstance(around, Faults):
+                link = FaultyLink(link, around)
             link.connect(endpoint)
         elif command == "start":
             for op in args[0]:
@@ -88,20 +113,9 @@ def source_main(
 def open_link(
     kind: str, source: bool, epoch: int, kv: torch.Tensor, fd: int, run_dir: Path, timeout: float
 ) -> ThreadLink:
-    return make_link(
-        LinkSetup(
-            kind,
-            source=source,
-            pair=PAIR,
-            link_epoch=epoch,
-            kv=kv,
-            kv_fd=fd,
-            codec="raw",
-            run_dir=run_dir,
-            wake=lambda: None,
-            timeout=timeout,
-        )
-    )
+    link = make_link(LinkSetup(LinkHost(kind, kv, fd, run_dir, timeout), source, PAIR, epoch, lambda: None))
+    link.codecs["upper"] = UpperHalf(kv)
+    return link
 
 
 def collect(link: Any, count: int, seconds: float = 30.0) -> list[PieceDone]:
@@ -145,22 +159,26 @@ class Pair:
         self.pipe.send(command)
         return self.pipe.recv()
 
-    def connect(self, emulation: Emulation | None = None) -> ThreadLink:
+    def connect(self, around: Emulation | Faults | None = None) -> ThreadLink:
         self.epoch += 1
         self.link = open_link(self.kind, False, self.epoch, self.kv, self.fd, self.run_dir, self.timeout)
-        self.pipe.send(("connect", self.link.endpoint(), self.epoch, emulation))
+        self.pipe.send(("connect", self.link.endpoint(), self.epoch, around))
         self.link.connect(self.link.endpoint())
         self.pipe.recv()
         return self.link
 
-    def op(self, seq: int, send: bool, pages: list[int], remote: list[int], layers: tuple[int, int]) -> Piece:
-        return Piece("peer", self.epoch, seq, send, f"r{seq}", 1, pages, remote, len(remote), layers)
+    def op(
+        self, seq: int, send: bool, pages: list[int], remote: list[int], layers: tuple[int, int], codec: str = "raw"
+    ) -> Piece:
+        return Piece("peer", self.epoch, seq, send, f"r{seq}", 1, pages, remote, len(remote), layers, codec=codec)
 
-    def move(self, pieces: list[tuple[list[int], list[int], tuple[int, int]]], seq: int = 0) -> list[PieceDone]:
+    def move(
+        self, pieces: list[tuple[list[int], list[int], tuple[int, int]]], seq: int = 0, codec: str = "raw"
+    ) -> list[PieceDone]:
         """Send (source pages, destination pages, layers) pieces and return the destination's completions."""
         assert self.link is not None
-        sends = [self.op(seq + i, True, src, dst or src, layers) for i, (src, dst, layers) in enumerate(pieces)]
-        receives = [self.op(seq + i, False, dst, src, layers) for i, (src, dst, layers) in enumerate(pieces)]
+        sends = [self.op(seq + i, True, src, dst or src, layers, codec) for i, (src, dst, layers) in enumerate(pieces)]
+        receives = [self.op(seq + i, False, dst, src, layers, codec) for i, (src, dst, layers) in enumerate(pieces)]
         if self.link.one_sided:
             self.tell("start", sends)
             told = self.tell("wait", len(sends))
@@ -278,6 +296,39 @@ def test_large_pieces_of_many_blocks(kind: str, make_pair: MakePair) -> None:
     assert poisoned(pair.kv[:, :, 22:28]) and poisoned(pair.kv[:1, :, 20:22])
 
 
+@pytest.mark.parametrize("kind", TWO_SIDED)
+def test_a_piece_is_carried_in_the_codec_that_it_names(kind: str, make_pair: MakePair) -> None:
+    pair = make_pair(kind, shape=(4, 2, 48, 4, 64, 64))
+    pair.connect()
+    src, dst = list(range(40)), [*range(47, 27, -1), *range(20)]
+    many, _, some = pair.move([(src, dst, (0, 4)), (src, [], (1, 3)), ([40, 42], [20, 21], (1, 2))], codec="upper")
+    (raw,) = pair.move([([47], [22], (0, 4))], seq=3)
+    assert many.ok and some.ok and raw.ok
+    assert many.nbytes == pair.kv[:, :, dst].nbytes // 2 and raw.nbytes == pair.kv[:, :, 22].nbytes
+    assert torch.equal(pair.kv[:, :, dst].view(torch.int32), upper(pair.sent[:, :, src]))
+    assert torch.equal(pair.kv[1, :, 20:22].contiguous().view(torch.int32), upper(pair.sent[1, :, [40, 42]]))
+    assert torch.equal(bits(pair.kv[:, :, 22]), bits(pair.sent[:, :, 47]))
+    assert poisoned(pair.kv[:, :, 23:28]) and poisoned(pair.kv[:1, :, 20:22])
+
+
+@pytest.mark.parametrize("kind", TWO_SIDED)
+def test_damage_in_another_codec_is_detected(kind: str, make_pair: MakePair) -> None:
+    pair = make_pair(kind)
+    pair.connect(Faults(corrupt=1.0))
+    (done,) = pair.move([([1, 3], [5, 6], (0, 3))], codec="upper")
+    assert not done.ok and "checksum mismatch in piece 0" in done.error
+
+
+def test_what_a_link_cannot_carry_is_refused(make_pair: MakePair) -> None:
+    for kind, codec, error in (
+        ("unix", "zip", "unknown codec 'zip'; known: raw, upper"),
+        ("shm", "upper", "link 'shm' writes pages as they are, and cannot carry 'upper'"),
+    ):
+        link = make_pair(kind).connect()
+        link.start(Piece("peer", 1, 0, False, "r", 1, [1], [1], 1, (0, 3), codec=codec))
+        assert [(done.ok, done.error) for done in collect(link, 1)] == [(False, error)]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_discarded_pieces_keep_the_order(kind: str, make_pair: MakePair) -> None:
     pair = make_pair(kind)
@@ -335,7 +386,7 @@ def test_one_sided_source_checks_the_granted_pages(make_pair: MakePair) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_corruption_is_detected_and_the_link_stays_usable(kind: str, make_pair: MakePair) -> None:
     pair = make_pair(kind)
-    link = pair.connect(Emulation(corrupt=1.0))
+    link = pair.connect(Faults(corrupt=1.0))
     (done,) = pair.move([([1, 2], [5, 6], (0, 3))])
     assert not done.ok and "checksum mismatch in piece 0" in done.error
     assert int((bits(pair.kv[:, :, 5:7]) != bits(pair.sent[:, :, 1:3])).sum()) == 1  # the bytes really were damaged
@@ -344,9 +395,9 @@ def test_corruption_is_detected_and_the_link_stays_usable(kind: str, make_pair: 
     assert link.abort(True)
 
 
-def test_some_emulated_faults_leave_the_other_pieces_whole(make_pair: MakePair) -> None:
+def test_some_faults_leave_the_other_pieces_whole(make_pair: MakePair) -> None:
     pair = make_pair("unix")
-    pair.connect(Emulation(corrupt=0.5, seed=3))
+    pair.connect(Faults(corrupt=0.5, seed=3))
     done = pair.move([([page], [page], (0, 3)) for page in range(16)])
     assert 0 < sum(c.ok for c in done) < 16
     for c in done:
@@ -355,7 +406,7 @@ def test_some_emulated_faults_leave_the_other_pieces_whole(make_pair: MakePair) 
 
 def test_a_dropped_piece_is_detected_by_order(make_pair: MakePair) -> None:
     pair = make_pair("unix", timeout=0.5)
-    link = pair.connect(Emulation(drop=1.0))
+    link = pair.connect(Faults(drop=1.0))
     link.start(pair.op(0, False, [5], [1], (0, 3)))
     pair.tell("start", [pair.op(0, True, [1], [5], (0, 3))])
     assert pair.tell("wait", 1)[0].ok  # the source believes that it was sent
@@ -364,7 +415,7 @@ def test_a_dropped_piece_is_detected_by_order(make_pair: MakePair) -> None:
 
 def test_a_dropped_one_sided_piece_fails_its_checksum(make_pair: MakePair) -> None:
     pair = make_pair("shm")
-    pair.connect(Emulation(drop=1.0))
+    pair.connect(Faults(drop=1.0))
     assert not pair.move([([1, 2], [5, 6], (0, 3))])[0].ok
     assert poisoned(pair.kv)
 
@@ -563,13 +614,9 @@ def test_a_source_of_another_pair_or_epoch_is_refused(
 ) -> None:
     caches = [make_cache(SMALL, torch.float32, seed) for seed in (1, None)]
     ends = [
-        make_link(LinkSetup(
-            kind, source=kv is caches[0][0], pair=source_pair if kv is caches[0][0] else PAIR,
-            link_epoch=source_epoch if kv is caches[0][0] else 1, kv=kv, kv_fd=fd, codec="raw", run_dir=tmp_path,
-            wake=lambda: None, timeout=TIMEOUT if met else 0.5,
-        ))
-        for kv, fd in caches
-    ]  # fmt: skip
+        make_link(LinkSetup(LinkHost(kind, kv, fd, tmp_path, TIMEOUT if met else 0.5), *end, lambda: None))
+        for (kv, fd), end in zip(caches, ((True, source_pair, source_epoch), (False, PAIR, 1)), strict=True)
+    ]
     raised = meet(*ends)
     assert not raised if met else len(raised) == 2, raised
     assert all(link.abort(True) for link in ends)
@@ -580,7 +627,7 @@ def test_a_source_of_another_pair_or_epoch_is_refused(
 @pytest.mark.parametrize("kind", TWO_SIDED)
 def test_a_discarded_piece_is_verified_like_any_other(kind: str, make_pair: MakePair) -> None:
     pair = make_pair(kind)
-    pair.connect(Emulation(corrupt=1.0))
+    pair.connect(Faults(corrupt=1.0))
     discarded, kept = pair.move([([1, 9, 2], [], (0, 3)), ([3], [4], (0, 3))])
     assert not discarded.ok and "checksum mismatch in piece 0" in discarded.error
     assert "piece 1" in kept.error, "still in step"
@@ -621,7 +668,7 @@ class StuckLink(ThreadLink):
 @pytest.fixture
 def stuck(tmp_path: Path) -> Iterator[StuckLink]:
     kv, fd = make_cache(SMALL, torch.float32, None)
-    link = StuckLink(LinkSetup("unix", True, PAIR, 1, kv, fd, "raw", tmp_path, lambda: None, TIMEOUT))
+    link = StuckLink(LinkSetup(LinkHost("unix", kv, fd, tmp_path, TIMEOUT), True, PAIR, 1, lambda: None))
     link.patience = 0.05
     yield link
     link.go_on.set()
@@ -726,18 +773,5 @@ def test_kinds_that_cannot_be_are_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown link 'rdma'"):
         open_link("rdma", True, 1, kv, fd, tmp_path, 1.0)
     with pytest.raises(ValueError, match="memfd"):
-        make_link(
-            LinkSetup(
-                "shm",
-                source=False,
-                pair=PAIR,
-                link_epoch=1,
-                kv=kv,
-                kv_fd=None,
-                codec="raw",
-                run_dir=tmp_path,
-                wake=lambda: None,
-                timeout=1.0,
-            )
-        )
+        make_link(LinkSetup(LinkHost("shm", kv, None, tmp_path, 1.0), False, PAIR, 1, lambda: None))
     os.close(fd)

@@ -383,7 +383,6 @@ class LinkOpen(Message, frozen=True):
     """Source to destination: open your end of the link of this kind and epoch, and tell me where it is."""
 
     kind: str
-    codec: str
     link_epoch: int
 
 

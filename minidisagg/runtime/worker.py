@@ -62,8 +62,9 @@ from minidisagg.runtime.ceilings import measure_ceilings
 from minidisagg.runtime.channel import Channel, ChannelError, connect, listen
 from minidisagg.runtime.executor import Executor, StepResult
 from minidisagg.runtime.kv_cache import KVCache, num_pages_for, page_bytes
-from minidisagg.runtime.linkset import LinkSet
+from minidisagg.runtime.linkset import LinkHooks, LinkSet
 from minidisagg.transfer.kinds import resolve_kind
+from minidisagg.transfer.links import LinkHost
 
 T = TypeVar("T")
 TICK = 0.25  # seconds between ticks and Stats
@@ -171,7 +172,7 @@ class Worker:
         spec = EngineSpec(
             name=config.name, epoch=config.epoch, role=config.role, num_pages=cache.num_pages,
             page_size=cache.page_size, num_layers=model_config.num_layers,
-            fingerprint=cache.fingerprint(model_config, config.cluster.kv_codec),
+            fingerprint=cache.fingerprint(model_config),
             policy=config.cluster.policy, one_sided_links=kind == "shm",
             prefix_caching=config.model.prefix_caching, lease=config.run.lease,
             link_timeout=config.run.link_timeout, step_deadline=config.run.step_deadline,
@@ -202,13 +203,11 @@ class Worker:
         )  # fmt: skip
 
     def _make_links(self) -> None:
-        config = self.config
-        self.links = LinkSet(
-            config.name, self.device.cache, self.link_kind, self.core.spec.one_sided_links,
-            config.cluster.kv_codec, Path(config.run_dir),
-            config.run.link_timeout, config.run.delays.get("transfer", 0.0), self._carry_out, self._on_link_news,
-            self._on_failure, self.now if config.run.trace else None,
-        )  # fmt: skip
+        config, cache = self.config, self.device.cache
+        host = LinkHost(self.link_kind, cache.data, cache.fd, Path(config.run_dir), config.run.link_timeout)
+        clock = self.now if config.run.trace else None
+        hooks = LinkHooks(self._carry_out, self._on_link_news, self._on_failure, clock)
+        self.links = LinkSet(config.name, host, hooks, config.run.delays.get("transfer", 0.0))
 
     # ------------------------------------------------------------ inputs
 

@@ -1,4 +1,4 @@
-"""A slower and worse link than the one at hand: to draw "when does it pay" curves, and to inject faults.
+"""A slower link than the one at hand, to draw "when does it pay" curves.
 
 Only the source's end is wrapped. Each piece takes its turn on an emulated wire of a given bandwidth, travels for
 the latency and a jitter, and is then started on the real link, which adds its own (small) time. Order is kept.
@@ -19,19 +19,11 @@ from minidisagg.transfer.links import ThreadLink
 
 
 class Emulation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The wire's properties, and the share of pieces that suffer a fault.
-
-    A dropped piece is never sent, though the source believes so; a corrupt one arrives with a wrong bit, a delayed
-    one `delay_s` late. Which ones is decided by the seed, the link's epoch and the sequence number.
-    """
+    """The wire's properties."""
 
     bandwidth: float = 0.0  # bytes per second; 0: as fast as the real link
     latency: float = 0.0  # seconds
     jitter: float = 0.0  # seconds: uniform in [0, jitter] on top
-    drop: float = 0.0  # probability
-    corrupt: float = 0.0  # probability
-    delay: float = 0.0  # probability
-    delay_s: float = 1.0  # seconds
     seed: int = 0
 
 
@@ -63,11 +55,6 @@ class EmulatedLink:
         wire, now = self._emulation, time.monotonic()
         dice = random.Random(f"{wire.seed}/{piece.link_epoch}/{piece.seq}")
         travel = wire.latency + dice.uniform(0.0, wire.jitter)
-        drop, corrupt, late = (dice.random() < share for share in (wire.drop, wire.corrupt, wire.delay))
-        if drop or corrupt:
-            self._inner.damage[piece.seq] = "drop" if drop else "corrupt"
-        if late:
-            travel += wire.delay_s
         sending = self._inner.wire_bytes(piece) / wire.bandwidth if wire.bandwidth else 0.0
         with self._changed:
             self._wire_free = max(now, self._wire_free) + sending

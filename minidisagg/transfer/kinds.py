@@ -28,9 +28,9 @@ def resolve_kind(kind: str, *device_types: str) -> str:
 def make_link(setup: LinkSetup) -> ThreadLink:
     """One end of a link of a resolved kind. The destination makes its end first and tells the source its `endpoint`.
 
-    Raises `ValueError` for an unknown kind or codec and for a cache that the kind cannot serve.
+    Raises `ValueError` for an unknown kind and for a cache that the kind cannot serve.
     """
-    kind = resolve_kind(setup.kind, setup.kv.device.type)
+    kind = resolve_kind(setup.host.kind, setup.host.kv.device.type)
     if kind in ("gloo", "nccl"):
         from minidisagg.transfer.dist import DistLink
 

@@ -16,7 +16,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -26,7 +26,8 @@ from torch import Tensor
 
 from minidisagg.core.inputs import PieceDone
 from minidisagg.core.plan import Piece
-from minidisagg.transfer.codec import make_codec
+from minidisagg.transfer.codec import CODECS, Codec
+from minidisagg.transfer.rows import Block, cache_rows, cut
 
 JOIN_SECONDS = 0.1
 MAX_OUTSTANDING = 4096  # pieces started and not yet polled: the core keeps far fewer
@@ -81,22 +82,28 @@ class Link(Protocol):
 
 
 @dataclass(frozen=True)
-class LinkSetup:
-    """What every link is made from.
+class LinkHost:
+    """What all links of one worker have in common.
 
     `kv_fd` is the memfd whose bytes from 0 on are `kv`'s; `timeout` (seconds) bounds each single wait for the peer.
     """
 
     kind: str
+    kv: Tensor
+    kv_fd: int | None
+    run_dir: Path
+    timeout: float
+
+
+@dataclass(frozen=True)
+class LinkSetup:
+    """What one end of a link is made from. `pair` and `link_epoch` are the same at both ends, and no other link's."""
+
+    host: LinkHost
     source: bool
     pair: str
     link_epoch: int
-    kv: Tensor
-    kv_fd: int | None
-    codec: str
-    run_dir: Path
     wake: Wake
-    timeout: float
 
 
 class ThreadLink(ABC):
@@ -106,9 +113,10 @@ class ThreadLink(ABC):
 
     def __init__(self, setup: LinkSetup) -> None:
         self.setup = setup
-        self.codec = make_codec(setup.codec, setup.kv)
-        self.damage: dict[int, str] = {}  # sequence number of a send -> "drop" | "corrupt": injected faults
-        self.patience = setup.timeout + 2.0  # how long `abort` waits: one wait for the peer, and the thread's own work
+        self.host = setup.host
+        self.rows = cache_rows(self.host.kv)  # [layers, 2, pages, words]
+        self.codecs = {name: make(self.host.kv) for name, make in CODECS.items()}  # a piece names its own
+        self.patience = self.host.timeout + 2.0  # of `abort`: one wait for the peer, and the thread's own work
         self.closing = False
         self._broken = ""  # why nothing more can be carried
         self._met = threading.Event()  # connected, failed to, or aborted
@@ -153,9 +161,19 @@ class ThreadLink(ABC):
             finally:
                 self._met.set()
 
+    def codec(self, piece: Piece) -> Codec:
+        """How this piece looks on the wire; raises `LinkError` where it names a codec that nobody knows."""
+        if piece.codec not in self.codecs:
+            raise LinkError(f"unknown codec {piece.codec!r}; known: {', '.join(self.codecs)}")
+        return self.codecs[piece.codec]
+
     def wire_bytes(self, piece: Piece) -> int:
         """Payload bytes of this piece on the wire."""
-        return self.codec.wire_bytes((piece.layers[1] - piece.layers[0]) * 2 * piece.count)
+        return (piece.layers[1] - piece.layers[0]) * 2 * piece.count * self.codec(piece).row_bytes
+
+    def blocks(self, piece: Piece, limit: int) -> Iterator[Block]:
+        """The piece in blocks of at most `limit` bytes on the wire (at least one row): the same at both ends."""
+        return cut(piece.layers[1] - piece.layers[0], piece.count, self.codec(piece).row_bytes, limit)
 
     def start(self, piece: Piece) -> None:
         """See `Link.start`."""
@@ -204,7 +222,7 @@ class ThreadLink(ABC):
     def _run(self) -> None:
         while (piece := self._ops.get()) is not None:
             # the peer's first piece can be announced before this end's `connect` has returned
-            if not self._met.wait(self.setup.timeout):
+            if not self._met.wait(self.host.timeout):
                 self._broken = "the peer did not connect in time"
             began, checksum, error = time.perf_counter(), 0, "the link was aborted" if self.closing else self._broken
             if not error:
@@ -218,7 +236,7 @@ class ThreadLink(ABC):
             self._complete(piece, error, time.perf_counter() - began, checksum)
 
     def _check(self, piece: Piece) -> None:
-        layers, _, pages = self.codec.rows.shape[:3]
+        layers, _, pages = self.rows.shape[:3]
         if not 0 <= piece.layers[0] < piece.layers[1] <= layers:
             raise LinkError(f"layers {piece.layers} of {layers}")
         if piece.pages and (len(piece.pages) != piece.count or not 0 <= min(piece.pages) <= max(piece.pages) < pages):
