@@ -53,6 +53,7 @@ class ClusterSettings(Struct, frozen=True, kw_only=True):
     decode: WorkerSettings = WorkerSettings()
     policy: str = "fcfs"
     link: str = "auto"
+    emulate_link: str = "none"  # an interconnect of `transfer/emulate.py` that the link is made to be as slow as
 
     def roles(self) -> list[tuple[str, Role, WorkerSettings]]:
         """Name, role and settings of each worker; colocated mode has as many workers, and each does both."""

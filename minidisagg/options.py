@@ -23,6 +23,7 @@ from minidisagg.config import (
 )
 from minidisagg.core.messages import SamplingParams
 from minidisagg.ranges import explained
+from minidisagg.transfer.emulate import PRESETS, announcement, parse_interconnect
 from minidisagg.transfer.kinds import KINDS
 
 LINKS = ("auto", *KINDS)
@@ -76,6 +77,10 @@ engine_options = stack(
                      help="Scheduling policy: a name, or FILE.py:CLASS."),
         click.option("--link", type=click.Choice(LINKS), default=CLUSTER.link, show_default=True,
                      help="How KV moves."),
+        click.option("--emulate-link", default=CLUSTER.emulate_link, show_default=True,
+                     metavar="NAME | BANDWIDTH,LATENCY[,JITTER]",
+                     help="Let KV arrive as if over another interconnect, which a worker's links share: "
+                          f"{', '.join(PRESETS)}, or as in 25Gbps,20us."),
         click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True),
         click.option("--no-prefix-caching", is_flag=True, help="Compute every prompt in full."),
         click.option("--prefill", default="", metavar="KEY=VAL,…", help="Settings of the prefill workers alone."),
@@ -103,11 +108,14 @@ def read_engine(model: str, flags: dict[str, Any], mode: str, one_worker: bool =
     flags["kv_cache_memory"] = parse_size(flags["kv_cache_memory"])
     of_worker = {key: flags.pop(key) for key in WORKER.__struct_fields__ if key in flags}
     worker = check_worker(WorkerSettings(**of_worker))
+    interconnect = parse_interconnect(flags["emulate_link"])
+    if interconnect is not None:
+        click.echo(announcement(flags["emulate_link"], interconnect), err=True)
     cluster = ClusterSettings(
         mode=mode,  # type: ignore[arg-type]
         prefill=parse_worker(flags.pop("prefill"), worker),
         decode=parse_worker(flags.pop("decode"), worker),
-        **{key: flags.pop(key) for key in ("policy", "link")},
+        **{key: flags.pop(key) for key in ("policy", "link", "emulate_link")},
         **{key: number for key, number in numbers.items() if number is not None},
     )
     if mode == "disagg" and not (cluster.prefill_workers and cluster.decode_workers):

@@ -173,9 +173,10 @@ def test_flags_reach_the_structs(tmp_path: Path) -> None:
         "--kv-cache-memory", "1M", "--decode", "max_num_seqs=9,kv_cache_memory=2M", "--prefill", "chunk=16",
         "--policy", "sarathi", "--link", "shm", "--seed", "5", "--no-prefix-caching", "--max-model-len", "99",
         "--inject-delay", "transfer=250", "--inject-delay", "decode-wait=1", "--record", str(tmp_path / "logs"),
+        "--emulate-link", "25Gbps,20us",
     )  # fmt: skip
     assert (cluster.mode, cluster.prefill_workers, cluster.decode_workers) == ("disagg", 2, 3)
-    assert (cluster.policy, cluster.link) == ("sarathi", "shm")
+    assert (cluster.policy, cluster.link, cluster.emulate_link) == ("sarathi", "shm", "25Gbps,20us")
     assert (cluster.prefill.max_num_seqs, cluster.prefill.chunk, cluster.prefill.kv_cache_memory) == (7, 16, 1 << 20)
     assert (cluster.decode.max_num_seqs, cluster.decode.chunk, cluster.decode.kv_cache_memory) == (9, 0, 2 << 20)
     assert (model.max_model_len, model.prefix_caching) == (99, False)
@@ -197,6 +198,7 @@ def test_one_worker_unless_told_otherwise() -> None:
         (["--inject-delay", "lunch=5"], "a stage of queue"),
         (["--inject-delay", "decode=soon"], "STAGE=MS"),
         (["--kv-cache-memory", "lots"], "not a size"),
+        (["--emulate-link", "foo"], "no interconnect 'foo'; known: none, 10g-tcp, .* as in 25Gbps,20us"),
     ],
 )
 def test_bad_flags(args: list[str], message: str) -> None:

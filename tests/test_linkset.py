@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from minidisagg.core.effects import AbortLink, Send
 from minidisagg.core.handoff import EPOCH_BITS
@@ -18,6 +19,7 @@ from minidisagg.core.messages import LinkOpen, LinkReady
 from minidisagg.core.plan import Piece
 from minidisagg.runtime import linkset
 from minidisagg.runtime.linkset import LinkHooks, LinkSet
+from minidisagg.transfer.emulate import Interconnect, Nic
 from minidisagg.transfer.links import LinkHost, LinkSetup
 
 EPOCH = 7
@@ -56,7 +58,7 @@ class FakeLink:
 class Fixture:
     """A set of fake links, and what it tells."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, one_sided: bool, delay: float) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, one_sided: bool, delay: float, nic: Nic | None) -> None:
         self.links: list[FakeLink] = []
         self.sent: list[Send] = []
         self.completed: list[PieceDone] = []
@@ -64,7 +66,7 @@ class Fixture:
         self.failures: list[BaseException] = []
         monkeypatch.setattr(linkset, "make_link", self._make)
         self.one_sided = one_sided
-        host = LinkHost("unix", torch.empty(0), None, Path("."), 1.0)
+        host = LinkHost("unix", torch.empty(0), None, Path("."), 1.0, nic)
         self.set = LinkSet("w", host, LinkHooks(self.sent.append, self._hear, self.failures.append), delay)
 
     def _hear(self, news: PieceDone | AbortConfirmed) -> None:
@@ -123,9 +125,9 @@ Scenario = Callable[[Fixture], Awaitable[None]]
 def play(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Runs a scenario on a fresh set."""
 
-    def run(scenario: Scenario, one_sided: bool = False, delay: float = 0.0) -> None:
+    def run(scenario: Scenario, one_sided: bool = False, delay: float = 0.0, nic: Nic | None = None) -> None:
         async def main() -> None:
-            fixture = Fixture(monkeypatch, one_sided, delay)
+            fixture = Fixture(monkeypatch, one_sided, delay, nic)
             try:
                 await scenario(fixture)
             finally:
@@ -289,6 +291,18 @@ def test_an_error_while_polling_ends_the_worker(play: Callable[..., None]) -> No
         assert [type(error) for error in at.failures] == [KeyError]
 
     play(scenario)
+
+
+def test_pieces_that_the_emulated_interconnect_would_have_brought_sooner_are_counted(play: Callable[..., None]) -> None:
+    async def scenario(at: Fixture) -> None:
+        link = await at.opened()
+        for seq, seconds in enumerate((1.0, 1.1, 3.0)):  # a second for so many bytes, and the latency
+            done = at.complete(link, seq, True)
+            link.done[-1] = replace(done, nbytes=1000, seconds=seconds)
+        at.set.poll()
+        assert at.set.stats()[0].late == 2
+
+    play(scenario, nic=Nic(Interconnect(2000.0, 0.5)))
 
 
 def test_a_delayed_piece_is_started_late_and_in_order_and_fails_with_an_abort(play: Callable[..., None]) -> None:

@@ -23,6 +23,7 @@ from minidisagg.runtime.faults import LateLink
 from minidisagg.transfer.kinds import make_link
 from minidisagg.transfer.links import Link, LinkError, LinkHost, LinkSetup
 
+MICROSECOND = 1e-6  # differences of times round
 LinkKey = tuple[str, int, bool]  # peer, link epoch, outgoing
 
 
@@ -168,9 +169,15 @@ class LinkSet:
 
     def _settle(self, done: PieceDone, elapsed: float) -> None:
         if done.ok:
-            queued = max(0.0, elapsed - done.seconds)
+            nic = self.host.nic
             self._count(
-                done.peer, transfers=1, bytes=done.nbytes, seconds=done.seconds, queue_seconds=queued, backlog=-1
+                done.peer,
+                transfers=1,
+                bytes=done.nbytes,
+                seconds=done.seconds,
+                queue_seconds=max(0.0, elapsed - done.seconds),
+                backlog=-1,
+                late=nic is not None and done.seconds > nic.interconnect.slowest(done.nbytes) + MICROSECOND,
             )
         else:
             self._count(done.peer, failures=1, backlog=-1)

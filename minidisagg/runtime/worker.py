@@ -63,6 +63,7 @@ from minidisagg.runtime.channel import Channel, ChannelError, connect, listen
 from minidisagg.runtime.executor import Executor, StepResult
 from minidisagg.runtime.kv_cache import KVCache, num_pages_for, page_bytes
 from minidisagg.runtime.linkset import LinkHooks, LinkSet
+from minidisagg.transfer.emulate import make_nic
 from minidisagg.transfer.kinds import resolve_kind
 from minidisagg.transfer.links import LinkHost
 
@@ -165,7 +166,8 @@ class Worker:
 
     def _prepare(self, model_config: ModelConfig) -> Hello:
         config, cache = self.config, self.device.cache
-        kind = link_kind(config.cluster)
+        kind, emulated = link_kind(config.cluster), config.cluster.emulate_link
+        self.nic = make_nic(emulated)
         bandwidth = flops = 0.0  # not known
         if config.run.ceilings and config.epoch == 1:  # later its neighbours are at work, and would be measured too
             bandwidth, flops = measure_ceilings(self.device.dtype, device=self.device.device)
@@ -196,7 +198,8 @@ class Worker:
             model_config.kv_bytes_per_token(cache.data.dtype.itemsize),
             {
                 "device": str(self.device.device), "dtype": str(self.device.dtype).removeprefix("torch."),
-                "threads": torch.get_num_threads(), "cpus": config.settings.cpus, "link": kind,
+                "threads": torch.get_num_threads(), "cpus": config.settings.cpus,
+                "link": kind if self.nic is None else f"{kind} as {emulated}",
                 "bandwidth": bandwidth, "flops": flops, "parameters": model_config.num_parameters,
                 "vocab_size": model_config.vocab_size,
             },
@@ -204,7 +207,8 @@ class Worker:
 
     def _make_links(self) -> None:
         config, cache = self.config, self.device.cache
-        host = LinkHost(self.link_kind, cache.data, cache.fd, Path(config.run_dir), config.run.link_timeout)
+        run_dir, timeout = Path(config.run_dir), config.run.link_timeout
+        host = LinkHost(self.link_kind, cache.data, cache.fd, run_dir, timeout, self.nic)
         clock = self.now if config.run.trace else None
         hooks = LinkHooks(self._carry_out, self._on_link_news, self._on_failure, clock)
         self.links = LinkSet(config.name, host, hooks, config.run.delays.get("transfer", 0.0))

@@ -25,7 +25,7 @@ from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, Store, TCP
 
 from minidisagg.core.plan import Piece
 from minidisagg.transfer.codec import Codec, Staging
-from minidisagg.transfer.links import LinkError, LinkSetup, ThreadLink, Trailer
+from minidisagg.transfer.links import Carried, LinkError, LinkSetup, ThreadLink, Trailer
 from minidisagg.transfer.rows import Block, Checksum, run_views
 
 BLOCK_BYTES = 2 << 20
@@ -115,21 +115,22 @@ class DistLink(ThreadLink):
     def _on_stream(self) -> AbstractContextManager[object]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
-    def _carry(self, piece: Piece) -> int:
+    def _carry(self, piece: Piece, arrives: float) -> Carried:
         with self._on_stream():
-            return self._send(piece) if piece.send else self._receive(piece)
+            return self._send(piece, arrives) if piece.send else self._receive(piece)
 
-    def _send(self, piece: Piece) -> int:
+    def _send(self, piece: Piece, arrives: float) -> Carried:
         codec, checksum, posted = self.codec(piece), Checksum(piece), deque[Work]()
         for index, block in enumerate(self.blocks(piece, BLOCK_BYTES)):
             if len(posted) == DEPTH:
                 self._wait(posted.popleft())
             posted.append(self._post(self._pack(codec, checksum, piece, block, self._staged(index, codec, block))))
-        trailer = Trailer.pack(piece, self.wire_bytes(piece), checksum.value())
+        carried = Carried(checksum.value(), arrives)
+        trailer = Trailer.pack(piece, self.wire_bytes(piece), carried)
         posted.append(self._post(torch.frombuffer(bytearray(trailer), dtype=torch.uint8).to(self._device)))
         while posted:
             self._wait(posted.popleft())
-        return checksum.value()
+        return carried
 
     def _pack(self, codec: Codec, checksum: Checksum, piece: Piece, block: Block, out: Tensor) -> Tensor:
         """The block's wire rows as one piece of the group's memory: the cache's own where they are that, else `out`."""
@@ -142,7 +143,7 @@ class DistLink(ThreadLink):
                 room.copy_(wire)
         return out
 
-    def _receive(self, piece: Piece) -> int:
+    def _receive(self, piece: Piece) -> Carried:
         codec, checksum, posted = self.codec(piece), Checksum(piece), deque[tuple[Work, Block, Tensor]]()
         for index, block in enumerate(self.blocks(piece, BLOCK_BYTES)):
             if len(posted) == DEPTH:
@@ -156,8 +157,7 @@ class DistLink(ThreadLink):
         self._wait(last)
         if self._stream is not None:
             self._stream.synchronize()
-        Trailer.verify(bytes(trailer.tolist()), piece, self.wire_bytes(piece), checksum.value())
-        return checksum.value()
+        return Trailer.verify(bytes(trailer.tolist()), piece, self.wire_bytes(piece), checksum.value())
 
     def _unpack(self, codec: Codec, checksum: Checksum, piece: Piece, work: Work, block: Block, wire: Tensor) -> None:
         self._wait(work)

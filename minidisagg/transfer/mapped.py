@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from minidisagg.core.plan import Piece
-from minidisagg.transfer.links import CorruptError, LinkError, LinkSetup, ThreadLink
+from minidisagg.transfer.links import Carried, CorruptError, LinkError, LinkSetup, ThreadLink
 from minidisagg.transfer.rows import Checksum, cache_rows, run_views
 from minidisagg.transfer.stream import UnixListener
 
@@ -44,10 +44,10 @@ class MappedLink(ThreadLink):
         self._remote: Tensor | None = None  # the destination's rows [layers, 2, pages, words]
         super().__init__(setup)
 
-    def _carry(self, piece: Piece) -> int:
+    def _carry(self, piece: Piece, arrives: float) -> Carried:
         if not self.codec(piece).in_place:
             raise LinkError(f"link {self.host.kind!r} writes pages as they are, and cannot carry {piece.codec!r}")
-        return self._write(piece) if piece.send else self._verify(piece)
+        return Carried(self._write(piece), arrives) if piece.send else Carried(self._verify(piece))
 
     def _write(self, piece: Piece) -> int:
         remote = self._remote

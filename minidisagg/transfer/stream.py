@@ -20,7 +20,7 @@ from torch import Tensor
 
 from minidisagg.core.plan import Piece
 from minidisagg.transfer.codec import Codec, Staging
-from minidisagg.transfer.links import LinkError, LinkSetup, ThreadLink, Trailer
+from minidisagg.transfer.links import Carried, LinkError, LinkSetup, ThreadLink, Trailer
 from minidisagg.transfer.rows import Block, Checksum, run_views
 
 BLOCK_BYTES = 4 << 20  # checksum and socket take turns on what is still in the CPU's cache
@@ -139,7 +139,7 @@ class StreamLink(ThreadLink):
         if self.closing:
             raise LinkError("the link was aborted")
 
-    def _carry(self, piece: Piece) -> int:
+    def _carry(self, piece: Piece, arrives: float) -> Carried:
         if self._socket is None:
             raise LinkError("the link is not connected")
         codec, checksum, nbytes = self.codec(piece), Checksum(piece), self.wire_bytes(piece)
@@ -153,12 +153,12 @@ class StreamLink(ThreadLink):
                 read_all(self._socket, slabs([wire]))
                 checksum.add(block, wire)
         if piece.send:
-            write_all(self._socket, [memoryview(Trailer.pack(piece, nbytes, checksum.value()))])
-        else:
-            trailer = bytearray(Trailer.SIZE)
-            read_all(self._socket, [memoryview(trailer)])
-            Trailer.verify(bytes(trailer), piece, nbytes, checksum.value())
-        return checksum.value()
+            carried = Carried(checksum.value(), arrives)
+            write_all(self._socket, [memoryview(Trailer.pack(piece, nbytes, carried))])
+            return carried
+        trailer = bytearray(Trailer.SIZE)
+        read_all(self._socket, [memoryview(trailer)])
+        return Trailer.verify(bytes(trailer), piece, nbytes, checksum.value())
 
     def _send(self, sock: socket.socket, codec: Codec, checksum: Checksum, piece: Piece, block: Block) -> None:
         runs = self._runs(codec, piece, block)
@@ -205,10 +205,7 @@ def slabs(parts: Sequence[Tensor]) -> list[memoryview]:
     arrays = [part.numpy() for part in parts]
     layers, kinds = arrays[0].shape[:2]
     return [
-        memoryview(array[layer, kind]).cast("B")
-        for layer in range(layers)
-        for kind in range(kinds)
-        for array in arrays
+        memoryview(array[layer, kind]).cast("B") for layer in range(layers) for kind in range(kinds) for array in arrays
     ]
 
 
