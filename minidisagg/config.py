@@ -54,7 +54,7 @@ class ClusterSettings(Struct, frozen=True, kw_only=True):
     policy: str = "fcfs"
     link: str = "auto"
     transfer_granularity: str = "auto"
-    kv_codec: str = "raw"
+    emulate_link: str = "none"  # an interconnect of `transfer/emulate.py` that the link is made to be as slow as
 
     def roles(self) -> list[tuple[str, Role, WorkerSettings]]:
         """Name, role and settings of each worker; colocated mode has as many workers, and each does both."""

@@ -63,7 +63,7 @@ EXAMPLES: list[AnyMessage] = [
     KVOffer("a", 1, SPEC, "f", 1 << 20), KVGrant("a", 1, [4, 5], 1),
     KVWait("a", 1), KVBusy("a", 1), Failed("a", 1, "why"),
     KVPiece("a", 1, 1 << 20, 0, 1, 2, (0, 30), (1 << 64) - 1), KVDone("a", 1, 2, 9), KVAck("a", 1), KVCancel("a", 1, 2),
-    KVFailed("a", 1, "why"), LinkOpen("shm", "raw", 1 << 20), LinkReady(1 << 20, "x"), LinkAborted(1 << 20, True),
+    KVFailed("a", 1, "why"), LinkOpen("shm", 1 << 20), LinkReady(1 << 20, "x"), LinkAborted(1 << 20, True),
 ]  # fmt: skip
 
 

@@ -249,6 +249,7 @@ class LinkStats(Struct, frozen=True, array_like=True):
     queue_seconds: float = 0.0  # summed over pieces, from the core's word to the start of sending
     failures: int = 0
     backlog: int = 0  # pieces started and not finished
+    late: int = 0  # pieces that an emulated interconnect would have brought sooner than the link did
 
 
 class Stats(Message, frozen=True):
@@ -382,7 +383,6 @@ class LinkOpen(Message, frozen=True):
     """Source to destination: open your end of the link of this kind and epoch, and tell me where it is."""
 
     kind: str
-    codec: str
     link_epoch: int
 
 

@@ -75,3 +75,4 @@ class Piece(Struct, frozen=True, array_like=True):
     count: int
     layers: tuple[int, int]
     checksum: int = 0  # one-sided receive: what the source says it wrote
+    codec: str = "raw"  # how its pages look on the wire; both ends say the same

@@ -58,8 +58,10 @@ from minidisagg.runtime.ceilings import measure_ceilings
 from minidisagg.runtime.channel import Channel, ChannelError, connect, listen
 from minidisagg.runtime.device import StepResult, load_device
 from minidisagg.runtime.kv_cache import KVCache
-from minidisagg.runtime.linkset import LinkSet
+from minidisagg.runtime.linkset import LinkHooks, LinkSet
+from minidisagg.transfer.emulate import make_nic
 from minidisagg.transfer.kinds import efficient_bytes, resolve_kind
+from minidisagg.transfer.links import LinkHost
 
 T = TypeVar("T")
 TICK = 0.25  # seconds between ticks and Stats
@@ -69,6 +71,8 @@ UNSENT = 10_000  # messages kept for a peer whose address has not come yet
 
 class Worker:
     """Drives one engine core. See the module's picture."""
+
+    make_links: Callable[[str, LinkHost, LinkHooks], LinkSet] = LinkSet
 
     def __init__(self, config: WorkerConfig) -> None:
         self.config = config
@@ -122,16 +126,17 @@ class Worker:
 
     def _prepare(self, model_config: ModelConfig) -> Hello:
         config, cache, model = self.config, self.device.cache, self.device.model
-        kind = link_kind(config.cluster)
+        kind, emulated = link_kind(config.cluster), config.cluster.emulate_link
+        self.nic = make_nic(emulated)
         bandwidth = flops = 0.0  # not known
         if config.run.ceilings and config.epoch == 1:  # later its neighbours are at work, and would be measured too
             bandwidth, flops = measure_ceilings(model.dtype, device=model.device)
         spec = EngineSpec(
             name=config.name, epoch=config.epoch, role=config.role, num_pages=cache.num_pages,
             page_size=cache.page_size, num_layers=model_config.num_layers,
-            fingerprint=cache.fingerprint(model_config, config.cluster.kv_codec),
+            fingerprint=cache.fingerprint(model_config),
             policy=config.cluster.policy, one_sided_links=kind == "shm",
-            granularity=parse_granularity(config.cluster.transfer_granularity, efficient_bytes(kind)),
+            granularity=parse_granularity(config.cluster.transfer_granularity, efficient_bytes(kind, self.nic)),
             layer_bytes=cache.bytes_per_page // model_config.num_layers,
             prefix_caching=config.model.prefix_caching, lease=config.run.lease,
             link_timeout=config.run.link_timeout, step_deadline=config.run.step_deadline,
@@ -155,20 +160,20 @@ class Worker:
             model_config.kv_bytes_per_token(cache.data.dtype.itemsize),
             {
                 "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch."),
-                "threads": torch.get_num_threads(), "cpus": config.settings.cpus, "link": kind,
+                "threads": torch.get_num_threads(), "cpus": config.settings.cpus,
+                "link": kind if self.nic is None else f"{kind} as {emulated}",
                 "bandwidth": bandwidth, "flops": flops, "parameters": model_config.num_parameters,
                 "vocab_size": model_config.vocab_size,
             },
         )  # fmt: skip
 
     def _make_links(self) -> None:
-        config = self.config
-        self.links = LinkSet(
-            config.name, self.device.cache, self.link_kind, self.core.spec.one_sided_links,
-            config.cluster.kv_codec, Path(config.run_dir),
-            config.run.link_timeout, config.run.delays.get("transfer", 0.0), self._carry_out, self._on_news,
-            self._on_failure, self.now if config.run.trace else None,
-        )  # fmt: skip
+        config, cache = self.config, self.device.cache
+        run_dir, timeout = Path(config.run_dir), config.run.link_timeout
+        host = LinkHost(self.link_kind, cache.data, cache.fd, run_dir, timeout, self.nic)
+        clock = self.now if config.run.trace else None
+        hooks = LinkHooks(self._carry_out, self._on_news, self._on_failure, clock)
+        self.links = self.make_links(config.name, host, hooks)
 
     # ------------------------------------------------------------ inputs
 
