@@ -16,7 +16,8 @@ import pytest
 
 from minidisagg.config import ClusterSettings, Mode, ModelSettings, RunSettings, WorkerSettings
 from minidisagg.core.messages import SamplingParams
-from minidisagg.core.router import Emit, RouterSpec, StageTimes, Tracked
+from minidisagg.core.router import RouterSpec
+from minidisagg.core.tracked import Emit, StageTimes, Tracked
 from minidisagg.runtime.frontend import Frontend
 
 PAGE = 8

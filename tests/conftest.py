@@ -26,7 +26,8 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture
 def charged(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """What each request was charged with at its end, by its id."""
-    from minidisagg.core.router import Router, Tracked
+    from minidisagg.core.router import Router
+    from minidisagg.core.tracked import Tracked
 
     found: dict[str, int] = {}
     finish = Router._finish

@@ -15,9 +15,10 @@ from minidisagg.core.granularity import Granularity
 from minidisagg.core.messages import Role, SamplingParams
 from minidisagg.core.policy import ClusterView, Placement, Policy, Reject, RequestView, RoleChange, WorkerOptions
 from minidisagg.core.request import Request
-from minidisagg.core.router import RouterSpec, StageTimes, Tracked
+from minidisagg.core.router import RouterSpec
 from minidisagg.core.scheduler import BatchBuilder, View
 from minidisagg.core.spec import EngineSpec
+from minidisagg.core.tracked import StageTimes, Tracked
 from minidisagg.policies.prefill_first import PrefillFirst
 from minidisagg.policies.sarathi import Sarathi
 from minidisagg.sim.cost_model import LinearCost

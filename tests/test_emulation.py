@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from minidisagg.core.inputs import PieceDone
 from minidisagg.core.plan import Piece
-from minidisagg.core.router import StageTimes
+from minidisagg.core.tracked import StageTimes
 from minidisagg.transfer import emulate
 from minidisagg.transfer.emulate import (
     PRESETS,

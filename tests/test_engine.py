@@ -8,10 +8,11 @@ import pytest
 from msgspec.structs import replace
 from stepwise import Stepwise, spec
 
+from minidisagg.core.accounts import StalledError
 from minidisagg.core.blocks import PageState
 from minidisagg.core.checked import PolicyError
 from minidisagg.core.effects import AbortLink, OpenLink, Send, StartPiece
-from minidisagg.core.engine import EngineCore, StalledError
+from minidisagg.core.engine import EngineCore
 from minidisagg.core.inputs import AbortConfirmed, PieceDone, Received, Schedule, StepDone, Tick
 from minidisagg.core.messages import (
     ROUTER,

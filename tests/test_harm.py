@@ -31,7 +31,8 @@ from cluster import (
 )
 
 from minidisagg.config import ClusterSettings, Mode, RunSettings
-from minidisagg.core.router import Emit, Router
+from minidisagg.core.router import Router
+from minidisagg.core.tracked import Emit
 from minidisagg.runtime.frontend import EngineError, Frontend, _make_run_dir
 from minidisagg.runtime.launch import Supervisor
 

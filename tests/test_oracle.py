@@ -42,6 +42,7 @@ from minidisagg.config import RunSettings
 from minidisagg.core.inputlog import read_entries, replay
 from minidisagg.core.inputs import LayersDone
 from minidisagg.core.plan import PlanItem, SeqInit, StepPlan
+from minidisagg.core.tracked import Stage
 from minidisagg.model.loader import load_config, load_weights
 from minidisagg.model.transformer import Transformer
 from minidisagg.policies import load_policy
@@ -338,7 +339,7 @@ async def with_kills(link: str, victims: list[str], transfer_delay: float, seed:
 
 def ripe(load: Load, few: int) -> bool:
     """At most `few` requests are left, and the KV of one is on its way."""
-    return len(load.open) <= few and any(r.moving and not r.prefilling for r in load.tracked())
+    return len(load.open) <= few and any(r.stage is Stage.TRANSFER for r in load.tracked())
 
 
 @needs_two_cores

@@ -28,7 +28,8 @@ from serving import serving
 from minidisagg.cli import cli
 from minidisagg.config import ClusterSettings, ModelSettings, RunSettings
 from minidisagg.core.messages import Role, SamplingParams, Stats
-from minidisagg.core.router import Emit, RouterSpec
+from minidisagg.core.router import RouterSpec
+from minidisagg.core.tracked import Emit
 from minidisagg.model.tokenizer import Tokenizer
 from minidisagg.runtime.channel import ChannelError
 from minidisagg.runtime.output import OutputProcessor

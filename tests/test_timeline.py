@@ -17,7 +17,7 @@ from cluster import needs_two_cores
 
 from minidisagg.config import RunSettings
 from minidisagg.core.messages import Envelope, PieceSpan, PieceSpans, Role, Stats, StepOutput, TokenOut
-from minidisagg.core.router import Emit, StageTimes
+from minidisagg.core.tracked import Emit, StageTimes
 from minidisagg.measure.timeline import STAGES, Timeline, write_timeline
 
 Events = list[dict[str, Any]]

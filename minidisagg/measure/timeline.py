@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from minidisagg.core.messages import Envelope, Hello, PieceSpan, PieceSpans, Role, Stats, StepOutput
-from minidisagg.core.router import Emit, StageTimes
+from minidisagg.core.tracked import Emit, StageTimes
 from minidisagg.formats import check_version
 from minidisagg.measure.records import STAGES
 

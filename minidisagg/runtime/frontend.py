@@ -32,7 +32,8 @@ from minidisagg.core.effects import Send
 from minidisagg.core.messages import ROUTER, Envelope, Fatal, Hello, RequestSpec, Role, SamplingParams, Stats, TokenId
 from minidisagg.core.plan import SeqKey
 from minidisagg.core.policy import ClusterView, RoleChange
-from minidisagg.core.router import Emit, Kill, Router, RouterSpec, Tracked, drain_outbox
+from minidisagg.core.router import Kill, Router, RouterSpec, drain_outbox
+from minidisagg.core.tracked import Emit, Tracked
 from minidisagg.policies import make_policy, rehearse
 from minidisagg.runtime.channel import Channel, ChannelError, listen
 from minidisagg.runtime.launch import Supervisor, role_name

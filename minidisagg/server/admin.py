@@ -26,8 +26,9 @@ from aiohttp import web
 from msgspec import Meta, Struct
 
 from minidisagg.admin_schema import STAGES, VERSION, RequestState, Snapshot, Stage, WorkerState, WorkerStats
+from minidisagg.core import tracked
 from minidisagg.core.messages import Role
-from minidisagg.core.router import Tracked
+from minidisagg.core.tracked import Tracked
 from minidisagg.measure.timeline import Timeline, trace_document
 from minidisagg.runtime.frontend import Frontend
 from minidisagg.runtime.launch import role_name
@@ -278,8 +279,8 @@ def same_origin(request: web.Request) -> None:
 
 def _stage(request: Tracked) -> tuple[Stage, float]:
     """The latest stage that it may be in, and since when, as far as the router can tell."""
-    if request.prefilling:
+    if request.computing:
         return "prefilling" if request.prefill else "waiting", request.arrival
-    if request.moving:
+    if request.stage is tracked.Stage.TRANSFER:
         return "decode_waiting", request.first_at
     return "decoding", request.second_at if len(request.workers) > 1 else request.first_at

@@ -16,7 +16,7 @@ import msgspec
 from aiohttp import web
 
 from minidisagg.core.messages import SamplingParams, TokenLogprob
-from minidisagg.core.router import StageTimes
+from minidisagg.core.tracked import StageTimes
 from minidisagg.model.tokenizer import IncrementalDetokenizer, Tokenizer
 from minidisagg.runtime.output import TokenText
 from minidisagg.server.generation import Choice, Generation, News

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from minidisagg.core.messages import SamplingParams, TokenLogprob
-from minidisagg.core.router import Emit, StageTimes
+from minidisagg.core.tracked import Emit, StageTimes
 from minidisagg.model.tokenizer import Tokenizer
 from minidisagg.runtime.frontend import Frontend
 from minidisagg.runtime.output import OutputProcessor, TokenText, with_stops

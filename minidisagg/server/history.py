@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from minidisagg.admin_schema import EndRecord, EventRecord, Record, StepRecord
 from minidisagg.core.messages import Envelope, Role, Stats, StepOutput
-from minidisagg.core.router import Emit
+from minidisagg.core.tracked import Emit
 from minidisagg.runtime.frontend import Frontend
 from minidisagg.runtime.launch import role_name
 

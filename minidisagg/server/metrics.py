@@ -18,7 +18,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
 from minidisagg.core.messages import LinkStats, Stats
-from minidisagg.core.router import Emit
+from minidisagg.core.tracked import Emit
 from minidisagg.measure.records import STAGES
 from minidisagg.runtime.frontend import Frontend
 from minidisagg.runtime.launch import role_name

@@ -15,7 +15,7 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from minidisagg.core.messages import SamplingParams
-from minidisagg.core.router import StageTimes
+from minidisagg.core.tracked import StageTimes
 from minidisagg.ranges import explained
 
 MAX_TEXT = 4 << 20  # characters of a prompt

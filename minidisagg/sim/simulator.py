@@ -27,8 +27,9 @@ from minidisagg.core.inputs import AbortConfirmed, Input, LayersDone, PieceDone,
 from minidisagg.core.messages import ROUTER, AnyMessage, Envelope, Hello, RequestSpec, SamplingParams
 from minidisagg.core.plan import Piece, PlanItem, SeqInit, SeqKey, StepPlan
 from minidisagg.core.policy import Policy
-from minidisagg.core.router import Emit, Kill, Router, RouterSpec, StageTimes, drain_outbox
+from minidisagg.core.router import Kill, Router, RouterSpec, drain_outbox
 from minidisagg.core.spec import EngineSpec
+from minidisagg.core.tracked import Emit, StageTimes
 from minidisagg.sim.cost_model import LinearCost
 
 MASK = (1 << 64) - 1
