@@ -16,7 +16,8 @@ from minidisagg.core.messages import Role, SamplingParams
 from minidisagg.core.plan import Piece
 from minidisagg.core.policy import Policy, WorkerOptions
 from minidisagg.sim.cost_model import LinearCost
-from minidisagg.sim.simulator import Simulator, chain, oracle, sample
+from minidisagg.sim.memory import chain, oracle, sample
+from minidisagg.sim.simulator import Simulator
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 
@@ -61,7 +62,7 @@ def test_times_are_those_of_the_cost_model() -> None:
 def test_a_damaged_slot_shows() -> None:
     sim = Simulator([spec("w0")], Policy, check=False)
     sim.submit("a", PROMPT, SamplingParams(max_tokens=8), 0.0)
-    sim.plan(0.03, lambda: sim.workers["w0"].memory[0][0].__setitem__(1, 0))
+    sim.plan(0.03, lambda: sim.workers["w0"].memory.planes[0][0].__setitem__(1, 0))
     sim.run()
     assert len(simfuzz.verdict(sim)) == 1
 

@@ -1,10 +1,8 @@
 """The second driver of the core: a heap, a virtual clock, and workers whose device is a cost model.
 
-It runs the production `Router` and `EngineCore`; only time, messages and bytes are simulated. The simulated KV cache
-holds a hash chain instead of tensors: each slot is computed from the slot before it and its token, and a sampled token
-from all slots that its page table names. So a token depends on every slot that attention would read, and any page
-that was reused, overwritten or never written shows in the output. With `check`, it is an error already when a step or
-a link touches a page that is not its own, and when a request starts from KV that is not its own.
+It runs the production `Router` and `EngineCore`; only time, messages and bytes are simulated. KV is a hash chain
+(`sim/memory.py`), in which any wrong page shows in the tokens. With `check`, it is an error already when a step or a
+link touches a page that is not its own, and when a request starts from KV that is not its own.
 
 Faults are calls, made by whoever drives the run: `kill`, `stall`, `abort`; `Chaos` reorders and duplicates messages,
 breaks transfers and delays the confirmation of an abort; a step that holds a request of `poison` ends its worker.
@@ -16,7 +14,7 @@ import heapq
 import itertools
 import random
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -25,39 +23,15 @@ from minidisagg.core.effects import AbortLink, OpenLink, Send, StartPiece
 from minidisagg.core.engine import EngineCore, drain
 from minidisagg.core.inputs import AbortConfirmed, Input, LayersDone, PieceDone, Received, Schedule, StepDone, Tick
 from minidisagg.core.messages import ROUTER, AnyMessage, Envelope, Hello, RequestSpec, SamplingParams
-from minidisagg.core.plan import Piece, PlanItem, SeqInit, SeqKey, StepPlan
+from minidisagg.core.plan import Piece, SeqKey, StepPlan
 from minidisagg.core.policy import Policy
 from minidisagg.core.router import Kill, Router, RouterSpec, drain_outbox
 from minidisagg.core.spec import EngineSpec
 from minidisagg.core.tracked import Emit, StageTimes
 from minidisagg.sim.cost_model import LinearCost
+from minidisagg.sim.memory import Memory
 
-MASK = (1 << 64) - 1
 TICK = 0.25  # seconds between ticks
-
-
-def chain(previous: int, token: int) -> int:
-    """The content of one KV slot, from the slot before it and the token at its position."""
-    return ((previous ^ token) * 6364136223846793005 + 1442695040888963407) & MASK
-
-
-def sample(slots: Iterable[int], vocab: int) -> int:
-    """The token that follows these slots, in this order: swapped pages show, as they would not in attention."""
-    return ((hash(tuple(slots)) & MASK) >> 32) % vocab
-
-
-def oracle(prompt: list[int], sampling: SamplingParams, vocab: int) -> list[int]:
-    """The output that an undisturbed run gives."""
-    slots: list[int] = []
-    for token in prompt:
-        slots.append(chain(slots[-1] if slots else 0, token))
-    output: list[int] = []
-    while len(output) < sampling.max_tokens:
-        output.append(sample(slots, vocab))
-        if output[-1] in sampling.stop_token_ids and len(output) > sampling.min_tokens:
-            break
-        slots.append(chain(slots[-1], output[-1]))
-    return output
 
 
 @dataclass(frozen=True)
@@ -90,9 +64,8 @@ class SimWorker:
     """One simulated process: an engine core, its memory, and the step it is computing."""
 
     def __init__(self, core: EngineCore, planes: int) -> None:
-        """`planes` [plane][page][slot] stand for layers where these move apart from one another, else one for all."""
         self.core = core
-        self.memory = [[[0] * core.spec.page_size for _ in range(core.spec.num_pages)] for _ in range(planes)]
+        self.memory = Memory(planes, core.spec.num_pages, core.spec.page_size)
         self.written = 0  # planes of the step that is being computed
         self.last: dict[SeqKey, int] = {}  # last sampled token per sequence, as a device keeps it
         self.stalled_until = 0.0
@@ -365,19 +338,18 @@ class Simulator:
 
     def _compute(self, worker: SimWorker, plan: StepPlan, planes: int) -> None:
         """The step's KV, in the planes up to this one that do not have it yet."""
-        size = worker.core.spec.page_size
         new = {(init.request_id, init.incarnation): init for init in plan.new}
         for item in plan.items:
             key = item.request_id, item.incarnation
             if self.check:
                 self._expect(worker, item.pages, PageState.LIVE)
                 if key in new and item.start and not worker.written:
-                    self._expect_kv(worker, item, new[key])
+                    tokens = [*new[key].prompt, *new[key].output][: item.start]
+                    if not worker.memory.holds(item.pages, tokens):
+                        name = worker.core.spec.name
+                        raise IntegrityError(f"{item.request_id} starts from KV on {name} that is not its own")
             known = item.tokens if len(item.tokens) == item.count else [*item.tokens, worker.last[key]]
-            for plane in worker.memory[worker.written : planes]:
-                for position, token in enumerate(known, item.start):
-                    before = plane[item.pages[(position - 1) // size]][(position - 1) % size] if position else 0
-                    plane[item.pages[position // size]][position % size] = chain(before, token)
+            worker.memory.write(range(worker.written, planes), item, known)
         worker.written = planes
 
     def _sample(self, worker: SimWorker, plan: StepPlan) -> list[int]:
@@ -386,9 +358,7 @@ class Simulator:
         tokens = []
         for item in plan.items:
             if item.sample:
-                planes = [itertools.chain.from_iterable(plane[page] for page in item.pages) for plane in worker.memory]
-                slots = (column[0] if len(set(column)) == 1 else hash(column) for column in zip(*planes, strict=True))
-                token = sample(itertools.islice(slots, item.start + item.count), self.vocab)
+                token = worker.memory.sample(item, self.vocab)
                 worker.last[item.request_id, item.incarnation] = token
                 tokens.append(token)
         return tokens
@@ -449,27 +419,14 @@ class Simulator:
         if self.check:
             self._expect(source, piece.pages, PageState.LIVE)
             self._expect(dest, remote, PageState.INFLIGHT, PageState.QUARANTINED)
-        layers = slice(*piece.layers) if self.planes > 1 else slice(0, 1)
-        for here, there in zip(source.memory[layers], dest.memory[layers], strict=True):
-            for mine, theirs in zip(piece.pages, remote, strict=True):
-                there[theirs] = list(here[mine])
+        planes = range(*piece.layers) if self.planes > 1 else range(1)
+        source.memory.copy(planes, piece.pages, dest.memory, remote)
 
     def _expect(self, worker: SimWorker, pages: list[int], *states: PageState) -> None:
         for page in pages:
             if worker.alive and worker.core.pool.state[page] not in states:
                 state = worker.core.pool.state[page].name
                 raise IntegrityError(f"page {page} of {worker.core.spec.name} is in use while it is {state}")
-
-    def _expect_kv(self, worker: SimWorker, item: PlanItem, init: SeqInit) -> None:
-        for plane in worker.memory:
-            slots = itertools.chain.from_iterable(plane[page] for page in item.pages)
-            content = 0
-            for token, slot in zip([*init.prompt, *init.output][: item.start], slots, strict=False):
-                content = chain(content, token)
-                if slot != content:
-                    raise IntegrityError(
-                        f"{item.request_id} starts from KV on {worker.core.spec.name} that is not its own"
-                    )
 
     def _abort_link(self, worker: SimWorker, effect: AbortLink) -> None:
         """Confirmed after a while; a one-sided destination only if the source has stopped."""
