@@ -9,8 +9,9 @@
 
 Sans-IO: these inputs come through the one door `on`, with the time, and effects go out through `outbox`, so that the
 same code runs under the worker's event loop and under the simulator's virtual clock. `Schedule` may come a step ahead
-of `StepDone`. What makes that safe: a request keeps its pages while any step carries it, plans carry the incarnation,
-and computed lengths are assigned from the plan and never added up.
+of `StepDone`. What makes that safe: a request keeps its pages while any step carries it (a reference per page and step
+would cost more the longer the context), plans carry the incarnation, and computed lengths are assigned from the plan
+and never added up.
 """
 
 from __future__ import annotations
@@ -375,7 +376,8 @@ class EngineCore(Accounts):
         self._send(ROUTER, Released(request.request_id, request.incarnation, reason, failure))
 
     def _preempted(self, request: Request) -> None:
-        """The router places the recomputation."""
+        """The router places the recomputation, in colocated mode too: one mechanism, cheap by the prefix cache. Under
+        FCFS the request is the first again, since it keeps its arrival time."""
         self._give_back(request, "preempted", failure=False)
 
     def _fail(self, request: Request, reason: str) -> None:

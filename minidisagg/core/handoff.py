@@ -92,17 +92,17 @@ class Outgoing:
         self._settle()
 
     def landed(self) -> None:
-        """See `Owner`."""
+        """A piece has left."""
         self.flying -= 1
         if self.stopping:
             self._settle()
 
     def cut(self, reason: str) -> None:
-        """See `Owner`."""
+        """No piece follows; the request is given back when the link is."""
         self.stopping, self.failure = True, reason
 
     def lost(self) -> None:
-        """See `Owner`."""
+        """Nothing reads from the pages any more."""
         self.sender.emit(Send(self.peer, KVCancel(*self.key, self.pieces)))
         self.sender.forget(self, "" if self.acked else self.failure)
 
@@ -243,23 +243,23 @@ class Incoming:
         self.dropped = False  # nobody wants the request any more
 
     def expect(self, first: int, count: int, now: float) -> list[int]:
-        """See `Taker`."""
+        """A piece is on its way, so the source lives."""
         self.posted += 1
         self.deadline = now + self.receiver.spec.lease
         return self.request.pages[first : first + count]
 
     def landed(self) -> None:
-        """See `Owner`."""
+        """A piece is in its pages."""
         self.arrived += 1
         self.settle()
 
     def cut(self, reason: str) -> None:
-        """See `Owner`."""
+        """The source may still write to what was reserved: nobody gets it until that is ruled out."""
         del self.receiver.transfers[self.key]
         self.receiver.pool.quarantine(self.reserved)
 
     def lost(self) -> None:
-        """See `Owner`."""
+        """That is ruled out."""
         self.receiver.pool.release(self.reserved)
         self.receiver.free(self)
 

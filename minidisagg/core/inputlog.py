@@ -45,7 +45,7 @@ class RecordingCore(EngineCore):
         self._write(spec)
 
     def on(self, what: Input, now: float) -> StepPlan | None:
-        """See `EngineCore`."""
+        """Recorded before the core acts on it, so that a log ends with what killed its process."""
         self._write(Entry(now, what))
         plan = super().on(what, now)
         if isinstance(what, Schedule):

@@ -301,7 +301,7 @@ class KVOffer(Message, frozen=True):
     incarnation: int
     spec: RequestSpec
     fingerprint: str
-    link_epoch: int  # the link that will carry it
+    link_epoch: int  # that will carry it: giving a link up touches exactly its own handoffs
 
 
 class KVGrant(Message, frozen=True):

@@ -242,7 +242,7 @@ class Worker:
             self._send(ROUTER, self.stats())
             if pieces := self.links.take_trace():
                 self._send(ROUTER, PieceSpans(pieces))
-            if self.core.idle and self.core.steps != self.checked:
+            if self.core.idle and self.core.steps != self.checked:  # wrong accounts end it before they do harm
                 self.checked = self.core.steps
                 self.core.check_integrity()
 

@@ -1,8 +1,9 @@
 """The one interface of all links, and the thread that drives each of them.
 
 A `Link` is one direction of one (source, destination) pair under its own epoch. It moves bytes of whole KV pages and
-decides nothing: offers, grants, sequence numbers and deadlines are `core/handoff.py`. Each link has one thread, which
-takes the started pieces in order and blocks on them; `wake` tells the event loop that `poll` has something.
+decides nothing: offers, grants, sequence numbers and deadlines are `core/`. Each link has one thread, which
+takes the started pieces in order and blocks on them, so that all families share one queue, one fence and one way to
+block; `wake` tells the event loop that `poll` has something.
 
 The cache is one tensor [num_layers, 2, num_pages, num_kv_heads, page_size, head_dim], contiguous.
 """
