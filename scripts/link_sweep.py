@@ -1,7 +1,7 @@
 """What an interconnect's bandwidth does to disaggregated requests, by their length and by how finely KV is sent.
 
-    python scripts/link_sweep.py --quick                                      # one length, three bandwidths: 2 minutes
-    python scripts/link_sweep.py                                              # smollm2-135m, some 15 minutes
+    python scripts/link_sweep.py --quick                                      # one length, three bandwidths: 3 minutes
+    python scripts/link_sweep.py                                              # smollm2-135m, half an hour
     python scripts/link_sweep.py --link shm --bandwidths 0.5Gbps,2Gbps,8Gbps --lengths 128,1024
     python scripts/link_sweep.py --model dummy:tiny --bandwidths 1Mbps,10Mbps --lengths 64,256 --out tiny
 
@@ -161,10 +161,12 @@ class Sweep:
         reference = next((p for p in self.points if p.length == point.length), point)
         rate, limit = self.arguments.load / reference.ttft, self.arguments.slo * reference.second
         tasks, began = [], time.monotonic()
-        for _ in range(self.plan.loaded):
-            tasks.append(asyncio.create_task(ask(frontend, self._prompt(rng, frontend, point.length), LOADED_TOKENS)))
-            await asyncio.sleep(rng.expovariate(rate))
-        seconds = [second for _, second in await asyncio.gather(*tasks)]
+        async with asyncio.TaskGroup() as group:
+            for _ in range(self.plan.loaded):
+                prompt = self._prompt(rng, frontend, point.length)
+                tasks.append(group.create_task(ask(frontend, prompt, LOADED_TOKENS)))
+                await asyncio.sleep(rng.expovariate(rate))
+        seconds = [task.result()[1] for task in tasks]
         good = sum(second <= limit for second in seconds)
         point.attained, point.goodput = good / len(seconds), good / (time.monotonic() - began)
 
@@ -264,7 +266,11 @@ def main() -> int:
         say(str(error))
         return 2
     ensure(arguments.model)
-    write(asyncio.run(Sweep(arguments, plan).run()), arguments, arguments.out)
+    try:
+        points = asyncio.run(Sweep(arguments, plan).run())
+    except KeyboardInterrupt:
+        return 130
+    write(points, arguments, arguments.out)
     sys.stdout.write(f"{arguments.out}.html\n{arguments.out}.json\n")
     return 0
 
