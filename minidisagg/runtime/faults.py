@@ -157,7 +157,9 @@ class Damaged(Codec):
         self._inner.decode(wire, rows)
 
     def pack(self, checksum: Checksum, part: Block, rows: Tensor, out: Tensor) -> Tensor:
-        """A damaged copy: the cache itself stays whole."""
-        wire = self._inner.pack(checksum, part, rows, out).clone(memory_format=torch.contiguous_format)
+        """What is the cache's own is damaged in a copy."""
+        wire = self._inner.pack(checksum, part, rows, out)
+        if self.in_place:
+            wire = wire.clone(memory_format=torch.contiguous_format)
         wire[0, 0, 0, 0] ^= 1
         return wire

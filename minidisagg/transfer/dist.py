@@ -134,14 +134,17 @@ class DistLink(ThreadLink):
 
     def _pack(self, codec: Codec, checksum: Checksum, piece: Piece, block: Block, out: Tensor) -> Tensor:
         """The block's wire rows as one piece of the group's memory: the cache's own where they are that, else `out`."""
-        for part, (rows,) in run_views(block, piece.layers[0], (self.rows, piece.pages)):
-            room = out[:, :, block.place(part)]
-            wire = codec.pack(checksum, part, rows, room)
-            if part == block and wire.is_contiguous() and wire.device == out.device:
-                return wire
-            if wire is not room:
-                room.copy_(wire)
-        return out
+        parts = list(run_views(block, piece.layers[0], (self.rows, piece.pages)))
+        if not codec.in_place:
+            for part, (rows,) in parts:
+                codec.pack(checksum, part, rows, out[:, :, block.place(part)])
+            return out
+        rows = parts[0][1][0]
+        if len(parts) > 1 or not rows.is_contiguous() or rows.device != out.device:
+            for part, (run,) in parts:
+                out[:, :, block.place(part)].copy_(run)
+            rows = out
+        return codec.pack(checksum, block, rows, out)
 
     def _receive(self, piece: Piece) -> Carried:
         codec, checksum, posted = self.codec(piece), Checksum(piece), deque[tuple[Work, Block, Tensor]]()

@@ -1,0 +1,51 @@
+"""scripts/link_sweep.py without an engine: what it takes, and the figure that it draws."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from minidisagg.measure.plots import svg
+
+
+@pytest.fixture(scope="module")
+def sweep() -> ModuleType:
+    spec = spec_from_file_location("link_sweep", Path(__file__).parent.parent / "scripts" / "link_sweep.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules["link_sweep"] = module_from_spec(spec)  # its dataclasses look for it there
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_bandwidths_get_the_latency_and_are_checked(sweep: ModuleType) -> None:
+    _, plan = sweep.read_arguments(["--bandwidths", "1Gbps, 2GB/s", "--latency", "5us", "--lengths", "64,128"])
+    assert plan.bandwidths == ["1Gbps,5us", "2GB/s,5us"] and plan.lengths == [64, 128]
+    with pytest.raises(ValueError, match="no interconnect 'fast,50us'"):
+        sweep.read_arguments(["--bandwidths", "fast"])
+
+
+def test_a_row_of_panels_per_length_and_a_curve_per_granularity(sweep: ModuleType) -> None:
+    points = [
+        sweep.Point(wire, grain, length, ttft=0.1, second=second, goodput=2.0, late=float(wire == "100Gbps,5us"))
+        for length in (64, 256)
+        for grain in ("request", "chunk")
+        for wire, second in (("none", 0.12), ("1Gbps,5us", 0.2), ("100Gbps,5us", 0.12))
+    ]
+    figure = sweep.figure(points, 3.0)
+    assert [panel.title for panel in figure.drawn] == [
+        f"{length} tokens: {what}" for length in (64, 256) for what in ("TTFT", "second token", "goodput")
+    ]
+    second = figure.panels[1]
+    shown = [(s.kind, s.marker, s.label, s.x, s.y) for s in second.series if s.x]
+    assert shown[:4] == [
+        ("line", "dash", "", [second.x.low, second.x.high], [120.0, 120.0]),
+        ("line", "circle", "", [1.0, 100.0], [200.0, 120.0]),
+        ("points", "circle", "request", [1.0], [200.0]),
+        ("points", "circle", "", [100.0], [120.0]),
+    ]
+    assert {s.label for s in second.series} == {"", "request", "chunk"}
+    assert all(svg(panel, figure.columns).startswith("<svg") for panel in figure.panels)
