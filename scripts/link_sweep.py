@@ -9,6 +9,7 @@ For each bandwidth and granularity it starts a prefill and a decode worker over 
 over the real link alone. For each length of prompts: requests one at a time, whose medians are TTFT and time to the
 second token (the handoff is between the two); then Poisson arrivals at half of what the prefill worker does, for the
 goodput: requests per second whose second token came within the SLO, three times its time over the real link alone.
+The hidden share is 1 - (second token - second token over the real link alone) / (bytes / bandwidth + latency).
 Arrivals and prompts are the same for all points of a length.
 
 Writes OUT.html (one figure, in SVG, that needs nothing to open) and OUT.json. Faded points are those that the real link
@@ -30,9 +31,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from msgspec.structs import replace
-
 from minidisagg.config import ClusterSettings, ModelSettings, RunSettings, WorkerSettings
+from minidisagg.core.granularity import parse_granularity
 from minidisagg.core.messages import SamplingParams
 from minidisagg.core.router import Emit
 from minidisagg.measure.machine import command_line, machine
@@ -43,13 +43,13 @@ from minidisagg.runtime.frontend import Frontend
 from minidisagg.transfer.emulate import NONE, parse_interconnect
 from minidisagg.transfer.kinds import KINDS
 
-HAS_GRANULARITY = "transfer_granularity" in ClusterSettings.__struct_fields__
-GRANULARITIES = "request,chunk,layers:4" if HAS_GRANULARITY else "chunk"
+GRANULARITIES = "request,chunk,layers:4,layers:1"
 COLORS = ("a", "b", "transfer", "prefill", "handoff", "wait")
 METRICS = (
     ("ttft", "TTFT", "ms", 1e3),
     ("second", "second token", "ms", 1e3),
     ("goodput", "goodput", "requests/s", 1.0),
+    ("hidden", "hidden share of the transfer", "%", 1e2),
 )
 LOADED_TOKENS = 16  # of each answer
 
@@ -76,6 +76,8 @@ class Point:
     second: float
     goodput: float = 0.0
     attained: float = 0.0  # share of the loaded requests within the SLO
+    wire: float = 0.0  # seconds that the interconnect takes for a request's KV, with nothing else on it
+    hidden: float = 0.0  # share of that which the second token does not wait for
     late: float = 0.0  # share of the pieces that the real link brought later than the interconnect would have
 
     @property
@@ -134,9 +136,14 @@ class Sweep:
 
     def _cluster(self, wire: str, grain: str) -> ClusterSettings:
         worker = WorkerSettings(chunk=self.arguments.chunk)
-        more = {"transfer_granularity": grain} if HAS_GRANULARITY else {}
-        cluster = ClusterSettings(mode="disagg", prefill=worker, decode=worker, link=self.arguments.link)
-        return replace(cluster, emulate_link=wire, **more)
+        return ClusterSettings(
+            mode="disagg",
+            prefill=worker,
+            decode=worker,
+            link=self.arguments.link,
+            transfer_granularity=grain,
+            emulate_link=wire,
+        )
 
     def _prompt(self, rng: random.Random, frontend: Frontend, length: int) -> list[int]:
         return [rng.randrange(frontend.vocab_size // 2) for _ in range(length)]
@@ -146,15 +153,32 @@ class Sweep:
         before = await pieces(frontend)
         alone = [await ask(frontend, self._prompt(rng, frontend, length), 2) for _ in range(self.plan.alone)]
         point = Point(wire, grain, length, *(statistics.median(column) for column in zip(*alone, strict=True)))
+        self._hide(frontend, point)
         await self._load(frontend, point, rng)
         after = await pieces(frontend)
         point.late = (after[1] - before[1]) / max(1, after[0] - before[0])
         say(
             f"    {length:5} tokens: TTFT {1e3 * point.ttft:5.0f} ms, second token {1e3 * point.second:5.0f} ms, "
             f"goodput {point.goodput:.2f}/s ({point.attained:.0%} in time)"
+            + (f", hidden {point.hidden:4.0%} of {1e3 * point.wire:.0f} ms" if point.wire else "")
             + (", slower than emulated" if point.late > 0.5 else "")
         )
         return point
+
+    def _hide(self, frontend: Frontend, point: Point) -> None:
+        """What the second token has to wait for, against the same granularity over the real link alone."""
+        interconnect = parse_interconnect(point.interconnect)
+        if interconnect is None:
+            return
+        hello = next(iter(frontend.hellos.values()))
+        tokens = -(-point.length // hello.page_size) * hello.page_size
+        point.wire = interconnect.slowest(tokens * hello.kv_bytes_per_token)
+        alone = next(
+            p
+            for p in self.points
+            if (p.interconnect, p.granularity, p.length) == (NONE, point.granularity, point.length)
+        )
+        point.hidden = 1.0 - (point.second - alone.second) / point.wire
 
     async def _load(self, frontend: Frontend, point: Point, rng: random.Random) -> None:
         """Poisson arrivals at a share of the capacity that the real link's point has shown."""
@@ -181,7 +205,7 @@ async def pieces(frontend: Frontend) -> tuple[int, int]:
 
 
 def figure(points: Sequence[Point], slo: float) -> Figure:
-    """A row of panels per length: TTFT, second token, goodput over bandwidth; a curve per granularity."""
+    """A row of panels per length: TTFT, second token, goodput, hidden share over bandwidth; a curve per granularity."""
     emulated = [point for point in points if point.interconnect != NONE]
     bandwidths = [point.gbits for point in emulated]
     x = Axis("emulated bandwidth, Gbit/s", min(bandwidths) / 1.3, max(bandwidths) * 1.3, log=True)
@@ -189,15 +213,17 @@ def figure(points: Sequence[Point], slo: float) -> Figure:
     for length in sorted({point.length for point in points}):
         for name, title, unit, scale in METRICS:
             here = [point for point in points if point.length == length]
-            top = max(getattr(point, name) for point in here) * scale
+            top = 1e2 if name == "hidden" else max(getattr(point, name) for point in here) * scale
             series = [curve for row in lines(here, name, scale, x) for curve in row]
             panels.append(Panel(f"{length} tokens: {title}", x, Axis(unit, 0.0, 1.08 * top or 1.0), series))
     caption = (
         "TTFT and second token: medians of requests one at a time. Goodput: requests per second whose second token "
         f"came within {slo:g} times its time over the real link alone. Broken lines: the real link alone. "
-        "Faded points: the real link was slower than the emulated one."
+        "Faded points: the real link was slower than the emulated one. Hidden share: of the time that the "
+        "interconnect takes for a request's KV, what its second token does not wait for; g groups of layers can hide "
+        "1 - 1/g where compute takes longer. Over shared memory alone there is nothing to hide."
     )
-    return Figure("Over the interconnect's bandwidth", caption, panels, columns=3)
+    return Figure("Over the interconnect's bandwidth", caption, panels, columns=4)
 
 
 def lines(points: Sequence[Point], name: str, scale: float, x: Axis) -> list[list[Series]]:
@@ -206,7 +232,7 @@ def lines(points: Sequence[Point], name: str, scale: float, x: Axis) -> list[lis
     grains = list(dict.fromkeys(point.granularity for point in points))
     for grain, color in zip(grains, COLORS, strict=False):
         own = sorted((p for p in points if p.granularity == grain), key=lambda point: point.gbits)
-        real = [scale * getattr(p, name) for p in own if p.interconnect == NONE]
+        real = [scale * getattr(p, name) for p in own if p.interconnect == NONE and name != "hidden"]
         kept = [(p.gbits, scale * getattr(p, name), p.late > 0.5) for p in own if p.interconnect != NONE]
         row = [Series("line", color, [x.low, x.high], real * 2, size=1.2, marker="dash")] if real else []
         row.append(Series("line", color, [at for at, _, _ in kept], [value for _, value, _ in kept], size=1.6))
@@ -253,8 +279,8 @@ def read_arguments(words: Sequence[str] | None = None) -> tuple[Namespace, Plan]
     )
     for wire in plan.bandwidths:
         parse_interconnect(wire)
-    if not HAS_GRANULARITY and plan.granularities != ["chunk"]:
-        raise ValueError("this engine sends KV by chunks alone")
+    for grain in plan.granularities:
+        parse_granularity(grain, 1)
     return arguments, plan
 
 
