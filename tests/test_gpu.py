@@ -26,13 +26,19 @@ shares_a_gpu = torch.cuda.device_count() > 1 or os.environ.get("NCCL_MULTI_RANK_
 MODEL = ModelSettings(model="dummy:tiny,std=0.15", block_size=16)
 
 
-def settings(mode: Mode, link: str, dtype: str) -> ClusterSettings:
+def settings(mode: Mode, link: str, dtype: str, granularity: str = "auto") -> ClusterSettings:
     worker = WorkerSettings(device="cuda", dtype=dtype, kv_cache_memory=16 << 20, chunk=32, max_num_seqs=16)
     decode = WorkerSettings(
         device=f"cuda:{torch.cuda.device_count() - 1}", dtype=dtype, kv_cache_memory=16 << 20, max_num_seqs=16
     )
     return ClusterSettings(
-        mode=mode, prefill_workers=1, decode_workers=int(mode == "disagg"), prefill=worker, decode=decode, link=link
+        mode=mode,
+        prefill_workers=1,
+        decode_workers=int(mode == "disagg"),
+        prefill=worker,
+        decode=decode,
+        link=link,
+        transfer_granularity=granularity,
     )
 
 
@@ -80,15 +86,18 @@ def test_colocated_runs(dtype: str) -> None:
     assert moved == 0 and len({token for output in tokens for token in output}) >= 16
 
 
-def test_disaggregated_over_gloo_equals_colocated() -> None:
+@pytest.mark.parametrize("granularity", ["request", "layers:1"])
+def test_disaggregated_over_gloo_equals_colocated(granularity: str) -> None:
     expected, _ = asyncio.run(outputs(settings("colocated", "auto", "float64")))
-    tokens, moved = asyncio.run(outputs(settings("disagg", "gloo", "float64")))
+    tokens, moved = asyncio.run(outputs(settings("disagg", "gloo", "float64", granularity)))
     assert tokens == expected and moved > 0
 
 
 @pytest.mark.skipif(not shares_a_gpu, reason="needs two GPUs, or NCCL >= 2.31 and NCCL_MULTI_RANK_GPU_ENABLE=1")
-@pytest.mark.parametrize("kill", ["", "prefill-0", "decode-0"])
-def test_disaggregated_over_nccl_equals_colocated(kill: str) -> None:
+@pytest.mark.parametrize(
+    ("granularity", "kill"), [("chunk", ""), ("layers:1", ""), ("layers:1", "prefill-0"), ("layers:1", "decode-0")]
+)
+def test_disaggregated_over_nccl_equals_colocated(granularity: str, kill: str) -> None:
     expected, _ = asyncio.run(outputs(settings("colocated", "auto", "float64")))
-    tokens, moved = asyncio.run(outputs(settings("disagg", "nccl", "float64"), kill))
+    tokens, moved = asyncio.run(outputs(settings("disagg", "nccl", "float64", granularity), kill))
     assert tokens == expected and moved > 0
