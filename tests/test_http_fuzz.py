@@ -177,7 +177,7 @@ def _is_negative(case: Any) -> bool:
     return case.meta is not None and case.meta.generation.mode.is_negative
 
 
-@pytest.mark.parametrize("examples", [45, pytest.param(250, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [30, pytest.param(250, marks=pytest.mark.slow)])
 def test_requests_made_from_the_description(examples: int, caplog: pytest.LogCaptureFixture) -> None:
     """Schemathesis: what fits the OpenAPI description and what does not; all answers are as the description says."""
     import schemathesis  # here, because it takes a second
@@ -218,7 +218,7 @@ def test_requests_made_from_the_description(examples: int, caplog: pytest.LogCap
         session.close()
         runner.run(running.__aexit__(None, None, None))
     sys.stdout.write(f"{malformed} malformed requests; {statuses}\n")
-    assert statuses[200] > 50 and malformed > 3 * examples and statuses.total() > 8 * examples * 0.9
+    assert statuses[200] > examples and malformed > 3 * examples and statuses.total() > 8 * examples * 0.9
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 

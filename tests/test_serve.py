@@ -134,7 +134,7 @@ def test_a_prompt_is_scored_as_often_as_it_is_sent(mode: Mode, monkeypatch: pyte
         served.call(assert_clean(served.frontend))
 
 
-@pytest.mark.parametrize("mode", ["colocated", "disagg"])
+@pytest.mark.parametrize("mode", [pytest.param("colocated", marks=pytest.mark.slow), "disagg"])
 def test_300_clients_of_which_most_leave(mode: Mode, tmp_path: Path) -> None:
     """At every stage, as it was when the abort came; then nothing is left of them, and all pages can be had."""
     stages = ["queued", "prefilling", "transferring", "decoding"]
