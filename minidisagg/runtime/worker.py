@@ -25,6 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -32,7 +33,7 @@ from typing import Any, BinaryIO, TypeVar
 import msgspec
 import torch
 
-from minidisagg.config import ClusterSettings, WorkerConfig, WorkerSettings, parse_cpus
+from minidisagg.config import ClusterSettings, RunSettings, WorkerConfig, WorkerSettings, parse_cpus
 from minidisagg.core.checked import PolicyError
 from minidisagg.core.effects import AbortLink, OpenLink, Send, StartPiece
 from minidisagg.core.engine import EngineCore, drain
@@ -49,6 +50,7 @@ from minidisagg.core.messages import (
     PeerDown,
     PeerUp,
     PieceSpans,
+    Reconfigure,
     Submit,
 )
 from minidisagg.core.plan import StepPlan
@@ -83,7 +85,6 @@ class Device:
         # Roles may compute in different dtypes; what they hand over is in the narrower one.
         dtypes = [_dtype(worker, model_config) for _, _, worker in config.cluster.roles()]
         kv_dtype = min(dtypes, key=lambda dtype: dtype.itemsize)
-        self.delays = config.run.delays
         model = Transformer(model_config, load_weights(config.model.model, model_config), self.dtype, self.device)
         size = config.model.block_size
         num_pages = num_pages_for(settings.kv_cache_memory, model_config, size, kv_dtype)
@@ -92,6 +93,13 @@ class Device:
             raise ValueError(f"a KV cache of {settings.kv_cache_memory} bytes holds no page; one needs {need} bytes")
         self.cache = KVCache(model_config, num_pages, size, kv_dtype, self.device)
         self.executor = Executor(model, self.cache)
+        self.begin(config.run)
+
+    def begin(self, run: RunSettings) -> None:
+        """An epoch of the worker: no sequence is known, and an experiment delays what this run says."""
+        self.delays, self.slowdown = run.delays, run.slowdown
+        self.executor.sequences.clear()
+        self.executor.last_token.clear()
 
     def run(self, plan: StepPlan) -> StepResult:
         """One step, with the delays that an experiment injects; blocks."""
@@ -103,6 +111,9 @@ class Device:
                 delay = max(delay, self.delays.get("prefill", 0.0))
             elif item.index == 2:  # the second decode step: the first one's time is told apart from waiting for it
                 delay = max(delay, self.delays.get("decode", 0.0))
+        if self.slowdown:
+            delay += self.slowdown * result.seconds
+            result = replace(result, seconds=(1.0 + self.slowdown) * result.seconds)
         if delay:
             time.sleep(delay)
         return result
@@ -120,13 +131,13 @@ class Worker:
         self.done = asyncio.Event()
         self.failure = ""
         self.record: BinaryIO | None = None  # the input log
+        self.next_config: WorkerConfig | None = None  # that it takes once nothing is left to do
         self.peers: dict[str, str] = {}  # addresses of the live workers
         self.channels: dict[str, Channel] = {}
         self.unsent: dict[str, list[AnyMessage]] = {}  # for peers that have no channel yet
         self.tasks: set[asyncio.Task[None]] = set()
         self.steps_flying = self.checked = 0  # steps under way, and those done when the accounts were checked last
         self.busy_seconds = self.flops = self.bytes_read = 0.0
-        self.decode_wait = config.run.delays.get("decode_wait", 0.0)
         self.clock_offset = config.run.clock_offsets.get(config.name, 0.0)
         self.computing, self.reading = (
             Note(Path(config.run_dir), config.name, config.epoch, kind) for kind in KINDS
@@ -149,6 +160,7 @@ class Worker:
             await asyncio.sleep(0.2)  # let it leave
             raise
         server = await listen(hello.address.removeprefix("unix:"), self._serve_peer)
+        self.hello = hello
         self._send(ROUTER, hello)
         self._spawn(self._serve_frontend(frontend))
         self._spawn(self._tick())
@@ -168,30 +180,13 @@ class Worker:
         bandwidth = flops = 0.0  # not known
         if config.run.ceilings and config.epoch == 1:  # later its neighbours are at work, and would be measured too
             bandwidth, flops = measure_ceilings(self.device.dtype, device=self.device.device)
-        spec = EngineSpec(
-            name=config.name, epoch=config.epoch, role=config.role, num_pages=cache.num_pages,
-            page_size=cache.page_size, num_layers=model_config.num_layers,
-            fingerprint=cache.fingerprint(model_config, config.cluster.kv_codec),
-            policy=config.cluster.policy, one_sided_links=kind == "shm",
-            prefix_caching=config.model.prefix_caching, lease=config.run.lease,
-            link_timeout=config.run.link_timeout, step_deadline=config.run.step_deadline,
-            options=config.settings.options(),
-        )  # fmt: skip
-        load_policy = partial(make_policy, who=config.name, log_dir=config.run.decision_dir)
-        if config.run.record_dir:
-            path = Path(config.run.record_dir) / f"{config.name}.{config.epoch}.inputs"
-            self.record = path.open("wb", buffering=0)  # a kill loses nothing
-            self.core: EngineCore = RecordingCore(spec, load_policy, self.record)
-        else:
-            self.core = EngineCore(spec, load_policy)
-        ahead = config.run.step_ahead
-        self.depth = ahead if ahead >= 0 else int(self.device.device.type == "cuda")
         self.link_kind = kind
+        self._make_core(model_config.num_layers, cache.fingerprint(model_config, config.cluster.kv_codec))
         self.loop.call_soon_threadsafe(self._make_links)
         limit = _max_model_len(config, model_config, cache)
         return Hello(
             config.role, cache.num_pages, cache.page_size, limit,
-            spec.fingerprint, f"unix:{config.run_dir}/{config.name}.{config.epoch}.sock", os.getpid(),
+            self.core.spec.fingerprint, f"unix:{config.run_dir}/{config.name}.{config.epoch}.sock", os.getpid(),
             model_config.kv_bytes_per_token(cache.data.dtype.itemsize),
             {
                 "device": str(self.device.device), "dtype": str(self.device.dtype).removeprefix("torch."),
@@ -200,6 +195,31 @@ class Worker:
                 "vocab_size": model_config.vocab_size,
             },
         )  # fmt: skip
+
+    def _make_core(self, num_layers: int, fingerprint: str) -> None:
+        """The core of this epoch, and the log of its inputs."""
+        config, cache = self.config, self.device.cache
+        spec = EngineSpec(
+            name=config.name, epoch=config.epoch, role=config.role, num_pages=cache.num_pages,
+            page_size=cache.page_size, num_layers=num_layers, fingerprint=fingerprint,
+            policy=config.cluster.policy, one_sided_links=self.link_kind == "shm",
+            prefix_caching=config.model.prefix_caching, lease=config.run.lease,
+            link_timeout=config.run.link_timeout, step_deadline=config.run.step_deadline,
+            options=config.settings.options(),
+        )  # fmt: skip
+        load_policy = partial(make_policy, who=config.name, log_dir=config.run.decision_dir)
+        if self.record is not None:
+            self.record.close()
+            self.record = None
+        if config.run.record_dir:
+            path = Path(config.run.record_dir) / f"{config.name}.{config.epoch}.inputs"
+            self.record = path.open("wb", buffering=0)  # a kill loses nothing
+            self.core: EngineCore = RecordingCore(spec, load_policy, self.record)
+        else:
+            self.core = EngineCore(spec, load_policy)
+        ahead = config.run.step_ahead
+        self.depth = ahead if ahead >= 0 else int(self.device.device.type == "cuda")
+        self.decode_wait = config.run.delays.get("decode_wait", 0.0)
 
     def _make_links(self) -> None:
         config = self.config
@@ -210,11 +230,26 @@ class Worker:
             self._on_failure, self.now if config.run.trace else None,
         )  # fmt: skip
 
+    async def _begin_epoch(self, config: WorkerConfig) -> None:
+        """The next epoch, as after a start, on the same process, weights, memory and channels.
+
+        Links are closed and opened anew on demand: a core begins without any, so that a log begins there as well, and
+        replays without what came before. Whoever measures warms up first.
+        """
+        self.core.check_integrity()
+        await self.links.close()
+        await self._on_device(self.device.begin, config.run)
+        self.config, self.checked = config, 0
+        self._make_core(self.core.spec.num_layers, self.core.spec.fingerprint)
+        self._make_links()
+        self.hello = msgspec.structs.replace(self.hello, role=config.role)
+        self._send(ROUTER, self.hello)
+
     # ------------------------------------------------------------ inputs
 
     async def _serve_frontend(self, channel: Channel) -> None:
-        delay = self.config.run.delays.get("queue", 0.0)
         async for envelope in channel:
+            delay = self.config.run.delays.get("queue", 0.0)
             if isinstance(envelope.body, Submit) and delay:
                 self.loop.call_later(delay, self._on_message, envelope)
             else:
@@ -260,6 +295,8 @@ class Worker:
                 self.links.on_link_open(envelope.source, body)
         elif isinstance(body, LinkReady):
             self.links.on_link_ready(envelope.source, body)
+        elif isinstance(body, Reconfigure):
+            self.next_config = msgspec.json.decode(body.config, type=WorkerConfig)
         else:
             self.core.on(Received(envelope), self.now())
         if isinstance(body, PeerDown):
@@ -301,6 +338,9 @@ class Worker:
     def _advance(self) -> None:
         """Carry out what the core wants, and keep the device busy."""
         self._guarded(self._carry_on)
+        if self.next_config is not None and self.core.idle:
+            config, self.next_config = self.next_config, None
+            self._spawn(self._begin_epoch(config))
 
     def _carry_on(self) -> None:
         self._drain()
