@@ -9,9 +9,10 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from minidisagg.address import parse_server_url
-from minidisagg.config import MODES, ClusterSettings, ModelSettings, RunSettings
+from minidisagg.config import MODES, ClusterSettings, ModelSettings, RunSettings, parse_worker
 from minidisagg.measure.goodput import SLO
 from minidisagg.measure.records import TRIM
+from minidisagg.transfer.kinds import KINDS
 
 Dataset = Literal["random", "text", "sharegpt", "azure", "mooncake", "burstgpt"]
 DATASETS: tuple[Dataset, ...] = ("random", "text", "sharegpt", "azure", "mooncake", "burstgpt")
@@ -50,15 +51,16 @@ class Arrivals(Struct, frozen=True, kw_only=True):
 
 
 class Trials(Struct, frozen=True, kw_only=True):
-    """How often, and what is looked for."""
+    """How often, and what is looked for. `planted`: each step of side B is slowed down by this share of its time."""
 
     repeats: int = 3
     find_goodput: bool = False
     slo: SLO | None = None
     preset: str = ""
+    planted: float = 0.0
 
 
-class Output(Struct, frozen=True, kw_only=True):
+class ReportSettings(Struct, frozen=True, kw_only=True):
     """Where the results go. A dry run only says what would be done; `json` puts result.json on stdout, not a table."""
 
     directory: str
@@ -66,7 +68,7 @@ class Output(Struct, frozen=True, kw_only=True):
     dry_run: bool = False
 
 
-class Server(Struct, frozen=True, kw_only=True):
+class ServerAddress(Struct, frozen=True, kw_only=True):
     """A server that runs already. `model` empty: it is asked; `tokenizer` empty: that of the model, if it is here."""
 
     base_url: str
@@ -75,27 +77,30 @@ class Server(Struct, frozen=True, kw_only=True):
 
 
 class BenchOptions(Struct, frozen=True, kw_only=True):
-    """A whole benchmark. `sides` are one cluster, or two: the baseline A, then B, on as many workers each.
+    """A whole benchmark. `sides` are one cluster, or two: the baseline A, then B, of as many workers each.
 
     With `server` there are no sides, no cluster is started, and `model` is without meaning.
     """
 
     model: ModelSettings
     sides: tuple[ClusterSettings, ...]
-    server: Server | None = None
+    server: ServerAddress | None = None
     run: RunSettings
     workload: Workload
     arrivals: Arrivals
     trials: Trials
-    output: Output
+    report: ReportSettings
 
 
-# What a preset sets where no flag does; the number of prompts follows from the rate (`compare.quick_prompts`).
+# What a preset sets where no flag does; the number of prompts follows from the rate (`runs.quick_prompts`).
 PRESETS: dict[str, dict[str, int]] = {"quick": {"repeats": 3, "num_warmups": 2}}
 
 
-def make_sides(mode: str, against: str, cluster: ClusterSettings) -> tuple[ClusterSettings, ...]:
-    """The clusters of `--mode` and `--against MODE[:POLICY]`; `both` is disagg against colocated. Raises ValueError."""
+def make_sides(mode: str, against: str, cluster: ClusterSettings, baseline: str = "") -> tuple[ClusterSettings, ...]:
+    """The clusters of `--mode` and `--against MODE[:POLICY]`; `both` is disagg against colocated.
+
+    `baseline`: KEY=VAL,… in which the baseline differs, a worker's settings or `link`. Raises ValueError.
+    """
     if mode == "both":
         if against:
             raise ValueError(
@@ -103,12 +108,38 @@ def make_sides(mode: str, against: str, cluster: ClusterSettings) -> tuple[Clust
             )
         mode, against = "disagg", "colocated"
     b = replace(cluster, mode=mode)
+    if not against and baseline:
+        raise ValueError("--baseline says what is different on side A: it needs --mode both or --against")
     if not against:
         return (b,)
     other, _, policy = against.partition(":")
     if other not in MODES:
         raise ValueError(f"--against {against}: expected MODE or MODE:POLICY with a mode of {', '.join(MODES)}")
-    return replace(cluster, mode=other, policy=policy or cluster.policy), b
+    parts = [part.strip() for part in baseline.split(",")]
+    links = [part.partition("=")[2] for part in parts if part.startswith("link=")]
+    rest = ",".join(part for part in parts if not part.startswith("link="))
+    if unknown := [link for link in links if link not in ("auto", *KINDS)]:
+        raise ValueError(f"--baseline link={unknown[0]}: expected one of auto, {', '.join(KINDS)}")
+    a = replace(
+        cluster,
+        mode=other,
+        policy=policy or cluster.policy,
+        link=links[-1] if links else cluster.link,
+        prefill=parse_worker(rest, cluster.prefill),
+        decode=parse_worker(rest, cluster.decode),
+    )
+    return a, b
+
+
+def parse_share(text: str) -> float:
+    """ "15%", "0.15" → 0.15. Raises ValueError."""
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 10:
+        raise ValueError(f"--plant-slowdown {text!r}: write a share of a step's time, as 15% or 0.15")
+    return share
 
 
 def check_measurable(prompts: int, warmups: int, at_once: bool) -> None:
