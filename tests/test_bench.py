@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from msgspec.structs import replace
 from cluster import needs_two_cores
+from msgspec.structs import replace
 
+from minidisagg.bench import sides
 from minidisagg.bench.compare import SEARCH
 from minidisagg.bench.runs import quick_prompts
-from minidisagg.bench import sides
 from minidisagg.bench.settings import Arrivals, BenchOptions, Trials
 from minidisagg.cli import main
 from minidisagg.config import ClusterSettings, ModelSettings, RunSettings, WorkerSettings
@@ -202,7 +202,7 @@ def test_both_sides_records_replay(bench: Bench, tmp_path_factory: Any) -> None:
             with path.open("rb") as log:
                 plans = list(replay(log, load_policy))
             assert all(recorded == replayed for recorded, replayed in plans)
-            assert sum(recorded is not None for recorded, _ in plans) > 10, path
+            assert sum(recorded is not None for recorded, _ in plans) > 5, path
             with path.open("rb") as log:
                 spec = read_entries(log)[0]
             seen.add((spec.name, spec.role.name, spec.options.chunk))
