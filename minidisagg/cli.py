@@ -315,7 +315,7 @@ bench_options = stack(
         click.option("--tokenizer", default="", metavar="MODEL",
                      help="Where random prompts get their token ids from.  [default: the server's model]"),
         click.option("--preset", type=click.Choice(list(PRESETS)), is_eager=True, callback=_use_preset,
-                     help="quick: a first comparison in some three minutes."),
+                     help="quick: a first comparison in two minutes and a half."),
         click.option("--find-goodput", is_flag=True, help="Search the highest rate at which 90 % meet the SLOs."),
         click.option("--goodput", multiple=True, metavar="NAME:MS …", 
                      help="SLOs, as in: --goodput ttft:200 tpot:50  [default: 8 unloaded prefills, 2 steps]"),
@@ -375,7 +375,8 @@ def bench(ctx: click.Context, /, model: str, mode: str, against: str, base_url: 
         _check_given(given, SERVER_FLAGS, "is for a server that runs already: it needs --base-url URL")
         server = None
     api_key = flags.pop("api_key")
-    options = _read_bench(model, mode, against, server, flags)
+    fit = flags["preset"] == "quick" and not given & {"random_input_len", "random_output_len"}
+    options = _read_bench(model, mode, against, server, {**flags, "fit": fit and server is None})
     from minidisagg.bench.compare import run
 
     return run(options) if server is None else run(options, api_key)
@@ -421,7 +422,7 @@ def _read_bench(
             dataset_name=flags["dataset_name"], dataset_path=flags["dataset_path"] or "", num_prompts=prompts,
             input_len=flags["random_input_len"], output_len=flags["random_output_len"],
             range_ratio=flags["random_range_ratio"], trace_speedup=flags["trace_speedup"],
-            trace_scale_len=flags["trace_scale_len"],
+            trace_scale_len=flags["trace_scale_len"], fit=flags["fit"] and flags["dataset_name"] == "random",
         ),
         arrivals=Arrivals(
             request_rate=rate, relative=relative, burstiness=flags["burstiness"], max_concurrency=concurrencies,

@@ -21,7 +21,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from minidisagg.bench.runs import QUICK_SECONDS, Bench, build_items, describe_workload, quick_prompts
+from minidisagg.bench.runs import QUICK_PROMPTS, QUICK_SECONDS, Bench, build_items, describe_workload, quick_prompts
 from minidisagg.bench.settings import BenchOptions, check_length, check_measurable
 from minidisagg.bench.sides import describe, labels, make_workers
 from minidisagg.measure.comparison import TIMES, Comparison, goodput_verdict, marks_of
@@ -204,5 +204,6 @@ def _dry_run(options: BenchOptions, trace_s: float) -> str:
         told = describe(*make_workers(options.model, options.sides))
         lines.append(f"  {' and '.join(labels(options.sides))}: {told}")
     lines += [f"  {options.server.base_url}"] if options.server is not None else []
-    lines.append(f"{most}{runs} runs of {count if known else '20 to 60'} requests, {each}{at_first};")
+    requests = str(count) if known else "{} to {}".format(*QUICK_PROMPTS)
+    lines.append(f"{most}{runs} runs of {requests} requests, {each}{at_first};")
     return "\n".join([*lines, "and the start, the calibration, and what the last requests of each run take"])

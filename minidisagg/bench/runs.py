@@ -38,7 +38,9 @@ from minidisagg.workload.traces import load_trace
 CALIBRATION = 6  # requests one at a time
 WARM_PROMPT, WARM_OUTPUT = 256, 4  # most tokens of a request that warms up
 TTFT_SLO, TPOT_SLO = 8.0, 2.0  # times the unloaded prefill and decode step
-QUICK_SECONDS = 18.0  # of arrivals per run under the quick preset
+QUICK_SECONDS = 15.0  # of arrivals per run under the quick preset
+QUICK_PROMPTS = 16, 60  # least and most of a run there
+QUICK_DIVISORS = 2, 4, 8  # of random lengths, where a run of the fewest prompts would take longer
 REPEAT_SEED = 1_000_003  # repetition r of seed s draws its workload from s + r · this
 
 
@@ -84,6 +86,16 @@ class Bench:
         else:
             await self._connect(stack, self.options.server, api_key)
         where = await self._calibrate()
+        if (divisor := self._divisor()) > 1:
+            workload = self.options.workload
+            shorter = replace(
+                workload,
+                input_len=max(1, workload.input_len // divisor),
+                output_len=max(4, workload.output_len // divisor),
+            )
+            self._say(f"a slow machine for the quick preset: {describe_workload(shorter)}")
+            self.options = replace(self.options, workload=shorter)
+            where = await self._calibrate()
         if not self.options.workload.num_prompts:
             count = quick_prompts(self.options, self.rate)
             self.options = replace(self.options, workload=replace(self.options.workload, num_prompts=count))
@@ -143,6 +155,13 @@ class Bench:
         ]
         self.unloaded = Unloaded(prefill, statistics.median(steps) if steps else prefill)
         return f"{target.mode} under fcfs" if isinstance(target, Side) else target.label
+
+    def _divisor(self) -> int:
+        """By what the workload's lengths are to be divided, for the fewest prompts of the quick preset to fit in."""
+        if not self.options.workload.fit or not self.options.arrivals.relative:
+            return 1
+        slow = QUICK_PROMPTS[0] / (self.rate * QUICK_SECONDS)
+        return 1 if slow <= 1 else next((n for n in QUICK_DIVISORS if n >= slow), QUICK_DIVISORS[-1])
 
     async def _begin(self, target: Target, policy: str = "") -> None:
         """Every run begins as after a start and warm: a request for each worker, at once, opens the links too."""
@@ -274,7 +293,8 @@ def quick_prompts(options: BenchOptions, rate: float) -> int:
     """How many requests a run has under the quick preset; a search needs some to tell 90 % from less."""
     if options.trials.find_goodput or not math.isfinite(rate):
         return 40
-    return 20 if options.arrivals.max_concurrency else max(20, min(60, round(rate * QUICK_SECONDS)))
+    least, most = QUICK_PROMPTS
+    return 20 if options.arrivals.max_concurrency else max(least, min(most, round(rate * QUICK_SECONDS)))
 
 
 def _limit(seconds: float) -> int:

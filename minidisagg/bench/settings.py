@@ -23,7 +23,8 @@ TRACES = ("sharegpt", "azure", "mooncake", "burstgpt")  # data sets that are a f
 class Workload(Struct, frozen=True, kw_only=True):
     """What is sent. `trace_*` are for data sets that are a file: times divided by, lengths multiplied by.
 
-    `num_prompts` 0: as many as the quick preset finds right for the rate.
+    `num_prompts` 0: as many as the quick preset finds right for the rate. `fit`: where the machine is too slow for
+    that preset, it shortens the random lengths.
     """
 
     dataset_name: Dataset = "random"
@@ -32,6 +33,7 @@ class Workload(Struct, frozen=True, kw_only=True):
     input_len: int = 256
     output_len: int = 64
     range_ratio: float = 0.0
+    fit: bool = False
     trace_speedup: float = 1.0
     trace_scale_len: float = 1.0
 
