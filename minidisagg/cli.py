@@ -304,7 +304,7 @@ bench_options = stack(
                      help="What to measure; both is disagg against colocated, on as many workers."),
         click.option("--against", default="", metavar="MODE[:POLICY]", help="Compare --mode with this baseline."),
         click.option("--baseline", default="", metavar="KEY=VAL,…",
-                     help="In what the baseline's workers differ: a key of --decode, or link."),
+                     help="In what the baseline differs: keys of --decode, link, transfer_granularity."),
         click.option("--plant-slowdown", default="0", metavar="SHARE",
                      help="Make each step of the side that is not the baseline longer by this share of its time, as "
                           "15%: a control that must be noticed."),

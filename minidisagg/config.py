@@ -53,7 +53,8 @@ class ClusterSettings(Struct, frozen=True, kw_only=True):
     decode: WorkerSettings = WorkerSettings()
     policy: str = "fcfs"
     link: str = "auto"
-    kv_codec: str = "raw"
+    transfer_granularity: str = "auto"
+    emulate_link: str = "none"  # an interconnect of `transfer/emulate.py` that the link is made to be as slow as
 
     def roles(self) -> list[tuple[str, Role, WorkerSettings]]:
         """Name, role and settings of each worker; colocated mode has as many workers, and each does both."""
@@ -170,7 +171,7 @@ def _built_from(cluster: ClusterSettings) -> tuple[object, ...]:
     free = msgspec.structs.asdict(WorkerSettings())
     free = {key: free[key] for key in (*WorkerOptions.__dataclass_fields__, "cpus")}
     workers = [msgspec.structs.replace(settings, **free) for _, _, settings in cluster.roles()]
-    return workers, assign_cpus(cluster), cluster.link, cluster.kv_codec
+    return workers, assign_cpus(cluster), cluster.link, cluster.emulate_link
 
 
 def assign_cpus(cluster: ClusterSettings) -> list[list[int]]:

@@ -21,12 +21,13 @@ from minidisagg.config import (
     parse_size,
     parse_worker,
 )
+from minidisagg.core.granularity import parse_granularity
 from minidisagg.core.messages import SamplingParams
 from minidisagg.ranges import explained
+from minidisagg.transfer.emulate import PRESETS, announcement, parse_interconnect
 from minidisagg.transfer.kinds import KINDS
 
 LINKS = ("auto", *KINDS)
-KV_CODECS = ("raw",)  # `transfer.codec.CODECS`
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 MODEL, CLUSTER, WORKER = ModelSettings(), ClusterSettings(), WorkerSettings()
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -77,8 +78,13 @@ engine_options = stack(
                      help="Scheduling policy: a name, or FILE.py:CLASS."),
         click.option("--link", type=click.Choice(LINKS), default=CLUSTER.link, show_default=True,
                      help="How KV moves."),
-        click.option("--kv-codec", type=click.Choice(KV_CODECS), default=CLUSTER.kv_codec, show_default=True,
-                     help="How KV is written on the wire."),
+        click.option("--transfer-granularity", default=CLUSTER.transfer_granularity, show_default=True,
+                     metavar="request|chunk|layers:N|auto",
+                     help="What of a request's KV leaves at once: all, each chunk, or N layers as they are computed."),
+        click.option("--emulate-link", default=CLUSTER.emulate_link, show_default=True,
+                     metavar="NAME | BANDWIDTH,LATENCY[,JITTER]",
+                     help="Let KV arrive as if over another interconnect, which a worker's links share: "
+                          f"{', '.join(PRESETS)}, or as in 25Gbps,20us."),
         click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True),
         click.option("--no-prefix-caching", is_flag=True, help="Compute every prompt in full."),
         click.option("--prefill", default="", metavar="KEY=VAL,…", help="Settings of the prefill workers alone."),
@@ -106,13 +112,17 @@ def read_engine(model: str, flags: dict[str, Any], mode: str, one_worker: bool =
     flags["kv_cache_memory"] = parse_size(flags["kv_cache_memory"])
     of_worker = {key: flags.pop(key) for key in WORKER.__struct_fields__ if key in flags}
     worker = check_worker(WorkerSettings(**of_worker))
+    interconnect = parse_interconnect(flags["emulate_link"])
+    if interconnect is not None:
+        click.echo(announcement(flags["emulate_link"], interconnect), err=True)
     cluster = ClusterSettings(
         mode=mode,  # type: ignore[arg-type]
         prefill=parse_worker(flags.pop("prefill"), worker),
         decode=parse_worker(flags.pop("decode"), worker),
-        **{key: flags.pop(key) for key in ("policy", "link", "kv_codec")},
+        **{key: flags.pop(key) for key in ("policy", "link", "transfer_granularity", "emulate_link")},
         **{key: number for key, number in numbers.items() if number is not None},
     )
+    parse_granularity(cluster.transfer_granularity, 1)
     if mode == "disagg" and not (cluster.prefill_workers and cluster.decode_workers):
         raise ValueError("disagg mode needs at least one prefill worker and one decode worker")
     if not cluster.roles():

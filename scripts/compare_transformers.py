@@ -51,7 +51,7 @@ def steps(threads: int) -> list[dict[str, float]]:
     from minidisagg.core.plan import PlanItem, SeqInit, StepPlan
     from minidisagg.model.loader import load_config, load_weights
     from minidisagg.model.transformer import Transformer
-    from minidisagg.runtime.executor import Executor
+    from minidisagg.runtime.device import Device
     from minidisagg.runtime.kv_cache import KVCache
 
     torch.set_num_threads(threads)
@@ -59,7 +59,7 @@ def steps(threads: int) -> list[dict[str, float]]:
     model = Transformer(config, load_weights("smollm2-135m", config), torch.bfloat16, cpu)
     cache = KVCache(config, 16 * 5, 128, torch.bfloat16, cpu)
     cache.data.normal_()
-    executor, rows = Executor(model, cache), []
+    device, rows = Device(model, cache), []
     greedy = SamplingParams(temperature=0.0)
     stream = torch.randint(2**30, (1 << 26,), dtype=torch.int32).view(torch.float32)  # as long as the weights
     for batch in (1, 8, 16):
@@ -70,12 +70,12 @@ def steps(threads: int) -> list[dict[str, float]]:
         new = [SeqInit(item.request_id, 0, [1], [], greedy) for item in items]
         reads, times, ratios = [], [], []
         with torch.inference_mode():
-            executor.execute(StepPlan(0, items, new, []))
+            device.run(StepPlan(0, items, new, []))
             for _ in range(60):  # in pairs: on a shared machine the bandwidth itself moves from one second to the next
                 began = time.perf_counter()
                 stream.sum()
                 reads.append(stream.nbytes / (time.perf_counter() - began))
-                result = executor.execute(StepPlan(0, items, [], []))
+                result = device.run(StepPlan(0, items, [], []))
                 times.append(result.seconds)
                 ratios.append(result.bytes_read / reads[-1] / result.seconds)
         rows.append({

@@ -19,7 +19,7 @@ import time
 
 from minidisagg.config import ClusterSettings, Mode, ModelSettings, RunSettings, WorkerSettings
 from minidisagg.core.messages import SamplingParams
-from minidisagg.core.router import Emit
+from minidisagg.core.tracked import Emit
 from minidisagg.measure.machine import command_line, machine
 from minidisagg.runtime.frontend import Frontend
 

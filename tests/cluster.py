@@ -16,7 +16,8 @@ import pytest
 
 from minidisagg.config import ClusterSettings, Mode, ModelSettings, RunSettings, WorkerSettings
 from minidisagg.core.messages import SamplingParams
-from minidisagg.core.router import Emit, RouterSpec, StageTimes, Tracked
+from minidisagg.core.router import RouterSpec
+from minidisagg.core.tracked import Emit, StageTimes, Tracked
 from minidisagg.runtime.frontend import Frontend
 
 PAGE = 8
@@ -37,7 +38,7 @@ def greedy(max_tokens: int) -> SamplingParams:
 
 def settings(
     mode: Mode, link: str = "auto", pages: int = 256, dtype: str = "float64", policy: str = "fcfs",
-    max_num_seqs: int = 48, chunk: int = 32,
+    max_num_seqs: int = 48, chunk: int = 32, granularity: str = "auto",
 ) -> ClusterSettings:  # fmt: skip
     """One worker, or a prefill and a decode worker, of one core each."""
     worker = WorkerSettings(
@@ -46,7 +47,7 @@ def settings(
     )  # fmt: skip
     return ClusterSettings(
         mode=mode, prefill_workers=1, decode_workers=int(mode == "disagg"), prefill=worker, decode=worker, link=link,
-        policy=policy,
+        policy=policy, transfer_granularity=granularity,
     )  # fmt: skip
 
 

@@ -7,7 +7,15 @@ scripts/test.sh --full              slow ones and others
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 import pytest
+
+if TYPE_CHECKING:
+    from linkpair import Pair
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -18,7 +26,8 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture
 def charged(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """What each request was charged with at its end, by its id."""
-    from minidisagg.core.router import Router, Tracked
+    from minidisagg.core.router import Router
+    from minidisagg.core.tracked import Tracked
 
     found: dict[str, int] = {}
     finish = Router._finish
@@ -29,3 +38,24 @@ def charged(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
     monkeypatch.setattr(Router, "_finish", noted)
     return found
+
+
+@pytest.fixture
+def make_pair(tmp_path: Path) -> Iterator[Callable[..., Pair]]:
+    """Makes pairs; afterwards nothing may be left in the run directory and in shared memory."""
+    from linkpair import Pair
+
+    before, pairs = set(os.listdir("/dev/shm")), list[Pair]()
+    run_dir = tmp_path / "run"
+    run_dir.mkdir(mode=0o700)
+
+    def make(kind: str, **options: Any) -> Pair:
+        pairs.append(Pair(kind, run_dir, **options))
+        return pairs[-1]
+
+    yield make
+    for pair in pairs:
+        pair.close()
+    assert os.listdir(run_dir) == []
+    mine = {name for name in set(os.listdir("/dev/shm")) - before if not name.startswith("sem.")}
+    assert mine == set()

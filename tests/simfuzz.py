@@ -7,20 +7,23 @@ import hashlib
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
+from minidisagg.core.granularity import Granularity
 from minidisagg.core.messages import Role, SamplingParams
 from minidisagg.core.policy import ClusterView, Placement, Policy, Reject, RequestView, RoleChange, WorkerOptions
 from minidisagg.core.request import Request
-from minidisagg.core.router import RouterSpec, StageTimes, Tracked
+from minidisagg.core.router import RouterSpec
 from minidisagg.core.scheduler import BatchBuilder, View
 from minidisagg.core.spec import EngineSpec
+from minidisagg.core.tracked import StageTimes, Tracked
 from minidisagg.policies.prefill_first import PrefillFirst
 from minidisagg.policies.sarathi import Sarathi
 from minidisagg.sim.cost_model import LinearCost
-from minidisagg.sim.simulator import Chaos, Simulator, oracle
+from minidisagg.sim.memory import oracle
+from minidisagg.sim.simulator import Chaos, Simulator
 
 CLUSTERS = {
     "colocated": [3, 3], "1p1d": [1, 2], "2p1d": [1, 1, 2], "1p2d": [1, 2, 2], "mixed": [1, 2, 3],
@@ -69,9 +72,14 @@ class Asked(Policy):
 POLICIES: list[Callable[[], Policy]] = [Policy, Asked, LateBinding, PrefillFirst, lambda: Sarathi(chunk=6)]
 
 
-def build(seed: int) -> Simulator:
-    """A cluster with its load and its faults, all drawn from the seed."""
+WHOLE = Granularity()
+GRANULARITIES = WHOLE, Granularity(whole=True), Granularity(layers=1), Granularity(layers=2), Granularity(weight=6)
+
+
+def build(seed: int, granularities: Sequence[Granularity] = (WHOLE,)) -> Simulator:
+    """A cluster with its load and its faults, all drawn from the seed, and one of these granularities."""
     rng = random.Random(seed)
+    granularity = granularities[seed // 7 % len(granularities)]
     one_sided = rng.random() < 0.5
     page_size = rng.choice([1, 2, 2, 4, 4, 8, 16])
     roles = CLUSTERS[rng.choice(sorted(CLUSTERS))]
@@ -79,9 +87,10 @@ def build(seed: int) -> Simulator:
     leases, link_timeout = rng.choice([([1.0, 5.0], 0.5), ([1.0, 5.0], 0.5), ([0.3], 4.0)])
     specs = [
         EngineSpec(
-            f"w{index}", 1, Role(role), num_pages=rng.choice(sizes), page_size=page_size, num_layers=2,
+            f"w{index}", 1, Role(role), num_pages=rng.choice(sizes), page_size=page_size, num_layers=5,
             fingerprint="f", one_sided_links=one_sided, prefix_caching=rng.random() < 0.8,
             lease=rng.choice(leases), link_timeout=link_timeout, step_deadline=10.0,
+            granularity=granularity, layer_bytes=1,
             options=WorkerOptions(rng.choice([1, 3, 8, 8]), rng.choice([8, 32, 128]), rng.choice([0, 4, 16])),
         )
         for index, role in enumerate(roles)
@@ -191,7 +200,7 @@ def run_seeds(first: int, last: int) -> tuple[dict[int, list[str]], Counter[str]
     ends: Counter[str] = Counter()
     for seed in range(first, last):
         try:
-            sim = build(seed)
+            sim = build(seed, GRANULARITIES)
             wrong = check(sim)
             ends.update(outcome.finish for outcome in sim.outcomes.values())
             ends["preempted"] += sum(worker.core.scheduler.preemptions for worker in sim.workers.values())

@@ -162,8 +162,8 @@ def test_a_search_for_goodput(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_sweep_of_concurrencies(bench: Bench) -> None:
     done = bench("--mode", "disagg", "--max-concurrency", "1,2", "--num-prompts", "20", "--repeats", "1")
-    assert set(done.result) == {"1", "2"}
-    for users, one in done.result.items():
+    assert done.result["version"] == 1 and set(done.result["sweep"]) == {"1", "2"}
+    for users, one in done.result["sweep"].items():
         assert f"{users} at a time: {one['verdict']}" in done.flat
         assert len(done.requests(f"concurrency-{users}/requests.jsonl")) == 20
         assert one["sides"]["disagg"]["repetitions"][0]["max_concurrency"] == int(users)

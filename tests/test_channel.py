@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from minidisagg.core.messages import ROUTER, Abort, Envelope, RequestSpec, SamplingParams, Submit, encode
+from minidisagg.core.frames import encode
+from minidisagg.core.messages import ROUTER, Abort, Envelope, RequestSpec, SamplingParams, Submit
 from minidisagg.runtime import channel as channel_module
 from minidisagg.runtime.channel import MAX_FRAME, Channel, ChannelError, connect, listen
 
@@ -104,7 +105,7 @@ def test_an_oversized_frame_ends_it_before_it_is_read(tmp_path: Path) -> None:
 def test_a_malformed_message_is_an_error_of_the_channel(data: bytes, tmp_path: Path) -> None:
     got, error = run(tmp_path, frame(encode(envelope(7))) + frame(data))
     assert got == [envelope(7)]
-    assert error.startswith("malformed message")
+    assert error.startswith(("malformed message", "a message has"))
 
 
 def test_a_connection_cut_in_the_middle_of_a_frame_is_an_end(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Rows, runs, blocks, the raw codec and the checksum, in one process."""
+"""Rows, runs, blocks, the checksum and the raw codec, in one process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from minidisagg.core.plan import Piece
-from minidisagg.transfer.codec import Block, Checksum, RawCodec, cache_rows, cut, make_codec, runs
+from minidisagg.transfer.codec import RawCodec, Staging
+from minidisagg.transfer.rows import Block, Checksum, cache_rows, cut, run_views, runs
 
 LAYERS, PAGES = 3, 10
 WHOLE = Block(slice(0, LAYERS), slice(0, 2), slice(0, PAGES))
@@ -25,7 +26,7 @@ def op(pages: list[int], layers: tuple[int, int] = (0, LAYERS)) -> Piece:
 
 
 def checksum(rows: torch.Tensor) -> int:
-    total = Checksum(op(list(range(PAGES))), torch.device("cpu"))
+    total = Checksum(op(list(range(PAGES))))
     total.add(WHOLE, rows)
     return total.value()
 
@@ -60,20 +61,39 @@ def test_blocks_cover_every_row_once_within_the_limit(layers: int, count: int, l
 @pytest.mark.parametrize("pages", [[2, 3, 4, 5], [7, 0, 9, 4]])
 def test_raw_moves_pages_bit_for_bit(dtype: torch.dtype, limit: int, pages: list[int]) -> None:
     source, dest = random_cache(dtype), torch.zeros(LAYERS, 2, PAGES, 2, 4, 8, dtype=dtype)
-    sender, receiver, there = RawCodec(source), RawCodec(dest), [1, 8, 5, 6]
-    for block in cut(2, 4, sender.row_bytes, limit):
-        out = torch.empty(*block.shape, sender.rows.shape[-1], dtype=torch.int64)
-        receiver.decode(sender.encode(block, 1, pages, out).clone(), block, 1, there)
+    codec, staging, there = RawCodec(source), Staging(torch.device("cpu")), [1, 8, 5, 6]
+    assert codec.row_bytes == 2 * 4 * 8 * dtype.itemsize
+    for block in cut(2, 4, codec.row_bytes, limit):
+        wire = staging.rows(codec, block)
+        assert wire.shape[:3] == block.shape and wire.is_contiguous()
+        for part, (rows,) in run_views(block, 1, (cache_rows(source), pages)):
+            wire[:, :, block.place(part)] = codec.encode(rows, wire)
+        for part, (rows,) in run_views(block, 1, (cache_rows(dest), there)):
+            codec.decode(wire[:, :, block.place(part)], rows)
     assert torch.equal(dest[1:, :, there], source[1:, :, pages])
     assert not dest[0].any() and not dest[:, :, [0, 2, 3, 4, 7, 9]].any()
 
 
-def test_one_run_of_one_slab_is_sent_from_the_cache_itself() -> None:
-    codec = RawCodec(random_cache())
-    block = Block(slice(0, 1), slice(1, 2), slice(0, 3))
-    out = torch.empty(1, 1, 3, codec.rows.shape[-1], dtype=torch.int64)
-    assert codec.encode(block, 1, [4, 5, 6], out).data_ptr() == codec.rows[1, 1, 4].data_ptr()
-    assert codec.encode(block, 1, [4, 6, 5], out).data_ptr() == out.data_ptr()
+def test_raw_rows_are_the_cache_itself() -> None:
+    kv = random_cache()
+    codec, block = RawCodec(kv), Block(slice(0, 1), slice(1, 2), slice(0, 3))
+    ((part, (rows,)),) = run_views(block, 1, (cache_rows(kv), [4, 5, 6]))
+    assert part == block and rows.is_contiguous() and rows.data_ptr() == kv[1, 1, 4].data_ptr()
+    assert codec.in_place and codec.encode(rows, torch.empty(0)) is rows
+    codec.decode(rows, rows)
+
+
+def test_views_follow_the_runs_of_all_sides() -> None:
+    kv, other = random_cache(), random_cache()
+    block = Block(slice(0, 2), slice(0, 2), slice(1, 5))
+    sides = (cache_rows(kv), [9, 2, 3, 4, 5]), (cache_rows(other), [9, 1, 2, 7, 8])
+    found = list(run_views(block, 1, *sides))
+    assert [(block.place(part), [view.shape[2] for view in views]) for part, views in found] == [
+        (slice(0, 2), [2, 2]),
+        (slice(2, 4), [2, 2]),
+    ]
+    assert torch.equal(found[1][1][0], cache_rows(kv)[1:3, :, 4:6])
+    assert torch.equal(found[1][1][1], cache_rows(other)[1:3, :, 7:9])
 
 
 def test_checksum_sees_bits_swaps_and_shifts() -> None:
@@ -98,10 +118,10 @@ def test_checksum_does_not_depend_on_blocks_or_pages() -> None:
     other[:, :, moved] = kv[:, :, pages]
     values = set()
     for (cache, here), limit in itertools.product([(kv, pages), (other, moved)], [1, 2000, 1 << 20]):
-        codec, total = RawCodec(cache), Checksum(op(here), torch.device("cpu"))
-        for block in cut(LAYERS, 3, codec.row_bytes, limit):
-            for part, view in codec.run_views(block, 0, here):
-                total.add(part, view)
+        total = Checksum(op(here))
+        for block in cut(LAYERS, 3, RawCodec(cache).row_bytes, limit):
+            for part, (rows,) in run_views(block, 0, (cache_rows(cache), here)):
+                total.add(part, rows)
         values.add(total.value())
     assert len(values) == 1
 
@@ -123,12 +143,6 @@ def test_checksum_is_faster_than_five_gigabytes_per_second() -> None:
     assert rows.nbytes / min(times) > 5e9
 
 
-def test_what_a_link_cannot_carry_is_refused() -> None:
-    with pytest.raises(ValueError, match="unknown codec 'zip'; known: raw"):
-        make_codec("zip", random_cache())
+def test_a_cache_in_pieces_is_refused() -> None:
     with pytest.raises(ValueError, match="contiguous"):
         cache_rows(random_cache().transpose(0, 1))
-
-
-def test_wire_bytes() -> None:
-    assert RawCodec(random_cache(torch.bfloat16)).wire_bytes(6) == 6 * 2 * 4 * 8 * 2

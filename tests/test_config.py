@@ -28,7 +28,6 @@ from minidisagg.core.messages import Role, SamplingParams
 from minidisagg.measure.records import STAGES as RECORD_STAGES
 from minidisagg.options import (
     DTYPES,
-    KV_CODECS,
     Engine,
     engine_options,
     mode_option,
@@ -174,9 +173,10 @@ def test_flags_reach_the_structs(tmp_path: Path) -> None:
         "--kv-cache-memory", "1M", "--decode", "max_num_seqs=9,kv_cache_memory=2M", "--prefill", "chunk=16",
         "--policy", "sarathi", "--link", "shm", "--seed", "5", "--no-prefix-caching", "--max-model-len", "99",
         "--inject-delay", "transfer=250", "--inject-delay", "decode-wait=1", "--record", str(tmp_path / "logs"),
+        "--emulate-link", "25Gbps,20us",
     )  # fmt: skip
     assert (cluster.mode, cluster.prefill_workers, cluster.decode_workers) == ("disagg", 2, 3)
-    assert (cluster.policy, cluster.link) == ("sarathi", "shm")
+    assert (cluster.policy, cluster.link, cluster.emulate_link) == ("sarathi", "shm", "25Gbps,20us")
     assert (cluster.prefill.max_num_seqs, cluster.prefill.chunk, cluster.prefill.kv_cache_memory) == (7, 16, 1 << 20)
     assert (cluster.decode.max_num_seqs, cluster.decode.chunk, cluster.decode.kv_cache_memory) == (9, 0, 2 << 20)
     assert (model.max_model_len, model.prefix_caching) == (99, False)
@@ -198,6 +198,7 @@ def test_one_worker_unless_told_otherwise() -> None:
         (["--inject-delay", "lunch=5"], "a stage of queue"),
         (["--inject-delay", "decode=soon"], "STAGE=MS"),
         (["--kv-cache-memory", "lots"], "not a size"),
+        (["--emulate-link", "foo"], "no interconnect 'foo'; known: none, 10g-tcp, .* as in 25Gbps,20us"),
     ],
 )
 def test_bad_flags(args: list[str], message: str) -> None:
@@ -238,9 +239,6 @@ def test_sampling_flag_out_of_range() -> None:
 def test_choices_are_those_of_the_engine() -> None:
     """The flag's choices are repeated in `options`, because their owner needs torch."""
     torch = pytest.importorskip("torch")
-    from minidisagg.transfer.codec import CODECS
-
-    assert KV_CODECS == CODECS
     assert all(isinstance(getattr(torch, name), torch.dtype) for name in DTYPES if name != "auto")
     assert STAGES == RECORD_STAGES
 

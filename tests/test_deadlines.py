@@ -24,7 +24,7 @@ def sending() -> tuple[Hand, int]:
     assert plan is not None
     hand.receive(KVGrant("a", 0, [0], 0), KVGrant("b", 0, [1], 0), source="d", epoch=1)
     hand.done(plan)
-    return hand, hand.core.sender.links["d"].epoch
+    return hand, hand.core.outgoing.links["d"].epoch
 
 
 def test_a_source_gives_up_a_link_that_stands_still() -> None:
@@ -55,7 +55,7 @@ def test_the_deadline_is_the_oldest_pieces() -> None:
     hand.live(TIMEOUT - 0.1)
     assert not aborts(hand)
     hand.receive(KVGrant("b", 0, [1], 0), source="d", epoch=1)
-    assert len(hand.core.sender.links["d"].flying) == 2
+    assert len(hand.core.outgoing.links["d"].flying) == 2
     hand.live(0.2)
     assert len(aborts(hand)) == 1
 

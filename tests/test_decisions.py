@@ -177,6 +177,7 @@ def test_every_decision_is_written_and_can_be_asked_again(tmp_path: Path) -> Non
     hooks = {"admit", "place", "rebalance", "accept", "order", "compose", "evict"}
     assert {line["hook"] for line in every if line["policy"] == curious} == hooks
     for line in every:
+        assert next(iter(line.items())) == ("version", 1)
         assert again(line, load_policy(line["policy"])) == line["answer"], line
 
     def asked(who: str, hook: str, *policies: str) -> list[Line]:

@@ -8,10 +8,11 @@ import pytest
 from msgspec.structs import replace
 from stepwise import Stepwise, spec
 
+from minidisagg.core.accounts import StalledError
 from minidisagg.core.blocks import PageState
 from minidisagg.core.checked import PolicyError
 from minidisagg.core.effects import AbortLink, OpenLink, Send, StartPiece
-from minidisagg.core.engine import EngineCore, StalledError
+from minidisagg.core.engine import EngineCore
 from minidisagg.core.inputs import AbortConfirmed, PieceDone, Received, Schedule, StepDone, Tick
 from minidisagg.core.messages import (
     ROUTER,
@@ -182,7 +183,7 @@ def test_a_victim_whose_pages_a_link_still_reads_is_the_only_one() -> None:
     assert [request.request_id for request in hand.core.scheduler.running] == ["old", "mid"], (
         "both wait for those pages"
     )
-    link = hand.core.sender.links["d"]
+    link = hand.core.outgoing.links["d"]
     for seq in list(link.flying):
         hand.core.on(PieceDone("d", link.epoch, seq, True, True), hand.now)
     assert set(sizes(hand.step())) == {"old", "mid"}
@@ -304,9 +305,9 @@ def test_a_link_opened_to_a_dead_peer_is_given_up_when_the_next_one_comes() -> N
     hand = Hand()
     hand.receive(PeerUp("d", 1, ""), PeerDown("d", 1), submit("a", 4, decode="d"))
     hand.core.on(Schedule(), 0.0)
-    assert "d" in hand.core.sender.links
+    assert "d" in hand.core.outgoing.links
     hand.receive(PeerUp("d", 2, ""))
-    assert "d" not in hand.core.sender.links
+    assert "d" not in hand.core.outgoing.links
 
 
 def test_a_failed_piece_gives_up_the_link_and_the_request() -> None:
@@ -316,7 +317,7 @@ def test_a_failed_piece_gives_up_the_link_and_the_request() -> None:
     assert plan is not None
     hand.receive(KVGrant("a", 0, [0], 0), source="d", epoch=1)
     hand.done(plan)
-    link_epoch = hand.core.sender.links["d"].epoch
+    link_epoch = hand.core.outgoing.links["d"].epoch
     hand.core.on(PieceDone("d", link_epoch, 0, True, False, error="reset by peer"), hand.now)
     assert hand.core.pool.counts[PageState.LIVE] == 1 and not hand.sent(Released), "the link may still read the page"
     hand.core.on(AbortConfirmed("d", link_epoch, True), hand.now)
@@ -331,7 +332,7 @@ def test_sources_that_forgot_a_handoff_do_not_free_what_is_still_landing() -> No
         sim.deliver()
     sim.submit("a", [1, 2, 3, 4, 5], SamplingParams(max_tokens=3), 0.0)
     sim.events.pop()()
-    while not sim.workers["d"].core.receiver.links:
+    while not any(link.flying for link in sim.workers["d"].core.incoming.links.values()):
         if sim.messages:
             sim.deliver()
         else:

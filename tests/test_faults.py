@@ -32,6 +32,7 @@ from cluster import (
 from minidisagg.config import Mode, RunSettings
 from minidisagg.core.messages import SamplingParams
 from minidisagg.core.router import RouterSpec
+from minidisagg.core.tracked import Stage
 
 STAGE = 0.2  # seconds that each stage is made to last, so that a fault can be aimed at it
 PROMPTS = prompts(6, seed=1, shortest=12, longest=40)
@@ -43,14 +44,14 @@ async def reach(load: Load, stage: str) -> None:
     """Wait until the requests, just submitted, are in this stage."""
     if stage == "queued":
         await asyncio.sleep(0.4 * STAGE)
-        assert all(request.prefilling for request in load.tracked())
+        assert all(request.computing for request in load.tracked())
     elif stage == "prefilling":
         await asyncio.sleep(1.5 * STAGE)
-        assert any(request.prefilling for request in load.tracked())
+        assert any(request.computing for request in load.tracked())
     elif stage == "transferring":
-        await load.until(lambda: any(r.moving and not r.prefilling for r in load.tracked()))
+        await load.until(lambda: any(r.stage is Stage.TRANSFER for r in load.tracked()))
         await asyncio.sleep(0.4 * STAGE)
-        assert any(request.moving for request in load.tracked())
+        assert any(request.stage is Stage.TRANSFER for request in load.tracked())
     else:
         await load.until(lambda: any(len(request.emitted) >= 6 for request in load.tracked()))
 

@@ -28,7 +28,7 @@ from minidisagg.model.loader import ARCHITECTURES, DEFAULTS, NEUTRAL, load_confi
 from minidisagg.model.tokenizer import Tokenizer
 from minidisagg.model.transformer import Transformer
 from minidisagg.runtime.kv_cache import KVCache
-from minidisagg.server.protocol import Message
+from minidisagg.server.protocol import ChatRequestMessage
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what transformers deprecates inside itself says nothing about this project
@@ -358,7 +358,7 @@ def test_a_template_gets_content_as_it_takes_it(name: str, tmp_path: Path) -> No
 def test_the_server_hands_on_what_was_sent() -> None:
     sent = [*PARTS, MESSAGES[1], {"role": "developer", "content": "x"}, {"role": "assistant", "content": None}]
     expected = [*PARTS, MESSAGES[1], {"role": "system", "content": "x"}, {"role": "assistant", "content": ""}]
-    assert [message.as_dict() for message in msgspec.convert(sent, list[Message])] == expected
+    assert [message.as_dict() for message in msgspec.convert(sent, list[ChatRequestMessage])] == expected
 
 
 @pytest.mark.parametrize(

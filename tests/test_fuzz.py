@@ -11,11 +11,14 @@ from simfuzz import run_seeds
 
 from minidisagg.core.blocks import BlockPool
 from minidisagg.core.engine import EngineCore
-from minidisagg.core.handoff import Receiver
-from minidisagg.core.inputs import Received
+from minidisagg.core.handoff import Outgoing, Receiver
+from minidisagg.core.inputs import LayersDone, Received
+from minidisagg.core.ledger import DestinationLedger
 from minidisagg.core.messages import Abort, Envelope, KVAck, KVCancel, KVDone, KVFailed, KVGrant
+from minidisagg.core.plan import StepPlan
 from minidisagg.core.request import Request, State
 from minidisagg.core.scheduler import BatchBuilder
+from minidisagg.sim.simulator import Simulator, SimWorker
 
 SEEDS = 400
 PART = 100  # of them, in one test
@@ -69,13 +72,13 @@ def lose_the_lease_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def reuse_before_the_abort_is_confirmed(monkeypatch: pytest.MonkeyPatch) -> None:
-    abort = Receiver.abort_link
+    abort = DestinationLedger.abort
 
-    def hasty(self: Receiver, peer: str, link_epoch: int, peer_dead: bool, now: float) -> None:
+    def hasty(self: DestinationLedger, peer: str, link_epoch: int, peer_dead: bool, now: float) -> None:
         abort(self, peer, link_epoch, peer_dead, now)
         self.on_aborted(peer, link_epoch)
 
-    monkeypatch.setattr(Receiver, "abort_link", hasty)
+    monkeypatch.setattr(DestinationLedger, "abort", hasty)
 
 
 def free_granted_pages_when_the_client_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,9 +113,33 @@ def publish_before_it_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BatchBuilder, "_put", hasty)
 
 
+def report_layers_before_they_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hasty(self: Simulator, worker: SimWorker, plan: StepPlan, layer: int) -> None:
+        def report() -> None:
+            if worker.steps and worker.steps[0] is plan:
+                worker.core.on(LayersDone(plan.step_id, layer), self.now)
+
+        self._inside(worker, report)
+
+    monkeypatch.setattr(Simulator, "_report_layers", hasty)
+
+
+def take_some_layers_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    push = Outgoing.push
+
+    def hasty(self: Outgoing, end: int, layer: int, now: float) -> None:
+        push(self, end, layer, now)
+        if self.layers:
+            self.sent, self.layers = end // self.sender.spec.page_size, 0
+
+    monkeypatch.setattr(Outgoing, "push", hasty)
+
+
 @pytest.mark.parametrize(
     "plant",
     [
+        report_layers_before_they_are_computed,
+        take_some_layers_for_all,
         free_at_end_with_a_step_in_flight,
         ignore_the_incarnation,
         reuse_before_the_abort_is_confirmed,

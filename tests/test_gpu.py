@@ -15,7 +15,7 @@ import torch
 
 from minidisagg.config import ClusterSettings, Mode, ModelSettings, RunSettings, WorkerSettings
 from minidisagg.core.messages import SamplingParams
-from minidisagg.core.router import Emit
+from minidisagg.core.tracked import Emit
 from minidisagg.runtime.frontend import Frontend
 
 pytestmark = [

@@ -31,7 +31,8 @@ from cluster import (
 )
 
 from minidisagg.config import ClusterSettings, Mode, RunSettings
-from minidisagg.core.router import Emit, Router
+from minidisagg.core.router import Router
+from minidisagg.core.tracked import Emit
 from minidisagg.runtime.frontend import EngineError, Frontend, _make_run_dir
 from minidisagg.runtime.launch import Supervisor
 
@@ -269,7 +270,7 @@ def test_a_step_longer_than_the_lease_keeps_the_handoff(monkeypatch: pytest.Monk
     path = tmp_path / "slow"
     path.touch()
     slow = f"armed({str(path)!r}, lambda: time.sleep(1.5))"
-    monkeypatch.setenv("HARM", f"import time; at('minidisagg.runtime.executor:Executor.execute', lambda *_: {slow}())")
+    monkeypatch.setenv("HARM", f"import time; at('minidisagg.runtime.device:Device.run', lambda *_: {slow}())")
 
     async def run() -> None:
         async with cluster(settings("disagg", "unix"), RunSettings(lease=0.3, link_timeout=5.0)) as frontend:

@@ -18,7 +18,8 @@ import msgspec
 import pytest
 from rich.table import Table
 
-from minidisagg.measure import html, report
+from minidisagg.formats import VersionError
+from minidisagg.measure import html, report, run_directory
 from minidisagg.measure.comparison import Comparison, compare_runs
 from minidisagg.measure.figures import (
     GAPS,
@@ -36,6 +37,7 @@ from minidisagg.measure.html import write_html
 from minidisagg.measure.machine import command_line, machine
 from minidisagg.measure.plots import Axis, Figure, Panel, Series, svg
 from minidisagg.measure.records import LinkRecord, RequestRecord, RunRecord, WorkerRecord
+from minidisagg.measure.timeline import trace_document
 
 NASTY = '</script><img src="http://example.com/x"><b>'
 PANELS = 1 + 6 + 2 + 2 + 2 + 2  # of the workers no bandwidth, as their ceilings are not known
@@ -87,13 +89,17 @@ def comparison(reps: int = 3, count: int = 40, label: str = "", **options: Any) 
 
 
 def write_options(directory: Path, **more: object) -> None:
-    options = {"arrivals": {"num_warmups": 2, "request_rate": None}, "trials": {"slo": None}, **more}
+    options = {"version": run_directory.VERSION, "trials": {"slo": None}, **more}
     (directory / "options.json").write_bytes(msgspec.json.encode(options))
+
+
+def write_trace(directory: Path, events: list[dict[str, Any]]) -> None:
+    (directory / "trace.json").write_text(json.dumps(trace_document(events)))
 
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    report.write_run_directory(tmp_path, comparison())
+    run_directory.write_run_directory(tmp_path, comparison())
     write_options(tmp_path, command="minidisagg bench --mode both", machine={"cpu": "Abacus 9000"})
     return tmp_path
 
@@ -101,9 +107,8 @@ def run_dir(tmp_path: Path) -> Path:
 def write_sweep(directory: Path) -> dict[int, Comparison]:
     steps = {n: comparison(count=20 + n) for n in (1, 4)}
     for n, one in steps.items():
-        report.write_run_directory(directory / f"concurrency-{n}", one)
-    result = {str(n): report.to_dict(one) for n, one in steps.items()}
-    (directory / "result.json").write_bytes(msgspec.json.encode(result))
+        run_directory.write_run_directory(directory / f"concurrency-{n}", one)
+    run_directory.write_json(directory / "result.json", run_directory.sweep_to_dict(steps))
     write_options(directory)
     return steps
 
@@ -111,12 +116,12 @@ def write_sweep(directory: Path) -> dict[int, Comparison]:
 def write_search(directory: Path) -> dict[str, GoodputResult]:
     trials = [Trial(1.0, 1.0), Trial(2.0, 0.95), Trial(4.0, 0.2)]
     found = {
-        "0: colocated": GoodputResult(2.0, 4.0, 0.95, 0.9, True, trials),
-        "1: disagg": GoodputResult(4.0, float("inf"), 0.97, 0.9, False, [Trial(3.0, 1.0), Trial(4.0, 0.97)]),
+        "colocated": GoodputResult(2.0, 4.0, 0.95, 0.9, True, trials),
+        "disagg": GoodputResult(4.0, float("inf"), 0.97, 0.9, False, [Trial(3.0, 1.0), Trial(4.0, 0.97)]),
     }
-    result = {"goodput": {name: msgspec.to_builtins(one) for name, one in found.items()}, "slo": str(LIMITS)}
-    result |= {"void": [], "marks": ["disagg: the search did not converge"], "verdict": "disagg holds more."}
-    (directory / "result.json").write_bytes(msgspec.json.encode(result))
+    marks = ["disagg: the search did not converge"]
+    result = run_directory.search_to_dict(found, LIMITS, [], marks)
+    run_directory.write_json(directory / "result.json", result)
     write_options(directory)
     return found
 
@@ -175,9 +180,8 @@ def cells_of(table: Table | None) -> list[str]:
     "draw", [report.main_table, report.stage_table, report.worker_table, report.link_table], ids=lambda f: f.__name__
 )
 def test_the_files_alone_give_the_tables_of_the_run(run_dir: Path, draw: Callable[[Comparison], Table | None]) -> None:
-    result = json.loads((run_dir / "result.json").read_bytes())
-    lines = html._requests(run_dir / "requests.jsonl")
-    again = html.read_comparison(result, lines, 2)
+    again = run_directory.read_result(run_dir)
+    assert isinstance(again, Comparison)
     expected = cells_of(draw(comparison()))
     assert cells_of(draw(again)) == expected
     assert len([cell for cell in expected if cell]) > 8
@@ -202,7 +206,7 @@ def test_a_void_run_says_so_first(tmp_path: Path, no_plotly: None) -> None:
     runs = [run(rep, True) for rep in range(3)]
     for one in runs:
         one.frontend_cpu_share = 0.5
-    report.write_run_directory(tmp_path, compare_runs(runs, (), LIMITS))
+    run_directory.write_run_directory(tmp_path, compare_runs(runs, (), LIMITS))
     write_options(tmp_path)
     text = write_html(tmp_path).read_text()
     assert 'class="verdict void">Void: disagg: the front end took 50% of a core' in text
@@ -215,7 +219,7 @@ def test_texts_cannot_become_markup(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     nasty = comparison(label=NASTY)
     nasty.marks.append(NASTY)
     nasty.b.runs[0].workers[0].name = NASTY  # type: ignore[union-attr]
-    report.write_run_directory(tmp_path, nasty)
+    run_directory.write_run_directory(tmp_path, nasty)
     write_options(tmp_path, command=NASTY, machine={NASTY: NASTY})
     text = write_html(tmp_path).read_text()
     assert_closed(text)
@@ -247,7 +251,7 @@ def test_where_the_library_is_too_large_the_figures_are_svg(run_dir: Path, monke
 
 def test_figures_that_do_not_fit_are_left_out_and_it_says_so(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(html, "_plotly_js", lambda: "")
-    (run_dir / "trace.json").write_text(json.dumps({"traceEvents": trace(2, "colocated worker-0")}))
+    write_trace(run_dir, trace(2, "colocated worker-0"))
     whole = write_html(run_dir).read_text()
     monkeypatch.setattr(html, "LIMIT", len(whole.encode()) - 1)
     text = write_html(run_dir).read_text()
@@ -272,7 +276,7 @@ def test_a_sweep_has_a_report_and_one_per_step(tmp_path: Path, no_plotly: None) 
 def test_a_search_shows_attainment_over_rate(tmp_path: Path, no_plotly: None) -> None:
     found = write_search(tmp_path)
     reader = Reader(write_html(tmp_path).read_text())
-    assert "disagg holds more." in reader.plain
+    assert "No winner: no clear difference in goodput between colocated and disagg." in reader.plain
     assert "disagg: the search did not converge" in reader.plain and "95.0%" in reader.cells
     points = [s for s in goodput_figure(found).panels[0].series if s.kind == "points"]
     assert points[0].x == [1.0, 2.0, 4.0] and points[0].y == [100.0, 95.0, 20.0]
@@ -282,10 +286,44 @@ def test_a_directory_of_something_else_is_named(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"options\.json"):
         write_html(tmp_path)
     write_options(tmp_path)
-    (tmp_path / "result.json").write_text('{"sides": {"a": {}}}')
-    (tmp_path / "requests.jsonl").write_text("")
-    with pytest.raises(ValueError, match="not a run directory"):
-        write_html(tmp_path)
+    for content in (
+        "[",
+        '{"version": 1}',
+        '{"version": 1, "sides": {"a": {}}}',
+        '{"version": 1, "goodput": {"a": {}}}',
+    ):
+        (tmp_path / "result.json").write_text(content)
+        (tmp_path / "requests.jsonl").write_text("")
+        with pytest.raises(ValueError, match="not a run directory"):
+            write_html(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["options.json", "result.json", "requests.jsonl", "trace.json"])
+def test_files_of_another_version_are_refused_in_one_line(run_dir: Path, name: str) -> None:
+    write_trace(run_dir, [])
+    path, version = run_dir / name, re.compile(r'"version": ?1')
+    written = path.read_text()
+    others = {"version 99": version.sub('"version":99', written), "no version": version.sub('"since":1', written)}
+    for said, text in others.items():
+        path.write_text(text)
+        expected = rf"^{path} has {said}, and this minidisagg reads version 1 \(docs/formats.md\)$"
+        with pytest.raises(VersionError, match=expected):
+            write_html(run_dir)
+
+
+def test_what_is_written_begins_with_its_version(run_dir: Path) -> None:
+    for name in ("options.json", "result.json", "requests.jsonl"):
+        assert re.match(r'\{\s*"version": ?1,', (run_dir / name).read_text()), name
+
+
+def test_the_records_of_a_run_are_read_as_they_were(run_dir: Path) -> None:
+    again, original = run_directory.read_result(run_dir), comparison()
+    assert isinstance(again, Comparison)
+    for side, before in zip(again.sides, original.sides, strict=True):
+        assert (side.label, side.values) == (before.label, before.values)
+        for one, other in zip(side.runs, before.runs, strict=True):
+            assert [msgspec.convert(msgspec.to_builtins(r), RequestRecord) for r in one.requests] == other.requests
+            assert msgspec.structs.replace(one, requests=[]) == msgspec.structs.replace(other, requests=[])
 
 
 # ---------------------------------------------------------------- figures
@@ -382,7 +420,7 @@ def test_steps_of_a_trace_are_drawn_per_worker(run_dir: Path, no_plotly: None) -
         assert (prefill.x, prefill.y) == ([2.0], [300.0])
     assert [(s.x, s.y) for s in pages.panels[1].series] == [([1.0, 1.5], [2.0] * 2), ([1.0, 1.5], [7.0] * 2)]
     assert trace_figures([]) == []
-    (run_dir / "trace.json").write_text(json.dumps({"traceEvents": events}))
+    write_trace(run_dir, events)
     text = write_html(run_dir).read_text()
     assert "Figure 8." in text and "disagg &lt;decode-0&gt;: time of a step" in text
     assert_closed(text)
@@ -502,7 +540,7 @@ def test_a_browser_draws_it_and_loads_nothing(
     pytest.importorskip("plotly")
     if kind == "run":
         events = [*trace(2, "colocated worker-0"), *trace(102, "disagg decode-0")]
-        (run_dir / "trace.json").write_text(json.dumps({"traceEvents": events}))
+        write_trace(run_dir, events)
     else:
         (write_search if kind == "search" else write_sweep)(run_dir)
     interactive = write_html(run_dir).read_text()

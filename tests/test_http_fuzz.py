@@ -26,7 +26,7 @@ from fake_engine import MODEL, FakeFrontend, fake_server
 from httpcases import CANARY, KEY, Case, good, request
 from httpfuzz import Apart, behave, run_case
 
-from minidisagg.server import app, completions, generation
+from minidisagg.server import app, completions, connections, generation
 from minidisagg.server.app import Server, ServerSettings
 from minidisagg.server.openapi import describe
 
@@ -325,7 +325,7 @@ def test_open_to_others_only_with_a_key(host: str) -> None:
 
 def test_a_slow_reader_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a client leaves unread is bounded, and then its connection and its request end."""
-    monkeypatch.setattr(completions, "WRITE_TIMEOUT", 60.0)  # the bound on tokens must do it
+    monkeypatch.setattr(connections, "WRITE_TIMEOUT", 60.0)  # the bound on tokens must do it
 
     async def run() -> None:
         async with clean_server() as (server, frontend, port):

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import simfuzz
 
-from minidisagg.core.inputlog import RecordingCore, read_log, replay
+from minidisagg.core.inputlog import RecordingCore, read_entries, read_log, replay
 from minidisagg.core.inputs import Received, Schedule, Tick
 from minidisagg.core.messages import ROUTER, Envelope, SetPolicy
 from minidisagg.core.policy import Policy
 from minidisagg.core.spec import EngineSpec
+from minidisagg.formats import VersionError
 from minidisagg.sim import simulator
 
 
@@ -70,7 +71,8 @@ def test_a_log_that_ends_in_mid_record_is_read_up_to_there() -> None:
     core = RecordingCore(replace(simfuzz.build(0).workers["w0"].core.spec), lambda _: Policy(), log)
     core.on(Tick(), 1.0)
     core.on(Tick(), 2.0)
-    whole = log.getvalue()
+    head, _, whole = log.getvalue().partition(b"\n")
+    assert head == b"minidisagg inputs 2"
     for cut in (1, 3, 6):
         assert len(list(read_log(io.BytesIO(whole[:-cut])))) == 2
     assert len(list(read_log(io.BytesIO(whole)))) == 3
@@ -89,3 +91,12 @@ def test_the_policies_are_loaded_by_their_names() -> None:
 
     log.seek(0)
     assert list(replay(log, load)) == [(None, None)] and loaded == ["first:k=1", "second"]
+
+
+@pytest.mark.parametrize(
+    ("head", "said"),
+    [(b"minidisagg inputs 1\n", "version 1"), (b"", "no version"), (b"\x93\x00\x00", "no version"), (b"x 2\n", "no ")],
+)
+def test_another_version_is_refused(head: bytes, said: str) -> None:
+    with pytest.raises(VersionError, match=f"this input log has {said}"):
+        read_entries(io.BytesIO(head + b"\x01\x00\x00\x00\xc0"))

@@ -7,18 +7,21 @@ import threading
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+import torch
+from msgspec.structs import replace
 
 from minidisagg.core.effects import AbortLink, Send
-from minidisagg.core.handoff import EPOCH_BITS
 from minidisagg.core.inputs import AbortConfirmed, PieceDone
+from minidisagg.core.ledger import EPOCH_BITS
 from minidisagg.core.messages import LinkOpen, LinkReady
 from minidisagg.core.plan import Piece
 from minidisagg.runtime import linkset
-from minidisagg.runtime.linkset import LinkSet
-from minidisagg.transfer.links import LinkSetup
+from minidisagg.runtime.faults import LateLinks
+from minidisagg.runtime.linkset import LinkHooks, LinkSet
+from minidisagg.transfer.emulate import Interconnect, Nic
+from minidisagg.transfer.links import LinkHost, LinkSetup
 
 EPOCH = 7
 
@@ -26,7 +29,8 @@ EPOCH = 7
 class FakeLink:
     """Does what the test says; `connect` and `abort` block until then."""
 
-    def __init__(self) -> None:
+    def __init__(self, one_sided: bool) -> None:
+        self.one_sided = one_sided
         self.started: list[Piece] = []
         self.done: list[PieceDone] = []
         self.reached, self.fenced = threading.Event(), threading.Event()
@@ -55,18 +59,17 @@ class FakeLink:
 class Fixture:
     """A set of fake links, and what it tells."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, one_sided: bool) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, one_sided: bool, delay: float, nic: Nic | None) -> None:
         self.links: list[FakeLink] = []
         self.sent: list[Send] = []
         self.completed: list[PieceDone] = []
         self.aborted: list[tuple[str, int, bool]] = []
         self.failures: list[BaseException] = []
         monkeypatch.setattr(linkset, "make_link", self._make)
-        cache: Any = type("Cache", (), {"data": None, "fd": None})
-        self.set = LinkSet(
-            "w", cache, "unix", one_sided, "raw", Path("."), 1.0, 0.0, self.sent.append, self._hear,
-            self.failures.append, None,
-        )  # fmt: skip
+        self.one_sided = one_sided
+        host = LinkHost("unix", torch.empty(0), None, Path("."), 1.0, nic)
+        hooks = LinkHooks(self.sent.append, self._hear, self.failures.append)
+        self.set = LateLinks(delay, "w", host, hooks) if delay else LinkSet("w", host, hooks)
 
     def _hear(self, news: PieceDone | AbortConfirmed) -> None:
         if isinstance(news, PieceDone):
@@ -75,7 +78,7 @@ class Fixture:
             self.aborted.append((news.peer, news.link_epoch, news.outgoing))
 
     def _make(self, setup: LinkSetup) -> FakeLink:
-        self.links.append(FakeLink())
+        self.links.append(FakeLink(self.one_sided))
         return self.links[-1]
 
     async def opened(self, connected: bool = True) -> FakeLink:
@@ -90,7 +93,7 @@ class Fixture:
 
     async def accepted(self) -> FakeLink:
         """An incoming link from `d`, of the same epoch."""
-        self.set.on_link_open("d", LinkOpen("unix", "raw", EPOCH))
+        self.set.on_link_open("d", LinkOpen("unix", EPOCH))
         link = self.links[-1]
         link.reached.set()
         await until(lambda: self.set._entries["d", EPOCH, False].connected)
@@ -124,9 +127,9 @@ Scenario = Callable[[Fixture], Awaitable[None]]
 def play(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Runs a scenario on a fresh set."""
 
-    def run(scenario: Scenario, one_sided: bool = False) -> None:
+    def run(scenario: Scenario, one_sided: bool = False, delay: float = 0.0, nic: Nic | None = None) -> None:
         async def main() -> None:
-            fixture = Fixture(monkeypatch, one_sided)
+            fixture = Fixture(monkeypatch, one_sided, delay, nic)
             try:
                 await scenario(fixture)
             finally:
@@ -290,3 +293,35 @@ def test_an_error_while_polling_ends_the_worker(play: Callable[..., None]) -> No
         assert [type(error) for error in at.failures] == [KeyError]
 
     play(scenario)
+
+
+def test_pieces_that_the_emulated_interconnect_would_have_brought_sooner_are_counted(play: Callable[..., None]) -> None:
+    async def scenario(at: Fixture) -> None:
+        link = await at.opened()
+        for seq, seconds in enumerate((1.0, 1.1, 3.0)):  # a second for so many bytes, and the latency
+            done = at.complete(link, seq, True)
+            link.done[-1] = replace(done, nbytes=1000, seconds=seconds)
+        at.set.poll()
+        assert at.set.stats()[0].late == 2
+
+    play(scenario, nic=Nic(Interconnect(2000.0, 0.5)))
+
+
+def test_a_delayed_piece_is_started_late_and_in_order_and_fails_with_an_abort(play: Callable[..., None]) -> None:
+    async def scenario(at: Fixture) -> None:
+        link = await at.opened()
+        pieces = [Piece("d", EPOCH, seq, True, "r", 0, [0], [0], 1, (0, 1)) for seq in range(4)]
+        begun = time.monotonic()
+        for piece in pieces[:3]:
+            at.set.start(piece)
+        await turns(10)
+        assert link.started == []
+        await until(lambda: link.started == pieces[:3])
+        assert 0.1 <= time.monotonic() - begun < 0.2
+        at.set.start(pieces[3])
+        link.fenced.set()
+        at.set.abort(AbortLink("d", EPOCH, True, False))
+        await until(lambda: at.aborted == [("d", EPOCH, True)])
+        assert link.started == pieces, "after the abort, for the link to fail it"
+
+    play(scenario, delay=0.1)

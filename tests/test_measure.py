@@ -26,7 +26,8 @@ from minidisagg.measure.goodput import (
 )
 from minidisagg.measure.intervals import Ratio, block_weights, compare, resampled, share_error, student_t
 from minidisagg.measure.records import LinkRecord, RequestRecord, RunRecord, WorkerRecord
-from minidisagg.measure.report import render, to_dict, write_run_directory
+from minidisagg.measure.report import render
+from minidisagg.measure.run_directory import to_dict, write_run_directory
 from minidisagg.measure.stats import Sample, Samples, Window, samples_of, send_lag, summarize, void_reasons, window_of
 from minidisagg.workload.arrivals import arrival_times
 

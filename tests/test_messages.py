@@ -7,6 +7,7 @@ from typing import get_args
 import msgspec
 import pytest
 
+from minidisagg.core.frames import FRAME_VERSION, decode, encode
 from minidisagg.core.messages import (
     Abort,
     AnyMessage,
@@ -45,9 +46,8 @@ from minidisagg.core.messages import (
     TokenLogprob,
     TokenOut,
     WorkerOptions,
-    decode,
-    encode,
 )
+from minidisagg.formats import VersionError
 
 SAMPLING = SamplingParams(max_tokens=3, stop=("x",), stop_token_ids=(1, 2), seed=-5)
 SPEC = RequestSpec(
@@ -66,7 +66,7 @@ EXAMPLES: list[AnyMessage] = [
     KVOffer("a", 1, SPEC, "f", 1 << 20), KVGrant("a", 1, [4, 5], 1),
     KVWait("a", 1), KVBusy("a", 1), Failed("a", 1, "why"),
     KVPiece("a", 1, 1 << 20, 0, 1, 2, (0, 30), (1 << 64) - 1), KVDone("a", 1, 2, 9), KVAck("a", 1), KVCancel("a", 1, 2),
-    KVFailed("a", 1, "why"), LinkOpen("shm", "raw", 1 << 20), LinkReady(1 << 20, "x"), LinkAborted(1 << 20, True),
+    KVFailed("a", 1, "why"), LinkOpen("shm", 1 << 20), LinkReady(1 << 20, "x"), LinkAborted(1 << 20, True),
 ]  # fmt: skip
 
 
@@ -81,14 +81,24 @@ def test_every_message_has_an_example() -> None:
     assert {type(body) for body in EXAMPLES} == set(get_args(AnyMessage))
 
 
+V = bytes([FRAME_VERSION])
+
+
 @pytest.mark.parametrize("data", [
-    b"", b"\x00", b"\xc1", encode(Envelope("w", 1, Abort("a", 1)))[:-1], encode(Envelope("w", 1, Abort("a", 1))) + b"x",
-    msgspec.msgpack.encode(["w", 1, ["Eval", "a", 1]]), msgspec.msgpack.encode(["w", "1", ["Abort", "a", 1]]),
-    msgspec.msgpack.encode(["w", 1, ["Abort", "a"]]), msgspec.msgpack.encode(["w", 1, ["SetRole", 9]]),
+    V, V + b"\x00", V + b"\xc1",
+    encode(Envelope("w", 1, Abort("a", 1)))[:-1], encode(Envelope("w", 1, Abort("a", 1))) + b"x",
+    V + msgspec.msgpack.encode(["w", 1, ["Eval", "a", 1]]), V + msgspec.msgpack.encode(["w", "1", ["Abort", "a", 1]]),
+    V + msgspec.msgpack.encode(["w", 1, ["Abort", "a"]]), V + msgspec.msgpack.encode(["w", 1, ["SetRole", 9]]),
     encode(Envelope("w", 1, Submit("a", 0, RequestSpec(prompt=[-1], sampling=SAMPLING)))),
 ])  # fmt: skip
 def test_garbage_is_refused(data: bytes) -> None:
     with pytest.raises(msgspec.MsgspecError):
+        decode(data)
+
+
+@pytest.mark.parametrize(("data", "said"), [(b"", "no version"), (b"\x07\x93", "version 7")])
+def test_another_version_is_refused(data: bytes, said: str) -> None:
+    with pytest.raises(VersionError, match=f"a message has {said}, and this minidisagg reads version {FRAME_VERSION}"):
         decode(data)
 
 

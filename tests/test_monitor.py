@@ -37,27 +37,25 @@ from rich.cells import cell_len
 from rich.console import Console
 from serving import Serving, serving
 
-from minidisagg.core.messages import Envelope, SamplingParams, StepOutput
+from minidisagg.admin_schema import (
+    STAGES,
+    VERSION,
+    EndRecord,
+    EventRecord,
+    LinkState,
+    RequestState,
+    Snapshot,
+    Stage,
+    StepRecord,
+    WorkerState,
+    WorkerStats,
+)
+from minidisagg.core.messages import Envelope, LinkStats, SamplingParams, Stats, StepOutput
 from minidisagg.monitor.app import MonitorError, MonitorOptions, read_events, run_monitor
 from minidisagg.monitor.keys import POLICIES, Post, SetLoad, Ui, press
 from minidisagg.monitor.load import DemoLoad
 from minidisagg.monitor.panels import duration, split
-from minidisagg.monitor.state import (
-    BUCKET,
-    DEFAULT_SLO,
-    SPAN,
-    STAGES,
-    End,
-    Event,
-    Link,
-    Live,
-    Snapshot,
-    State,
-    Stats,
-    Step,
-    Worker,
-    decode,
-)
+from minidisagg.monitor.state import BUCKET, DEFAULT_SLO, NOTHING, SPAN, State, decode
 from minidisagg.monitor.view import frame
 from minidisagg.server.history import Recent
 
@@ -68,20 +66,117 @@ SLO = {"ttft": 100.0, "tpot": 5.0}
 MONITOR = ("-m", "minidisagg", "monitor")
 
 
+def a_step(seq: int, clock: float, worker: str, seconds: float, prefill_tokens: int, decode_tokens: int) -> StepRecord:
+    return StepRecord(
+        seq=seq,
+        clock=clock,
+        worker=worker,
+        seconds=seconds,
+        prefill_tokens=prefill_tokens,
+        decode_tokens=decode_tokens,
+        context_tokens=0,
+    )
+
+
+def an_end(
+    seq: int,
+    clock: float,
+    name: str,
+    finish: str,
+    *,
+    tokens: tuple[int, int] = (0, 0),
+    ttft: float = 0.0,
+    tpot: float = 0.0,
+    max_itl: float = 0.0,
+    **stages: float,
+) -> EndRecord:
+    return EndRecord(
+        seq=seq,
+        clock=clock,
+        id=name,
+        finish=finish,
+        prompt_tokens=tokens[0],
+        output_tokens=tokens[1],
+        ttft=ttft,
+        tpot=tpot,
+        max_itl=max_itl,
+        e2e=sum(stages.values()),
+        stages=stages,
+    )
+
+
+def an_event(seq: int, clock: float, text: str) -> EventRecord:
+    return EventRecord(seq=seq, clock=clock, text=text)
+
+
+def a_link(peer: str, transfers: int, moved: int, seconds: float, failures: int = 0, backlog: int = 0) -> LinkState:
+    return LinkState(
+        peer=peer,
+        kind="shm",
+        transfers=transfers,
+        bytes=moved,
+        seconds=seconds,
+        queue_seconds=0.0,
+        failures=failures,
+        backlog=backlog,
+    )
+
+
+def some_stats(links: Sequence[LinkState] = (), **given: float) -> WorkerStats:
+    zeros: dict[str, Any] = dict.fromkeys(WorkerStats.__struct_fields__, 0)
+    return WorkerStats(**(zeros | given | {"links": list(links)}))
+
+
+def a_worker(
+    name: str,
+    role: str = "",
+    state: Any = "down",
+    epoch: int = 0,
+    pid: Any = msgspec.UNSET,
+    stats: WorkerStats | None = None,
+) -> WorkerState:
+    return WorkerState(name=name, role=role, state=state, epoch=epoch, pid=pid, stats=stats)
+
+
+def live_request(name: str, stage: Stage, age: float, in_stage: float) -> RequestState:
+    return RequestState(
+        id=name,
+        stage=stage,
+        age=age,
+        in_stage=in_stage,
+        prompt_tokens=0,
+        output_tokens=0,
+        max_tokens=0,
+        workers=[],
+        incarnation=0,
+    )
+
+
 def snapshot(clock: float = 100.0, seq: int = 10, **fields: Any) -> Snapshot:
-    stats = Stats(
-        running=7, waiting=2, offers=1, pages_free=50, pages_live=30, pages_cached=15, pages_inflight=4,
-        pages_quarantined=1, clock=clock, links=[Link("decode-0", "shm", 10, 10**9, 0.5, failures=3, backlog=6)],
-    )  # fmt: skip
-    workers = [Worker("prefill-0", "prefill", "up", 1, 77, stats=stats), Worker("decode-0", state="down", epoch=4)]
-    given = {
-        "model": "a/model", "mode": "disagg", "policy": "fcfs", "workers": workers,
+    stats = some_stats(
+        [a_link("decode-0", 10, 10**9, 0.5, failures=3, backlog=6)],
+        running=7,
+        waiting=2,
+        offers=1,
+        pages_free=50,
+        pages_live=30,
+        pages_cached=15,
+        pages_inflight=4,
+        pages_quarantined=1,
+        clock=clock,
+    )
+    workers = [a_worker("prefill-0", "prefill", "up", 1, 77, stats), a_worker("decode-0", state="down", epoch=4)]
+    given: dict[str, Any] = {
+        "model": "a/model",
+        "mode": "disagg",
+        "policy": "fcfs",
+        "workers": workers,
         "stages": {"waiting": 11, "prefilling": 2, "transferring": 3, "decode_waiting": 1, "decoding": 24},
         "oldest": {"waiting": 1.5, "decoding": 4.25},
         "latencies": {"ttft": [0.0123, 0.08, 0.345], "tpot": [], "itl": []},
         **fields,
-    }  # fmt: skip
-    return Snapshot(clock, seq, **given)
+    }
+    return msgspec.structs.replace(NOTHING, clock=clock, seq=seq, **given)
 
 
 def text_of(state: State, ui: Ui | None = None, width: int = 120, height: int = 40) -> str:
@@ -160,8 +255,8 @@ def test_numbers_are_those_of_the_recorded_events(recorded: list[bytes]) -> None
 
 def test_rates_of_links_and_busy_share() -> None:
     def at(clock: float, moved: int, pieces: int, seconds: float, busy: float) -> Snapshot:
-        stats = Stats(clock=clock, busy_seconds=busy, links=[Link("b", "shm", pieces, moved, seconds)])
-        return snapshot(clock, workers=[Worker("a", "prefill", "up", 1, 7, stats=stats)])
+        stats = some_stats([a_link("b", pieces, moved, seconds)], clock=clock, busy_seconds=busy)
+        return snapshot(clock, workers=[a_worker("a", "prefill", "up", 1, 7, stats=stats)])
 
     state = state_of(at(0.0, 0, 0, 0.0, 0.0), at(2.0, 0, 0, 0.0, 0.0))
     worker = state.now.workers[0]
@@ -179,27 +274,27 @@ def test_rates_of_links_and_busy_share() -> None:
 
 
 def test_a_reconnection_counts_nothing_twice_and_another_server_starts_anew() -> None:
-    steps = [Step(n, 99.0, "a", 0.01, 0, 5) for n in (1, 2, 3)]
-    ends = [End(4, 99.5, "x", "length")]
-    events = [Event(5, 99.6, "hello")]
+    steps = [a_step(n, 99.0, "a", 0.01, 0, 5) for n in (1, 2, 3)]
+    ends = [an_end(4, 99.5, "x", "length")]
+    events = [an_event(5, 99.6, "hello")]
     state = state_of(snapshot(seq=5, steps=steps, ends=ends, events=events))
-    state.apply(snapshot(100.1, 6, steps=steps, ends=ends, events=[*events, Event(6, 100.0, "again")]))
+    state.apply(snapshot(100.1, 6, steps=steps, ends=ends, events=[*events, an_event(6, 100.0, "again")]))
     assert state.worker_tokens("a") == 15 / SPAN and state.goodput()[2] == 1
     assert [event.text for event in state.log] == ["hello", "again"]
-    state.apply(snapshot(101.0, 2, events=[Event(1, 100.9, "new")]))
+    state.apply(snapshot(101.0, 2, events=[an_event(1, 100.9, "new")]))
     assert [event.text for event in state.log] == ["new"] and not state.ends and not state.buckets
-    worker = Worker("prefill-0", "prefill", "up", 1, 78)
+    worker = a_worker("prefill-0", "prefill", "up", 1, 78)
     state.apply(snapshot(101.5, 9, workers=[worker]))  # more records than before, but another process
     assert not state.log
 
 
 def test_goodput_is_of_the_last_minute_and_leaves_aborted_requests_out() -> None:
     ends = [
-        End(1, 10.0, "old", "length", ttft=0.01),
-        End(2, 50.0, "good", "stop", ttft=0.1, tpot=0.005),
-        End(3, 50.0, "late", "stop", ttft=0.1001),
-        End(4, 50.0, "gone", "abort", ttft=0.01),
-        End(5, 50.0, "error", "error"),
+        an_end(1, 10.0, "old", "length", ttft=0.01),
+        an_end(2, 50.0, "good", "stop", ttft=0.1, tpot=0.005),
+        an_end(3, 50.0, "late", "stop", ttft=0.1001),
+        an_end(4, 50.0, "gone", "abort", ttft=0.01),
+        an_end(5, 50.0, "error", "error"),
     ]
     assert state_of(snapshot(20.0, 5, ends=ends), slo=SLO).goodput() == (2 / 10, 2 / 4, 4)
     assert state_of(snapshot(71.0, 5, ends=ends), slo=SLO).goodput() == (1 / 60, 1 / 3, 3)
@@ -209,7 +304,7 @@ def test_goodput_is_of_the_last_minute_and_leaves_aborted_requests_out() -> None
 
 def test_changes_of_role_are_marked_once() -> None:
     def at(clock: float, mode: str, *roles: str) -> Snapshot:
-        return snapshot(clock, mode=mode, workers=[Worker(f"w{n}", role, "up") for n, role in enumerate(roles)])
+        return snapshot(clock, mode=mode, workers=[a_worker(f"w{n}", role, "up") for n, role in enumerate(roles)])
 
     state = state_of(
         at(1.0, "colocated", "both", "both"), at(2.0, "disagg", "both", "both"), at(3.0, "disagg", "prefill", "both"),
@@ -235,11 +330,15 @@ def test_no_line_is_wider_than_the_terminal(recorded: list[bytes], size: tuple[i
 
 def test_the_panels_show_the_numbers() -> None:
     ends = [
-        End(3, 99.0, "cmpl-1", "length", 256, 64, 0.05, 0.004, 0.01, 1.0, {"queue": 0.25, "decode": 0.75}),
-        End(4, 99.0, "cmpl-2", "length", 256, 64, 0.05, 0.004, 0.01, 2.0, {"prefill": 1.0, "decode": 1.0}),
+        an_end(
+            3, 99.0, "cmpl-1", "length", tokens=(256, 64), ttft=0.05, tpot=0.004, max_itl=0.01, queue=0.25, decode=0.75
+        ),
+        an_end(
+            4, 99.0, "cmpl-2", "length", tokens=(256, 64), ttft=0.05, tpot=0.004, max_itl=0.01, prefill=1.0, decode=1.0
+        ),
     ]
-    steps = [Step(1, 99.2, "prefill-0", 0.0123, 256, 0), Step(2, 99.3, "prefill-0", 0.045, 200, 300)]
-    events = [Event(5, 88.0, "prefill-0 is up"), Event(6, 90.0, "evil \x1b[2J name")]
+    steps = [a_step(1, 99.2, "prefill-0", 0.0123, 256, 0), a_step(2, 99.3, "prefill-0", 0.045, 200, 300)]
+    events = [an_event(5, 88.0, "prefill-0 is up"), an_event(6, 90.0, "evil \x1b[2J name")]
     state = state_of(
         snapshot(95.0, 0, prompt_tokens=1000, generation_tokens=50),
         snapshot(prompt_tokens=6000, generation_tokens=5050, steps=steps, ends=ends, events=events), slo=SLO,
@@ -338,10 +437,24 @@ def test_a_small_terminal_keeps_the_panels_of_worth(recorded: list[bytes]) -> No
 
 def test_requests_lie_on_one_axis_of_time() -> None:
     ends = [
-        End(3, 99.0, "first", "length", 9, 9, 0.1, 0.004, 0.01, 4.0, {"queue": 1.0, "prefill": 1.0, "decode": 2.0}),
-        End(4, 100.0, "second", "length", 9, 9, 0.1, 0.004, 0.01, 2.0, {"prefill": 1.0, "transfer": 1.0}),
+        an_end(
+            3,
+            99.0,
+            "first",
+            "length",
+            tokens=(9, 9),
+            ttft=0.1,
+            tpot=0.004,
+            max_itl=0.01,
+            queue=1.0,
+            prefill=1.0,
+            decode=2.0,
+        ),
+        an_end(
+            4, 100.0, "second", "length", tokens=(9, 9), ttft=0.1, tpot=0.004, max_itl=0.01, prefill=1.0, transfer=1.0
+        ),
     ]
-    live = [Live("third", "decoding", 3.0, 1.0), Live("fourth", "waiting", 0.5, 0.5)]
+    live = [live_request("third", "decoding", 3.0, 1.0), live_request("fourth", "waiting", 0.5, 0.5)]
     state = state_of(snapshot(100.0, ends=ends, requests=live))
     lines = text_of(state, Ui(panel=6), 22 + 100, 12).splitlines()  # 20 columns to the second
     rows = {line.split()[0]: line[11:111] for line in lines[2:6]}
@@ -361,13 +474,13 @@ def test_requests_lie_on_one_axis_of_time() -> None:
 
 
 def test_a_stage_that_no_worker_takes_is_said() -> None:
-    def title(*workers: Worker) -> str:
+    def title(*workers: WorkerState) -> str:
         return text_of(state_of(snapshot(workers=list(workers)))).splitlines()[1]
 
-    both, prefill = Worker("a", "both", "up"), Worker("b", "prefill", "up")
-    assert "no worker" not in title(both) + title(prefill, Worker("c", "decode", "up"))
-    assert "no worker takes decode: new requests wait" in title(prefill, Worker("c", "decode", "down"))
-    assert "no worker takes prefill or decode" in title(Worker("a", "both", "flipping"))
+    both, prefill = a_worker("a", "both", "up"), a_worker("b", "prefill", "up")
+    assert "no worker" not in title(both) + title(prefill, a_worker("c", "decode", "up"))
+    assert "no worker takes decode: new requests wait" in title(prefill, a_worker("c", "decode", "down"))
+    assert "no worker takes prefill or decode" in title(a_worker("a", "both", "flipping"))
 
 
 def test_the_default_slo_is_said() -> None:
@@ -378,7 +491,7 @@ def test_the_default_slo_is_said() -> None:
 
 def test_glyphs_and_colours_of_the_strip_tell_what_was_in_a_step() -> None:
     kinds = [(0, "·", "green"), (1, "░", "yellow"), (64, "░", "yellow"), (65, "▒", "magenta"), (300, "█", "red")]
-    steps = [Step(n, 90.0 + n, "prefill-0", 0.01, kind[0], 9) for n, kind in enumerate(kinds, 1)]
+    steps = [a_step(n, 90.0 + n, "prefill-0", 0.01, kind[0], 9) for n, kind in enumerate(kinds, 1)]
     state = state_of(snapshot(steps=steps))
     drawn = frame(state, Ui(panel=5), 120, 20)
     at = next(n for n, line in enumerate(drawn.lines) if any("░" in s.text for s in line[1:]) and n > 1)
@@ -414,7 +527,7 @@ def test_small_helpers() -> None:
 
 
 def test_keys_ask_for_the_actions() -> None:
-    state, ui = state_of(snapshot(ends=[End(n, 99.0, str(n), "stop") for n in (1, 2, 3)])), Ui(load=5.0)
+    state, ui = state_of(snapshot(ends=[an_end(n, 99.0, str(n), "stop") for n in (1, 2, 3)])), Ui(load=5.0)
     assert press(ui, " ", state) == Post("pause", "pause admission")
     assert press(ui, "m", state) == Post("mode", "mode colocated", {"mode": "colocated"})
     assert press(ui, "p", state) == Post("policy", "policy prefill_first", {"policy": "prefill_first"})
@@ -753,6 +866,27 @@ def test_another_program_on_the_port(tmp_path: Path, recorded: list[bytes]) -> N
         tty.wait("server gone: not an event of the monitor")
         tty.press("q")
         assert tty.ended() == 0
+
+
+def test_another_version_is_refused_in_one_line(tmp_path: Path, recorded: list[bytes]) -> None:
+    ours = b'"version":%d,' % VERSION
+    newer, older = (recorded[-1].replace(ours, other, 1) for other in (b'"version":99,', b""))
+    for body, said in ((newer, "version 99"), (older, "no version")):
+        said = f"the event has {said}, and this minidisagg reads version {VERSION}"
+        with answering(body) as url, pytest.raises(MonitorError, match=f"^{url}: {said}"):
+            run_monitor(MonitorOptions(url=url, once=True))
+        (tmp_path / "other.jsonl").write_bytes(body)
+        with pytest.raises(ValueError, match=rf"other\.jsonl, line 1: {said}"):
+            run_monitor(MonitorOptions(replay=tmp_path / "other.jsonl", once=True))
+    first, second = (b"data: " + event + b"\n\n" for event in (recorded[-1], newer))
+    with answering(recorded[-1], first, second) as url, terminal(url, cwd=tmp_path) as tty:  # it was restarted
+        assert tty.ended() == 1
+        assert b"the event has version 99" in tty.raw
+
+
+def test_the_schema_has_all_that_workers_say() -> None:
+    for ours, theirs in ((WorkerStats, Stats), (LinkState, LinkStats)):
+        assert ours.__struct_fields__ == theirs.__struct_fields__
 
 
 def test_a_load_that_fails_is_counted() -> None:

@@ -73,7 +73,7 @@ def test_its_errors_are_those_the_code_sends() -> None:
     """Read from the sources: a status that is raised somewhere is described, and none is described in vain."""
     directory = Path(app.__file__).parent
     raised = {400, 500}  # what is no HTTP, and bugs
-    for name in ("app", "completions", "generation", "protocol"):
+    for name in ("app", "completions", "connections", "generation", "protocol"):
         for node in ast.walk(ast.parse((directory / f"{name}.py").read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "ApiError":
                 status = node.args[0]
@@ -153,7 +153,7 @@ def test_real_answers_fit() -> None:
     async def run() -> None:
         async with fake_server() as (_, _, port):
             for path, whole, chunk in (
-                ("/v1/completions", "PieceDone", "PieceDone"),
+                ("/v1/completions", "Completion", "Completion"),
                 ("/v1/chat/completions", "ChatCompletion", "ChatCompletionChunk"),
             ):
                 for stream in (False, True):

@@ -40,11 +40,13 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 from minidisagg.config import RunSettings
 from minidisagg.core.inputlog import read_entries, replay
+from minidisagg.core.inputs import LayersDone
 from minidisagg.core.plan import PlanItem, SeqInit, StepPlan
+from minidisagg.core.tracked import Stage
 from minidisagg.model.loader import load_config, load_weights
 from minidisagg.model.transformer import Transformer
 from minidisagg.policies import load_policy
-from minidisagg.runtime.executor import Executor
+from minidisagg.runtime.device import Device
 from minidisagg.runtime.kv_cache import KVCache
 
 PROMPTS = prompts(200)
@@ -85,8 +87,14 @@ def thirds() -> str:
     return f"{path}:Thirds"
 
 
-async def measure(link: str, logs: Path, ahead: int) -> Run:
-    shape = settings("disagg" if link else "colocated", link or "auto", POOL, policy=thirds())
+# What leaves at once over each link in the suite, and with --full over each.
+GRANULARITY = {"gloo": "layers:1", "shm": "layers:1", "unix": "chunk", "tcp": "request", "": "auto"}
+
+
+async def measure(link: str, granularity: str, logs: Path, ahead: int) -> Run:
+    shape = settings(
+        "disagg" if link else "colocated", link or "auto", POOL, policy=thirds(), granularity=granularity
+    )
     async with cluster(shape, RunSettings(record_dir=str(logs), step_ahead=ahead)) as frontend:
         tokens = await run_to_end(frontend, PROMPTS, greedy(OUTPUT))
         stats = await frontend.fresh_stats()
@@ -104,18 +112,19 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def run_over(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
+def run_over(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
     """The run over a link ("": colocated); each is made once, over `unix` with steps planned ahead as on a GPU."""
 
     @cache
-    def run(link: str) -> Run:
-        return asyncio.run(measure(link, tmp_path_factory.mktemp(link or "colocated"), int(link == "unix")))
+    def run(link: str, granularity: str = "") -> Run:
+        logs = tmp_path_factory.mktemp(link or "colocated")
+        return asyncio.run(measure(link, granularity or GRANULARITY[link], logs, int(link == "unix")))
 
     return run
 
 
 @pytest.fixture(scope="module")
-def colocated(run_over: Callable[[str], Run]) -> Run:
+def colocated(run_over: Callable[..., Run]) -> Run:
     return run_over("")
 
 
@@ -168,10 +177,10 @@ class Dense:
 
 
 def batch_of_one(prompt: list[int], count: int) -> list[int]:
-    """The whole prompt in one step, then a token a step, in pages 0, 1, 2, … of an executor of its own."""
+    """The whole prompt in one step, then a token a step, in pages 0, 1, 2, … of a device of its own."""
     config = load_config(MODEL.model)
     model = Transformer(config, load_weights(MODEL.model, config), torch.float64, CPU)
-    executor = Executor(model, KVCache(config, 80, PAGE, torch.float64, CPU))
+    device = Device(model, KVCache(config, 80, PAGE, torch.float64, CPU))
     ids, start = list(prompt), 0
     with torch.inference_mode():
         for index in range(count):
@@ -179,7 +188,7 @@ def batch_of_one(prompt: list[int], count: int) -> list[int]:
             item = PlanItem("r", 0, start, len(ids) - start, ids[start:], pages, True, index)
             new = [] if index else [SeqInit("r", 0, prompt, [], greedy(count))]
             start = len(ids)
-            ids += executor.execute(StepPlan(index, [item], new, [])).tokens
+            ids += device.run(StepPlan(index, [item], new, [])).tokens
     return ids[len(prompt) :]
 
 
@@ -218,13 +227,31 @@ def test_colocated_equals_batch_of_one(colocated: Run) -> None:
         assert batch_of_one(PROMPTS[index], OUTPUT) == colocated.tokens[index]
 
 
+def pairs(full: bool) -> list[tuple[str, str]]:
+    """(link, granularity): of the suite, or the rest of the product."""
+    suite = [(link, GRANULARITY[link]) for link in ("gloo", "shm", "unix")]
+    units = "request", "chunk", "layers:1", "auto"
+    every = [(link, unit) for link in ("gloo", "shm", "tcp", "unix") for unit in units]
+    return [pair for pair in every if pair not in suite] if full else suite
+
+
 @needs_two_cores
-@pytest.mark.parametrize("link", ["gloo", "shm", "unix", pytest.param("tcp", marks=pytest.mark.slow)])
-def test_disagg_equals_colocated(link: str, run_over: Callable[[str], Run]) -> None:
-    run = run_over(link)
+@pytest.mark.parametrize(
+    ("link", "granularity"), [*pairs(False), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in pairs(True))]
+)
+def test_disagg_equals_colocated(link: str, granularity: str, run_over: Callable[..., Run]) -> None:
+    run = run_over(link, granularity)
     assert run.tokens == run_over("").tokens
     assert run.preemptions >= 50
-    assert min(chunks_of_prompts(run.logs / "prefill-0.1.inputs").values()) >= 3
+    log = run.logs / "prefill-0.1.inputs"
+    assert min(chunks_of_prompts(log).values()) >= 3
+    assert layers_reported(log) == {"layers:1": {1, 2}, "auto": {2}}.get(granularity, set())
+
+
+def layers_reported(log: Path) -> set[int]:
+    """What the device has said before its steps' ends. On a tiny model `auto` has no group worth a piece."""
+    with log.open("rb") as file:
+        return {entry.what.layer for entry, _ in read_entries(file)[1] if isinstance(entry.what, LayersDone)}
 
 
 @needs_two_cores
@@ -279,7 +306,7 @@ def test_decode_placed_late_changes_no_token(link: str, colocated: Run, tmp_path
 
 
 @needs_two_cores
-def test_recorded_inputs_replay_to_the_same_plans(run_over: Callable[[str], Run]) -> None:
+def test_recorded_inputs_replay_to_the_same_plans(run_over: Callable[..., Run]) -> None:
     for link, names in (("", ["worker-0"]), ("unix", ["prefill-0", "decode-0"]), ("shm", ["prefill-0", "decode-0"])):
         for name in names:
             with (run_over(link).logs / f"{name}.1.inputs").open("rb") as log:
@@ -295,7 +322,7 @@ async def with_kills(link: str, victims: list[str], transfer_delay: float, seed:
     """Tokens of a run in which each victim is killed while the KV of some request is on its way."""
     rng = random.Random(seed)
     run = RunSettings(delays={"transfer": transfer_delay})
-    async with cluster(settings("disagg", link, POOL), run) as frontend:
+    async with cluster(settings("disagg", link, POOL, granularity="layers:1"), run) as frontend:
         load = Load(frontend)
         load.submit_all(PROMPTS, greedy(OUTPUT))
         for victim in victims:
@@ -312,7 +339,7 @@ async def with_kills(link: str, victims: list[str], transfer_delay: float, seed:
 
 def ripe(load: Load, few: int) -> bool:
     """At most `few` requests are left, and the KV of one is on its way."""
-    return len(load.open) <= few and any(r.moving and not r.prefilling for r in load.tracked())
+    return len(load.open) <= few and any(r.stage is Stage.TRANSFER for r in load.tracked())
 
 
 @needs_two_cores
@@ -356,14 +383,14 @@ def test_many_kills_change_no_token(link: str, colocated: Run, monkeypatch: pyte
 ZERO_PAGE = """
 import sys
 from minidisagg import Policy
-from minidisagg.runtime.executor import Executor
+from minidisagg.runtime.device import Device
 
 
 class ZeroPage(Policy):
     pass
 
 
-def execute(self, plan):
+def prepare(self, plan):
     fresh = {(new.request_id, new.incarnation) for new in plan.new}
     for item in plan.items:
         if (item.request_id, item.incarnation) in fresh:
@@ -372,7 +399,7 @@ def execute(self, plan):
 
 
 if any('"decode-0"' in argument for argument in sys.argv):
-    original, Executor.execute = Executor.execute, execute
+    original, Device.prepare = Device.prepare, prepare
 """
 
 

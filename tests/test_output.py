@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from minidisagg import SamplingParams
-from minidisagg.core.router import Emit
+from minidisagg.core.tracked import Emit
 from minidisagg.model.tokenizer import Tokenizer
 from minidisagg.runtime.output import OutputProcessor, StopChecker
 

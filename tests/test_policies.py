@@ -11,7 +11,7 @@ from test_engine import Hand, sizes, submit
 
 from minidisagg.core.messages import RequestSpec, Role, SamplingParams
 from minidisagg.core.policy import ClusterView, Placement, Policy, Reject, WorkerOptions, WorkerStatus
-from minidisagg.core.router import Tracked
+from minidisagg.core.tracked import Tracked
 from minidisagg.policies import load_policy, names
 from minidisagg.policies.prefill_first import PrefillFirst
 from minidisagg.policies.sarathi import Sarathi

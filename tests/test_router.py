@@ -32,7 +32,8 @@ from minidisagg.core.messages import (
     WorkerOptions,
 )
 from minidisagg.core.policy import ClusterView, Placement, Policy, Reject, RequestView, RoleChange
-from minidisagg.core.router import MAX_FAILURES, Emit, Kill, Router, RouterSpec
+from minidisagg.core.router import MAX_FAILURES, Kill, Router, RouterSpec
+from minidisagg.core.tracked import Emit
 
 SAMPLING = SamplingParams(max_tokens=4)
 
@@ -515,7 +516,7 @@ def test_a_policy_that_names_no_decode_worker_after_prefill_has_it_computed_agai
     policy.answers["place"] = answer
     hand.token("p", "a", 0)
     assert ("p", Abort("a", 0)) in hand.take()
-    assert hand.router.requests["a"].incarnation == 1 and hand.router.requests["a"].prefilling
+    assert hand.router.requests["a"].incarnation == 1 and hand.router.requests["a"].computing
     hand.router.check_integrity()
 
 

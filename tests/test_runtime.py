@@ -35,7 +35,7 @@ from minidisagg.config import STAGES, ModelSettings, RunSettings
 from minidisagg.core.inputlog import read_entries, replay
 from minidisagg.core.inputs import PieceDone, Received
 from minidisagg.core.messages import Abort
-from minidisagg.core.router import StageTimes
+from minidisagg.core.tracked import StageTimes
 from minidisagg.model.loader import cached_path
 from minidisagg.model.tokenizer import Tokenizer
 from minidisagg.policies import load_policy

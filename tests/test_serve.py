@@ -33,7 +33,8 @@ from serving import Serving, real_engine, serving
 from minidisagg import LLM, SamplingParams
 from minidisagg.config import Mode, ModelSettings, RunSettings
 from minidisagg.core.messages import Role
-from minidisagg.core.router import Router, Tracked
+from minidisagg.core.router import Router
+from minidisagg.core.tracked import Stage, Tracked
 from minidisagg.model.loader import cached_path
 from minidisagg.model.tokenizer import Tokenizer
 from minidisagg.runtime.frontend import Frontend
@@ -79,16 +80,16 @@ class Client:
 
 def router_stage(request: Tracked) -> str:
     """Where the router has a request. It does not hear when a worker begins with a prompt: the decision log knows."""
-    if request.prefilling:
+    if request.computing:
         return "prefilling" if request.prefill else "queued"
-    return "transferring" if request.moving else "decoding"
+    return "transferring" if request.stage is Stage.TRANSFER else "decoding"
 
 
 def seems_at(router: Router, request: Tracked) -> str:
     """A guess, to leave at the right time: FCFS prefills the oldest first, and 32 tokens of two prompts in a step."""
     stage = router_stage(request)
     if stage == "prefilling":
-        older = [r for r in router.requests.values() if r.prefilling and r.arrival < request.arrival]
+        older = [r for r in router.requests.values() if r.computing and r.arrival < request.arrival]
         return "queued" if len(older) > 4 else "prefilling" if not older else "between"
     return stage
 

@@ -28,11 +28,12 @@ from serving import serving
 from minidisagg.cli import cli
 from minidisagg.config import ClusterSettings, ModelSettings, RunSettings
 from minidisagg.core.messages import Role, SamplingParams, Stats
-from minidisagg.core.router import Emit, RouterSpec
+from minidisagg.core.router import RouterSpec
+from minidisagg.core.tracked import Emit
 from minidisagg.model.tokenizer import Tokenizer
 from minidisagg.runtime.channel import ChannelError
 from minidisagg.runtime.output import OutputProcessor
-from minidisagg.server import admin, app, completions, generation
+from minidisagg.server import admin, app, completions, connections, generation
 from minidisagg.server.app import Server, drain
 from minidisagg.server.generation import Choice, Generation
 from minidisagg.server.history import EndRecord, Timing
@@ -120,7 +121,7 @@ def http(path: str, body: Any = None, extra: bytes = b"") -> bytes:
 @pytest.mark.parametrize("what", ["stream", "body", "closing body", "events"])
 def test_who_takes_nothing_is_reset(what: str, loop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel says so: an error on the client's socket is a reset, and a connection that was closed has none."""
-    monkeypatch.setattr(completions, "WRITE_TIMEOUT", 0.3)
+    monkeypatch.setattr(connections, "WRITE_TIMEOUT", 0.3)
     monkeypatch.setattr(generation, "MAX_UNREAD", 1 << 40)
     snapshot = admin.Admin.snapshot
 
@@ -155,7 +156,7 @@ def test_who_takes_nothing_is_reset(what: str, loop: Any, monkeypatch: pytest.Mo
 
 @LOOPS
 def test_who_reads_slowly_is_served(loop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(completions, "WRITE_TIMEOUT", 0.3)
+    monkeypatch.setattr(connections, "WRITE_TIMEOUT", 0.3)
 
     async def large(_: Any) -> bytes:
         return b"x" * (6 << 20)

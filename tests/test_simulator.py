@@ -13,9 +13,11 @@ from stepwise import spec
 
 from minidisagg.core.blocks import IntegrityError
 from minidisagg.core.messages import Role, SamplingParams
+from minidisagg.core.plan import Piece
 from minidisagg.core.policy import Policy, WorkerOptions
 from minidisagg.sim.cost_model import LinearCost
-from minidisagg.sim.simulator import Simulator, chain, oracle, sample
+from minidisagg.sim.memory import chain, oracle, sample
+from minidisagg.sim.simulator import Simulator
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 
@@ -60,7 +62,7 @@ def test_times_are_those_of_the_cost_model() -> None:
 def test_a_damaged_slot_shows() -> None:
     sim = Simulator([spec("w0")], Policy, check=False)
     sim.submit("a", PROMPT, SamplingParams(max_tokens=8), 0.0)
-    sim.plan(0.03, lambda: sim.workers["w0"].memory[0].__setitem__(1, 0))
+    sim.plan(0.03, lambda: sim.workers["w0"].memory.planes[0][0].__setitem__(1, 0))
     sim.run()
     assert len(simfuzz.verdict(sim)) == 1
 
@@ -68,7 +70,7 @@ def test_a_damaged_slot_shows() -> None:
 def test_a_write_into_a_page_of_someone_else_is_an_error() -> None:
     sim = Simulator([spec("w0")], Policy)
     with pytest.raises(IntegrityError, match="page 0 of w0 is in use while it is FREE"):
-        sim._copy(sim.workers["w0"], [], sim.workers["w0"], [0])
+        sim._copy(sim.workers["w0"], Piece("w0", 1, 0, True, "a", 0, [], [], 0, (0, 2)), sim.workers["w0"], [0])
 
 
 def test_a_worker_that_was_stopped_twice_does_all_in_order() -> None:

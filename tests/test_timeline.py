@@ -17,7 +17,7 @@ from cluster import needs_two_cores
 
 from minidisagg.config import RunSettings
 from minidisagg.core.messages import Envelope, PieceSpan, PieceSpans, Role, Stats, StepOutput, TokenOut
-from minidisagg.core.router import Emit, StageTimes
+from minidisagg.core.tracked import Emit, StageTimes
 from minidisagg.measure.timeline import STAGES, Timeline, write_timeline
 
 Events = list[dict[str, Any]]
@@ -84,7 +84,9 @@ async def run(path: Path, offsets: dict[str, float]) -> Told:
 def test_spans_nest_add_up_and_line_up(tmp_path: Path, offset: float) -> None:
     path = tmp_path / "trace.json"
     told = asyncio.run(run(path, {"decode-0": offset}))
-    events: Events = json.loads(path.read_text())["traceEvents"]
+    document = json.loads(path.read_text())
+    assert list(document) == ["otherData", "displayTimeUnit", "traceEvents"] and document["otherData"] == {"version": 1}
+    events: Events = document["traceEvents"]
     assert_nested(events)
 
     requests = of(events, cat="request")

@@ -195,7 +195,7 @@ def test_an_error_at_any_entrance_ends_the_worker_which_does_nothing_more(
             await worker._serve_peer(peer())  # type: ignore[arg-type]
         elif where == "piece":
             refuse(PieceDone)
-            worker._on_link_news(PieceDone("d", 1, 0, True, True))
+            worker._on_news(PieceDone("d", 1, 0, True, True))
         elif where == "planning":
             refuse(Schedule)
             loop.call_later(0, worker._advance)

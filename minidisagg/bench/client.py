@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from minidisagg.core.messages import Hello, SamplingParams, Stats
-from minidisagg.core.router import Emit
+from minidisagg.core.tracked import Emit
 from minidisagg.measure.records import LinkRecord, RequestRecord, WorkerRecord
 from minidisagg.runtime.frontend import Frontend
 from minidisagg.runtime.launch import role_name

@@ -24,13 +24,21 @@ from rich.table import Table
 from minidisagg.bench.runs import QUICK_PROMPTS, QUICK_SECONDS, Bench, build_items, describe_workload, quick_prompts
 from minidisagg.bench.settings import BenchOptions, check_length, check_measurable
 from minidisagg.bench.sides import describe, labels, make_workers
-from minidisagg.measure.comparison import TIMES, Comparison, goodput_verdict, marks_of
+from minidisagg.measure.comparison import TIMES, Comparison, marks_of
 from minidisagg.measure.goodput import GoodputResult, find_goodput
 from minidisagg.measure.html import write_html
 from minidisagg.measure.intervals import share_error
 from minidisagg.measure.machine import command_line, machine
 from minidisagg.measure.records import RunRecord
-from minidisagg.measure.report import goodput_table, marks_text, render, to_dict, write_run_directory
+from minidisagg.measure.report import goodput_table, marks_text, render
+from minidisagg.measure.run_directory import (
+    search_to_dict,
+    sweep_to_dict,
+    to_dict,
+    write_json,
+    write_options,
+    write_run_directory,
+)
 from minidisagg.measure.stats import samples_of, void_reasons
 from minidisagg.measure.timeline import write_timeline
 from minidisagg.model.loader import load_config
@@ -79,12 +87,9 @@ async def goodput(bench: Bench) -> dict[str, object]:
     early = [f"{label}: the search did not converge" for label, one in found.items() if not one.converged]
     marks = [*marks_of(runs, len(runs)), *early]
     bench.console.print(goodput_table(found), marks_text(marks, void))
-    by_side = {f"{side}: {label}": one for side, (label, one) in enumerate(found.items())}
-    result: dict[str, object] = {"goodput": by_side, "slo": str(bench.slo), "void": void, "marks": marks}
-    if len(found) == 2:
-        result["ratio"], verdict = goodput_verdict(found, void)
-        bench.console.print(verdict, style="bold", highlight=False)
-        result["verdict"] = verdict
+    result = search_to_dict(found, bench.slo, void, marks)
+    if "verdict" in result:
+        bench.console.print(result["verdict"], style="bold", highlight=False)
     return result
 
 
@@ -96,7 +101,7 @@ async def sweep(bench: Bench, directory: Path) -> dict[str, object]:
     for n, one in steps:
         bench.console.print(f"{n} at a time: {one.verdict}", style="bold", highlight=False)
         write_run_directory(directory / f"concurrency-{n}", one)
-    return {str(n): to_dict(one) for n, one in steps}
+    return sweep_to_dict(dict(steps))
 
 
 def sweep_table(comparisons: list[tuple[int, Comparison]]) -> Table:
@@ -167,11 +172,8 @@ async def _run(options: BenchOptions, console: Console, api_key: str, directory:
                 console.print(render(comparison))
                 write_run_directory(directory, comparison)
                 result = to_dict(comparison)
-        asked = {"command": command_line(), "machine": machine(), **msgspec.to_builtins(bench.options)}
-        if bench.options.server is None:
-            asked["workers"] = bench.arrangement
-        for name, content in (("options", asked), ("result", result)):
-            (directory / f"{name}.json").write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=2))
+        write_options(directory, command_line(), machine(), bench.options)
+        write_json(directory / "result.json", result)
         if bench.timelines:
             write_timeline(directory / "trace.json", list(bench.timelines.values()))
         write_html(directory)

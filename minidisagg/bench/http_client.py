@@ -24,7 +24,7 @@ from msgspec import Struct
 
 from minidisagg.bench.client import LoadGenerator, Progress
 from minidisagg.core.messages import Hello, Stats
-from minidisagg.core.router import Emit, StageTimes
+from minidisagg.core.tracked import Emit, StageTimes
 from minidisagg.measure.records import STAGES, RequestRecord
 from minidisagg.model.tokenizer import Tokenizer
 from minidisagg.workload.lengths import Encode, WorkItem

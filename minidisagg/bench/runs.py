@@ -125,6 +125,7 @@ class Bench:
     async def _make_sides(self, stack: AsyncExitStack) -> None:
         """One set of workers is up after it, or all sets that can be at a time, and each has told its limits."""
         sides, self.arrangement = make_sides(self.options, stack)
+        self.options = replace(self.options, workers=self.arrangement)
         self.targets += sides
         told = describe([side.workers for side in sides], self.arrangement)
         self._say(f"starting {' and '.join(side.label for side in sides)}: {told} …")

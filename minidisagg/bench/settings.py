@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from minidisagg.address import parse_server_url
 from minidisagg.config import MODES, ClusterSettings, ModelSettings, RunSettings, parse_worker
+from minidisagg.core.granularity import parse_granularity
 from minidisagg.measure.goodput import SLO
 from minidisagg.measure.records import TRIM
 from minidisagg.transfer.kinds import KINDS
@@ -17,6 +18,7 @@ from minidisagg.transfer.kinds import KINDS
 Dataset = Literal["random", "text", "sharegpt", "azure", "mooncake", "burstgpt"]
 DATASETS: tuple[Dataset, ...] = ("random", "text", "sharegpt", "azure", "mooncake", "burstgpt")
 TEXTS = ("text", "sharegpt")  # data sets whose prompts are texts
+LINK_KEYS = ("link", "transfer_granularity")  # in which, beside its workers' settings, a baseline can differ
 TRACES = ("sharegpt", "azure", "mooncake", "burstgpt")  # data sets that are a file
 
 
@@ -81,7 +83,8 @@ class ServerAddress(Struct, frozen=True, kw_only=True):
 class BenchOptions(Struct, frozen=True, kw_only=True):
     """A whole benchmark. `sides` are one cluster, or two: the baseline A, then B, of as many workers each.
 
-    With `server` there are no sides, no cluster is started, and `model` is without meaning.
+    With `server` there are no sides, no cluster is started, and `model` is without meaning. `workers`, which the bench
+    fills in, says how the sides came by theirs (`sides.Arrangement`).
     """
 
     model: ModelSettings
@@ -92,6 +95,7 @@ class BenchOptions(Struct, frozen=True, kw_only=True):
     arrivals: Arrivals
     trials: Trials
     report: ReportSettings
+    workers: str = ""
 
 
 # What a preset sets where no flag does; the number of prompts follows from the rate (`runs.quick_prompts`).
@@ -101,7 +105,7 @@ PRESETS: dict[str, dict[str, int]] = {"quick": {"repeats": 3, "num_warmups": 2}}
 def make_sides(mode: str, against: str, cluster: ClusterSettings, baseline: str = "") -> tuple[ClusterSettings, ...]:
     """The clusters of `--mode` and `--against MODE[:POLICY]`; `both` is disagg against colocated.
 
-    `baseline`: KEY=VAL,… in which the baseline differs, a worker's settings or `link`. Raises ValueError.
+    `baseline`: KEY=VAL,… in which the baseline differs, of a worker's settings or `LINK_KEYS`. Raises ValueError.
     """
     if mode == "both":
         if against:
@@ -118,17 +122,19 @@ def make_sides(mode: str, against: str, cluster: ClusterSettings, baseline: str 
     if other not in MODES:
         raise ValueError(f"--against {against}: expected MODE or MODE:POLICY with a mode of {', '.join(MODES)}")
     parts = [part.strip() for part in baseline.split(",")]
-    links = [part.partition("=")[2] for part in parts if part.startswith("link=")]
-    rest = ",".join(part for part in parts if not part.startswith("link="))
-    if unknown := [link for link in links if link not in ("auto", *KINDS)]:
-        raise ValueError(f"--baseline link={unknown[0]}: expected one of auto, {', '.join(KINDS)}")
+    pairs = [part.replace("-", "_", 1).partition("=") for part in parts]
+    links = {key: value for key, _, value in pairs if key in LINK_KEYS}
+    if "link" in links and links["link"] not in ("auto", *KINDS):
+        raise ValueError(f"--baseline link={links['link']}: expected one of auto, {', '.join(KINDS)}")
+    parse_granularity(links.get("transfer_granularity", "auto"), 1)
+    rest = ",".join(part for part, (key, _, _) in zip(parts, pairs, strict=True) if key not in LINK_KEYS)
     a = replace(
         cluster,
         mode=other,
         policy=policy or cluster.policy,
-        link=links[-1] if links else cluster.link,
         prefill=parse_worker(rest, cluster.prefill),
         decode=parse_worker(rest, cluster.decode),
+        **links,
     )
     return a, b
 

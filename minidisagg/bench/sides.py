@@ -18,7 +18,7 @@ from typing import Literal
 from msgspec.structs import asdict, replace
 
 from minidisagg.bench.client import LoadGenerator, Progress
-from minidisagg.bench.settings import BenchOptions
+from minidisagg.bench.settings import LINK_KEYS, BenchOptions
 from minidisagg.config import ClusterSettings, ModelSettings, RunSettings, built_alike
 from minidisagg.core.messages import ROUTER, Hello, Stats
 from minidisagg.measure.records import RequestRecord
@@ -199,7 +199,7 @@ def labels(clusters: Sequence[ClusterSettings]) -> list[str]:
 
 
 def _apart_by(cluster: ClusterSettings, other: ClusterSettings) -> list[str]:
-    words = [f"link={cluster.link}"] if cluster.link != other.link else []
+    words = [f"{key}={getattr(cluster, key)}" for key in LINK_KEYS if getattr(cluster, key) != getattr(other, key)]
     for mine, theirs in (cluster.prefill, other.prefill), (cluster.decode, other.decode):
         values: dict[str, object] = asdict(mine)
         words += [f"{key}={value}" for key, value in values.items() if value != getattr(theirs, key)]

@@ -2,6 +2,7 @@
 
     Received     Submit → QUEUED; KVOffer → waits for pages, then WAIT_KV
     Schedule     the policy fills a step through the BatchBuilder; QUEUED → RUNNING
+    LayersDone   the KV of some layers leaves before the others are computed
     StepDone     sampled tokens go to the router; after prefill RUNNING → HELD if decode is elsewhere
     PieceDone, AbortConfirmed   pieces of KV have moved, or never will
     Tick         leases, deadlines
@@ -14,14 +15,15 @@ and computed lengths are assigned from the plan and never added up.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from minidisagg.core.blocks import BlockPool, IntegrityError, PageState
+from minidisagg.core.accounts import Accounts
+from minidisagg.core.blocks import BlockPool
 from minidisagg.core.effects import Effect, Send
 from minidisagg.core.handoff import Receiver, Sender
-from minidisagg.core.inputs import AbortConfirmed, Input, PieceDone, Received, Schedule, StepDone, Tick
+from minidisagg.core.inputs import AbortConfirmed, Input, LayersDone, PieceDone, Received, Schedule, StepDone, Tick
+from minidisagg.core.ledger import DestinationLedger, SourceLedger
 from minidisagg.core.lived import LivedTime
 from minidisagg.core.messages import (
     ROUTER,
@@ -44,7 +46,6 @@ from minidisagg.core.messages import (
     Released,
     SetPolicy,
     SetRole,
-    Stats,
     StepOutput,
     Submit,
     TokenOut,
@@ -52,17 +53,12 @@ from minidisagg.core.messages import (
 from minidisagg.core.plan import NO_TOKEN, SeqKey, StepPlan
 from minidisagg.core.policy import Policy
 from minidisagg.core.request import Request, State
+from minidisagg.core.requests import Requests
 from minidisagg.core.scheduler import Offer, Scheduler
 from minidisagg.core.spec import EngineSpec
 
-FENCED = 65536  # ended requests whose incarnation is still remembered
 
-
-class StalledError(RuntimeError):
-    """Work is queued, nothing is in flight, and the policy plans nothing: it would wait for ever."""
-
-
-class EngineCore:
+class EngineCore(Accounts):
     """One worker's."""
 
     def __init__(self, spec: EngineSpec, load_policy: Callable[[str], Policy]) -> None:
@@ -71,8 +67,7 @@ class EngineCore:
         self.now = 0.0
         self.outbox: list[Effect] = []
         self.pool = BlockPool(spec.num_pages)
-        self.requests: dict[SeqKey, Request] = {}
-        self._incarnations: dict[str, list[Request]] = {}  # of each request that is here; seldom more than one
+        self.requests = Requests()
         self.plans: dict[int, StepPlan] = {}  # steps in flight
         self.peers: dict[str, int] = {}  # per worker, the lowest epoch that is not known to be dead
         self.up: dict[str, int] = {}  # per worker, the epoch of its last `PeerUp`
@@ -82,31 +77,43 @@ class EngineCore:
         self._renew_at = 0.0  # when the other sides of handoffs are told again that this one lives
         self._step_since = 0.0  # when the oldest step in flight could begin
         self._shut_since = 0.0  # since when offers have stood before an empty worker
-        self._dropped: list[SeqKey] = []  # sequences that the executor may forget
-        self._fence: OrderedDict[str, int] = OrderedDict()  # highest incarnation that is over, or was aborted
+        self._dropped: list[SeqKey] = []  # sequences that the device may forget
         emit = self.outbox.append
-        self.sender = Sender(
-            spec.epoch, spec.page_size, spec.num_layers, spec.one_sided_links, spec.lease, spec.link_timeout, emit,
-            self._handoff_ended,
-        )  # fmt: skip
-        self.receiver = Receiver(
-            self.pool, spec.lease, spec.link_timeout, emit, self._handoff_ready, self._handoff_gone
-        )
+        self.outgoing = SourceLedger(spec, emit)
+        self.incoming = DestinationLedger(spec, emit)
+        self.sender = Sender(spec, self.outgoing, emit, self._handoff_ended)
+        self.receiver = Receiver(spec, self.pool, self.incoming, emit, self._handoff_ready, self._end)
         self.scheduler = Scheduler(
             spec, load_policy(spec.policy), self.pool, lambda: len(self.receiver.transfers), self._preempted, self._fail
         )
         self._inputs: dict[type, Callable[[Any], StepPlan | None]] = {
-            Received: self._on_received, Schedule: self._on_schedule, StepDone: self._on_step_done,
-            PieceDone: self._on_piece_done, AbortConfirmed: self._on_abort_confirmed, Tick: self._on_tick,
-        }  # fmt: skip
+            Received: self._on_received,
+            Schedule: self._on_schedule,
+            LayersDone: self._on_layers_done,
+            StepDone: self._on_step_done,
+            PieceDone: self._on_piece_done,
+            AbortConfirmed: self._on_abort_confirmed,
+            Tick: self._on_tick,
+        }
         self._messages: dict[type, Callable[[str, Any, float], None]] = {
-            Submit: self._on_submit, Abort: self._on_abort, Migrate: self._on_migrate, SetRole: self._on_set_role,
-            SetPolicy: self._on_set_policy, PeerUp: self._on_peer_up, PeerDown: self._on_peer_down,
-            KVOffer: self._on_offer, KVGrant: self.sender.on_grant, KVWait: self.sender.on_wait,
-            KVBusy: self.receiver.on_busy, KVPiece: self.receiver.on_piece, KVDone: self.receiver.on_done,
-            KVAck: self.sender.on_ack, KVCancel: self._on_cancel, KVFailed: self._on_failed,
+            Submit: self._on_submit,
+            Abort: self._on_abort,
+            Migrate: self._on_migrate,
+            SetRole: self._on_set_role,
+            SetPolicy: self._on_set_policy,
+            PeerUp: self._on_peer_up,
+            PeerDown: self._on_peer_down,
+            KVOffer: self._on_offer,
+            KVGrant: self.sender.on_grant,
+            KVWait: self.sender.on_wait,
+            KVBusy: self.receiver.on_busy,
+            KVPiece: self.incoming.on_piece,
+            KVDone: self.receiver.on_done,
+            KVAck: self.sender.on_ack,
+            KVCancel: self._on_cancel,
+            KVFailed: self._on_failed,
             LinkAborted: self._on_link_aborted,
-        }  # fmt: skip
+        }
         self._load_policy = load_policy
 
     # ------------------------------------------------------------ what drivers call
@@ -119,55 +126,6 @@ class EngineCore:
         self.now = self.scheduler.now = now
         self._lived = self._clock.at(now)
         return self._inputs[type(what)](what)
-
-    def stats(self) -> Stats:
-        """The engine's share of a `Stats` message; the driver adds what it measures."""
-        count, scheduler = self.pool.counts, self.scheduler
-        prompts = [*scheduler.waiting, *(request for request in scheduler.running if request.is_prefill)]
-        return Stats(
-            role=scheduler.role,
-            steps=self.steps,
-            running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
-            held=len(self.held),
-            offers=len(scheduler.offers),
-            queued_tokens=sum(request.remaining for request in prompts),
-            pages_free=count[PageState.FREE],
-            pages_live=count[PageState.LIVE],
-            pages_cached=count[PageState.CACHED],
-            pages_inflight=count[PageState.INFLIGHT],
-            pages_quarantined=count[PageState.QUARANTINED],
-            preemptions=scheduler.preemptions,
-            prefix_queries=scheduler.prefix_queries,
-            prefix_hits=scheduler.prefix_hits,
-            flying=len(self.plans),
-        )
-
-    @property
-    def idle(self) -> bool:
-        """No request, no step, no transfer."""
-        return not self.requests and not self.plans and not self.scheduler.offers
-
-    @property
-    def held(self) -> list[Request]:
-        """Requests computed here that wait for their decode worker."""
-        return [request for request in self.requests.values() if request.state is State.HELD]
-
-    def check_integrity(self) -> None:
-        """The pool's invariants, and that its references are exactly what the requests hold."""
-        self.pool.check_integrity()
-        if sum(map(len, self._incarnations.values())) != len(self.requests):
-            raise IntegrityError("requests and their incarnations disagree")
-        holders = [0] * self.spec.num_pages
-        for request in self.requests.values():
-            reserved: list[int] = []
-            if request.state is State.WAIT_KV:
-                reserved = [p for p in request.pages if self.pool.state[p] > PageState.CACHED]
-            for page in request.pages:
-                holders[page] += page not in reserved
-        if holders != self.pool.refs:
-            wrong = [page for page in range(self.spec.num_pages) if holders[page] != self.pool.refs[page]]
-            raise IntegrityError(f"pages {wrong[:8]} have other references than holders")
 
     # ------------------------------------------------------------ inputs
 
@@ -182,29 +140,21 @@ class EngineCore:
         self._grant_offers()
         batch = self.scheduler.compose()
         if batch is None:
-            self._check_stall()
+            self.check_stall()
             return None
         for request in batch.begun:
             if request.decode:
-                self.sender.offer(request, request.decode, self._lived, self.spec.fingerprint)
+                self.sender.offer(request, request.decode, self._lived)
         self.steps += 1
-        plan = StepPlan(self.steps, batch.items, batch.new, self._dropped)
+        plan = StepPlan(self.steps, batch.items, batch.new, self._dropped, self.sender.reports(batch.items))
         self._dropped = []
         if not self.plans:
             self._step_since = self._lived
         self.plans[plan.step_id] = plan
         return plan
 
-    def _check_stall(self) -> None:
-        """An empty step is right while something else here makes progress, or while there is nothing to do."""
-        scheduler = self.scheduler
-        if self.plans or self.sender.busy or self.receiver.busy or self.held:
-            return
-        if scheduler.waiting or scheduler.running:
-            raise StalledError(
-                f"worker {self.spec.name}: {len(scheduler.waiting)} requests wait, {len(scheduler.running)} run, "
-                f"{self.pool.available} pages are free, and policy {scheduler.policy.name} plans nothing"
-            )
+    def _on_layers_done(self, done: LayersDone) -> None:
+        self.sender.advance_layers(self.plans[done.step_id].items, done.layer, self._lived)
 
     def _on_step_done(self, done: StepDone) -> None:
         self._step_since = self._lived
@@ -238,19 +188,22 @@ class EngineCore:
         self._send(ROUTER, StepOutput(done.step_id, out, done.seconds, prefill, decode, context, self.now))
 
     def _on_piece_done(self, done: PieceDone) -> None:
-        (self.sender if done.send else self.receiver).on_piece_done(done, self._lived)
+        (self.outgoing if done.send else self.incoming).on_piece_done(done, self._lived)
 
     def _on_abort_confirmed(self, done: AbortConfirmed) -> None:
-        (self.sender if done.outgoing else self.receiver).on_aborted(done.peer, done.link_epoch)
+        (self.outgoing if done.outgoing else self.incoming).on_aborted(done.peer, done.link_epoch)
 
     def _on_tick(self, tick: Tick) -> None:
         computes = bool(self.plans) and self._lived <= self._step_since + self.spec.step_deadline
+        self.outgoing.on_tick(self._lived)
         for request in self.sender.on_tick(self._lived, computes):
             self._give_back(request, "the decode worker granted no pages in time", failure=False)
         for request in self.held:
             if request.key not in self.sender.transfers and self.now > request.ready_at + self.spec.lease:
                 self._give_back(request, "held for too long", failure=False)
+        self.incoming.on_tick(self._lived)
         self.receiver.on_tick(self._lived)
+        self.incoming.accuse(self._lived)
         if (computes or self.scheduler.running) and self._lived > self._renew_at:
             self._renew_at = self._lived + self.spec.lease / 4
             if computes:
@@ -270,9 +223,9 @@ class EngineCore:
         self.scheduler.queue(request)
 
     def _on_abort(self, source: str, message: Abort, _: float) -> None:
-        self._close(message.request_id, message.incarnation)
+        self.requests.close(message.request_id, message.incarnation)
         self._forget_offers(message.request_id, message.incarnation)
-        for request in self._incarnations.get(message.request_id, [])[:]:
+        for request in self.requests.of(message.request_id):
             if request.incarnation <= message.incarnation:
                 self._end(request)
 
@@ -284,7 +237,7 @@ class EngineCore:
             request.decode, request.leaves, request.ready_at = "", False, -1.0
             self.scheduler.run(request)
         else:
-            self.sender.offer(request, message.dest, self._lived, self.spec.fingerprint)
+            self.sender.offer(request, message.dest, self._lived)
             self.sender.finish_prefill(request, request.output[-1], self._lived)
 
     def _on_set_role(self, source: str, message: SetRole, _: float) -> None:
@@ -299,7 +252,7 @@ class EngineCore:
         if not stale and message.epoch > self.up.get(message.worker, -1):
             self.up[message.worker] = message.epoch
             self._fence_peer(message.worker, message.epoch)
-            self.sender.abort_link(message.worker, peer_dead=True)  # opened after the death, it leads nowhere
+            self.outgoing.abort(message.worker, peer_dead=True)  # opened after the death, it leads nowhere
 
     def _on_peer_down(self, source: str, message: PeerDown, _: float) -> None:
         self._fence_peer(message.worker, message.epoch + 1)
@@ -309,8 +262,8 @@ class EngineCore:
         if epoch > self.peers.get(worker, 0):
             self.peers[worker] = epoch
             self.scheduler.forget_offers(lambda offer: offer.source == worker)
-            self.sender.abort_link(worker, peer_dead=True)
-            self.receiver.on_peer_down(worker, epoch - 1, self._lived)
+            self.outgoing.abort(worker, peer_dead=True)
+            self.incoming.on_peer_down(worker, epoch - 1, self._lived)
 
     def _on_offer(self, source: str, offer: KVOffer, _: float) -> None:
         key = offer.request_id, offer.incarnation
@@ -324,7 +277,7 @@ class EngineCore:
             refusal = "another model, cache layout or codec"
         elif request.prefill_len > self.spec.num_pages * self.spec.page_size:
             refusal = "the prompt exceeds the decode worker's KV cache"
-        elif self.receiver.is_dead(source, offer.link_epoch):
+        elif self.incoming.is_dead(source, offer.link_epoch):
             refusal = "the link has been given up"
         if refusal:
             self._send(source, KVFailed(*key, refusal))
@@ -336,7 +289,7 @@ class EngineCore:
         key = message.request_id, message.incarnation
         self._forget_offers(*key)
         if key not in self.requests:
-            self._close(*key)  # it may have overtaken the offer
+            self.requests.close(*key)  # it may have overtaken the offer
         self.receiver.on_cancel(source, message, self._lived)
 
     def _on_failed(self, source: str, message: KVFailed, _: float) -> None:
@@ -347,9 +300,9 @@ class EngineCore:
 
     def _on_link_aborted(self, source: str, message: LinkAborted, now: float) -> None:
         if message.outgoing:
-            self.receiver.on_peer_aborted(source, message.link_epoch, now)
+            self.incoming.on_peer_aborted(source, message.link_epoch, now)
         else:
-            self.sender.on_peer_aborted(source, message.link_epoch)
+            self.outgoing.on_peer_aborted(source, message.link_epoch)
 
     # ------------------------------------------------------------ tokens
 
@@ -385,8 +338,7 @@ class EngineCore:
             request = offer.request
             request.state = State.WAIT_KV
             self._add(request)
-            held = len(request.pages) - len(reserved)
-            self.receiver.grant(request, offer.source, offer.message.link_epoch, held, reserved, self._lived)
+            self.receiver.grant(request, offer.source, offer.message.link_epoch, reserved, self._lived)
 
     def _refuse_where_empty(self) -> None:
         """An empty worker has room for any offer. If the policy takes none, nothing here will ever change its mind."""
@@ -405,9 +357,6 @@ class EngineCore:
         request.ready_at = self.now
         self.scheduler.publish(request)
         self.scheduler.run(request)
-
-    def _handoff_gone(self, request: Request) -> None:
-        self._end(request)
 
     def _handoff_ended(self, request: Request, failure: str) -> None:
         if request.state is State.DONE_INFLIGHT:
@@ -448,7 +397,7 @@ class EngineCore:
         self.scheduler.remove(request)
         request.state = State.DONE_INFLIGHT
         if request.key in self.sender.transfers:
-            self.sender.stop(request)
+            self.sender.transfers[request.key].stop()
         self._retire_if_settled(request)
 
     def _retire_if_settled(self, request: Request) -> None:
@@ -459,24 +408,14 @@ class EngineCore:
         request.pages = []
         if request.introduced:
             self._dropped.append(request.key)
-        del self.requests[request.key]
-        self._incarnations[request.request_id].remove(request)
-        if not self._incarnations[request.request_id]:
-            del self._incarnations[request.request_id]
+        self.requests.remove(request)
         self.scheduler.trust(request)
-        self._close(request.request_id, request.incarnation)
-
-    def _close(self, request_id: str, incarnation: int) -> None:
-        """Remember that this incarnation is over, so that a late message cannot revive it."""
-        self._fence[request_id] = max(incarnation, self._fence.pop(request_id, -1))
-        if len(self._fence) > FENCED:
-            self._fence.popitem(last=False)
 
     def _stale(self, request_id: str, incarnation: int) -> bool:
         """Over, aborted, or here already; a newer incarnation ends an older one that is still here."""
-        if incarnation <= self._fence.get(request_id, -1) or (request_id, incarnation) in self.requests:
+        if self.requests.is_over(request_id, incarnation) or (request_id, incarnation) in self.requests:
             return True
-        for request in self._incarnations.get(request_id, [])[:]:
+        for request in self.requests.of(request_id):
             if request.incarnation > incarnation:
                 return True
             self._end(request)
@@ -490,8 +429,7 @@ class EngineCore:
         )
 
     def _add(self, request: Request) -> None:
-        self.requests[request.key] = request
-        self._incarnations.setdefault(request.request_id, []).append(request)
+        self.requests.add(request)
         self.scheduler.suspect(request)
 
     def _send(self, dest: str, body: AnyMessage) -> None:

@@ -18,6 +18,10 @@ from minidisagg.core.inputs import Input, Schedule
 from minidisagg.core.plan import StepPlan
 from minidisagg.core.policy import Policy
 from minidisagg.core.spec import EngineSpec
+from minidisagg.formats import check_version
+
+INPUTLOG_VERSION = 2
+_HEAD = b"minidisagg inputs "  # and the version, and a line's end
 
 
 class Entry(Struct, frozen=True, array_like=True):
@@ -37,6 +41,7 @@ class RecordingCore(EngineCore):
     def __init__(self, spec: EngineSpec, load_policy: Callable[[str], Policy], log: BinaryIO) -> None:
         super().__init__(spec, load_policy)
         self._log = log
+        log.write(_HEAD + b"%d\n" % INPUTLOG_VERSION)
         self._write(spec)
 
     def on(self, what: Input, now: float) -> StepPlan | None:
@@ -62,7 +67,13 @@ def read_log(log: BinaryIO) -> Iterator[bytes]:
 
 
 def read_entries(log: BinaryIO) -> tuple[EngineSpec, Iterator[tuple[Entry, StepPlan | None]]]:
-    """What the engine was built from, and each of its inputs, a `Schedule` with the plan that came of it."""
+    """What the engine was built from, and each of its inputs, a `Schedule` with the plan that came of it.
+
+    Raises `VersionError` where another version has written it, or it is no input log.
+    """
+    name, _, version = log.readline(64).strip().rpartition(b" ")
+    known = name == _HEAD.strip() and version.isdigit()
+    check_version("this input log", int(version) if known else None, INPUTLOG_VERSION)
     records, decoder = read_log(log), msgspec.msgpack.Decoder(Entry)
     spec = msgspec.msgpack.decode(next(records), type=EngineSpec)
 

@@ -29,6 +29,13 @@ class StepDone(Struct, frozen=True, tag=True, array_like=True):
     seconds: float
 
 
+class LayersDone(Struct, frozen=True, tag=True, array_like=True):
+    """Layers [0, `layer`) of a step's KV are in the cache; asked for by its plan, before its `StepDone`."""
+
+    step_id: int
+    layer: int
+
+
 class PieceDone(Struct, frozen=True, tag=True, array_like=True):
     """A `Piece` has ended, well or not."""
 
@@ -56,4 +63,4 @@ class Tick(Struct, frozen=True, tag=True, array_like=True):
     """Some time has passed: leases and deadlines. A driver makes one a few times a second."""
 
 
-Input = Received | Schedule | StepDone | PieceDone | AbortConfirmed | Tick
+Input = Received | Schedule | StepDone | LayersDone | PieceDone | AbortConfirmed | Tick

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Annotated
 
-import msgspec
 from msgspec import Meta, Struct
 
 ROUTER = "router"  # the address of the front-end process, beside the workers' names
@@ -273,6 +272,7 @@ class LinkStats(Struct, frozen=True, array_like=True):
     queue_seconds: float = 0.0  # summed over pieces, from the core's word to the start of sending
     failures: int = 0
     backlog: int = 0  # pieces started and not finished
+    late: int = 0  # pieces that an emulated interconnect would have brought sooner than the link did
 
 
 class Stats(Message, frozen=True):
@@ -406,7 +406,6 @@ class LinkOpen(Message, frozen=True):
     """Source to destination: open your end of the link of this kind and epoch, and tell me where it is."""
 
     kind: str
-    codec: str
     link_epoch: int
 
 
@@ -463,17 +462,3 @@ class Envelope(Struct, frozen=True, array_like=True):
     source: str
     epoch: int
     body: AnyMessage
-
-
-_encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(Envelope)
-
-
-def encode(envelope: Envelope) -> bytes:
-    """One frame's payload."""
-    return _encoder.encode(envelope)
-
-
-def decode(data: bytes | bytearray | memoryview) -> Envelope:
-    """Raises `msgspec.MsgspecError` on anything that is not a well-formed message."""
-    return _decoder.decode(data)

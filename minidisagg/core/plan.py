@@ -1,6 +1,6 @@
 """The core's outputs as plain data: what one step computes, and what one piece of a transfer moves.
 
-A driver (the engine's executor and links, or the simulator) carries them out and reports back; nothing here has
+A driver (the engine's device and links, or the simulator) carries them out and reports back; nothing here has
 behaviour, so a recorded run can be compared with its replay value by value.
 """
 
@@ -28,7 +28,7 @@ class PlanItem(Struct, frozen=True, array_like=True, gc=False):
     """One sequence's share of a step: compute KV for positions [start, start + count).
 
     `tokens` are the known token ids of these positions. With a step ahead in flight the last one may be missing
-    (`len(tokens) == count - 1`): the executor then takes the token that it sampled last for this sequence.
+    (`len(tokens) == count - 1`): the device then takes the token that it sampled last for this sequence.
     `pages` covers positions [0, start + count). With `sample`, the last position's logits give the token of output
     index `index`.
     """
@@ -44,12 +44,16 @@ class PlanItem(Struct, frozen=True, array_like=True, gc=False):
 
 
 class StepPlan(Struct, frozen=True, array_like=True):
-    """One device step. `new` precedes the first item of a sequence, `dropped` names sequences to forget."""
+    """One device step. `new` precedes the first item of a sequence, `dropped` names sequences to forget.
+
+    The device says `LayersDone` as soon as the KV of all layers before each of `reports` is in the cache.
+    """
 
     step_id: int
     items: list[PlanItem]
     new: list[SeqInit]
     dropped: list[SeqKey]
+    reports: list[int] = []
 
 
 class Piece(Struct, frozen=True, array_like=True):
@@ -71,3 +75,4 @@ class Piece(Struct, frozen=True, array_like=True):
     count: int
     layers: tuple[int, int]
     checksum: int = 0  # one-sided receive: what the source says it wrote
+    codec: str = "raw"  # how its pages look on the wire; both ends say the same

@@ -8,14 +8,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 
+from minidisagg.core.accounts import StalledError
 from minidisagg.core.checked import PolicyError, policy_name
 from minidisagg.core.effects import AbortLink, Effect, Send, StartPiece
-from minidisagg.core.engine import EngineCore, StalledError, drain
+from minidisagg.core.engine import EngineCore, drain
 from minidisagg.core.inputs import AbortConfirmed, PieceDone, Received, Schedule, StepDone, Tick
 from minidisagg.core.messages import ROUTER, Envelope, Hello, RequestSpec, Role, SamplingParams
 from minidisagg.core.policy import Policy, WorkerOptions
-from minidisagg.core.router import Emit, Router, RouterSpec, drain_outbox
+from minidisagg.core.router import Router, RouterSpec, drain_outbox
 from minidisagg.core.spec import EngineSpec
+from minidisagg.core.tracked import Emit
 
 Workers = Mapping[str, tuple[Role, WorkerOptions]]
 PROMPT, OUTPUT, REQUESTS = 6, 8, 3  # tokens of each, and how many requests

@@ -105,7 +105,7 @@ class Request(OfSpec):
         self.num_computed = 0
         self.pending = 0
         self.inflight = 0  # steps that carry this request
-        self.introduced = False  # the executor knows its sampling state
+        self.introduced = False  # the device knows its sampling state
         self.cached_tokens = 0
         self.queued_at = now
         self.first_scheduled_at = -1.0

@@ -25,7 +25,7 @@ from msgspec.structs import replace
 
 from minidisagg.core.checked import Checked, PolicyError
 from minidisagg.core.effects import Send
-from minidisagg.core.lived import LivedTime
+from minidisagg.core.lived import Heartbeat, LivedTime
 from minidisagg.core.messages import (
     Abort,
     Envelope,
@@ -44,50 +44,15 @@ from minidisagg.core.messages import (
     Stats,
     StepOutput,
     Submit,
-    TokenLogprob,
     TokenOut,
     WorkerOptions,
 )
 from minidisagg.core.plan import SeqKey
 from minidisagg.core.policy import ClusterView, Placement, Policy, Reject, RoleChange, WorkerStatus
-from minidisagg.core.request import OfSpec
+from minidisagg.core.tracked import Emit, Stage, Tracked
 
 MAX_FAILURES = 3  # a request that is charged with this many ends in an error
 SMOOTHING = 0.2  # weight of the newest step in the running means
-
-
-class StageTimes(Struct, frozen=True):
-    """Where a request's time went, in seconds on the router's clock; the five stages add up to `e2e` exactly.
-
-    `queue` is all before the last prefill began (its channel hop too), `transfer` what the handoff added between
-    the first and the second token beside waiting for a place in the batch.
-    """
-
-    queue: float
-    prefill: float
-    transfer: float
-    decode_wait: float
-    decode: float
-    e2e: float
-
-
-class Emit(Struct, frozen=True):
-    """News for the client: tokens from output index `index` on, and the end if `finish` is set.
-
-    `finish` is "stop", "length", "abort", "reject" or "error" (`error` then says why, and for "reject" `retry_after`).
-    """
-
-    request_id: str
-    index: int = 0
-    tokens: tuple[int, ...] = ()
-    finish: str = ""
-    error: str = ""
-    retry_after: float = 0.0
-    times: StageTimes | None = None
-    handoff: bool = False  # the gap before these tokens holds a handoff or a resubmission
-    cached_tokens: int = 0
-    logprobs: tuple[TokenLogprob, ...] = ()  # of `tokens`, where the request asks for them
-    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # with the first token: of the prompt from its second token on
 
 
 class Kill(Struct, frozen=True):
@@ -99,49 +64,6 @@ class Kill(Struct, frozen=True):
 
 
 RouterEffect = Send | Emit | Kill
-
-
-@dataclass
-class Tracked(OfSpec):
-    """One accepted request: the log entry, and where it is."""
-
-    request_id: str
-    spec: RequestSpec  # as it came
-    deadline: float
-    emitted: list[int] = field(default_factory=list)
-    incarnation: int = 0
-    failures: int = 0
-    cohort: int = 0  # of suspects; 0: nobody suspects it
-    prefill: str = ""  # worker; empty while the request waits for one
-    decode: str = ""  # worker; empty while left open
-    prefilling: bool = True  # the first token of this incarnation has not come
-    moving: bool = False  # its KV is on its way to another worker
-    moved: bool = False  # the next token ends a gap with a handoff or a resubmission
-    charged: int = 0  # tokens counted on the prefill worker
-    early: dict[int, TokenOut] = field(default_factory=dict)  # tokens that came before their predecessor
-    logprobs: dict[int, TokenLogprob] = field(default_factory=dict)  # by position, until they are emitted
-    cached_tokens: int = 0
-    prefill_s: float = 0.0
-    wait_s: float = 0.0
-    step_s: float = 0.0
-    first_at: float = -1.0
-    second_at: float = -1.0
-    workers: list[str] = field(default_factory=list)  # where it was, in order
-
-    @property
-    def prefill_len(self) -> int:
-        """Tokens that the next prefill computes."""
-        return len(self.spec.prompt) + len(self.emitted)
-
-
-@dataclass
-class Heartbeat:
-    """What the router knows of a worker's liveness, in time that the router itself has lived through."""
-
-    heard_at: float
-    steps: int = 0
-    stepped_at: float = 0.0
-    busy: bool = False
 
 
 @dataclass(frozen=True)
@@ -210,7 +132,7 @@ class Router:
         request = self.requests.get(request_id)
         if request is not None:
             self._abandon(request)
-            self._finish(request, "abort" if not reason else "error", error=reason)
+            self._finish(request, Emit(request_id, finish="error" if reason else "abort", error=reason))
 
     # ------------------------------------------------------------ workers
 
@@ -229,17 +151,15 @@ class Router:
             self._on_step(status, body)
         elif isinstance(body, Stats):
             self._on_stats(status, body)
-        elif isinstance(body, Logprobs):
+        elif isinstance(body, Logprobs | Released | Failed):
             request = self.requests.get(body.request_id)
-            if request is not None and request.incarnation == body.incarnation:
+            if request is None or request.incarnation != body.incarnation:
+                return
+            if isinstance(body, Logprobs):
                 request.logprobs.update(enumerate(body.values, body.first))
-        elif isinstance(body, Released):
-            request = self.requests.get(body.request_id)
-            if request is not None and request.incarnation == body.incarnation:
+            elif isinstance(body, Released):
                 self._resubmit(request, body.reason, body.failure)
-        elif isinstance(body, Failed):
-            request = self.requests.get(body.request_id)
-            if request is not None and request.incarnation == body.incarnation:
+            else:
                 self._fail(request, body.reason)
         elif isinstance(body, Fatal):
             target = self.view.workers.get(body.worker)
@@ -261,7 +181,7 @@ class Router:
         self.stats.pop(name, None)
         for other in self.view.workers:
             self._send(other, PeerDown(name, epoch))
-        users = [request for request in self.requests.values() if self._uses(request, name)]
+        users = [request for request in self.requests.values() if request.uses(name)]
         if suspects:
             self._accuse([r for r in users if (r.request_id, r.incarnation) in suspects])
         for request in users:
@@ -298,12 +218,11 @@ class Router:
 
     def stands_still(self, name: str, seconds: float) -> bool:
         """The live worker's step takes longer than this."""
-        beat = self.heartbeats[name]
-        return beat.busy and self._lived - beat.stepped_at > seconds
+        return self.heartbeats[name].stands_still(self._lived, seconds)
 
     def uses(self, name: str) -> bool:
         """Some request needs the worker."""
-        return any(self._uses(request, name) for request in self.requests.values())
+        return any(request.uses(name) for request in self.requests.values())
 
     def set_policy(self, spec: str, policy: Policy, now: float) -> None:
         """Place by `policy` from now on, and have every worker schedule by it, later ones too."""
@@ -327,7 +246,7 @@ class Router:
         assert self.view.waiting == len(waiting), (self.view.waiting, len(waiting))
         assert self.view.waiting_tokens == sum(len(r.prompt) for r in waiting)
         for name, status in self.view.workers.items():
-            queued = sum(r.charged for r in self.requests.values() if r.prefill == name and r.prefilling)
+            queued = sum(r.charged for r in self.requests.values() if r.prefill == name and r.stage is Stage.PREFILL)
             assert status.queued_tokens == queued, (name, status.queued_tokens, queued)
             decoding = sum(r.decode == name for r in self.requests.values())
             assert status.decoding == decoding, (name, status.decoding, decoding)
@@ -345,13 +264,12 @@ class Router:
         if isinstance(placement, Reject):
             if new:
                 del self.requests[request.request_id]
-                view.waiting -= 1
-                view.waiting_tokens -= len(request.prompt)
+                self._forget_waiting(request)
                 self._reject(request.request_id, placement)
             else:  # accepted once: it is not turned away any more
                 self.parked.append(request.request_id)
             return
-        request.prefill, request.prefilling = placement.prefill, True
+        request.prefill, request.stage = placement.prefill, Stage.PREFILL
         request.charged = request.prefill_len
         view.workers[placement.prefill].queued_tokens += request.charged
         self._bind(request, placement.decode or "")
@@ -375,8 +293,6 @@ class Router:
             status = self.view.workers[decode]
             status.decoding += 1
             status.context_tokens += request.charged
-            if decode != request.prefill:
-                request.moving = True
 
     def _bind_late(self, request: Tracked) -> None:
         placement = self._ask_place(request)
@@ -386,19 +302,18 @@ class Router:
             self._resubmit(request, "no worker takes decode", failure=False)
             return
         self._bind(request, placement.decode)
-        request.moved = request.moving
+        request.stage = Stage.TRANSFER if placement.decode != request.prefill else Stage.DECODE
         self._send(request.prefill, Migrate(request.request_id, request.incarnation, placement.decode))
 
     def _unplace(self, request: Tracked) -> None:
         """Take the request off the workers' accounts."""
         prefill, decode = self.view.workers.get(request.prefill), self.view.workers.get(request.decode)
-        if prefill is not None and request.prefilling:
+        if prefill is not None and request.stage is Stage.PREFILL:
             prefill.queued_tokens -= request.charged
         if decode is not None:
             decode.decoding -= 1
             decode.context_tokens -= request.charged
         request.prefill = request.decode = ""
-        request.moving = False
 
     def _abandon(self, request: Tracked) -> None:
         """Abort this incarnation wherever it may be."""
@@ -419,17 +334,18 @@ class Router:
 
     def _fail(self, request: Tracked, reason: str) -> None:
         self._abandon(request)
-        self._finish(request, "error", error=reason)
+        self._finish(request, Emit(request.request_id, finish="error", error=reason))
 
     def _resubmit(self, request: Tracked, reason: str, failure: bool) -> None:
         self._abandon(request)
         request.failures += failure
         if request.failures >= MAX_FAILURES:
-            self._finish(request, "error", error=f"failed {request.failures} times, last: {reason}")
+            error = f"failed {request.failures} times, last: {reason}"
+            self._finish(request, Emit(request.request_id, finish="error", error=error))
             return
         request.incarnation += 1
         request.early.clear()
-        request.prefilling = request.moved = True
+        request.stage = Stage.PARKED
         self._place(request, new=False)
 
     # ------------------------------------------------------------ messages
@@ -458,10 +374,7 @@ class Router:
     def _on_stats(self, status: WorkerStatus, stats: Stats) -> None:
         self.stats[status.name] = stats
         self.reports[status.name] = self.reports.get(status.name, 0) + 1
-        beat = self.heartbeats[status.name]
-        beat.busy = stats.flying > 0  # what waits for pages makes no steps, and is not stuck
-        if stats.steps != beat.steps or not beat.busy:
-            beat.steps, beat.stepped_at = stats.steps, self._lived
+        self.heartbeats[status.name].on_stats(stats, self._lived)
         if stats.role == status.flipping:
             status.role, status.flipping = stats.role, None
         elif stats.role != status.role and status.flipping is None:  # a late copy of an earlier order won
@@ -484,87 +397,39 @@ class Router:
                 self._on_token(request, next_out)
 
     def _on_token(self, request: Tracked, out: TokenOut) -> None:
-        now, first = self.view.now, request.prefilling
         if not request.emitted:
-            request.first_at = now
-            self.view.waiting -= 1
-            self.view.waiting_tokens -= len(request.prompt)
-        elif len(request.emitted) == 1:
-            request.second_at = now
-        handoff, request.moved = request.moved, False
-        if first:
+            self._forget_waiting(request)
+        if first := request.stage is Stage.PREFILL:
             status = self.view.workers.get(request.prefill)
             if status is not None:
                 status.queued_tokens -= request.charged
-            request.prefilling = False
-            request.moved = request.moving
-            if not request.emitted:
-                request.prefill_s = out.prefill_s
-                request.cached_tokens = out.cached_tokens
-        elif request.moving:
-            request.moving = False
-            if request.decode and request.workers[-1] != request.decode:
-                request.workers.append(request.decode)
-            if len(request.emitted) == 1:
-                request.wait_s, request.step_s = out.wait_s, out.step_s
-        request.emitted.append(out.token)
+        emit = request.news(out, request.take(out, self.view.now))
         if out.finish:
-            self._finish(request, out.finish, out, handoff)
+            self._finish(request, replace(emit, finish=out.finish))
             return
-        self.outbox.append(self._news(request, out, handoff))
+        self.outbox.append(emit)
         if first and not request.decode:
             self._bind_late(request)
 
     # ------------------------------------------------------------ ends
 
-    def _news(self, request: Tracked, out: TokenOut, handoff: bool, finish: str = "") -> Emit:
-        values = request.logprobs
-        own: tuple[TokenLogprob, ...] = ()
-        prompt: tuple[TokenLogprob, ...] = ()
-        if values:
-            size = len(request.prompt)
-            own = tuple(values.pop(p) for p in [size + out.index] if p in values)
-            prompt = tuple(values.pop(p) for p in range(1, size) if p in values) if out.index == 0 else ()
-        return Emit(
-            request.request_id, out.index, (out.token,), finish, times=self._times(request) if finish else None,
-            handoff=handoff, cached_tokens=request.cached_tokens, logprobs=own, prompt_logprobs=prompt,
-        )  # fmt: skip
-
-    def _finish(
-        self, request: Tracked, reason: str, last: TokenOut | None = None, handoff: bool = False, error: str = ""
-    ) -> None:
+    def _finish(self, request: Tracked, last: Emit) -> None:
+        """The request is over; `last` tells the client, with the stage times."""
         if not request.emitted:
-            self.view.waiting -= 1
-            self.view.waiting_tokens -= len(request.prompt)
-        if request.moving and not request.prefilling:
+            self._forget_waiting(request)
+        if request.stage is Stage.TRANSFER and request.decode in self.view.workers:
             # The end came with the token that prefill sampled: the decode worker may still hold an offer or a grant.
-            if request.decode in self.view.workers:
-                self._send(request.decode, Abort(request.request_id, request.incarnation))
+            self._send(request.decode, Abort(request.request_id, request.incarnation))
         self._unplace(request)
         del self.requests[request.request_id]
-        if last is None:
-            self.outbox.append(Emit(request.request_id, finish=reason, error=error, times=self._times(request)))
-        else:
-            self.outbox.append(self._news(request, last, handoff, reason))
+        self.outbox.append(replace(last, times=request.times(self.view.now)))
 
-    def _times(self, request: Tracked) -> StageTimes:
-        """Residuals make the stages add up: workers report durations, this clock the two ends."""
-        now, e2e = self.view.now, self.view.now - request.arrival
-        if request.first_at < 0:
-            return StageTimes(e2e, 0.0, 0.0, 0.0, 0.0, e2e)
-        queue = max(0.0, request.first_at - request.arrival - request.prefill_s)
-        prefill = request.first_at - request.arrival - queue
-        transfer = wait = 0.0
-        if request.step_s > 0:
-            wait = min(request.wait_s, request.second_at - request.first_at)
-            transfer = max(0.0, request.second_at - request.first_at - wait - request.step_s)
-        return StageTimes(queue, prefill, transfer, wait, now - request.first_at - transfer - wait, e2e)
+    def _forget_waiting(self, request: Tracked) -> None:
+        self.view.waiting -= 1
+        self.view.waiting_tokens -= len(request.prompt)
 
     def _reject(self, request_id: str, verdict: Reject) -> None:
         self.outbox.append(Emit(request_id, finish="reject", error=verdict.reason, retry_after=verdict.retry_after))
-
-    def _uses(self, request: Tracked, name: str) -> bool:
-        return name == request.decode or (name == request.prefill and (request.prefilling or request.moving))
 
     def _set_role(self, role: Role) -> SetRole:
         return SetRole(role, self.spec.options.get(role))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from minidisagg.core.granularity import Granularity
 from minidisagg.core.messages import Role
 from minidisagg.core.policy import WorkerOptions
 
@@ -21,6 +22,8 @@ class EngineSpec:
     fingerprint: str
     policy: str = "fcfs"
     one_sided_links: bool = False
+    granularity: Granularity = Granularity()  # noqa: RUF009 - it is frozen
+    layer_bytes: int = 0  # of one page in one layer, on the wire
     prefix_caching: bool = True
     lease: float = 30.0  # seconds that a side of a handoff waits for the other
     link_timeout: float = 10.0  # seconds for one piece on a link

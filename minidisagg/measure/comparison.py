@@ -118,11 +118,16 @@ def worker_usage(runs: Sequence[RunRecord]) -> list[Usage]:
     for name in dict.fromkeys(worker.name for run in runs for worker in run.workers):
         seen = [(worker, run.wall_s) for run in runs for worker in run.workers if worker.name == name]
         wall, busy = sum(wall for _, wall in seen), sum(worker.busy_s for worker, _ in seen)
-        usages.append(Usage(
-            name, seen[0][0].role, ratio(busy, wall), ratio(sum(worker.cpu_s for worker, _ in seen), wall),
-            ratio(sum(w.flops for w, _ in seen), sum(w.busy_s * w.peak_flops for w, _ in seen)),
-            ratio(sum(w.bytes_read for w, _ in seen), sum(w.busy_s * w.peak_bytes for w, _ in seen)),
-        ))  # fmt: skip
+        usages.append(
+            Usage(
+                name,
+                seen[0][0].role,
+                ratio(busy, wall),
+                ratio(sum(worker.cpu_s for worker, _ in seen), wall),
+                ratio(sum(w.flops for w, _ in seen), sum(w.busy_s * w.peak_flops for w, _ in seen)),
+                ratio(sum(w.bytes_read for w, _ in seen), sum(w.busy_s * w.peak_bytes for w, _ in seen)),
+            )
+        )
     return usages
 
 

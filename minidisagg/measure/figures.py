@@ -9,7 +9,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from msgspec.structs import astuple
@@ -166,9 +166,10 @@ def interference_figure(comparison: Comparison) -> Figure | None:
         series = []
         for rows, label, hue, size, opacity, square in kinds:
             shown = rows[:: max(1, math.ceil(len(rows) / GAPS))]
-            marker = "square" if square else "circle"
-            series.append(Series("points", hue, rounded(shown[:, 0]), rounded(shown[:, 1], 4), label, [], size, opacity,
-                                 marker))  # type: ignore[arg-type]  # fmt: skip
+            marker: Literal["square", "circle"] = "square" if square else "circle"
+            series.append(
+                Series("points", hue, rounded(shown[:, 0]), rounded(shown[:, 1], 4), label, [], size, opacity, marker)
+            )
         title = f"{side.label}: a prefill in {gaps[:, 3].mean() if len(gaps) else 0:.1%} of the gaps"
         panels.append(Panel(title, time, length, series, 210))
     return Figure(
@@ -268,8 +269,9 @@ def trace_figures(events: Sequence[Mapping[str, Any]]) -> list[Figure]:
         """[events, 2 + keys]: start in seconds, duration in ms, and values."""
         rows = [
             [(event["ts"] - origins[pid // 100]) / 1e6, event.get("dur", 0.0) / 1e3, *(event["args"][k] for k in keys)]
-            for event in events if event["pid"] == pid and event.get(kind) == name and "ts" in event
-        ]  # fmt: skip
+            for event in events
+            if event["pid"] == pid and event.get(kind) == name and "ts" in event
+        ]
         return np.array(sorted(rows), dtype=np.float64).reshape(-1, 2 + len(keys))
 
     steps = {pid: table(pid, "cat", "step", "prefill_tokens") for pid in workers}
@@ -319,8 +321,9 @@ def usage_figure(comparison: Comparison) -> Figure:
         for side, color in zip(comparison.sides, SIDES, strict=False):
             own = [(y, 100 * getattr(usage, field)) for y, (owner, usage) in enumerate(rows) if owner is side]
             known = np.array([pair for pair in own if not math.isnan(pair[1])]).reshape(-1, 2)
-            series.append(Series("spans", color, [0.0] * len(known), rounded(known[:, 0]), side.label,
-                                 rounded(known[:, 1])))  # fmt: skip
+            series.append(
+                Series("spans", color, [0.0] * len(known), rounded(known[:, 0]), side.label, rounded(known[:, 1]))
+            )
         height = 56 + 24 * max(len(names), 2)
         panels.append(Panel(title, Axis(label, 0, 100), Axis("", len(names) - 0.4, -0.6, names=names), series, height))
     note = "Over all repetitions. Ceilings: the fastest matrix product and read that were measured on the worker."

@@ -130,14 +130,17 @@ def svg(panel: Panel, columns: int) -> str:
         *(f'<path d="M{left:.1f} {y}h{wide:.1f}"/>' for y, _ in rows_at if not panel.y.names),
         # an inner SVG, so that what is outside of the axes is cut off
         f'</g><svg x="{left:.1f}" y="{top}" width="{wide:.1f}" height="{high}" viewBox="{box}">',
-        *(_path(s, [at(*p) for p in zip(s.x, s.y, strict=True)], [at(e, 1)[0] for e in s.end], thick)
-          for s in panel.series if s.x),
+        *(
+            _path(s, [at(*p) for p in zip(s.x, s.y, strict=True)], [at(e, 1)[0] for e in s.end], thick)
+            for s in panel.series
+            if s.x
+        ),
         f'</svg><path class="axis" d="M{left:.1f} {top}v{high}h{wide:.1f}"/>',
         *(f'<text class="m" x="{x}" y="{height - 25}">{text}</text>' for x, text in columns_at),
         *(f'<text class="e" x="{left - 5:.1f}" y="{y + 4:.1f}">{text}</text>' for y, text in rows_at),
         f'<text class="m" x="{left + wide / 2:.1f}" y="{height - 7}">{escape(panel.x.label)}</text>',
         f'<text class="m" transform="translate(11 {top + high / 2}) rotate(-90)">{escape(panel.y.label)}</text></svg>',
-    ]  # fmt: skip
+    ]
     return "".join(parts)
 
 
@@ -145,8 +148,7 @@ def _path(s: Series, points: list[tuple[float, float]], ends: list[float], thick
     """One path for the whole series: a point is a line of no length, whose ends are what one sees."""
     style = f"opacity:{s.opacity:g};--c:var(--{s.color})"
     if s.kind == "spans":
-        bars = (f"M{x} {y - thick / 2:.1f}H{end}v{thick:.1f}H{x}z"
-                for (x, y), end in zip(points, ends, strict=True))  # fmt: skip
+        bars = (f"M{x} {y - thick / 2:.1f}H{end}v{thick:.1f}H{x}z" for (x, y), end in zip(points, ends, strict=True))
         return f'<path class="spans" style="{style}" d="{"".join(bars)}"/>'
     d = "M" + "L".join(f"{x} {y}" for x, y in points)
     if s.kind == "points":
@@ -160,11 +162,17 @@ def _path(s: Series, points: list[tuple[float, float]], ends: list[float], thick
 def plotly(panel: Panel, columns: int) -> str:
     """The panel as JSON, safe in a script element, once the page has put its colours for `var(--…)`."""
     layout = {
-        "height": panel.height + 10, "margin": {"l": 52, "r": MARGIN, "t": 8, "b": 42}, "showlegend": False,
-        "font": {"color": "var(--ink)", "size": 12}, "paper_bgcolor": "var(--bg)", "plot_bgcolor": "var(--bg)",
-        "barmode": "overlay", "hovermode": "closest",
-        "xaxis": _plotly_axis(panel.x, WIDTHS[columns] - 52 - MARGIN), "yaxis": _plotly_axis(panel.y),
-    }  # fmt: skip
+        "height": panel.height + 10,
+        "margin": {"l": 52, "r": MARGIN, "t": 8, "b": 42},
+        "showlegend": False,
+        "font": {"color": "var(--ink)", "size": 12},
+        "paper_bgcolor": "var(--bg)",
+        "plot_bgcolor": "var(--bg)",
+        "barmode": "overlay",
+        "hovermode": "closest",
+        "xaxis": _plotly_axis(panel.x, WIDTHS[columns] - 52 - MARGIN),
+        "yaxis": _plotly_axis(panel.y),
+    }
     traces = [_trace(s) for s in panel.series if s.x]
     return msgspec.json.encode({"data": traces, "layout": layout}).decode().replace("<", "\\u003c")
 
@@ -172,10 +180,17 @@ def plotly(panel: Panel, columns: int) -> str:
 def _plotly_axis(axis: Axis, length: float = 0.0) -> dict[str, object]:
     text = {"text": escape(axis.label), "standoff": 6, "font": {"size": 12}}  # plotly reads some HTML
     found: dict[str, object] = {
-        "title": text, "type": "log" if axis.log else "linear", "gridcolor": "var(--grid)", "zeroline": False,
-        "range": [math.log10(v) if axis.log else v for v in (axis.low, axis.high)], "linecolor": "var(--dim)",
-        "automargin": True, "nticks": 7, "minor": {"ticks": ""}, "separatethousands": True,
-    }  # fmt: skip
+        "title": text,
+        "type": "log" if axis.log else "linear",
+        "gridcolor": "var(--grid)",
+        "zeroline": False,
+        "range": [math.log10(v) if axis.log else v for v in (axis.low, axis.high)],
+        "linecolor": "var(--dim)",
+        "automargin": True,
+        "nticks": 7,
+        "minor": {"ticks": ""},
+        "separatethousands": True,
+    }
     if axis.names or axis.log:  # plotly's own numbers on a logarithmic axis crowd
         ticks = axis.ticks(length)
         found |= {"tickvals": [value for value, _ in ticks], "ticktext": [escape(name) for _, name in ticks]}

@@ -1,12 +1,10 @@
-"""A `Comparison` as tables for a terminal, and as a run directory."""
+"""A `Comparison` as tables for a terminal."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
 
-import msgspec
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -24,13 +22,12 @@ from minidisagg.measure.comparison import (
     worker_usage,
 )
 from minidisagg.measure.goodput import GoodputResult
-from minidisagg.measure.intervals import STATISTICS, Ratio, center
+from minidisagg.measure.intervals import STATISTICS, Ratio
 from minidisagg.measure.records import STAGES
 from minidisagg.measure.stats import LATENCIES, MAX_FRONTEND_SHARE, MAX_SEND_LAG, RATES, send_lag
 
 LATENCY_TITLES = ("TTFT", "2nd token", "TPOT", "ITL, no handoffs", "handoff gap", "max ITL", "E2E")
 RATE_TITLES = ("requests/s", "output tok/s", "total tok/s", "goodput req/s")
-COUNTS = ("num_prompts", "measured", "completed", "failed", "rejected", "total_input_tokens", "total_output_tokens")
 UNKNOWN = Ratio(math.nan, math.nan, math.nan, math.nan, math.nan)
 
 
@@ -39,9 +36,17 @@ UNKNOWN = Ratio(math.nan, math.nan, math.nan, math.nan, math.nan)
 
 def _table(title: str, caption: str = "") -> Table:
     return Table(
-        title=title, caption=caption or None, box=box.SIMPLE_HEAD, title_style="bold", title_justify="left",
-        caption_justify="left", caption_style="dim", pad_edge=False, show_edge=False, header_style="bold",
-    )  # fmt: skip
+        title=title,
+        caption=caption or None,
+        box=box.SIMPLE_HEAD,
+        title_style="bold",
+        title_justify="left",
+        caption_justify="left",
+        caption_style="dim",
+        pad_edge=False,
+        show_edge=False,
+        header_style="bold",
+    )
 
 
 def main_table(comparison: Comparison) -> Table:
@@ -162,10 +167,15 @@ def link_table(comparison: Comparison) -> Table | None:
             moved, seconds = sum(link.bytes for link in links), sum(link.seconds for link in links)
             wall = sum(run.wall_s for run in side.runs)
             table.add_row(
-                f"  {source} → {dest}", kind, f"{sum(link.transfers for link in links):,}", number(moved / 1e6),
-                number(seconds), number(moved / seconds / 1e9 if seconds else None),
-                share(seconds / wall if wall else None), str(sum(link.failures for link in links)),
-            )  # fmt: skip
+                f"  {source} → {dest}",
+                kind,
+                f"{sum(link.transfers for link in links):,}",
+                number(moved / 1e6),
+                number(seconds),
+                number(moved / seconds / 1e9 if seconds else None),
+                share(seconds / wall if wall else None),
+                str(sum(link.failures for link in links)),
+            )
     return table if table.row_count else None
 
 
@@ -222,53 +232,3 @@ def render(comparison: Comparison) -> Group:
     if comparison.marks or comparison.void:
         parts.append(marks_text(comparison.marks, comparison.void))
     return Group(*parts, Text(""), Text(comparison.verdict, style="bold"))
-
-
-# ---------------------------------------------------------------- files
-
-
-def to_dict(comparison: Comparison) -> dict[str, object]:
-    """The report as plain data: vLLM's keys in each side's results, and over all of them where one side ran alone."""
-    sides = {
-        side.label: {
-            "repetitions": side.results,
-            "workers": [msgspec.to_builtins(usage) for usage in worker_usage(side.runs)],
-            "links": [[msgspec.to_builtins(link) for link in run.links] for run in side.runs],
-        }
-        for side in comparison.sides
-    }
-    return {
-        **(overall(comparison.a.results) if comparison.b is None else {}),
-        "verdict": comparison.verdict,
-        "void": comparison.void,
-        "marks": comparison.marks,
-        "sides": sides,
-        "ratios": {name: msgspec.to_builtins(ratio) for name, ratio in comparison.ratios.items()},
-    }
-
-
-def overall(results: Sequence[dict[str, object]]) -> dict[str, object]:
-    """One result over repetitions: counts and durations are sums, rates and latencies centers, as in the tables."""
-    found: dict[str, object] = {"repetitions": len(results)}
-    for key in dict.fromkeys(key for one in results for key in one if key != "repetition"):
-        seen = [one[key] for one in results if key in one]
-        values = [value for value in seen if isinstance(value, int | float)]
-        if key in (*COUNTS, "duration", "wall"):
-            found[key] = sum(values)
-        else:  # a center of equal values may differ from them in the last bit
-            found[key] = center(values) if len(set(seen)) > 1 else seen[0]
-    return found
-
-
-def write_run_directory(directory: str | Path, comparison: Comparison) -> Path:
-    """Write result.json and requests.jsonl, one line per request of every run. Raises OSError."""
-    path = Path(directory)
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "result.json").write_bytes(msgspec.json.format(msgspec.json.encode(to_dict(comparison)), indent=2))
-    with (path / "requests.jsonl").open("wb") as file:
-        for letter, side in zip("AB", comparison.sides, strict=False):
-            for run in side.runs:
-                head = {"side": letter, "label": run.label, "repetition": run.repetition}
-                for request in run.requests:
-                    file.write(msgspec.json.encode({**head, **msgspec.to_builtins(request)}) + b"\n")
-    return path

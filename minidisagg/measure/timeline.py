@@ -20,9 +20,11 @@ from typing import Any
 import msgspec
 
 from minidisagg.core.messages import Envelope, Hello, PieceSpan, PieceSpans, Role, Stats, StepOutput
-from minidisagg.core.router import Emit, StageTimes
+from minidisagg.core.tracked import Emit, StageTimes
+from minidisagg.formats import check_version
+from minidisagg.measure.records import STAGES
 
-STAGES = ("queue", "prefill", "transfer", "decode_wait", "decode")
+VERSION = 1
 SLACK = 1000  # ns by which a piece may begin before the one ahead of it on its link has ended
 Incarnation = tuple[str, int]  # worker, epoch
 Event = dict[str, Any]
@@ -108,10 +110,13 @@ class Timeline:
             kind = "prefill" if not step.decode_tokens else "mixed" if step.prefill_tokens else "decode"
             # A step that was planned ahead may begin before news of the one before it were stamped.
             where = tracks.place(pids[who], "steps", end - _ns(step.seconds), end, slack=math.inf)
-            out.append(_span(kind, "step", pids[who], *where, {
-                "prefill_tokens": step.prefill_tokens, "decode_tokens": step.decode_tokens,
-                "context_tokens": step.context_tokens, "requests": [token.request_id for token in step.tokens],
-            }))  # fmt: skip
+            args = {
+                "prefill_tokens": step.prefill_tokens,
+                "decode_tokens": step.decode_tokens,
+                "context_tokens": step.context_tokens,
+                "requests": [token.request_id for token in step.tokens],
+            }
+            out.append(_span(kind, "step", pids[who], *where, args))
         for who, stats in self._stats:
             at = self._here(who, stats.clock)
             out.append(_counter("queue", pids[who], at, waiting=stats.waiting, running=stats.running, held=stats.held))
@@ -133,15 +138,23 @@ class Timeline:
         source, dest = (who[0], piece.peer) if piece.send else (piece.peer, who[0])
         name = f"sends to {dest}" if piece.send else f"receives from {source}"
         tid, begin, end = tracks.place(pid, name, self._here(who, piece.begun), self._here(who, piece.ended))
-        span = _span(f"KV of {piece.request_id}", "transfer", pid, tid, begin, end, {
-            "request": piece.request_id, "bytes": piece.nbytes, "seq": piece.seq, "ok": piece.ok,
+        args = {
+            "request": piece.request_id,
+            "bytes": piece.nbytes,
+            "seq": piece.seq,
+            "ok": piece.ok,
             "queued_ms": 1e3 * (piece.begun - piece.queued),
-        })  # fmt: skip
+        }
+        span = _span(f"KV of {piece.request_id}", "transfer", pid, tid, begin, end, args)
         flow = {
-            "name": "KV", "cat": "transfer", "ph": "s" if piece.send else "f", "pid": pid, "tid": tid,
+            "name": "KV",
+            "cat": "transfer",
+            "ph": "s" if piece.send else "f",
+            "pid": pid,
+            "tid": tid,
             "ts": (begin if piece.send else end - 1) / 1e3,  # what is at a span's end is outside of it
             "id": f"{self.label}/{source}/{dest}/{piece.link_epoch}/{piece.seq}",
-        }  # fmt: skip
+        }
         return [span, flow if piece.send else flow | {"bp": "e"}]
 
     def _waiting(self, pid: int) -> list[Event]:
@@ -153,20 +166,35 @@ class Timeline:
         return [_counter("waiting", pid, _ns(at), requests=n) for (at, _), n in zip(changes, waiting, strict=True)]
 
 
+def trace_document(events: list[Event]) -> dict[str, Any]:
+    """A trace file. `otherData` is where the format has whatever its viewers do not know."""
+    return {"otherData": {"version": VERSION}, "displayTimeUnit": "ms", "traceEvents": events}
+
+
 def write_timeline(path: Path, timelines: list[Timeline]) -> None:
     """All of them side by side in one file."""
     events: list[Event] = []
     for n, timeline in enumerate(timelines):
         events += timeline.events(first_pid=1 + 100 * n)
-    path.write_bytes(msgspec.json.encode({"traceEvents": events, "displayTimeUnit": "ms"}))
+    path.write_bytes(msgspec.json.encode(trace_document(events)))
+
+
+def read_timeline(path: Path) -> list[Event]:
+    """The events of a trace file. Raises `OSError`, `VersionError`, and `MsgspecError` or `KeyError` for others."""
+    document = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    check_version(path, document.get("otherData", {}).get("version"), VERSION)
+    return list(document["traceEvents"])
 
 
 def _request(pid: int, now: float, emit: Emit, times: StageTimes, tracks: Tracks) -> list[Event]:
     name, begin = f"request {emit.request_id}", now - times.e2e
     tid, first, last = tracks.place(pid, name, _ns(begin), _ns(now))
-    out = [_span(name, "request", pid, tid, first, last, {
-        "finish": emit.finish, "output_tokens": emit.index + len(emit.tokens), "cached_tokens": emit.cached_tokens,
-    })]  # fmt: skip
+    args = {
+        "finish": emit.finish,
+        "output_tokens": emit.index + len(emit.tokens),
+        "cached_tokens": emit.cached_tokens,
+    }
+    out = [_span(name, "request", pid, tid, first, last, args)]
     for stage in STAGES:
         begin, start = begin + getattr(times, stage), first
         first = min(_ns(begin), last)
@@ -185,9 +213,15 @@ def _name(kind: str, pid: int, tid: int, name: str) -> Event:
 
 def _span(name: str, kind: str, pid: int, tid: int, begin: int, end: int, args: dict[str, Any]) -> Event:
     return {
-        "name": name, "cat": kind, "ph": "X", "pid": pid, "tid": tid, "ts": begin / 1e3, "dur": (end - begin) / 1e3,
+        "name": name,
+        "cat": kind,
+        "ph": "X",
+        "pid": pid,
+        "tid": tid,
+        "ts": begin / 1e3,
+        "dur": (end - begin) / 1e3,
         "args": args,
-    }  # fmt: skip
+    }
 
 
 def _counter(name: str, pid: int, at: int, **values: int) -> Event:

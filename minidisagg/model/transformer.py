@@ -10,7 +10,7 @@ E hidden size, I intermediate size.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -43,8 +43,11 @@ class Transformer:
         self.inv_freq = rope_frequencies(config.rope, config.head_dim, self.wide).to(device)
 
     @torch.inference_mode()
-    def hidden(self, batch: Batch, cache: PagedKV) -> Tensor:
-        """Compute the step's KV into `cache` and return x_NE after the last layer."""
+    def hidden(self, batch: Batch, cache: PagedKV, on_layer: Callable[[int], None] = lambda layer: None) -> Tensor:
+        """Compute the step's KV into `cache` and return x_NE after the last layer.
+
+        `on_layer(n)`: the KV of the first n layers is there (on a GPU: under way).
+        """
         N = len(batch.tokens_N)
         pad = padding(self.layers[0].qkv, N)  # rows that attention and cache do not see
         tokens_N, positions_N = F.pad(batch.tokens_N, (0, pad)), F.pad(batch.positions_N, (0, pad))
@@ -58,6 +61,7 @@ class Transformer:
         for i, layer in enumerate(self.layers):
             q_NHD, kv_NKD = (rows[:N] for rows in layer.project(x_NE, cos_N1D, sin_N1D))
             write_kv(cache, i, batch, kv_NKD)
+            on_layer(i + 1)
             attended = paged_attention(q_NHD, kv_NKD, cache, i, narrow if i in windowed else batch)
             x_NE = x_NE + layer.output(F.pad(attended, (0, 0, 0, pad)) if pad else attended)
             x_NE = layer.feed_forward(x_NE)

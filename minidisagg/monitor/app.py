@@ -29,9 +29,11 @@ from rich.console import Console
 from rich.live import Live
 
 from minidisagg.address import parse_server_url
+from minidisagg.admin_schema import Snapshot
+from minidisagg.formats import VersionError
 from minidisagg.monitor.keys import Action, Post, SetLoad, Ui, press
 from minidisagg.monitor.load import DemoLoad
-from minidisagg.monitor.state import Snapshot, State, decode
+from minidisagg.monitor.state import State, decode
 from minidisagg.monitor.view import frame
 
 HZ = 10  # events and frames per second
@@ -84,9 +86,12 @@ def run_monitor(options: MonitorOptions) -> None:
 async def _run(options: MonitorOptions) -> None:
     headers = {"Authorization": f"Bearer {options.api_key}"} if options.api_key else {}
     async with aiohttp.ClientSession(
-        parse_server_url(options.url), headers=headers, connector=aiohttp.TCPConnector(limit=0),
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=SILENCE), read_bufsize=MAX_EVENT,
-    ) as session:  # fmt: skip
+        parse_server_url(options.url),
+        headers=headers,
+        connector=aiohttp.TCPConnector(limit=0),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=SILENCE),
+        read_bufsize=MAX_EVENT,
+    ) as session:
         with ExitStack() as files:
             monitor = Monitor(session, options, files)
             try:
@@ -190,6 +195,8 @@ class Monitor:
                 what, reason = "gone", "it ended the stream"
             except TimeoutError:
                 what, reason = "hangs", f"no event for {SILENCE:g} s"
+            except VersionError as error:  # to try again would not help
+                raise MonitorError(f"{self.options.url}: {error}") from None
             except (aiohttp.ClientError, ValueError) as error:
                 what, reason = "gone", str(error) or type(error).__name__
             if why := self.options.ended():
@@ -228,6 +235,8 @@ class Monitor:
                 data = await answer.read()
                 decode(data)
                 return data
+        except VersionError as error:
+            raise MonitorError(f"{self.options.url}: {error}") from None
         except ValueError:
             raise MonitorError(f"what answers at {self.options.url} is no minidisagg server") from None
         except (aiohttp.ClientError, TimeoutError):

@@ -37,16 +37,23 @@ def serve_and_monitor(arguments: Sequence[str], host: str, options: MonitorOptio
         signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGINT))
         # A session of its own: Ctrl-C is the monitor's, which then ends the server.
         server = subprocess.Popen(
-            [sys.executable, "-m", "minidisagg", *arguments], stdout=file, stderr=file, stdin=subprocess.DEVNULL,
-            start_new_session=True, preexec_fn=_end_with_parent,
-        )  # fmt: skip
+            [sys.executable, "-m", "minidisagg", *arguments],
+            stdout=file,
+            stderr=file,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=_end_with_parent,
+        )
         try:
             port = _wait(server, log)
             name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-            run_monitor(msgspec.structs.replace(
-                options, url=server_url(name, port),
-                ended=lambda: "" if server.poll() is None else f"the server has ended, last: {_last_line(log)}",
-            ))  # fmt: skip
+            run_monitor(
+                msgspec.structs.replace(
+                    options,
+                    url=server_url(name, port),
+                    ended=lambda: "" if server.poll() is None else f"the server has ended, last: {_last_line(log)}",
+                )
+            )
         finally:
             server.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -6,7 +6,8 @@ import time
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from minidisagg.monitor.state import End, State, Worker
+from minidisagg.admin_schema import EndRecord, WorkerState
+from minidisagg.monitor.state import State
 
 POLICIES = ("fcfs", "prefill_first", "sarathi:chunk=64")
 RATES = (0.0, 0.5, 1.0, 2.0, 3.0, 5.0, 8.0, 12.0, 20.0, 30.0, 50.0, 80.0, 120.0)  # requests per second, + and - step
@@ -70,12 +71,12 @@ class Ui:
         self.status, self.failed, self.said = status, failed, time.monotonic()
 
 
-def selected_worker(ui: Ui, state: State) -> Worker | None:
+def selected_worker(ui: Ui, state: State) -> WorkerState | None:
     """The worker that f, K and R are about."""
     return state.now.workers[min(ui.worker, len(state.now.workers) - 1)] if state.now.workers else None
 
 
-def selected_request(ui: Ui, state: State) -> End | None:
+def selected_request(ui: Ui, state: State) -> EndRecord | None:
     """The ended request that Enter shows."""
     return next((end for end in reversed(state.ends) if not ui.request or end.id == ui.request), None)
 

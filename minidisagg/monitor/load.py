@@ -78,9 +78,12 @@ class DemoLoad:
                     answer.raise_for_status()
                     self._vocab_size = msgspec.json.decode(await answer.read(), type=TokenizerInfo).vocab_size
             body = {
-                "prompt": [int(share * self._vocab_size) for share in prompt], "max_tokens": OUTPUT,
-                "ignore_eos": True, "temperature": 0.0, "stream": True,
-            }  # fmt: skip
+                "prompt": [int(share * self._vocab_size) for share in prompt],
+                "max_tokens": OUTPUT,
+                "ignore_eos": True,
+                "temperature": 0.0,
+                "stream": True,
+            }
             tail = b""
             async with self._session.post("/v1/completions", json=body) as answer:
                 answer.raise_for_status()

@@ -16,8 +16,10 @@ from typing import NamedTuple
 from rich.segment import Segment
 from rich.style import Style
 
+from minidisagg.admin_schema import STAGES, EndRecord, LinkState, WorkerState, WorkerStats
+from minidisagg.measure.records import STAGES as PARTS
 from minidisagg.monitor.keys import Ui, selected_request, selected_worker
-from minidisagg.monitor.state import BUCKET, PARTS, STAGES, Bucket, End, Link, State, Stats, Worker
+from minidisagg.monitor.state import BUCKET, Bucket, State, slo_values
 
 Line = list[Segment]
 PLAIN, BOLD, DIM, GOOD, BAD = Style(), Style(bold=True), Style(dim=True), Style(color="green"), Style(color="red")
@@ -85,14 +87,22 @@ def _latency(state: State, ui: Ui, width: int, height: int) -> Drawn:
     come, made = state.tokens.rates() or (0.0, 0.0)
     good, share, ended = state.goodput()
     style = PLAIN if not ended else GOOD if share >= GOOD_SHARE else BAD
-    lines += [[
-        Segment(" tokens ", BOLD), Segment(f"{come:>{each},.0f}"), Segment(" prompt/s", DIM),
-        Segment(f"{made:>{each},.0f}"), Segment(" output/s", DIM),
-    ], [
-        Segment(" goodput", BOLD), Segment(f"{good:>{each}.2f}"), Segment(" req/s", DIM),
-        Segment(f"  {share:>6.1%}" if ended else f"{NONE:>8}", style),
-        Segment(f" of {ended} requests" if wide else f" of {ended}/min", DIM),
-    ]]  # fmt: skip
+    lines += [
+        [
+            Segment(" tokens ", BOLD),
+            Segment(f"{come:>{each},.0f}"),
+            Segment(" prompt/s", DIM),
+            Segment(f"{made:>{each},.0f}"),
+            Segment(" output/s", DIM),
+        ],
+        [
+            Segment(" goodput", BOLD),
+            Segment(f"{good:>{each}.2f}"),
+            Segment(" req/s", DIM),
+            Segment(f"  {share:>6.1%}" if ended else f"{NONE:>8}", style),
+            Segment(f" of {ended} requests" if wide else f" of {ended}/min", DIM),
+        ],
+    ]
     return Drawn(legend, lines)
 
 
@@ -126,20 +136,21 @@ def _page_grid(name: str, pages: Sequence[int], width: int, height: int) -> Iter
         yield [Segment("   "), *line]
 
 
-def _pages(stats: Stats) -> tuple[int, ...]:
+def _pages(stats: WorkerStats) -> tuple[int, ...]:
     """Counts in the order of `PAGES`."""
     return stats.pages_live, stats.pages_inflight, stats.pages_cached, stats.pages_quarantined, stats.pages_free
 
 
-def _worker(state: State, worker: Worker, chosen: bool, wide: int, room: int) -> Line:
+def _worker(state: State, worker: WorkerState, chosen: bool, wide: int, room: int) -> Line:
     stats, busy = worker.stats, state.worker_busy(worker)
     mood = GOOD if worker.state == "up" else BAD if worker.state == "down" else WARN
     line = [
         Segment(" ▸ " if chosen else "   ", ACCENT),
         Segment(f"{worker.name:<{wide}} ", BOLD if chosen else PLAIN),
-        Segment(f"{worker.role:<8}", ROLES.get(worker.role, DIM)), Segment(f"{worker.state:<10}", mood),
+        Segment(f"{worker.role:<8}", ROLES.get(worker.role, DIM)),
+        Segment(f"{worker.state:<10}", mood),
         Segment(f"{worker.epoch:<6}"),
-    ]  # fmt: skip
+    ]
     if stats is None:
         return [*line, Segment("·" * room, DIM)]
     pages = _pages(stats)
@@ -159,12 +170,16 @@ def _links(state: State, ui: Ui, width: int, height: int) -> Drawn:
     for worker in state.now.workers:
         for link in worker.stats.links if worker.stats else []:
             speed, wire, piece = state.link_rates(worker, link)
-            lines.append([
-                Segment(f" {_link_name(worker.name, link, wide):<{wide}}"),
-                Segment(f"{rate(speed, unit):>{each}}", BOLD), Segment(f"{rate(wire, unit):>{each}}"),
-                Segment(f"{duration(piece):>8}"), Segment(f"{link.backlog:>5}", WARN if link.backlog else DIM),
-                Segment(f"{link.failures:>5}", BAD if link.failures else DIM),
-            ])  # fmt: skip
+            lines.append(
+                [
+                    Segment(f" {_link_name(worker.name, link, wide):<{wide}}"),
+                    Segment(f"{rate(speed, unit):>{each}}", BOLD),
+                    Segment(f"{rate(wire, unit):>{each}}"),
+                    Segment(f"{duration(piece):>8}"),
+                    Segment(f"{link.backlog:>5}", WARN if link.backlog else DIM),
+                    Segment(f"{link.failures:>5}", BAD if link.failures else DIM),
+                ]
+            )
     if len(lines) == 1:
         lines.append([Segment(" no KV has moved yet", DIM)])
     if len(lines) > height:
@@ -172,7 +187,7 @@ def _links(state: State, ui: Ui, width: int, height: int) -> Drawn:
     return Drawn([], lines)
 
 
-def _link_name(source: str, link: Link, width: int) -> str:
+def _link_name(source: str, link: LinkState, width: int) -> str:
     """As much as fits: prefill-0 → decode-0 gloo, prefill-0 → decode-0, p0→d0."""
     pair = f"{source} → {link.peer}"
     if len(pair) > width:
@@ -273,7 +288,7 @@ def _waterfall(state: State, ui: Ui, width: int, height: int) -> Drawn:
     return Drawn(legend, lines)
 
 
-def parts(end: End, room: int) -> Line:
+def parts(end: EndRecord, room: int) -> Line:
     """A bar of the stages of a request, `room` wide."""
     cells = split([end.stages.get(part, 0.0) for part in PARTS], room, least=0)
     return [Segment(glyph * n, style) for n, (_, glyph, style) in zip(cells, PART_LOOKS.values(), strict=True) if n]
@@ -299,15 +314,17 @@ def details(state: State, ui: Ui, width: int) -> Drawn:
     lines: list[Line] = [
         [Segment(f" {end.id}", BOLD)],
         [Segment(f" {end.prompt_tokens} prompt tokens, {end.output_tokens} output tokens, end: {end.finish}")],
-        [], [Segment(" "), *parts(end, max(width - 2, 5))], [],
-    ]  # fmt: skip
+        [],
+        [Segment(" "), *parts(end, max(width - 2, 5))],
+        [],
+    ]
     for part, (_, glyph, look) in PART_LOOKS.items():
         seconds = end.stages.get(part, 0.0)
         text = Segment(f"{part.replace('_', ' '):<13}{duration(seconds):>9}")
         lines.append([Segment(f" {glyph} ", look), text, Segment(f"{seconds / (end.e2e or 1.0):>8.1%}", DIM)])
     names = {"e2el": "end to end", "ttft": "TTFT", "tpot": "TPOT", "itl": "longest ITL"}
     for name, label in names.items():
-        seconds, limit = end.seen[name], state.slo.get(name)
+        seconds, limit = slo_values(end)[name], state.slo.get(name)
         style = PLAIN if limit is None else GOOD if seconds * 1000 <= limit else BAD
         line = [Segment(f"   {label:<13}"), Segment(f"{duration(seconds):>9}", style)]
         lines.append([*line, Segment("" if limit is None else f"  ≤ {duration(limit / 1000)}", DIM)])

@@ -10,139 +10,60 @@ from itertools import islice
 import msgspec
 from msgspec import Struct
 
+from minidisagg.admin_schema import VERSION, EndRecord, EventRecord, LinkState, Snapshot, StepRecord, WorkerState
+from minidisagg.formats import check_version
+
 BUCKET = 0.25  # seconds of steps in one column of the interference strip
 BUCKETS = 1200  # kept per worker
 SPAN = 5.0  # seconds over which rates are taken
 MINUTE = 60.0  # seconds over which goodput is taken, as the server does for percentiles
 KEPT = 500  # ended requests, and lines of the log
-STAGES = ("waiting", "prefilling", "transferring", "decode_waiting", "decoding")
 Mark = tuple[float, str, str]  # a change: when, of which worker (empty: of the mode), to what
-PARTS = ("queue", "prefill", "transfer", "decode_wait", "decode")  # of an ended request's time
 DEFAULT_SLO = {"ttft": 2500.0, "tpot": 60.0}  # milliseconds; for a small model on two cores
-
-
-# ---------------------------------------------------------------- GET /admin/events
-
-
-class Step(Struct, frozen=True):
-    """One device step of a worker, `seconds` long."""
-
-    seq: int
-    clock: float
-    worker: str
-    seconds: float
-    prefill_tokens: int
-    decode_tokens: int
-
-
-class End(Struct, frozen=True):
-    """A request that has ended. Times in seconds; `stages` add up to `e2e`."""
-
-    seq: int
-    clock: float
-    id: str
-    finish: str
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-    ttft: float = 0.0
-    tpot: float = 0.0
-    max_itl: float = 0.0
-    e2e: float = 0.0
-    stages: dict[str, float] = {}
-
-    @property
-    def seen(self) -> dict[str, float]:
-        """What the limits of an SLO are about."""
-        return {"ttft": self.ttft, "tpot": self.tpot, "itl": self.max_itl, "e2el": self.e2e}
-
-
-class Event(Struct, frozen=True):
-    """A line of the server's log."""
-
-    seq: int
-    clock: float
-    text: str
-
-
-class Link(Struct, frozen=True):
-    """What a worker has sent to a peer; counters."""
-
-    peer: str
-    kind: str = ""
-    transfers: int = 0
-    bytes: int = 0
-    seconds: float = 0.0
-    failures: int = 0
-    backlog: int = 0  # pieces in flight
-
-
-class Stats(Struct, frozen=True):
-    """What a worker last said of itself."""
-
-    running: int = 0
-    waiting: int = 0
-    offers: int = 0
-    pages_free: int = 0
-    pages_live: int = 0
-    pages_cached: int = 0
-    pages_inflight: int = 0
-    pages_quarantined: int = 0
-    links: list[Link] = []
-    busy_seconds: float = 0.0
-    clock: float = 0.0
-
-
-class Worker(Struct, frozen=True):
-    """One worker; without `stats` it has not said anything yet, or is down."""
-
-    name: str
-    role: str = ""
-    state: str = "down"
-    epoch: int = 0
-    pid: int = 0
-    stats: Stats | None = None
-
-
-class Live(Struct, frozen=True):
-    """A request that has not ended: seconds since it came, and since it came to this stage."""
-
-    id: str
-    stage: str
-    age: float
-    in_stage: float = 0.0
-
-
-class Snapshot(Struct, frozen=True):
-    """One event. Fields that the monitor does not show are skipped."""
-
-    clock: float
-    seq: int
-    model: str = ""
-    mode: str = ""
-    policy: str = ""
-    link: str = ""
-    paused: bool = False
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
-    stages: dict[str, int] = {}
-    oldest: dict[str, float] = {}
-    workers: list[Worker] = []
-    requests: list[Live] = []  # the oldest first
-    latencies: dict[str, list[float]] = {}
-    steps: list[Step] = []
-    ends: list[End] = []
-    events: list[Event] = []
+NOTHING = Snapshot(
+    version=VERSION,
+    clock=0.0,
+    model="",
+    mode="",
+    policy="",
+    link="",
+    paused=False,
+    waiting=0,
+    waiting_tokens=0,
+    prompt_tokens=0,
+    generation_tokens=0,
+    restarts=0,
+    stages={},
+    oldest={},
+    workers=[],
+    requests=[],
+    latencies={},
+    seq=-1,
+)
 
 
 _decoder = msgspec.json.Decoder(Snapshot)
 
 
+class Head(Struct, frozen=True):
+    """What an event of any version has; the first had no `version`."""
+
+    clock: float
+    version: int | None = None
+
+
 def decode(data: bytes | str) -> Snapshot:
-    """One event's JSON. Raises `ValueError` on anything else."""
+    """One event's JSON. Raises `VersionError` where it is another version's, and `ValueError` on anything else."""
     try:
+        check_version("the event", msgspec.json.decode(data, type=Head).version, VERSION)
         return _decoder.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ValueError(f"not an event of the monitor: {error}") from None
+
+
+def slo_values(end: EndRecord) -> dict[str, float]:
+    """What the limits of an SLO are about."""
+    return {"ttft": end.ttft, "tpot": end.tpot, "itl": end.max_itl, "e2el": end.e2e}
 
 
 # ---------------------------------------------------------------- what they add up to
@@ -153,7 +74,7 @@ class Bucket:
     """Steps of one worker that ended in `[index, index + 1) * BUCKET`: the longest of them, and all their tokens."""
 
     index: int
-    longest: Step
+    longest: StepRecord
     tokens: int
 
 
@@ -188,12 +109,12 @@ class State:
 
     def __init__(self, slo: Mapping[str, float] | None = None) -> None:
         self.slo, self.default_slo = dict(slo or DEFAULT_SLO), not slo
-        self.now = Snapshot(0.0, -1)  # until the first event
+        self.now = NOTHING  # until the first event
         self._clear()
 
     def _clear(self) -> None:
-        self.ends: deque[End] = deque(maxlen=KEPT)
-        self.log: deque[Event] = deque(maxlen=KEPT)
+        self.ends: deque[EndRecord] = deque(maxlen=KEPT)
+        self.log: deque[EventRecord] = deque(maxlen=KEPT)
         self.marks: deque[Mark] = deque(maxlen=KEPT)  # changes of roles, and of the mode
         self.buckets: dict[str, deque[Bucket]] = {}
         self.tokens = Window()  # prompt, generation
@@ -224,7 +145,7 @@ class State:
         self.tokens.add(snapshot.clock, (snapshot.prompt_tokens, snapshot.generation_tokens))
         self._count(snapshot.workers)
 
-    def _step(self, step: Step) -> None:
+    def _step(self, step: StepRecord) -> None:
         buckets = self.buckets.setdefault(step.worker, deque(maxlen=BUCKETS))
         index, tokens = int(step.clock / BUCKET), step.prefill_tokens + step.decode_tokens
         if not buckets or buckets[-1].index != index:
@@ -232,13 +153,13 @@ class State:
         buckets[-1].tokens += tokens
         buckets[-1].longest = max(buckets[-1].longest, step, key=lambda step: step.seconds)
 
-    def _end(self, end: End) -> None:
+    def _end(self, end: EndRecord) -> None:
         self.ends.append(end)
         self._since = min(self._since, end.clock)
         if end.finish != "abort":  # its client did not want it any more: neither good nor bad
             self._minute.append((end.clock, self.meets(end)))
 
-    def _count(self, workers: list[Worker]) -> None:
+    def _count(self, workers: list[WorkerState]) -> None:
         before, self.windows = self.windows, {}
         for worker in workers:
             if (stats := worker.stats) is not None:
@@ -251,9 +172,11 @@ class State:
 
     # ------------------------------------------------------------ what the panels show
 
-    def meets(self, end: End) -> bool:
+    def meets(self, end: EndRecord) -> bool:
         """Whether the request was answered within all limits."""
-        return end.finish in ("stop", "length") and all(end.seen[n] * 1000 <= limit for n, limit in self.slo.items())
+        return end.finish in ("stop", "length") and all(
+            slo_values(end)[n] * 1000 <= limit for n, limit in self.slo.items()
+        )
 
     def goodput(self) -> tuple[float, float, int]:
         """Of the last minute: good requests per second, their share, and how many have ended."""
@@ -266,12 +189,12 @@ class State:
         recent = islice(reversed(self.buckets.get(name, ())), count + 1)
         return sum(bucket.tokens for bucket in recent if end - count <= bucket.index < end) / SPAN
 
-    def worker_busy(self, worker: Worker) -> float | None:
+    def worker_busy(self, worker: WorkerState) -> float | None:
         """Share of the time that it spends in steps."""
         window = self.windows.get((worker.name, worker.epoch), Window())
         return next(iter(window.rates()), None)
 
-    def link_rates(self, worker: Worker, link: Link) -> tuple[float, float | None, float | None]:
+    def link_rates(self, worker: WorkerState, link: LinkState) -> tuple[float, float | None, float | None]:
         """Bytes per second now; while it sends, and seconds per piece (now, else since the start; None: never)."""
         window = self.windows.get((worker.name, worker.epoch, link.peer), Window())
         moved, pieces, seconds = window.rates() or (0.0, 0.0, 0.0)

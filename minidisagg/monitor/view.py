@@ -59,10 +59,13 @@ def _overview(state: State, ui: Ui, width: int, height: int) -> list[Line]:
 
     beside = width >= 110
     rows: list[Row] = [
-        ([(1, width)], 4, 4), (pair(2, 4, 36), 6, 6), ([(3, width)], table, 2 + workers),
+        ([(1, width)], 4, 4),
+        (pair(2, 4, 36), 6, 6),
+        ([(3, width)], table, 2 + workers),
         (pair(5, 6, 54) if beside else [(5, width)], strips, 2 + 7 * workers),
-        *([] if beside else [([(6, width)], 6, 12)]), ([(7, width)], 4, height),
-    ]  # fmt: skip
+        *([] if beside else [([(6, width)], 6, 12)]),
+        ([(7, width)], 4, height),
+    ]
     kept, lines = list[Row](), list[Line]()
     for row in rows:
         if row[1] <= height:

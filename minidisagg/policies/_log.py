@@ -1,6 +1,7 @@
 """The decision log: what each hook of a policy was asked and what it answered, as JSON lines (`docs/decisions.md`).
 
-    {"clock": 12.3, "who": "router", "policy": "fcfs", "hook": "place", "request": {…}, "cluster": {…}, "answer": {…}}
+    {"version": 1, "clock": 12.3, "who": "router", "policy": "fcfs", "hook": "place", "request": {…}, "cluster": {…},
+     "answer": {…}}
 
 To diff two policies offline, or to see why one did what it did: a line has all that the hook could see, so that a fresh
 policy gives the same answer to it.
@@ -27,6 +28,7 @@ from minidisagg.core.policy import (
     WorkerView,
 )
 
+VERSION = 1  # of each line
 A = TypeVar("A")
 Write = Callable[[bytes], object]
 REQUEST = "request_id", "arrival", "priority", "prefill_len", "max_tokens", "prefill"
@@ -103,7 +105,7 @@ class Logged(Policy):
         return answer
 
     def _log(self, hook: str, now: float, answer: object, **inputs: Any) -> None:
-        line = {"clock": now, **self._head, "hook": hook, **inputs, "answer": answer}
+        line = {"version": VERSION, "clock": now, **self._head, "hook": hook, **inputs, "answer": answer}
         self._write(msgspec.json.encode(line, enc_hook=repr) + b"\n")
 
 

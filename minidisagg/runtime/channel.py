@@ -1,6 +1,6 @@
 """Framed message channels over asyncio streams: FIFO per pair, bounded, one frame per `Envelope`.
 
-A frame is a 4-byte little-endian length and a msgpack payload. Sockets live in a directory of mode 0700.
+A frame is a 4-byte little-endian length and a payload of `core/frames.py`. Sockets live in a directory of mode 0700.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 from msgspec import MsgspecError
 
-from minidisagg.core.messages import Envelope, decode, encode
+from minidisagg.core.frames import decode, encode
+from minidisagg.core.messages import Envelope
+from minidisagg.formats import VersionError
 
 MAX_FRAME = 64 << 20  # bytes
 MAX_BACKLOG = 256 << 20  # bytes written and not yet taken by the peer: beyond that it is as good as dead
@@ -53,6 +55,8 @@ class Channel:
                 yield decode(await self._reader.readexactly(length))
             except (asyncio.IncompleteReadError, ConnectionResetError, BrokenPipeError):
                 return
+            except VersionError as error:
+                raise ChannelError(str(error)) from error
             except MsgspecError as error:
                 raise ChannelError(f"malformed message: {error}") from error
 

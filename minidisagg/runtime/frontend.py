@@ -19,10 +19,10 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
 
@@ -43,12 +43,14 @@ from minidisagg.core.messages import (
 )
 from minidisagg.core.plan import SeqKey
 from minidisagg.core.policy import ClusterView, RoleChange
-from minidisagg.core.router import Emit, Kill, Router, RouterSpec, Tracked, drain_outbox
+from minidisagg.core.router import Kill, Router, RouterSpec, drain_outbox
+from minidisagg.core.tracked import Emit, Tracked
 from minidisagg.policies import make_policy, rehearse
 from minidisagg.runtime.channel import Channel, ChannelError, listen
 from minidisagg.runtime.launch import Supervisor, role_name
 
 TICK = 0.25
+DRAIN_POLL = 0.05  # seconds
 STATS_TIMEOUT = 5.0  # seconds; a worker reports four times a second
 START_TIMEOUT = 300.0  # seconds for all workers to load their weights
 QUIET_TIMEOUT = 60.0  # seconds for workers without requests to come to rest, leases of lost handoffs included
@@ -283,40 +285,11 @@ class Frontend:
                 self.channels[name].send(Envelope(ROUTER, 0, body))
         await self._all_up()
 
-    # ------------------------------------------------------------ what is to be seen from outside
-
-    @property
-    def worker_names(self) -> list[str]:
-        """All workers, dead or alive, in the order of `ClusterSettings.roles`."""
-        return self.supervisor.names
-
-    @property
-    def view(self) -> ClusterView:
-        """The router's picture of its live workers and of what waits; to be read only."""
-        return self.router.view
-
-    @property
-    def requests(self) -> Mapping[str, Tracked]:
-        """What has not ended, by id; to be read only."""
-        return self.router.requests
-
-    @property
-    def policy(self) -> str:
-        """The scheduling policy that is in force, as on the command line."""
-        return self.router.policy_spec or self.cluster.policy
-
-    @property
-    def paused(self) -> bool:
-        """New requests wait."""
-        return self.router.paused
-
     def workers_of(self, request_id: str) -> list[str]:
         """Where the request is and was, in order: the router's own list, which grows with each move. Empty where it has
         ended, or was rejected at once."""
         tracked = self.router.requests.get(request_id)
         return [] if tracked is None else tracked.workers
-
-    # ------------------------------------------------------------ what operators do to workers
 
     def set_role(self, worker: str, role: Role) -> None:
         """Finish what the worker has, then flip; one that is down, when it is back. Raises `KeyError`."""
@@ -466,6 +439,80 @@ class Frontend:
         for observer in self.observers:
             observer.on_emit(emit, now)
         callback(emit, now)
+
+    # ------------------------------------------------------------ what operators see, and do with it
+
+    @property
+    def worker_names(self) -> Sequence[str]:
+        """Of all workers, those that are down too; the prefill workers come first."""
+        return self.supervisor.names
+
+    @property
+    def view(self) -> ClusterView:
+        """The cluster as the policy's hooks see it: the workers that are up, what waits, and the limits."""
+        return self.router.view
+
+    @property
+    def requests(self) -> Mapping[str, Tracked]:
+        """Those that have not ended, in the order in which they came."""
+        return self.router.requests
+
+    @property
+    def parked(self) -> int:
+        """How many of them no worker can take now."""
+        return sum(request_id in self.router.requests for request_id in self.router.parked)
+
+    @property
+    def paused(self) -> bool:
+        """Whether new requests wait in the router."""
+        return self.router.paused
+
+    @property
+    def policy(self) -> str:
+        """The scheduling policy, with its settings."""
+        return self.router.policy_spec or self.cluster.policy
+
+    @property
+    def link(self) -> str:
+        """What moves KV between the workers; empty while none is up."""
+        return str(next((hello.info["link"] for hello in self.hellos.values()), ""))
+
+    @property
+    def mode(self) -> Literal["colocated", "disagg"]:
+        """By the workers' roles; one that is down counts with the role that it will come back with."""
+        roles = [self.router.roles.get(name) or hello.role for name, hello in self.greetings.items()]
+        return "colocated" if roles and all(role == Role.BOTH for role in roles) else "disagg"
+
+    def epoch(self, worker: str) -> int:
+        """Of its latest start, 0 before the first."""
+        return self.router.epochs.get(worker, 0)
+
+    def stalled(self, seconds: float) -> list[str]:
+        """The workers whose step takes longer than this."""
+        return [name for name in self.router.heartbeats if self.router.stands_still(name, seconds)]
+
+    def set_mode(self, mode: Literal["colocated", "disagg"]) -> None:
+        """Give every worker its role of that mode; one that is down, when it is back. Raises `ValueError`."""
+        cluster = self.cluster
+        if mode == "disagg" and not (cluster.prefill_workers and cluster.decode_workers):
+            raise ValueError("disagg needs prefill workers and decode workers")
+        for index, name in enumerate(self.worker_names):
+            role = Role.PREFILL if index < cluster.prefill_workers else Role.DECODE
+            self.set_role(name, Role.BOTH if mode == "colocated" else role)
+
+    def restart(self, worker: str) -> None:
+        """Drain the worker, and end it once no request uses it: the supervisor starts it again. Raises `KeyError`."""
+        self.drain(worker)
+        task = self.loop.create_task(self._kill_idle(worker, self.view.workers[worker].epoch))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _kill_idle(self, worker: str, epoch: int) -> None:
+        while (status := self.view.workers.get(worker)) is not None and status.epoch == epoch:
+            if not self.router.uses(worker):
+                self.kill(worker)
+                return
+            await asyncio.sleep(DRAIN_POLL)
 
 
 def _make_run_dir() -> tuple[Path, int]:

@@ -59,7 +59,7 @@ class KVCache:
         """Zero whole pages: attention multiplies what lies beyond a context by 0, which a stale NaN would survive."""
         self.data[:, :, pages] = 0
 
-    def fingerprint(self, config: ModelConfig, codec: str) -> str:
+    def fingerprint(self, config: ModelConfig) -> str:
         """Hex digest of all that two caches must share before a page of one means the same in the other."""
         facts = [
             config.name,
@@ -68,7 +68,6 @@ class KVCache:
             [config.hidden_size, config.intermediate_size, config.num_heads, config.vocab_size],
             str(self.data.dtype),
             self.layout,
-            codec,
         ]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 

@@ -128,7 +128,7 @@ class Supervisor:
         self._configs[name] = config
         with (self.run_dir / f"{name}.log").open("ab") as log:
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "minidisagg.runtime.worker", msgspec.json.encode(config).decode(),
+                sys.executable, "-m", "minidisagg.runtime.process", msgspec.json.encode(config).decode(),
                 stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, env=_environment(config),
             )  # fmt: skip
         self.processes[name] = process

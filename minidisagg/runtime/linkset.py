@@ -11,20 +11,18 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from msgspec.structs import replace
 
 from minidisagg.core.effects import AbortLink, Send
-from minidisagg.core.handoff import EPOCH_BITS
 from minidisagg.core.inputs import AbortConfirmed, PieceDone
+from minidisagg.core.ledger import EPOCH_BITS
 from minidisagg.core.messages import LinkOpen, LinkReady, LinkStats, PieceSpan
 from minidisagg.core.plan import Piece
-from minidisagg.runtime.kv_cache import KVCache
-from minidisagg.transfer.emulate import EmulatedLink, Emulation
 from minidisagg.transfer.kinds import make_link
-from minidisagg.transfer.links import Link, LinkError, LinkSetup
+from minidisagg.transfer.links import Link, LinkError, LinkHost, LinkSetup
 
+MICROSECOND = 1e-6  # differences of times round
 LinkKey = tuple[str, int, bool]  # peer, link epoch, outgoing
 
 
@@ -39,30 +37,28 @@ class Entry:
     started: dict[int, tuple[float, str]] = field(default_factory=dict)  # seq → when it was handed over, request id
 
 
+@dataclass(frozen=True)
+class LinkHooks:
+    """What a set of links does to its worker: messages for peers, news for the core, and the end on an error.
+
+    With a `clock`, the worker's own, pieces are kept for `take_trace`.
+    """
+
+    send: Callable[[Send], None]
+    on_news: Callable[[PieceDone | AbortConfirmed], None]
+    on_failure: Callable[[BaseException], None]
+    clock: Callable[[], float] | None = None
+
+
 class LinkSet:
     """All links of one worker."""
 
-    def __init__(
-        self, name: str, cache: KVCache, kind: str, one_sided: bool, codec: str, run_dir: Path, timeout: float,
-        latency: float, send: Callable[[Send], None], on_news: Callable[[PieceDone | AbortConfirmed], None],
-        on_failure: Callable[[BaseException], None], clock: Callable[[], float] | None,
-    ) -> None:  # fmt: skip
-        """`latency`: seconds added to each piece that this worker sends (an injected delay). With a `clock`, pieces
-        are kept for `take_trace`."""
+    def __init__(self, name: str, host: LinkHost, hooks: LinkHooks) -> None:
         self.name = name
-        self.cache = cache
-        self.kind = kind
-        self.one_sided = one_sided
-        self.codec = codec
-        self.run_dir = run_dir
-        self.timeout = timeout
-        self.latency = latency
-        self._send = send
-        self._on_news = on_news
-        self._on_failure = on_failure
-        self._clock = clock
+        self.host = host
+        self._hooks = hooks
         self._trace: list[PieceSpan] = []
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._entries: dict[LinkKey, Entry] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._stats: dict[str, LinkStats] = {}  # of outgoing links, by peer
@@ -70,21 +66,21 @@ class LinkSet:
     def open(self, peer: str, link_epoch: int) -> None:
         """Source: ask the destination for its end."""
         self._entries[peer, link_epoch, True] = Entry()
-        self._send(Send(peer, LinkOpen(self.kind, self.codec, link_epoch)))
+        self._hooks.send(Send(peer, LinkOpen(self.host.kind, link_epoch)))
 
     def on_link_open(self, peer: str, message: LinkOpen) -> None:
         """Destination: make this end, tell the source, and wait for it."""
         key = peer, message.link_epoch, False
         entry = self._entries.setdefault(key, Entry())
         try:
-            if (message.kind, message.codec) != (self.kind, self.codec):
-                raise LinkError(f"{self.name} speaks {self.kind}/{self.codec}, not {message.kind}/{message.codec}")
+            if message.kind != self.host.kind:
+                raise LinkError(f"{self.name} speaks {self.host.kind}, not {message.kind}")
             entry.link = self._make(peer, message.link_epoch, source=False)
             endpoint = entry.link.endpoint()
         except (LinkError, OSError, ValueError, RuntimeError) as error:
-            self._send(Send(peer, LinkReady(message.link_epoch, "", str(error))))
+            self._hooks.send(Send(peer, LinkReady(message.link_epoch, "", str(error))))
             return
-        self._send(Send(peer, LinkReady(message.link_epoch, endpoint)))
+        self._hooks.send(Send(peer, LinkReady(message.link_epoch, endpoint)))
         self._spawn(self._connect(key, entry, endpoint))
 
     def on_link_ready(self, peer: str, message: LinkReady) -> None:
@@ -132,7 +128,7 @@ class LinkSet:
         try:
             self._poll()
         except Exception as error:
-            self._on_failure(error)
+            self._hooks.on_failure(error)
 
     def _poll(self) -> None:
         for entry in list(self._entries.values()):
@@ -141,10 +137,10 @@ class LinkSet:
                 elapsed = completion.ended - started
                 if completion.send:
                     self._settle(completion, elapsed)
-                if self._clock is not None:
-                    self._trace.append(_span(completion, request_id, self._clock() - time.monotonic(), elapsed))
+                if self._hooks.clock is not None:
+                    self._trace.append(_span(completion, request_id, self._hooks.clock() - time.monotonic(), elapsed))
                 if not entry.closing:
-                    self._on_news(completion)
+                    self._hooks.on_news(completion)
 
     async def close(self) -> None:
         """Give up all links; for the end of the process."""
@@ -156,21 +152,7 @@ class LinkSet:
 
     def _make(self, peer: str, link_epoch: int, source: bool) -> Link:
         pair = f"{self.name}-{peer}" if source else f"{peer}-{self.name}"
-        link = make_link(
-            LinkSetup(
-                kind=self.kind,
-                source=source,
-                pair=pair,
-                link_epoch=link_epoch,
-                kv=self.cache.data,
-                kv_fd=self.cache.fd,
-                codec=self.codec,
-                run_dir=self.run_dir,
-                wake=self._wake,
-                timeout=self.timeout,
-            )
-        )
-        return EmulatedLink(link, Emulation(latency=self.latency)) if source and self.latency else link
+        return make_link(LinkSetup(self.host, source, pair, link_epoch, self._wake))
 
     def stats(self) -> list[LinkStats]:
         """What went out, by peer."""
@@ -183,19 +165,25 @@ class LinkSet:
 
     def _settle(self, done: PieceDone, elapsed: float) -> None:
         if done.ok:
-            queued = max(0.0, elapsed - done.seconds)
+            nic = self.host.nic
             self._count(
-                done.peer, transfers=1, bytes=done.nbytes, seconds=done.seconds, queue_seconds=queued, backlog=-1
+                done.peer,
+                transfers=1,
+                bytes=done.nbytes,
+                seconds=done.seconds,
+                queue_seconds=max(0.0, elapsed - done.seconds),
+                backlog=-1,
+                late=nic is not None and done.seconds > nic.interconnect.slowest(done.nbytes) + MICROSECOND,
             )
         else:
             self._count(done.peer, failures=1, backlog=-1)
 
     def _count(self, peer: str, **more: float) -> None:
-        old = self._stats.get(peer, LinkStats(peer, self.kind))
+        old = self._stats.get(peer, LinkStats(peer, self.host.kind))
         self._stats[peer] = replace(old, **{name: getattr(old, name) + value for name, value in more.items()})
 
     def _wake(self) -> None:
-        self._loop.call_soon_threadsafe(self.poll)
+        self.loop.call_soon_threadsafe(self.poll)
 
     async def _connect(self, key: LinkKey, entry: Entry, endpoint: str) -> None:
         assert entry.link is not None
@@ -210,16 +198,16 @@ class LinkSet:
             entry.link.start(piece)
 
     async def _abort(self, key: LinkKey, entry: Entry, peer_dead: bool) -> None:
-        confirmed = True  # a link that was never made cannot write
-        if entry.link is not None:
-            confirmed = await asyncio.to_thread(entry.link.abort, peer_dead)
+        link, confirmed = entry.link, True  # a link that was never made cannot write
+        if link is not None:
+            confirmed = await asyncio.to_thread(link.abort, peer_dead)
         self.poll()
         if key[2]:
             self._count(key[0], backlog=-len(entry.waiting))
         entry.waiting = []
         if confirmed and self._entries.pop(key, None) is not None:
-            self._on_news(AbortConfirmed(*key))
-        elif not confirmed and (key[2] or not self.one_sided):
+            self._hooks.on_news(AbortConfirmed(*key))
+        elif link is not None and not confirmed and (key[2] or not link.one_sided):
             # Nobody else can stop this end's own thread: the process ends, and with it all that it could still write.
             raise LinkError(f"the abort of the link with {key[0]} does not return")
 
@@ -230,22 +218,30 @@ class LinkSet:
         if outgoing:
             self._count(peer, backlog=-len(waiting), failures=1)
         for seq in [piece.seq for piece in waiting] or [0]:
-            self._on_news(PieceDone(peer, link_epoch, seq, outgoing, ok=False, error=error))
+            self._hooks.on_news(PieceDone(peer, link_epoch, seq, outgoing, ok=False, error=error))
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
-        task = self._loop.create_task(work)
+        task = self.loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._finished)
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            self._on_failure(error)
+            self._hooks.on_failure(error)
 
 
 def _span(done: PieceDone, request_id: str, clock_ahead: float, elapsed: float) -> PieceSpan:
     ended = done.ended + clock_ahead
     return PieceSpan(
-        done.peer, done.link_epoch, done.seq, done.send, request_id, ended - elapsed, ended - done.seconds, ended,
-        done.nbytes, done.ok,
-    )  # fmt: skip
+        done.peer,
+        done.link_epoch,
+        done.seq,
+        done.send,
+        request_id,
+        ended - elapsed,
+        ended - done.seconds,
+        ended,
+        done.nbytes,
+        done.ok,
+    )

@@ -13,7 +13,7 @@ import msgspec
 
 from minidisagg.config import DEFAULT_MODEL, ClusterSettings, ModelSettings, RunSettings
 from minidisagg.core.messages import SamplingParams
-from minidisagg.core.router import StageTimes
+from minidisagg.core.tracked import StageTimes
 from minidisagg.model.pull import ensure
 from minidisagg.model.tokenizer import Tokenizer
 from minidisagg.runtime.frontend import Frontend

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import msgspec
 
 from minidisagg.core.messages import SamplingParams, TokenLogprob
-from minidisagg.core.router import Emit
+from minidisagg.core.tracked import Emit
 from minidisagg.model.tokenizer import IncrementalDetokenizer, Tokenizer
 
 

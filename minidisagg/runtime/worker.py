@@ -16,16 +16,12 @@ loop's own handler and the threads' are the net.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import ctypes
 import os
-import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -33,12 +29,13 @@ from typing import Any, BinaryIO, TypeVar
 import msgspec
 import torch
 
-from minidisagg.config import ClusterSettings, RunSettings, WorkerConfig, WorkerSettings, parse_cpus
+from minidisagg.config import ClusterSettings, WorkerConfig
 from minidisagg.core.checked import PolicyError
 from minidisagg.core.effects import AbortLink, OpenLink, Send, StartPiece
 from minidisagg.core.engine import EngineCore, drain
+from minidisagg.core.granularity import parse_granularity
 from minidisagg.core.inputlog import RecordingCore
-from minidisagg.core.inputs import AbortConfirmed, Input, PieceDone, Received, Schedule, StepDone, Tick
+from minidisagg.core.inputs import AbortConfirmed, Input, LayersDone, PieceDone, Received, Schedule, StepDone, Tick
 from minidisagg.core.messages import (
     ROUTER,
     AnyMessage,
@@ -51,21 +48,21 @@ from minidisagg.core.messages import (
     PeerUp,
     PieceSpans,
     Reconfigure,
-    Submit,
 )
 from minidisagg.core.plan import StepPlan
 from minidisagg.core.spec import EngineSpec
 from minidisagg.model.config import ModelConfig
-from minidisagg.model.loader import load_config, load_weights
-from minidisagg.model.transformer import Transformer
+from minidisagg.model.loader import load_config
 from minidisagg.policies import make_policy
 from minidisagg.runtime.blackbox import KINDS, Note
 from minidisagg.runtime.ceilings import measure_ceilings
 from minidisagg.runtime.channel import Channel, ChannelError, connect, listen
-from minidisagg.runtime.executor import Executor, StepResult
-from minidisagg.runtime.kv_cache import KVCache, num_pages_for, page_bytes
-from minidisagg.runtime.linkset import LinkSet
-from minidisagg.transfer.kinds import resolve_kind
+from minidisagg.runtime.device import StepResult, load_device
+from minidisagg.runtime.kv_cache import KVCache
+from minidisagg.runtime.linkset import LinkHooks, LinkSet
+from minidisagg.transfer.emulate import make_nic
+from minidisagg.transfer.kinds import efficient_bytes, resolve_kind
+from minidisagg.transfer.links import LinkHost
 
 T = TypeVar("T")
 TICK = 0.25  # seconds between ticks and Stats
@@ -73,54 +70,10 @@ DEVICE_NICE = 10  # priority of the device thread below the event loop's
 UNSENT = 10_000  # messages kept for a peer whose address has not come yet
 
 
-class Device:
-    """The model, its cache, and the work of one step; made and used on the worker's device thread."""
-
-    def __init__(self, config: WorkerConfig, model_config: ModelConfig) -> None:
-        settings = config.settings
-        self.device = torch.device(settings.device)
-        if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device {settings.device!r} is asked for, but torch {torch.__version__} sees no GPU")
-        self.dtype = _dtype(settings, model_config)
-        # Roles may compute in different dtypes; what they hand over is in the narrower one.
-        dtypes = [_dtype(worker, model_config) for _, _, worker in config.cluster.roles()]
-        kv_dtype = min(dtypes, key=lambda dtype: dtype.itemsize)
-        model = Transformer(model_config, load_weights(config.model.model, model_config), self.dtype, self.device)
-        size = config.model.block_size
-        num_pages = num_pages_for(settings.kv_cache_memory, model_config, size, kv_dtype)
-        if num_pages < 1:
-            need = page_bytes(model_config, size, kv_dtype)
-            raise ValueError(f"a KV cache of {settings.kv_cache_memory} bytes holds no page; one needs {need} bytes")
-        self.cache = KVCache(model_config, num_pages, size, kv_dtype, self.device)
-        self.executor = Executor(model, self.cache)
-        self.begin(config.run)
-
-    def begin(self, run: RunSettings) -> None:
-        """An epoch of the worker: no sequence is known, and an experiment delays what this run says."""
-        self.delays, self.slowdown = run.delays, run.slowdown
-        self.executor.sequences.clear()
-        self.executor.last_token.clear()
-
-    def run(self, plan: StepPlan) -> StepResult:
-        """One step, with the delays that an experiment injects; blocks."""
-        with torch.inference_mode():
-            result = self.executor.execute(plan)
-        delay = 0.0
-        for item in plan.items:
-            if item.sample and item.index == 0:
-                delay = max(delay, self.delays.get("prefill", 0.0))
-            elif item.index == 2:  # the second decode step: the first one's time is told apart from waiting for it
-                delay = max(delay, self.delays.get("decode", 0.0))
-        if self.slowdown:
-            delay += self.slowdown * result.seconds
-            result = replace(result, seconds=(1.0 + self.slowdown) * result.seconds)
-        if delay:
-            time.sleep(delay)
-        return result
-
-
 class Worker:
     """Drives one engine core. See the module's picture."""
+
+    make_links: Callable[[str, LinkHost, LinkHooks], LinkSet] = LinkSet
 
     def __init__(self, config: WorkerConfig) -> None:
         self.config = config
@@ -152,15 +105,14 @@ class Worker:
         self.channels[ROUTER] = frontend
         try:
             model_config = load_config(config.model.model)
-            self.device = await self._on_device(Device, config, model_config)
-            hello = await self._on_device(self._prepare, model_config)
+            self.device = await self._on_device(load_device, config, model_config)
+            hello = self.hello = await self._on_device(self._prepare, model_config)
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
             self._send(ROUTER, Fatal(reason, config.name, config.epoch))
             await asyncio.sleep(0.2)  # let it leave
             raise
         server = await listen(hello.address.removeprefix("unix:"), self._serve_peer)
-        self.hello = hello
         self._send(ROUTER, hello)
         self._spawn(self._serve_frontend(frontend))
         self._spawn(self._tick())
@@ -175,13 +127,14 @@ class Worker:
             self.record.close()
 
     def _prepare(self, model_config: ModelConfig) -> Hello:
-        config, cache = self.config, self.device.cache
-        kind = link_kind(config.cluster)
+        config, cache, model = self.config, self.device.cache, self.device.model
+        kind, emulated = link_kind(config.cluster), config.cluster.emulate_link
+        self.nic = make_nic(emulated)
         bandwidth = flops = 0.0  # not known
         if config.run.ceilings and config.epoch == 1:  # later its neighbours are at work, and would be measured too
-            bandwidth, flops = measure_ceilings(self.device.dtype, device=self.device.device)
+            bandwidth, flops = measure_ceilings(model.dtype, device=model.device)
         self.link_kind = kind
-        self._make_core(model_config.num_layers, cache.fingerprint(model_config, config.cluster.kv_codec))
+        self._make_core()
         self.loop.call_soon_threadsafe(self._make_links)
         limit = _max_model_len(config, model_config, cache)
         return Hello(
@@ -189,20 +142,24 @@ class Worker:
             self.core.spec.fingerprint, f"unix:{config.run_dir}/{config.name}.{config.epoch}.sock", os.getpid(),
             model_config.kv_bytes_per_token(cache.data.dtype.itemsize),
             {
-                "device": str(self.device.device), "dtype": str(self.device.dtype).removeprefix("torch."),
-                "threads": torch.get_num_threads(), "cpus": config.settings.cpus, "link": kind,
+                "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch."),
+                "threads": torch.get_num_threads(), "cpus": config.settings.cpus,
+                "link": kind if self.nic is None else f"{kind} as {emulated}",
                 "bandwidth": bandwidth, "flops": flops, "parameters": model_config.num_parameters,
                 "vocab_size": model_config.vocab_size,
             },
         )  # fmt: skip
 
-    def _make_core(self, num_layers: int, fingerprint: str) -> None:
+    def _make_core(self) -> None:
         """The core of this epoch, and the log of its inputs."""
-        config, cache = self.config, self.device.cache
+        config, cache, model, kind = self.config, self.device.cache, self.device.model, self.link_kind
         spec = EngineSpec(
             name=config.name, epoch=config.epoch, role=config.role, num_pages=cache.num_pages,
-            page_size=cache.page_size, num_layers=num_layers, fingerprint=fingerprint,
-            policy=config.cluster.policy, one_sided_links=self.link_kind == "shm",
+            page_size=cache.page_size, num_layers=model.config.num_layers,
+            fingerprint=cache.fingerprint(model.config),
+            policy=config.cluster.policy, one_sided_links=kind == "shm",
+            granularity=parse_granularity(config.cluster.transfer_granularity, efficient_bytes(kind, self.nic)),
+            layer_bytes=cache.bytes_per_page // model.config.num_layers,
             prefix_caching=config.model.prefix_caching, lease=config.run.lease,
             link_timeout=config.run.link_timeout, step_deadline=config.run.step_deadline,
             options=config.settings.options(),
@@ -218,17 +175,15 @@ class Worker:
         else:
             self.core = EngineCore(spec, load_policy)
         ahead = config.run.step_ahead
-        self.depth = ahead if ahead >= 0 else int(self.device.device.type == "cuda")
-        self.decode_wait = config.run.delays.get("decode_wait", 0.0)
+        self.depth = ahead if ahead >= 0 else int(model.device.type == "cuda")
 
     def _make_links(self) -> None:
-        config = self.config
-        self.links = LinkSet(
-            config.name, self.device.cache, self.link_kind, self.core.spec.one_sided_links,
-            config.cluster.kv_codec, Path(config.run_dir),
-            config.run.link_timeout, config.run.delays.get("transfer", 0.0), self._carry_out, self._on_link_news,
-            self._on_failure, self.now if config.run.trace else None,
-        )  # fmt: skip
+        config, cache = self.config, self.device.cache
+        run_dir, timeout = Path(config.run_dir), config.run.link_timeout
+        host = LinkHost(self.link_kind, cache.data, cache.fd, run_dir, timeout, self.nic)
+        clock = self.now if config.run.trace else None
+        hooks = LinkHooks(self._carry_out, self._on_news, self._on_failure, clock)
+        self.links = self.make_links(config.name, host, hooks)
 
     async def _begin_epoch(self, config: WorkerConfig) -> None:
         """The next epoch, as after a start, on the same process, weights, memory and channels.
@@ -238,9 +193,9 @@ class Worker:
         """
         self.core.check_integrity()
         await self.links.close()
-        await self._on_device(self.device.begin, config.run)
+        await self._on_device(self.device.forget)
         self.config, self.checked = config, 0
-        self._make_core(self.core.spec.num_layers, self.core.spec.fingerprint)
+        self._make_core()
         self._make_links()
         self.hello = msgspec.structs.replace(self.hello, role=config.role)
         self._send(ROUTER, self.hello)
@@ -249,11 +204,7 @@ class Worker:
 
     async def _serve_frontend(self, channel: Channel) -> None:
         async for envelope in channel:
-            delay = self.config.run.delays.get("queue", 0.0)
-            if isinstance(envelope.body, Submit) and delay:
-                self.loop.call_later(delay, self._on_message, envelope)
-            else:
-                self._on_message(envelope)
+            self._on_message(envelope)
         self.done.set()  # the front end is gone, and a worker does not outlive it
 
     async def _serve_peer(self, channel: Channel) -> None:
@@ -303,7 +254,7 @@ class Worker:
             self._drain()  # the core gives up the links that it knows of, and what is left is for nobody
             self.links.on_peer_down(body.worker, body.epoch)
 
-    def _on_link_news(self, what: PieceDone | AbortConfirmed) -> None:
+    def _on_news(self, what: LayersDone | PieceDone | AbortConfirmed) -> None:
         if self._guarded(self._tell, what):
             self._advance()
 
@@ -344,7 +295,7 @@ class Worker:
 
     def _carry_on(self) -> None:
         self._drain()
-        while self.steps_flying <= self.depth and not self._waits_on_purpose():
+        while self.steps_flying <= self.depth:
             plan = self.core.on(Schedule(), self.now())
             self._drain()
             if plan is None:
@@ -366,9 +317,13 @@ class Worker:
     def _compute(self, plan: StepPlan) -> StepResult:
         """On the device thread. The note stays where the step does not come through: its requests are suspects."""
         self.computing.write((item.request_id, item.incarnation) for item in plan.items)
-        result = self.device.run(plan)
+        result = self.device.run(plan, partial(self._report, plan.step_id))
         self.computing.clear()
         return result
+
+    def _report(self, step_id: int, layer: int) -> None:
+        """From whatever thread knows it; the loop hears of it before the step's end, which comes the same way."""
+        self.loop.call_soon_threadsafe(self._on_news, LayersDone(step_id, layer))
 
     def _on_device(self, work: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
         return self.loop.run_in_executor(self.device_thread, work, *arguments)
@@ -416,18 +371,6 @@ class Worker:
         self.channels[peer] = channel
         for body in self.unsent.pop(peer, []):
             self._send(peer, body)
-
-    def _waits_on_purpose(self) -> bool:
-        """An injected delay between a request's KV being complete and its first decode step."""
-        if not self.decode_wait:
-            return False
-        now = self.now()
-        for request in self.core.scheduler.running:
-            left = request.ready_at + self.decode_wait - now
-            if request.ready_at >= 0 and not request.introduced and left > 0:
-                self.loop.call_later(left, self._advance)
-                return True
-        return False
 
     # ------------------------------------------------------------ tasks
 
@@ -481,12 +424,9 @@ class Worker:
         self.done.set()
 
 
-def _dtype(settings: WorkerSettings, config: ModelConfig) -> torch.dtype:
-    name = settings.dtype
-    if name == "auto":
-        name = "bfloat16" if config.dtype == "float16" and settings.device == "cpu" else config.dtype
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
+def _lower_priority() -> None:
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), DEVICE_NICE)
 
 
 def link_kind(cluster: ClusterSettings) -> str:
@@ -513,51 +453,3 @@ def _max_model_len(config: WorkerConfig, model: ModelConfig, cache: KVCache) -> 
             f"needs {need} bytes"
         )
     return asked or min(model.max_model_len, held)
-
-
-def _lower_priority() -> None:
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), DEVICE_NICE)
-
-
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
-def main() -> None:
-    """`python -m minidisagg.runtime.worker CONFIG`, where CONFIG is a `WorkerConfig` as JSON."""
-    _die_with_parent()
-    config = msgspec.json.decode(sys.argv[1], type=WorkerConfig)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the front end's to handle
-    if config.settings.device == "cpu":
-        cpus = parse_cpus(config.settings.cpus)
-        if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, cpus)
-        torch.set_num_threads(len(cpus))
-    runner: contextlib.AbstractContextManager[asyncio.Runner]
-    try:
-        import uvloop
-
-        runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
-    except ImportError:  # it has no build for this platform
-        runner = asyncio.Runner()
-    with runner as active:
-        failure = active.run(_serve(config))
-    # Daemon threads may still block in a link; nothing that matters is left to do.
-    os._exit(1 if failure else 0)
-
-
-async def _serve(config: WorkerConfig) -> str:
-    worker = Worker(config)
-    try:
-        await worker.run()
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        sys.stderr.write(f"{error}\n")
-        return str(error)
-    return worker.failure
-
-
-if __name__ == "__main__":
-    main()

@@ -12,7 +12,6 @@ import hmac
 import logging
 import re
 import socket
-import struct
 import time
 import traceback
 import uuid
@@ -20,18 +19,16 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
 from aiohttp import web
-from aiohttp.web_protocol import RequestHandler
 
 from minidisagg import __version__
 from minidisagg.address import at
 from minidisagg.model.tokenizer import Tokenizer
 from minidisagg.runtime.channel import ChannelError
 from minidisagg.runtime.frontend import Frontend
-from minidisagg.server import completions
 from minidisagg.server.admin import Admin, same_origin
 from minidisagg.server.completions import Answer, Chat, Completions, Endpoint, Job, encode, templated
+from minidisagg.server.connections import cut_off, error_response, json_response, make_runner, plain_error
 from minidisagg.server.generation import Generation, too_many
 from minidisagg.server.history import History
 from minidisagg.server.metrics import Metrics
@@ -39,10 +36,7 @@ from minidisagg.server.openapi import describe
 from minidisagg.server.protocol import ApiError, DetokenizeRequest, TokenizeRequest, decode_plain
 
 MAX_BODY = 4 << 20  # bytes: half a second to parse at worst
-MAX_HEADER = 16 << 10  # bytes of one header, and of the request line
 READ_TIMEOUT = 30.0  # seconds in which a body must have come
-SEND_BUFFER = 256 << 10  # bytes that wait for a client in the kernel
-IDLE_TIMEOUT = 75.0  # seconds that a connection may stay silent between requests
 STUCK_AFTER = 30.0  # seconds without a step while there is work: not healthy
 LOG_EVERY = 10.0  # seconds
 GRACE = 5.0  # seconds for which a stage may be without a worker: one that died is started again
@@ -88,15 +82,25 @@ class Server:
         self.app = web.Application(middlewares=[self.guard], client_max_size=MAX_BODY)
         self.app.on_response_prepare.append(_name)
         complete, chat = self._generates(Completions()), self._generates(Chat())
-        self.app.add_routes([
-            web.get("/health", self.health), web.get("/version", self.version), web.get("/metrics", self.expose),
-            web.get("/v1/models", self.models), web.get("/models", self.models),
-            web.get("/v1/models/{model:.+}", self.one_model), web.get("/openapi.json", self.openapi),
-            web.post("/v1/completions", complete), web.post("/v1/chat/completions", chat),
-            web.post("/completions", complete), web.post("/chat/completions", chat),
-            web.post("/tokenize", self.tokenize), web.post("/detokenize", self.detokenize),
-            web.get("/tokenizer_info", self.tokenizer_info), *self.admin.routes(),
-        ])  # fmt: skip
+        self.app.add_routes(
+            [
+                web.get("/health", self.health),
+                web.get("/version", self.version),
+                web.get("/metrics", self.expose),
+                web.get("/v1/models", self.models),
+                web.get("/models", self.models),
+                web.get("/v1/models/{model:.+}", self.one_model),
+                web.get("/openapi.json", self.openapi),
+                web.post("/v1/completions", complete),
+                web.post("/v1/chat/completions", chat),
+                web.post("/completions", complete),
+                web.post("/chat/completions", chat),
+                web.post("/tokenize", self.tokenize),
+                web.post("/detokenize", self.detokenize),
+                web.get("/tokenizer_info", self.tokenizer_info),
+                *self.admin.routes(),
+            ]
+        )
 
     # ------------------------------------------------------------ every request
 
@@ -115,7 +119,7 @@ class Server:
         except ApiError as error:
             failed = error
         except web.HTTPException as error:
-            response = _plain_error(error)
+            response = plain_error(error)
         except ChannelError:  # to a worker, which will be started again
             failed = ApiError(503, "a worker cannot be reached", code="unavailable", headers={"Retry-After": "5"})
         except (ConnectionError, asyncio.CancelledError):  # the client is gone
@@ -130,7 +134,7 @@ class Server:
             if request.writer.output_size:  # another head in the middle of a stream would be taken for text
                 await request.writer.write_eof(b"data: " + failed.body() + b"\n\n")
                 raise ConnectionResetError("an answer was under way")
-            response = _error(failed)
+            response = error_response(failed)
         sizes = request.content_length or 0, time.monotonic() - began
         logger.debug("%s %s %s %d, body %d, %.3f s", request_id, request.method, path, response.status, *sizes)
         return response
@@ -153,7 +157,7 @@ class Server:
 
     def _generates(self, endpoint: Endpoint) -> Handler:
         async def handle(request: web.Request) -> web.StreamResponse:
-            view = self.frontend.router.view
+            view = self.frontend.view
             if view.waiting >= view.max_waiting:  # before the body is read
                 raise too_many("too many requests are waiting", self.metrics.retry_after())
             job = await endpoint.read(await _body(request), self.tokenizer, self.frontend.max_model_len)
@@ -166,7 +170,7 @@ class Server:
             self.idle.clear()
             try:
                 with Generation(
-                    self.frontend, self.tokenizer, lambda: _cut_off(request.transport), self.metrics, endpoint.param
+                    self.frontend, self.tokenizer, lambda: cut_off(request.transport), self.metrics, endpoint.param
                 ) as generation:
                     salt, priority = self._salt(request, job), job.request.priority or 0
                     generation.submit(job.prompts, job.n, job.sampling, salt, priority, job.echo)
@@ -199,7 +203,7 @@ class Server:
 
     def unhealthy(self) -> str:
         """Why not, or nothing."""
-        router, history, now = self.frontend.router, self.history, time.monotonic()
+        history, now = self.history, time.monotonic()
         if self.draining:
             return "the server is shutting down"
         if self.frontend.failure:
@@ -208,34 +212,37 @@ class Server:
             return f"no worker takes {' or '.join(missing)}"
         if now - history.progress_at > STUCK_AFTER:
             return "requests wait, and no worker makes progress"
-        for name in router.heartbeats:
-            if router.stands_still(name, STUCK_AFTER):
-                return f"{name} makes no progress"
+        for name in self.frontend.stalled(STUCK_AFTER):
+            return f"{name} makes no progress"
         return ""
 
     async def version(self, _: web.Request) -> web.Response:
-        return _json({"version": __version__})
+        return json_response({"version": __version__})
 
     async def expose(self, _: web.Request) -> web.Response:
         return web.Response(body=self.metrics.render(), headers={"Content-Type": self.metrics.content_type})
 
     def _card(self, name: str) -> dict[str, Any]:
         return {
-            "id": name, "object": "model", "created": self.started, "owned_by": "minidisagg",
-            "root": self.frontend.model.model, "max_model_len": self.frontend.max_model_len,
-        }  # fmt: skip
+            "id": name,
+            "object": "model",
+            "created": self.started,
+            "owned_by": "minidisagg",
+            "root": self.frontend.model.model,
+            "max_model_len": self.frontend.max_model_len,
+        }
 
     async def models(self, _: web.Request) -> web.Response:
-        return _json({"object": "list", "data": [self._card(name) for name in sorted(self.names)]})
+        return json_response({"object": "list", "data": [self._card(name) for name in sorted(self.names)]})
 
     async def one_model(self, request: web.Request) -> web.Response:
         name = request.match_info["model"]
         if name not in self.names:
             raise ApiError(404, f"there is no model {name!r}", "model", "model_not_found")
-        return _json(self._card(name))
+        return json_response(self._card(name))
 
     async def openapi(self, _: web.Request) -> web.Response:
-        return _json(describe())
+        return json_response(describe())
 
     async def tokenize(self, request: web.Request) -> web.Response:
         asked = decode_plain(await _body(request), TokenizeRequest)
@@ -247,32 +254,26 @@ class Server:
             raise ApiError(400, "prompt is missing", "prompt")
         special = asked.add_special_tokens if asked.messages is None else False
         tokens = await encode(self.tokenizer, text, special is not False)
-        return _json({"tokens": tokens, "count": len(tokens), "max_model_len": self.frontend.max_model_len})
+        return json_response({"tokens": tokens, "count": len(tokens), "max_model_len": self.frontend.max_model_len})
 
     async def detokenize(self, request: web.Request) -> web.Response:
         asked = decode_plain(await _body(request), DetokenizeRequest)
-        return _json({"prompt": await asyncio.to_thread(self.tokenizer.decode, asked.tokens, False)})
+        return json_response({"prompt": await asyncio.to_thread(self.tokenizer.decode, asked.tokens, False)})
 
     async def tokenizer_info(self, _: web.Request) -> web.Response:
-        return _json({
-            **self.tokenizer.special_tokens, "eos_token": self.tokenizer.eos_token,
-            "eos_token_ids": self.tokenizer.eos_token_ids, "vocab_size": self.tokenizer.vocab_size,
-            "chat_template": self.tokenizer.chat_template,
-        })  # fmt: skip
+        return json_response(
+            {
+                **self.tokenizer.special_tokens,
+                "eos_token": self.tokenizer.eos_token,
+                "eos_token_ids": self.tokenizer.eos_token_ids,
+                "vocab_size": self.tokenizer.vocab_size,
+                "chat_template": self.tokenizer.chat_template,
+            }
+        )
 
 
 async def _name(request: web.Request, response: web.StreamResponse) -> None:
     response.headers["x-request-id"] = request.get(REQUEST_KEY) or uuid.uuid4().hex
-
-
-def _cut_off(transport: asyncio.Transport | None) -> None:
-    """A client that has left too much unread, with a reset: what it has not taken is dropped, by the kernel too.
-
-    If nothing waits in its socket, it is this process that is late.
-    """
-    if transport is not None and transport.get_write_buffer_size():
-        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        transport.abort()
 
 
 async def _body(request: web.Request) -> bytes:
@@ -289,93 +290,14 @@ async def _body(request: web.Request) -> bytes:
         raise ApiError(400, "the body cannot be read") from None
 
 
-def _json(value: Any) -> web.Response:
-    return web.Response(body=msgspec.json.encode(value), content_type="application/json")
-
-
-def _error(error: ApiError) -> web.Response:
-    return web.Response(body=error.body(), status=error.status, headers=error.headers, content_type="application/json")
-
-
-def _plain_error(error: web.HTTPException) -> web.Response:
-    headers = {key: value for key, value in error.headers.items() if key in ("Allow", "Location")}
-    reason = error.reason.lower() if error.status != 404 else "there is nothing here"
-    return _error(ApiError(error.status, reason, headers=headers))
-
-
-# ---------------------------------------------------------------- connections
-
-
-class _Connection(RequestHandler):
-    """aiohttp's, with an OpenAI error body where the bytes are no HTTP, and nothing of them in the log.
-
-    Whatever a client is sent, it is cut off if it takes nothing of it for `WRITE_TIMEOUT`: to wait in `write` would
-    not do, since aiohttp writes whole bodies after the handler, and to close a connection waits for the client too.
-    """
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        transport.set_write_buffer_limits(0)  # writing is paused whenever the socket is full
-        # What the kernel takes ahead of the client is bounded too, and the smaller, the sooner it shows that some went.
-        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-        self._wire = transport  # aiohttp forgets it when it begins to close it
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._look(-1)
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        self._watch.cancel()
-
-    def _look(self, before: int) -> None:
-        left = self._wire.get_write_buffer_size()
-        if left == before:
-            _cut_off(self._wire)
-        else:
-            self._watch = self._loop.call_later(completions.WRITE_TIMEOUT, self._look, left)
-
-    def handle_error(
-        self, request: Any, status: int = 500, exc: BaseException | None = None, message: str | None = None
-    ) -> web.StreamResponse:
-        if request.writer.output_size > 0:
-            raise ConnectionError("an answer is under way")
-        logger.info("bad request from %s: %s", request.remote, type(exc).__name__)
-        reason = "the request is not valid HTTP" if status < 500 else "internal error"
-        response = _error(ApiError(status, reason, headers={"x-request-id": uuid.uuid4().hex}))
-        response.force_close()
-        return response
-
-    async def finish_response(self, request: Any, resp: Any, start_time: float | None) -> Any:
-        """What aiohttp answers by itself, ahead of any handler."""
-        if isinstance(resp, web.HTTPException):
-            resp = _plain_error(resp)
-        return await super().finish_response(request, resp, start_time)
-
-    def log_exception(self, *args: Any, **kwargs: Any) -> None:
-        """No traceback: it could hold what was asked."""
-        logger.error("a connection failed: %s", type(kwargs.get("exc_info")).__name__)
-
-
-class _Connections(web.Server):
-    def __call__(self) -> RequestHandler:
-        return _Connection(self, loop=self._loop, **self._kwargs)
-
-
-class _Runner(web.AppRunner):
-    async def _make_server(self) -> web.Server:
-        made = await super()._make_server()
-        return _Connections(made.request_handler, request_factory=made.request_factory, **self._kwargs)
+# ---------------------------------------------------------------- its life
 
 
 @contextlib.asynccontextmanager
 async def listening(server: Server) -> Any:
     """The server on its port; yields the port. Raises `ValueError` where it is taken."""
     settings = server.settings
-    runner = _Runner(
-        server.app, access_log=None, keepalive_timeout=IDLE_TIMEOUT, max_line_size=MAX_HEADER,
-        max_field_size=MAX_HEADER, handler_cancellation=True, shutdown_timeout=2.0, auto_decompress=False,
-    )  # fmt: skip
+    runner = make_runner(server.app)
     await runner.setup()
     try:
         site = web.TCPSite(runner, settings.host, settings.port, backlog=1024)
@@ -423,7 +345,11 @@ async def _log_throughput(server: Server) -> None:
             logger.info(
                 "Avg prompt throughput: %.1f tokens/s, Avg generation throughput: %.1f tokens/s, Running: %d reqs, "
                 "Waiting: %d reqs, KV cache usage: %.1f%%, Prefix cache hit rate: %.1f%%",
-                (now[0] - before[0]) / LOG_EVERY, (now[1] - before[1]) / LOG_EVERY, load.running, load.waiting,
-                100 * load.kv_usage, 100 * load.hit_rate,
-            )  # fmt: skip
+                (now[0] - before[0]) / LOG_EVERY,
+                (now[1] - before[1]) / LOG_EVERY,
+                load.running,
+                load.waiting,
+                100 * load.kv_usage,
+                100 * load.hit_rate,
+            )
         before, quiet = now, not busy

@@ -16,7 +16,7 @@ import msgspec
 from aiohttp import web
 
 from minidisagg.core.messages import SamplingParams, TokenLogprob
-from minidisagg.core.router import StageTimes
+from minidisagg.core.tracked import StageTimes
 from minidisagg.model.tokenizer import IncrementalDetokenizer, Tokenizer
 from minidisagg.runtime.output import TokenText
 from minidisagg.server.generation import Choice, Generation, News
@@ -27,13 +27,13 @@ from minidisagg.server.protocol import (
     ChatLogprobs,
     ChatMessage,
     ChatRequest,
+    ChatRequestMessage,
     CompletionChoice,
     CompletionLogprobs,
     CompletionRequest,
     ContentLogprob,
     Delta,
     GenerationRequest,
-    Message,
     Response,
     TopLogprob,
     Usage,
@@ -42,7 +42,6 @@ from minidisagg.server.protocol import (
 
 INLINE_TEXT = 4096  # characters that are tokenized on the event loop: less than a millisecond
 COMPLETION_TOKENS = 16  # OpenAI's default for completions
-WRITE_TIMEOUT = 30.0  # seconds in which a client must take something of what it is sent
 ENCODER = msgspec.json.Encoder()
 
 
@@ -189,17 +188,19 @@ class Chat(Endpoint):
             return token_text(tokenizer, token), logprob, list(tokenizer.piece(token, False))
 
         scored = [(part.token, part.logprob) for part in parts if part.logprob is not None]
-        return ChatLogprobs([
-            ContentLogprob(*entry(token, value.logprob), [TopLogprob(*entry(*other)) for other in value.top])
-            for token, value in scored
-        ])  # fmt: skip
+        return ChatLogprobs(
+            [
+                ContentLogprob(*entry(token, value.logprob), [TopLogprob(*entry(*other)) for other in value.top])
+                for token, value in scored
+            ]
+        )
 
 
 def _shown(job: Job) -> bool:
     return job.request.max_tokens != 0
 
 
-def templated(tokenizer: Tokenizer, messages: list[Message]) -> str:
+def templated(tokenizer: Tokenizer, messages: list[ChatRequestMessage]) -> str:
     """The conversation as one text. Raises `ApiError` 400."""
     try:
         return tokenizer.apply_chat_template([message.as_dict() for message in messages])
@@ -282,10 +283,17 @@ class Answer:
             self.endpoint.choice(self.job, choice, parts[choice.index], self.tokenizer)
             for choice in self.generation.choices
         ]
-        return ENCODER.encode(Response(
-            self.id, self.endpoint.kind, self.created, self.model, choices, self.generation.usage(self.written),
-            self._last_times(),
-        ))  # fmt: skip
+        return ENCODER.encode(
+            Response(
+                self.id,
+                self.endpoint.kind,
+                self.created,
+                self.model,
+                choices,
+                self.generation.usage(self.written),
+                self._last_times(),
+            )
+        )
 
     async def stream(self, request: web.BaseRequest) -> web.StreamResponse:
         """Server-sent events: what comes together is written together. The headers leave with the first token."""
@@ -293,8 +301,9 @@ class Answer:
         async for batch in self.generation.news():
             data = b"".join(
                 self._event(news, part, news.first and n == 0, news.last and n == len(news.parts) - 1)
-                for news in batch for n, part in enumerate(news.parts)
-            )  # fmt: skip
+                for news in batch
+                for n, part in enumerate(news.parts)
+            )
             if not response.prepared:
                 await response.prepare(request)
             await response.write(data)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from minidisagg.core.messages import SamplingParams, TokenLogprob
-from minidisagg.core.router import Emit, StageTimes
+from minidisagg.core.tracked import Emit, StageTimes
 from minidisagg.model.tokenizer import Tokenizer
 from minidisagg.runtime.frontend import Frontend
 from minidisagg.runtime.output import OutputProcessor, TokenText, with_stops
@@ -64,15 +64,20 @@ class Generation:
     _queue: asyncio.Queue[tuple[Choice, Emit]] = field(default_factory=asyncio.Queue)
 
     def submit(
-        self, prompts: Sequence[list[int]], n: int, sampling: SamplingParams, salt: str, priority: int,
+        self,
+        prompts: Sequence[list[int]],
+        n: int,
+        sampling: SamplingParams,
+        salt: str,
+        priority: int,
         echo: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Hand `n` choices of each prompt to the engine. Raises `ApiError` 400, or 429 where there is no room.
 
         `echo`: the output is read after the prompt.
         """
         self.n, sampling = n, with_stops(sampling, self.tokenizer)
-        view, size, tokens = self.frontend.router.view, n * len(prompts), n * sum(map(len, prompts))
+        view, size, tokens = self.frontend.view, n * len(prompts), n * sum(map(len, prompts))
         if size > view.max_waiting or tokens > view.max_waiting_tokens:  # to come again would not help
             limits = f"{view.max_waiting} and {view.max_waiting_tokens} may wait"
             raise ApiError(400, f"{size} requests of {tokens} prompt tokens at once; {limits}", self.param)
@@ -111,7 +116,7 @@ class Generation:
                     raise failure(choice.end)
                 if choice.end is not None:
                     raise too_many(choice.end.error, max(choice.end.retry_after, self.metrics.retry_after()))
-                choice.timing.workers = self.frontend.router.requests[choice.request_id].workers
+                choice.timing.workers = self.frontend.requests[choice.request_id].workers
 
     async def news(self) -> AsyncIterator[list[News]]:
         """All that has come since the last time, until every choice has ended. Raises `ApiError` if one fails."""

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, TypeVar
 
-from msgspec import Struct
-
+from minidisagg.admin_schema import EndRecord, EventRecord, Record, StepRecord
 from minidisagg.core.messages import Envelope, Role, Stats, StepOutput
-from minidisagg.core.router import Emit
+from minidisagg.core.tracked import Emit
 from minidisagg.runtime.frontend import Frontend
 from minidisagg.runtime.launch import role_name
 
@@ -22,43 +21,6 @@ TRACED = 2048  # messages of workers, and ends of requests, for a trace
 WINDOW = 60  # seconds over which percentiles are taken
 STALE = 0.5  # seconds for which they are not computed anew
 R = TypeVar("R", bound="Record")
-
-
-class Record(Struct, frozen=True, kw_only=True):
-    """`seq` counts all records of a server; `clock` is the front end's monotonic clock, in seconds."""
-
-    seq: int
-    clock: float
-
-
-class StepRecord(Record, frozen=True, kw_only=True):
-    """One device step: how long it took, and what was in it."""
-
-    worker: str
-    seconds: float
-    prefill_tokens: int
-    decode_tokens: int
-    context_tokens: int
-
-
-class EndRecord(Record, frozen=True, kw_only=True):
-    """A request that has ended. Times in seconds; `stages` add up to `e2e`."""
-
-    id: str
-    finish: str
-    prompt_tokens: int
-    output_tokens: int
-    ttft: float
-    tpot: float
-    max_itl: float
-    e2e: float
-    stages: dict[str, float]
-
-
-class EventRecord(Record, frozen=True, kw_only=True):
-    """Something an operator wants to know: a death, a restart, a change of role or policy."""
-
-    text: str
 
 
 @dataclass
@@ -106,7 +68,7 @@ class History:
     """Listens to one front end."""
 
     def __init__(self, frontend: Frontend) -> None:
-        self.router = frontend.router
+        self.frontend = frontend
         self.reports: dict[str, deque[Stats]] = {}
         self.served_at = self.progress_at = time.monotonic()  # when each stage last had a worker, and work went on
         self.steps: deque[StepRecord] = deque(maxlen=KEPT)
@@ -125,22 +87,29 @@ class History:
         step = envelope.body
         self.messages.append((envelope, now))
         if isinstance(step, StepOutput):
-            self.steps.append(StepRecord(
-                seq=self._next(), clock=now, worker=envelope.source, seconds=step.seconds,
-                prefill_tokens=step.prefill_tokens, decode_tokens=step.decode_tokens,
-                context_tokens=step.context_tokens,
-            ))  # fmt: skip
+            self.steps.append(
+                StepRecord(
+                    seq=self._next(),
+                    clock=now,
+                    worker=envelope.source,
+                    seconds=step.seconds,
+                    prefill_tokens=step.prefill_tokens,
+                    decode_tokens=step.decode_tokens,
+                    context_tokens=step.context_tokens,
+                )
+            )
         elif isinstance(step, Stats):
             reports = self.reports.setdefault(envelope.source, deque(maxlen=20))  # of five seconds
             if not self.missing():
                 self.served_at = now
-            if not self.router.requests or self.router.paused or (reports and reports[-1].steps != step.steps):
+            idle = not self.frontend.requests or self.frontend.paused
+            if idle or (reports and reports[-1].steps != step.steps):
                 self.progress_at = now
             reports.append(step)
 
     def missing(self) -> list[str]:
         """The stages that no worker takes now."""
-        return [role_name(role) for role in (Role.PREFILL, Role.DECODE) if not self.router.view.candidates(role)]
+        return [role_name(role) for role in (Role.PREFILL, Role.DECODE) if not self.frontend.view.candidates(role)]
 
     def on_end(self, timing: Timing, emit: Emit, now: float) -> None:
         """A request of the HTTP server has ended."""
@@ -150,10 +119,21 @@ class History:
         e2e = stages.pop("e2e", 0.0)
         first = timing.first - timing.arrived if timing.first else 0.0
         tpot = (timing.last - timing.first) / (timing.output_tokens - 1) if timing.output_tokens > 1 else 0.0
-        self.ends.append(EndRecord(
-            seq=self._next(), clock=now, id=emit.request_id, finish=emit.finish, prompt_tokens=timing.prompt_tokens,
-            output_tokens=timing.output_tokens, ttft=first, tpot=tpot, max_itl=timing.max_itl, e2e=e2e, stages=stages,
-        ))  # fmt: skip
+        self.ends.append(
+            EndRecord(
+                seq=self._next(),
+                clock=now,
+                id=emit.request_id,
+                finish=emit.finish,
+                prompt_tokens=timing.prompt_tokens,
+                output_tokens=timing.output_tokens,
+                ttft=first,
+                tpot=tpot,
+                max_itl=timing.max_itl,
+                e2e=e2e,
+                stages=stages,
+            )
+        )
         if timing.output_tokens:
             self.recent["ttft"].add(first, now)
         if timing.output_tokens > 1:

@@ -18,7 +18,8 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
 from minidisagg.core.messages import LinkStats, Stats
-from minidisagg.core.router import Emit
+from minidisagg.core.tracked import Emit
+from minidisagg.measure.records import STAGES
 from minidisagg.runtime.frontend import Frontend
 from minidisagg.runtime.launch import role_name
 from minidisagg.server.history import WINDOW, History, Timing
@@ -35,11 +36,10 @@ REQUEST_BUCKETS = (
     0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
     1920.0, 7680.0,
 )  # fmt: skip
-STAGES = ("queue", "prefill", "transfer", "decode_wait", "decode")
 LABELS = ("worker", "role")  # both "router" for what no worker has
 
 
-class Load(NamedTuple):
+class ClusterLoad(NamedTuple):
     """The cluster now."""
 
     running: int
@@ -112,28 +112,30 @@ class Metrics:
 
     def _labels(self, name: str) -> tuple[str, str]:
         """A worker's name, and its role; of a dead one, the router speaks."""
-        status = self.frontend.router.view.workers.get(name)
+        status = self.frontend.view.workers.get(name)
         return name, "router" if status is None else role_name(status.role)
 
     def retry_after(self) -> float:
         """Seconds in which those that wait will have had their turn, as far as the latest ends tell; else 1."""
         now = time.monotonic()
         lately = [end.clock for end in islice(reversed(self.history.ends), 64) if end.clock > now - WINDOW and end.ttft]
-        return self.frontend.router.view.waiting * (now - lately[-1]) / len(lately) if lately else 1.0
+        return self.frontend.view.waiting * (now - lately[-1]) / len(lately) if lately else 1.0
 
     def totals(self) -> tuple[int, int]:
         """Prompt and output tokens since the start."""
         return self._prompt, self._generated
 
-    def load(self) -> Load:
+    def load(self) -> ClusterLoad:
         """Requests with and without a first token, and the workers' caches."""
-        router, stats = self.frontend.router, self.frontend.stats.values()
-        pages = sum(status.num_pages for status in router.view.workers.values())
+        view, stats = self.frontend.view, self.frontend.stats.values()
+        pages = sum(status.num_pages for status in view.workers.values())
         used = sum(map(_used_pages, stats))
         queries, hits = sum(s.prefix_queries for s in stats), sum(s.prefix_hits for s in stats)
-        waiting = router.view.waiting
-        return Load(
-            len(router.requests) - waiting, waiting, used / pages if pages else 0.0, hits / queries if queries else 0.0
+        return ClusterLoad(
+            running=len(self.frontend.requests) - view.waiting,
+            waiting=view.waiting,
+            kv_usage=used / pages if pages else 0.0,
+            hit_rate=hits / queries if queries else 0.0,
         )
 
     def render(self) -> bytes:
@@ -152,7 +154,8 @@ WORKERS: dict[str, tuple[type[GAUGE | COUNTER], str, Callable[[Stats], float]]] 
     "num_requests_waiting": (GAUGE, "Requests that wait for the batch.", lambda s: s.waiting + s.offers),
     "num_requests_held": (GAUGE, "Prefilled requests that wait for the decode worker.", lambda s: s.held),
     "kv_cache_usage_perc": (
-        GAUGE, "Share of the KV pages in use, 1 is all.",
+        GAUGE,
+        "Share of the KV pages in use, 1 is all.",
         lambda s: _used_pages(s) / max(1, _used_pages(s) + s.pages_free + s.pages_cached),
     ),
     "kv_transfer_backlog": (GAUGE, "KV pieces on their way.", lambda s: sum(link.backlog for link in s.links)),
@@ -164,7 +167,7 @@ WORKERS: dict[str, tuple[type[GAUGE | COUNTER], str, Callable[[Stats], float]]] 
     "worker_cpu_seconds": (COUNTER, "CPU time of the worker's process.", lambda s: s.cpu_seconds),
     "worker_flops": (COUNTER, "Floating-point operations of all steps.", lambda s: s.flops),
     "worker_bytes_read": (COUNTER, "Bytes of weights and KV that the steps had to read.", lambda s: s.bytes_read),
-}  # fmt: skip
+}
 LINKS: dict[str, tuple[str, Callable[[LinkStats], float]]] = {
     "kv_transfer_bytes": ("KV bytes sent.", lambda link: link.bytes),
     "kv_transfer_seconds": ("Time in which KV pieces were sent.", lambda link: link.seconds),
@@ -181,7 +184,7 @@ class _Workers(Collector):
         self.metrics = metrics
 
     def collect(self) -> Iterator[Metric]:
-        metrics, frontend, router = self.metrics, self.metrics.frontend, self.metrics.frontend.router
+        metrics, frontend = self.metrics, self.metrics.frontend
         load, restarts = metrics.load(), len(frontend.restarted)
         yield COUNTER(PREFIX + "worker_restarts", "Workers that died and were started again.", value=restarts)
         yield GAUGE(PREFIX + "cluster_waiting", "Requests without a first token.", value=load.waiting)
@@ -191,7 +194,7 @@ class _Workers(Collector):
         for name, (kind, text, read) in WORKERS.items():
             family = kind(PREFIX + name, text, labels=LABELS)
             if name == "num_requests_waiting":
-                family.add_metric(["router"] * 2, sum(parked in router.requests for parked in router.parked))
+                family.add_metric(["router"] * 2, frontend.parked)
             for worker, stats in workers:
                 family.add_metric([worker, role_name(stats.role)], read(stats))
             yield family

@@ -60,12 +60,16 @@ def _answer(name: str, choice: type[Struct], doc: str) -> type[Struct]:
 STRUCTS: dict[str, type[Struct]] = {
     kind.__name__: kind
     for kind in (
-        CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest, ErrorBody,
-        _answer("PieceDone", CompletionChoice, "A whole completion, or the data of one event of its stream."),
+        CompletionRequest,
+        ChatRequest,
+        TokenizeRequest,
+        DetokenizeRequest,
+        ErrorBody,
+        _answer("Completion", CompletionChoice, "A whole completion, or the data of one event of its stream."),
         _answer("ChatCompletion", ChatChoice, "A whole answer."),
         _answer("ChatCompletionChunk", ChatChunkChoice, "The data of one event of a streamed answer."),
     )
-}  # fmt: skip
+}
 
 
 @functools.cache
@@ -88,16 +92,19 @@ def describe() -> dict[str, Any]:
         "/v1/models/{model}": {**card, "parameters": [model]},
         "/openapi.json": _operation("get", "This document", one_object, ANY),
         "/v1/completions": _operation(
-            "post", "Complete prompts", _streamable("PieceDone", "PieceDone"), GENERATES, "CompletionRequest"
+            "post", "Complete prompts", _streamable("Completion", "Completion"), GENERATES, "CompletionRequest"
         ),
         "/v1/chat/completions": _operation(
-            "post", "Answer a conversation", _streamable("ChatCompletion", "ChatCompletionChunk"), GENERATES,
+            "post",
+            "Answer a conversation",
+            _streamable("ChatCompletion", "ChatCompletionChunk"),
+            GENERATES,
             "ChatRequest",
         ),
         "/tokenize": _operation("post", "Text to token ids", one_object, BODY, "TokenizeRequest"),
         "/detokenize": _operation("post", "Token ids to text", one_object, BODY, "DetokenizeRequest"),
         "/tokenizer_info": _operation("get", "What the tokenizer is", one_object, ANY),
-    }  # fmt: skip
+    }
     paths["/health"]["get"]["security"] = []  # it needs no key
     for path in ("/models", "/completions", "/chat/completions"):  # for clients whose base URL has no /v1
         paths[path] = paths["/v1" + path]

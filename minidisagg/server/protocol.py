@@ -15,7 +15,7 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from minidisagg.core.messages import SamplingParams
-from minidisagg.core.router import StageTimes
+from minidisagg.core.tracked import StageTimes
 from minidisagg.ranges import explained
 
 MAX_TEXT = 4 << 20  # characters of a prompt
@@ -38,9 +38,13 @@ class ApiError(Exception):
     """An error as OpenAI's clients expect it: `{"error": {"message", "type", "param", "code"}}` and a status."""
 
     def __init__(
-        self, status: int, message: str, param: str | None = None, code: str | None = None,
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
         headers: dict[str, str] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.param = param
@@ -93,11 +97,19 @@ class GenerationRequest(Struct, frozen=True, kw_only=True):
             raise ApiError(400, f"min_tokens is {self.min_tokens}, more than max_tokens {max_tokens}", "min_tokens")
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         given: dict[str, Any] = {
-            "temperature": self.temperature, "top_p": self.top_p, "min_p": self.min_p, "seed": self.seed,
-            "min_tokens": self.min_tokens, "ignore_eos": self.ignore_eos, "presence_penalty": self.presence_penalty,
-            "frequency_penalty": self.frequency_penalty, "repetition_penalty": self.repetition_penalty,
-            "top_k": max(0, self.top_k or 0), "stop": tuple(stop), "stop_token_ids": tuple(self.stop_token_ids or ()),
-        }  # fmt: skip
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "min_p": self.min_p,
+            "seed": self.seed,
+            "min_tokens": self.min_tokens,
+            "ignore_eos": self.ignore_eos,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "repetition_penalty": self.repetition_penalty,
+            "top_k": max(0, self.top_k or 0),
+            "stop": tuple(stop),
+            "stop_token_ids": tuple(self.stop_token_ids or ()),
+        }
         given |= {"max_tokens": max_tokens, "logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
         with _naming_the_field(SamplingParams):  # whose ranges are the engine's, should they be narrower
             return msgspec.convert({key: value for key, value in given.items() if value is not None}, SamplingParams)
@@ -132,7 +144,7 @@ class TextPart(Struct, frozen=True):
     text: Text
 
 
-class Message(Struct, frozen=True):
+class ChatRequestMessage(Struct, frozen=True):
     """A turn of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -157,7 +169,7 @@ class Message(Struct, frozen=True):
 class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Meta(min_length=1, max_length=1024)]
+    messages: Annotated[list[ChatRequestMessage], Meta(min_length=1, max_length=1024)]
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
@@ -215,7 +227,7 @@ class TokenizeRequest(Struct, frozen=True):
     """POST /tokenize: a text, or a conversation through the chat template."""
 
     prompt: Text | None = None
-    messages: Annotated[list[Message], Meta(min_length=1, max_length=1024)] | None = None
+    messages: Annotated[list[ChatRequestMessage], Meta(min_length=1, max_length=1024)] | None = None
     add_special_tokens: bool | None = None
     model: Id | None = None
 

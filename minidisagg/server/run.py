@@ -25,9 +25,10 @@ def serve(engine: Engine, settings: ServerSettings, limits: tuple[int, int], ver
     `limits`: requests and prompt tokens that may wait. Raises `ValueError` and `StartError` in one line.
     """
     logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO, format="%(asctime)s %(levelname)s %(message)s",
+        level=logging.DEBUG if verbose else logging.INFO,
+        format="%(asctime)s %(levelname)s %(message)s",
         stream=sys.stderr,
-    )  # fmt: skip
+    )
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(_serve(engine, settings, limits))
 

@@ -26,6 +26,6 @@ class LinearCost:
         context = sum(item.start + item.count for item in plan.items)
         return self.step + prefill * self.prefill_token + decode * self.decode_seq + context * self.context_token
 
-    def transfer_seconds(self, pages: int) -> float:
-        """Duration of one piece on an idle link."""
+    def transfer_seconds(self, pages: float) -> float:
+        """Duration of one piece on an idle link; `pages` of all layers, so that some layers are parts of pages."""
         return self.link_latency + pages * self.link_page

@@ -1,10 +1,8 @@
 """The second driver of the core: a heap, a virtual clock, and workers whose device is a cost model.
 
-It runs the production `Router` and `EngineCore`; only time, messages and bytes are simulated. The simulated KV cache
-holds a hash chain instead of tensors: each slot is computed from the slot before it and its token, and a sampled token
-from all slots that its page table names. So a token depends on every slot that attention would read, and any page
-that was reused, overwritten or never written shows in the output. With `check`, it is an error already when a step or
-a link touches a page that is not its own, and when a request starts from KV that is not its own.
+It runs the production `Router` and `EngineCore`; only time, messages and bytes are simulated. KV is a hash chain
+(`sim/memory.py`), in which any wrong page shows in the tokens. With `check`, it is an error already when a step or a
+link touches a page that is not its own, and when a request starts from KV that is not its own.
 
 Faults are calls, made by whoever drives the run: `kill`, `stall`, `abort`; `Chaos` reorders and duplicates messages,
 breaks transfers and delays the confirmation of an abort; a step that holds a request of `poison` ends its worker.
@@ -16,47 +14,24 @@ import heapq
 import itertools
 import random
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 from minidisagg.core.blocks import IntegrityError, PageState
 from minidisagg.core.effects import AbortLink, OpenLink, Send, StartPiece
 from minidisagg.core.engine import EngineCore, drain
-from minidisagg.core.inputs import AbortConfirmed, Input, PieceDone, Received, Schedule, StepDone, Tick
+from minidisagg.core.inputs import AbortConfirmed, Input, LayersDone, PieceDone, Received, Schedule, StepDone, Tick
 from minidisagg.core.messages import ROUTER, AnyMessage, Envelope, Hello, RequestSpec, SamplingParams
-from minidisagg.core.plan import Piece, PlanItem, SeqInit, SeqKey, StepPlan
+from minidisagg.core.plan import Piece, SeqKey, StepPlan
 from minidisagg.core.policy import Policy
-from minidisagg.core.router import Emit, Kill, Router, RouterSpec, StageTimes, drain_outbox
+from minidisagg.core.router import Kill, Router, RouterSpec, drain_outbox
 from minidisagg.core.spec import EngineSpec
+from minidisagg.core.tracked import Emit, StageTimes
 from minidisagg.sim.cost_model import LinearCost
+from minidisagg.sim.memory import Memory
 
-MASK = (1 << 64) - 1
 TICK = 0.25  # seconds between ticks
-
-
-def chain(previous: int, token: int) -> int:
-    """The content of one KV slot, from the slot before it and the token at its position."""
-    return ((previous ^ token) * 6364136223846793005 + 1442695040888963407) & MASK
-
-
-def sample(slots: Iterable[int], vocab: int) -> int:
-    """The token that follows these slots, in this order: swapped pages show, as they would not in attention."""
-    return ((hash(tuple(slots)) & MASK) >> 32) % vocab
-
-
-def oracle(prompt: list[int], sampling: SamplingParams, vocab: int) -> list[int]:
-    """The output that an undisturbed run gives."""
-    slots: list[int] = []
-    for token in prompt:
-        slots.append(chain(slots[-1] if slots else 0, token))
-    output: list[int] = []
-    while len(output) < sampling.max_tokens:
-        output.append(sample(slots, vocab))
-        if output[-1] in sampling.stop_token_ids and len(output) > sampling.min_tokens:
-            break
-        slots.append(chain(slots[-1], output[-1]))
-    return output
 
 
 @dataclass(frozen=True)
@@ -88,10 +63,11 @@ class Outcome:
 class SimWorker:
     """One simulated process: an engine core, its memory, and the step it is computing."""
 
-    def __init__(self, core: EngineCore) -> None:
+    def __init__(self, core: EngineCore, planes: int) -> None:
         self.core = core
-        self.memory = [[0] * core.spec.page_size for _ in range(core.spec.num_pages)]
-        self.last: dict[SeqKey, int] = {}  # last sampled token per sequence, as an executor keeps it
+        self.memory = Memory(planes, core.spec.num_pages, core.spec.page_size)
+        self.written = 0  # planes of the step that is being computed
+        self.last: dict[SeqKey, int] = {}  # last sampled token per sequence, as a device keeps it
         self.stalled_until = 0.0
         self.backlog: list[Callable[[], None]] = []  # what happens to it while it is stopped
         self.alive = True
@@ -123,6 +99,7 @@ class Simulator:
         self.poison: set[str] = set()
         self.deaths = 0
         self.one_sided = any(spec.one_sided_links for spec in specs)
+        self.planes = max(spec.num_layers if spec.granularity.layered else 1 for spec in specs)
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._count = itertools.count()
         self._outside = 0  # arrivals and faults still to come
@@ -212,7 +189,7 @@ class Simulator:
     # ------------------------------------------------------------ processes
 
     def _start(self, spec: EngineSpec) -> None:
-        worker = SimWorker(EngineCore(spec, lambda _: self.make_policy()))
+        worker = SimWorker(EngineCore(spec, lambda _: self.make_policy()), self.planes)
         self.workers[spec.name] = worker
         self._send(worker, ROUTER, Hello(
             spec.role, spec.num_pages, spec.page_size, 1 << 20, spec.fingerprint, f"sim:{spec.name}", 0, 1
@@ -331,7 +308,11 @@ class Simulator:
                 return
             worker.steps.append(plan)
             seconds = self.cost.step_seconds(plan)
-            worker.device_free_at = max(worker.device_free_at, self.now) + seconds
+            begins = max(worker.device_free_at, self.now)
+            for layer in plan.reports:
+                share = layer / worker.core.spec.num_layers
+                self.at(begins + seconds * share, partial(self._report_layers, worker, plan, layer))
+            worker.device_free_at = begins + seconds
             self.at(worker.device_free_at, partial(self._finish_step, worker, plan, seconds))
 
     def _finish_step(self, worker: SimWorker, plan: StepPlan, seconds: float) -> None:
@@ -339,40 +320,54 @@ class Simulator:
             if any(item.request_id in self.poison for item in plan.items):
                 self.kill(worker.core.spec.name)
                 return
-            tokens = self._compute(worker, plan)
+            self._compute(worker, plan, self.planes)
+            tokens = self._sample(worker, plan)
+            worker.written = 0
             worker.steps.popleft()
             worker.core.on(StepDone(plan.step_id, tokens, seconds), self.now)
 
         self._inside(worker, finish)
 
-    def _compute(self, worker: SimWorker, plan: StepPlan) -> list[int]:
-        size, memory = worker.core.spec.page_size, worker.memory
-        for key in plan.dropped:
-            worker.last.pop(key, None)
+    def _report_layers(self, worker: SimWorker, plan: StepPlan, layer: int) -> None:
+        def report() -> None:
+            if worker.steps and worker.steps[0] is plan and layer > worker.written:
+                self._compute(worker, plan, layer)
+                worker.core.on(LayersDone(plan.step_id, layer), self.now)
+
+        self._inside(worker, report)
+
+    def _compute(self, worker: SimWorker, plan: StepPlan, planes: int) -> None:
+        """The step's KV, in the planes up to this one that do not have it yet."""
         new = {(init.request_id, init.incarnation): init for init in plan.new}
-        tokens = []
         for item in plan.items:
             key = item.request_id, item.incarnation
             if self.check:
                 self._expect(worker, item.pages, PageState.LIVE)
-                if key in new and item.start:
-                    self._expect_kv(worker, item, new[key])
+                if key in new and item.start and not worker.written:
+                    tokens = [*new[key].prompt, *new[key].output][: item.start]
+                    if not worker.memory.holds(item.pages, tokens):
+                        name = worker.core.spec.name
+                        raise IntegrityError(f"{item.request_id} starts from KV on {name} that is not its own")
             known = item.tokens if len(item.tokens) == item.count else [*item.tokens, worker.last[key]]
-            for position, token in enumerate(known, item.start):
-                before = memory[item.pages[(position - 1) // size]][(position - 1) % size] if position else 0
-                memory[item.pages[position // size]][position % size] = chain(before, token)
+            worker.memory.write(range(worker.written, planes), item, known)
+        worker.written = planes
+
+    def _sample(self, worker: SimWorker, plan: StepPlan) -> list[int]:
+        for key in plan.dropped:
+            worker.last.pop(key, None)
+        tokens = []
+        for item in plan.items:
             if item.sample:
-                end = item.start + item.count
-                slots = itertools.chain.from_iterable(memory[page] for page in item.pages)
-                worker.last[key] = sample(itertools.islice(slots, end), self.vocab)
-                tokens.append(worker.last[key])
+                token = worker.memory.sample(item, self.vocab)
+                worker.last[item.request_id, item.incarnation] = token
+                tokens.append(token)
         return tokens
 
     def _start_transfer(self, worker: SimWorker, piece: Piece) -> None:
         """Two-sided: the bytes move once both ends have started it. One-sided: when the source has."""
         if self.one_sided:
             receiver = self._targets[worker.core.spec.name, piece.link_epoch] if piece.send else worker
-            seconds = self.cost.transfer_seconds(piece.count) if piece.send else 0.0
+            seconds = self._transfer_seconds(worker, piece) if piece.send else 0.0
             self.at(self.now + seconds, lambda: self._finish_transfer(worker, receiver, piece))
             return
         where = worker.core.spec.name if piece.send else piece.peer, piece.link_epoch, piece.seq
@@ -380,7 +375,7 @@ class Simulator:
         posted[piece.send] = worker, piece
         if len(posted) == 2:
             del self._posted[where]
-            done = self.now + self.cost.transfer_seconds(piece.count)
+            done = self.now + self._transfer_seconds(worker, piece)
             ok = self.rng.random() >= self.chaos.break_transfer
             self.at(done, lambda: self._land(*posted[True], *posted[False], ok))
 
@@ -392,7 +387,7 @@ class Simulator:
                 return
             if piece.send:
                 ok = self.rng.random() >= self.chaos.break_transfer
-                self._copy(worker, piece.pages, receiver, piece.remote)
+                self._copy(worker, piece, receiver, piece.remote)
             else:  # bytes that went to this worker's dead predecessor fail the checksum
                 ok = self._targets[piece.peer, piece.link_epoch] is worker
             worker.core.on(PieceDone(piece.peer, piece.link_epoch, piece.seq, piece.send, ok), self.now)
@@ -407,7 +402,7 @@ class Simulator:
         receiving = receiver.alive and (names[1], names[0], send.link_epoch, False) not in self._dead_ends
         sending = sender.alive and (names[0], names[1], send.link_epoch, True) not in self._dead_ends
         if receiving and sending and receive.pages:  # else they are thrown away
-            self._copy(sender, send.pages, receiver, receive.pages)
+            self._copy(sender, send, receiver, receive.pages)
         for worker, piece, there in ((sender, send, sending), (receiver, receive, receiving)):
             if there:
                 done = PieceDone(piece.peer, piece.link_epoch, piece.seq, piece.send, ok and sending and receiving)
@@ -416,26 +411,22 @@ class Simulator:
     def _tell(self, worker: SimWorker, what: Input) -> None:
         worker.core.on(what, self.now)
 
-    def _copy(self, source: SimWorker, pages: list[int], dest: SimWorker, remote: list[int]) -> None:
+    def _transfer_seconds(self, worker: SimWorker, piece: Piece) -> float:
+        first, end = piece.layers
+        return self.cost.transfer_seconds(piece.count * ((end - first) / worker.core.spec.num_layers))
+
+    def _copy(self, source: SimWorker, piece: Piece, dest: SimWorker, remote: list[int]) -> None:
         if self.check:
-            self._expect(source, pages, PageState.LIVE)
+            self._expect(source, piece.pages, PageState.LIVE)
             self._expect(dest, remote, PageState.INFLIGHT, PageState.QUARANTINED)
-        for mine, theirs in zip(pages, remote, strict=True):
-            dest.memory[theirs] = list(source.memory[mine])
+        planes = range(*piece.layers) if self.planes > 1 else range(1)
+        source.memory.copy(planes, piece.pages, dest.memory, remote)
 
     def _expect(self, worker: SimWorker, pages: list[int], *states: PageState) -> None:
         for page in pages:
             if worker.alive and worker.core.pool.state[page] not in states:
                 state = worker.core.pool.state[page].name
                 raise IntegrityError(f"page {page} of {worker.core.spec.name} is in use while it is {state}")
-
-    def _expect_kv(self, worker: SimWorker, item: PlanItem, init: SeqInit) -> None:
-        slots = itertools.chain.from_iterable(worker.memory[page] for page in item.pages)
-        content = 0
-        for token, slot in zip([*init.prompt, *init.output][: item.start], slots, strict=False):
-            content = chain(content, token)
-            if slot != content:
-                raise IntegrityError(f"{item.request_id} starts from KV on {worker.core.spec.name} that is not its own")
 
     def _abort_link(self, worker: SimWorker, effect: AbortLink) -> None:
         """Confirmed after a while; a one-sided destination only if the source has stopped."""

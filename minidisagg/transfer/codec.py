@@ -1,178 +1,81 @@
-"""KV pages as bytes on a wire: how a piece is cut into blocks, which pages lie side by side, and the checksum.
+"""How rows look on the wire: a codec, which a piece names.
 
-A piece covers `count` pages of a range of layers, keys and values; each of these cells is one *row*: a page of one
-layer's keys or values, contiguous in the cache. Every link moves rows in blocks of bounded size, both ends cut alike,
-and the checksum depends on the rows and their positions only, not on the blocks or on the link.
+The source calls `pack`, the destination `Checksum.add` and `decode`. To add a lossy codec, say int8 with a scale per
+token and head, is to add a class here and a name to `CODECS`: two-sided links cut, stage and check whatever row size
+and word it declares. A one-sided link would have to write such rows into staging memory that the destination maps out
+beside its cache, for `decode` to read once the piece is announced; as no codec needs that, `mapped.py` refuses those
+that are not `in_place`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from minidisagg.core.plan import Piece
-
-CODECS = ("raw",)
-
-_ODD = 0x1E3779B97F4A7C15  # any large odd number: odd weights lose no bit of a row's sum
-_MASK = (1 << 64) - 1
+from minidisagg.transfer.rows import Block, Checksum, cache_rows
 
 
-class Block(NamedTuple):
-    """A part of a piece's rows; the slices count from the piece's first layer and first page."""
+class Codec(ABC):
+    """Cache rows to wire rows and back, for caches like the one that it is made for.
 
-    layers: slice
-    kinds: slice  # 0: keys, 1: values
-    pages: slice
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(layers, kinds, pages)."""
-        return (
-            self.layers.stop - self.layers.start,
-            self.kinds.stop - self.kinds.start,
-            self.pages.stop - self.pages.start,
-        )
-
-
-def cut(num_layers: int, count: int, row_bytes: int, limit: int) -> Iterator[Block]:
-    """Cut a piece's rows into blocks of at most `limit` bytes (at least one row).
-
-    Small pieces group whole layers; where one layer is larger than `limit`, a block stays within its keys or its
-    values, so that it is one piece of memory if its pages are consecutive.
-    """
-    layer_bytes = 2 * count * row_bytes
-    if layer_bytes <= limit:
-        step = max(1, limit // max(1, layer_bytes))
-        for first in range(0, num_layers, step):
-            yield Block(slice(first, min(first + step, num_layers)), slice(0, 2), slice(0, count))
-        return
-    step = max(1, limit // row_bytes)
-    for layer in range(num_layers):
-        for kind in range(2):
-            for first in range(0, count, step):
-                yield Block(slice(layer, layer + 1), slice(kind, kind + 1), slice(first, min(first + step, count)))
-
-
-def runs(*page_lists: Sequence[int]) -> Iterator[slice]:
-    """Positions of maximal runs of pages that are consecutive in every one of the (equally long) lists.
-
-    >>> list(runs([4, 5, 6, 9]))
-    [slice(0, 3, None), slice(3, 4, None)]
-    """
-    length, first = len(page_lists[0]), 0
-    for end in range(1, length + 1):
-        if end == length or any(pages[end] != pages[end - 1] + 1 for pages in page_lists):
-            yield slice(first, end)
-            first = end
-
-
-def cache_rows(kv: Tensor) -> Tensor:
-    """The cache [layers, 2, pages, ...] seen as rows [layers, 2, pages, words]: int64 words, or bytes if unaligned."""
-    if not kv.is_contiguous():
-        raise ValueError("a link needs a contiguous KV cache")
-    rows = kv.view(torch.uint8).view(kv.shape[0], 2, kv.shape[2], -1)
-    return rows.view(torch.int64) if rows.shape[-1] % 8 == 0 else rows
-
-
-def window(rows: Tensor, layers: slice, kinds: slice, first_page: int, num_pages: int) -> Tensor:
-    """`rows[layers, kinds, first_page : first_page + num_pages]` in one call; the caller checked the bounds."""
-    by_layer, by_kind, by_page, _ = rows.stride()
-    size = (layers.stop - layers.start, kinds.stop - kinds.start, num_pages, rows.shape[3])
-    offset = layers.start * by_layer + kinds.start * by_kind + first_page * by_page
-    return rows.as_strided(size, rows.stride(), rows.storage_offset() + offset)
-
-
-class Checksum:
-    """64 bits over a piece's rows: Σ weight(position) · Σ words of the row, modulo 2^64.
-
-    A row's sum changes with any changed byte and with stale or torn words; the odd weight by position catches swapped
-    pages, layers or keys with values, and shifted streams. Summing words runs at the speed of reading memory (20 to
-    30 GB/s on one core, against 2 GB/s for crc32). It finds accidents; it does not authenticate.
+    Both are [layers, kinds, pages, words]. A wire row is `row_bytes` long and seen as words of the type `word`, which
+    is what the checksum adds up.
     """
 
-    def __init__(self, piece: Piece, device: torch.device) -> None:
-        shape = (piece.layers[1] - piece.layers[0], 2, piece.count, 1)
-        self._sums = torch.zeros(shape, dtype=torch.int64, device=device)
+    in_place = False  # wire rows are the cache's own: `encode` hands them out, and a destination may land in them
+    row_bytes: int
+    word: torch.dtype
 
-    def add(self, block: Block, rows: Tensor) -> None:
-        """Take in `rows` [layers, kinds, pages, words] that lie at `block`."""
-        num_pages = block.pages.stop - block.pages.start
-        sums = window(self._sums, block.layers, block.kinds, block.pages.start, num_pages)
-        torch.sum(rows, -1, keepdim=True, dtype=torch.int64, out=sums)
+    @abstractmethod
+    def encode(self, rows: Tensor, out: Tensor) -> Tensor:
+        """The wire rows of these cache rows: `out`, filled, or with `in_place` the rows themselves."""
 
-    def value(self) -> int:
-        """The checksum so far, in 1 … 2^64 - 1: 0 means "none" in messages."""
-        sums = self._sums.view(-1)
-        weights = torch.arange(_ODD, _ODD + 2 * len(sums), 2, dtype=torch.int64, device=sums.device) * _ODD
-        return int((sums * weights).sum()) & _MASK or 1
+    @abstractmethod
+    def decode(self, wire: Tensor, rows: Tensor) -> None:
+        """Write what wire rows mean into cache rows. With `in_place` they may be the same tensor: nothing to do."""
 
-
-class Codec(Protocol):
-    """How rows look on the wire. A lossy codec's name is part of the cache's fingerprint."""
-
-    name: str
-    row_bytes: int  # of one row on the wire
-
-    def wire_bytes(self, num_rows: int) -> int:
-        """Payload bytes of that many rows."""
-        ...
-
-    def encode(self, block: Block, first_layer: int, pages: Sequence[int], out: Tensor) -> Tensor:
-        """The block's wire rows [layers, kinds, pages, words]: `out`, filled, or the cache where that will do."""
-        ...
-
-    def decode(self, wire: Tensor, block: Block, first_layer: int, pages: Sequence[int]) -> None:
-        """Write wire rows into the cache."""
-        ...
+    def pack(self, checksum: Checksum, part: Block, rows: Tensor, out: Tensor) -> Tensor:
+        """The wire rows of cache rows that lie at `part` of a piece, taken into its checksum."""
+        wire = self.encode(rows, out)
+        checksum.add(part, wire)
+        return wire
 
 
-class RawCodec:
+class RawCodec(Codec):
     """Wire rows are the cache's rows, bit for bit."""
 
-    name = "raw"
+    in_place = True
 
     def __init__(self, kv: Tensor) -> None:
-        self.rows = cache_rows(kv)  # [layers, 2, pages, words]
-        self.row_bytes = self.rows.shape[-1] * self.rows.element_size()
+        rows = cache_rows(kv)
+        self.row_bytes, self.word = rows.shape[-1] * rows.element_size(), rows.dtype
 
-    def wire_bytes(self, num_rows: int) -> int:
-        """Payload bytes of that many rows."""
-        return num_rows * self.row_bytes
+    def encode(self, rows: Tensor, out: Tensor) -> Tensor:
+        """The rows themselves."""
+        return rows
 
-    def run_views(self, block: Block, first_layer: int, pages: Sequence[int]) -> Iterator[tuple[Block, Tensor]]:
-        """The block as parts whose pages are consecutive, each with its view [layers, kinds, run, words] of the cache.
-
-        `pages` are the piece's pages in this cache.
-        """
-        layers = slice(first_layer + block.layers.start, first_layer + block.layers.stop)
-        here = pages[block.pages]
-        for run in runs(here):
-            part = slice(block.pages.start + run.start, block.pages.start + run.stop)
-            view = window(self.rows, layers, block.kinds, here[run.start], run.stop - run.start)
-            yield Block(block.layers, block.kinds, part), view
-
-    def encode(self, block: Block, first_layer: int, pages: Sequence[int], out: Tensor) -> Tensor:
-        """The block's rows: in place where they are one piece of memory, else gathered into `out`."""
-        for part, view in self.run_views(block, first_layer, pages):
-            if part == block and view.is_contiguous() and view.device == out.device:
-                return view
-            start = part.pages.start - block.pages.start
-            out[:, :, start : start + view.shape[2]].copy_(view)
-        return out
-
-    def decode(self, wire: Tensor, block: Block, first_layer: int, pages: Sequence[int]) -> None:
-        """Write wire rows into the cache."""
-        for part, view in self.run_views(block, first_layer, pages):
-            start = part.pages.start - block.pages.start
-            view.copy_(wire[:, :, start : start + view.shape[2]])
+    def decode(self, wire: Tensor, rows: Tensor) -> None:
+        """A copy, unless they have landed in place."""
+        if wire is not rows:
+            rows.copy_(wire)
 
 
-def make_codec(name: str, kv: Tensor) -> RawCodec:
-    """The codec of that name over this cache; raises `ValueError` on an unknown name."""
-    if name != "raw":
-        raise ValueError(f"unknown codec {name!r}; known: {', '.join(CODECS)}")
-    return RawCodec(kv)
+class Staging:
+    """Memory for the wire rows of one block at a time; it grows to the largest that it was asked for."""
+
+    def __init__(self, device: torch.device, nbytes: int = 0) -> None:
+        self._memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+    def rows(self, codec: Codec, block: Block) -> Tensor:
+        """Room for the block's wire rows [layers, kinds, pages, words], contiguous; what it held before is lost."""
+        layers, kinds, pages = block.shape
+        nbytes = layers * kinds * pages * codec.row_bytes
+        if len(self._memory) < nbytes:
+            self._memory = torch.empty(nbytes, dtype=torch.uint8, device=self._memory.device)
+        return self._memory[:nbytes].view(codec.word).view(layers, kinds, pages, -1)
+
+
+CODECS: dict[str, Callable[[Tensor], Codec]] = {"raw": RawCodec}

@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 import socket
 from collections import deque
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, Protocol, cast
@@ -25,8 +24,9 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, Store, TCPStore, Work
 
 from minidisagg.core.plan import Piece
-from minidisagg.transfer.codec import Block, Checksum, cut
-from minidisagg.transfer.links import LinkError, LinkSetup, ThreadLink, Trailer
+from minidisagg.transfer.codec import Codec, Staging
+from minidisagg.transfer.links import Carried, LinkError, LinkSetup, ThreadLink, Trailer
+from minidisagg.transfer.rows import Block, Checksum, run_views
 
 BLOCK_BYTES = 2 << 20
 DEPTH = 4  # blocks in flight: packing, sending and unpacking overlap
@@ -53,12 +53,12 @@ class DistLink(ThreadLink):
     """A two-rank group; its thread packs, sends and waits, or receives, waits and unpacks."""
 
     def __init__(self, setup: LinkSetup) -> None:
-        self._timeout = timedelta(seconds=setup.timeout)
+        self._timeout = timedelta(seconds=setup.host.timeout)
         # gloo moves host memory, so a cache on a GPU is staged through the host there
-        self._device = setup.kv.device if setup.kind == "nccl" else torch.device("cpu")
+        self._device = setup.host.kv.device if setup.host.kind == "nccl" else torch.device("cpu")
         self._group: PointToPoint | None = None
         self._store: Store | None = None
-        self._staging: list[Tensor] = []
+        self._staging: list[Staging] = []
         on_gpu = self._device.type == "cuda"
         self._stream = torch.cuda.Stream(self._device) if on_gpu else None  # type: ignore[no-untyped-call]
         if not setup.source:
@@ -87,18 +87,16 @@ class DistLink(ThreadLink):
             self._store = self._make_store(int(endpoint.rpartition(":")[2]), None)
         store = PrefixStore(f"{self.setup.pair}/{self.setup.link_epoch}", self._store)
         rank = SOURCE if self.setup.source else DEST
-        words = BLOCK_BYTES // self.codec.rows.element_size()
-        words = max(words, self.codec.rows.shape[-1])  # a block holds one row at least
         with self._on_stream():
             self._group = self._make_group(store, rank)
-            self._staging = [torch.empty(words, dtype=self.codec.rows.dtype, device=self._device) for _ in range(DEPTH)]
+            self._staging = [Staging(self._device, BLOCK_BYTES) for _ in range(DEPTH)]
             # the first message sets connections up (seconds for nccl), which no transfer should pay for
             self._wait(self._post(torch.zeros(1, dtype=torch.uint8, device=self._device)))
 
     def _make_group(self, store: Store, rank: int) -> PointToPoint:
         if self.closing:
             raise LinkError("the link was aborted")
-        if self.setup.kind == "gloo":
+        if self.host.kind == "gloo":
             gloo: Any = ProcessGroupGloo  # torch's stubs leave out the options and send and recv
             options = gloo._Options()
             options._devices = [gloo.create_device(hostname="127.0.0.1")]
@@ -117,61 +115,59 @@ class DistLink(ThreadLink):
     def _on_stream(self) -> AbstractContextManager[object]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
-    def _carry(self, piece: Piece) -> int:
+    def _carry(self, piece: Piece, arrives: float) -> Carried:
         with self._on_stream():
-            return self._send(piece) if piece.send else self._receive(piece)
+            return self._send(piece, arrives) if piece.send else self._receive(piece)
 
-    def _send(self, piece: Piece) -> int:
-        checksum, posted, fault = Checksum(piece, self._device), deque[Work](), self.damage.pop(piece.seq, "")
-        if fault == "drop":
-            return 0
-        for index, block in enumerate(self._blocks(piece)):
+    def _send(self, piece: Piece, arrives: float) -> Carried:
+        codec, checksum, posted = self.codec(piece), Checksum(piece), deque[Work]()
+        for index, block in enumerate(self.blocks(piece, BLOCK_BYTES)):
             if len(posted) == DEPTH:
                 self._wait(posted.popleft())
-            staging = self._staged(index, block)
-            rows = self.codec.encode(block, piece.layers[0], piece.pages, staging)
-            checksum.add(block, rows)
-            if fault and index == 0:
-                rows = staging.copy_(rows)
-                rows[0, 0, 0, 0] ^= 1
-            posted.append(self._post(rows))
-        trailer = Trailer.pack(piece, self.wire_bytes(piece), checksum.value())
+            posted.append(self._post(self._pack(codec, checksum, piece, block, self._staged(index, codec, block))))
+        carried = Carried(checksum.value(), arrives)
+        trailer = Trailer.pack(piece, self.wire_bytes(piece), carried)
         posted.append(self._post(torch.frombuffer(bytearray(trailer), dtype=torch.uint8).to(self._device)))
         while posted:
             self._wait(posted.popleft())
-        return checksum.value()
+        return carried
 
-    def _receive(self, piece: Piece) -> int:
-        checksum, posted = Checksum(piece, self._device), deque[tuple[Work, Block, Tensor]]()
-        for index, block in enumerate(self._blocks(piece)):
+    def _pack(self, codec: Codec, checksum: Checksum, piece: Piece, block: Block, out: Tensor) -> Tensor:
+        """The block's wire rows as one piece of the group's memory: the cache's own where they are that, else `out`."""
+        for part, (rows,) in run_views(block, piece.layers[0], (self.rows, piece.pages)):
+            room = out[:, :, block.place(part)]
+            wire = codec.pack(checksum, part, rows, room)
+            if part == block and wire.is_contiguous() and wire.device == out.device:
+                return wire
+            if wire is not room:
+                room.copy_(wire)
+        return out
+
+    def _receive(self, piece: Piece) -> Carried:
+        codec, checksum, posted = self.codec(piece), Checksum(piece), deque[tuple[Work, Block, Tensor]]()
+        for index, block in enumerate(self.blocks(piece, BLOCK_BYTES)):
             if len(posted) == DEPTH:
-                self._unpack(piece, checksum, *posted.popleft())
-            rows = self._staged(index, block)
-            posted.append((self._post(rows), block, rows))
+                self._unpack(codec, checksum, piece, *posted.popleft())
+            wire = self._staged(index, codec, block)
+            posted.append((self._post(wire), block, wire))
         trailer = torch.empty(Trailer.SIZE, dtype=torch.uint8, device=self._device)
         last = self._post(trailer)
         while posted:
-            self._unpack(piece, checksum, *posted.popleft())
+            self._unpack(codec, checksum, piece, *posted.popleft())
         self._wait(last)
         if self._stream is not None:
             self._stream.synchronize()
-        Trailer.verify(bytes(trailer.tolist()), piece, self.wire_bytes(piece), checksum.value())
-        return checksum.value()
+        return Trailer.verify(bytes(trailer.tolist()), piece, self.wire_bytes(piece), checksum.value())
 
-    def _unpack(self, piece: Piece, checksum: Checksum, work: Work, block: Block, rows: Tensor) -> None:
+    def _unpack(self, codec: Codec, checksum: Checksum, piece: Piece, work: Work, block: Block, wire: Tensor) -> None:
         self._wait(work)
-        checksum.add(block, rows)
+        checksum.add(block, wire)
         if piece.pages:
-            self.codec.decode(rows, block, piece.layers[0], piece.pages)
+            for part, (rows,) in run_views(block, piece.layers[0], (self.rows, piece.pages)):
+                codec.decode(wire[:, :, block.place(part)], rows)
 
-    def _blocks(self, piece: Piece) -> Iterator[Block]:
-        return cut(piece.layers[1] - piece.layers[0], piece.count, self.codec.row_bytes, BLOCK_BYTES)
-
-    def _staged(self, index: int, block: Block) -> Tensor:
-        """Staging memory for the block, [layers, kinds, pages, words]."""
-        layers, kinds, pages = block.shape
-        words = self.codec.rows.shape[-1]
-        return self._staging[index % DEPTH][: layers * kinds * pages * words].view(layers, kinds, pages, words)
+    def _staged(self, index: int, codec: Codec, block: Block) -> Tensor:
+        return self._staging[index % DEPTH].rows(codec, block)
 
     def _post(self, tensor: Tensor) -> Work:
         if self._group is None:
@@ -186,13 +182,13 @@ class DistLink(ThreadLink):
         try:
             work.wait(self._timeout)
         except RuntimeError as failure:
-            raise LinkError(f"{self.setup.kind}: {str(failure).partition(chr(10))[0]}") from failure
+            raise LinkError(f"{self.host.kind}: {str(failure).partition(chr(10))[0]}") from failure
 
     def _interrupt(self) -> None:
         """Nothing releases a waiter but its own timeout."""
 
     def _drop(self) -> None:
-        if self._group is not None and self.setup.kind == "nccl":
+        if self._group is not None and self.host.kind == "nccl":
             self._group.abort()  # a receive that ran out is still a kernel on the device
         if self._stream is not None:
             self._stream.synchronize()  # no copy into a page is still under way

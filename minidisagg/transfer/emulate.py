@@ -1,104 +1,158 @@
-"""A slower and worse link than the one at hand: to draw "when does it pay" curves, and to inject faults.
+"""An interconnect that is not there, around the link that is: to see on one machine when a handoff pays.
 
-Only the source's end is wrapped. Each piece takes its turn on an emulated wire of a given bandwidth, travels for
-the latency and a jitter, and is then started on the real link, which adds its own (small) time. Order is kept.
+Pieces move on the real link at once. The emulated interconnect says when they count: a piece is complete, at either
+end, at the later of its real end and its emulated arrival. So emulated time includes the real copy, and a real link
+that is the slower of the two shows (`LinkStats.late`). A worker has one emulated NIC, which all links that leave it
+share. Of two-sided links the trailer tells the destination the arrival; a one-sided one's piece is announced when the
+source has completed it. What is not emulated: the way of control messages, and a NIC's bandwidth for what comes in.
+
+Imports no torch: the command line reads interconnects too.
 """
 
 from __future__ import annotations
 
+import queue
 import random
+import re
 import threading
 import time
-from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple
 
-import msgspec
+from msgspec import Struct
 
 from minidisagg.core.inputs import PieceDone
-from minidisagg.core.plan import Piece
-from minidisagg.transfer.links import ThreadLink
+
+NONE = "none"
+COPY_BYTES = 32 << 20  # more than most caches hold
+BITS, BYTES = ("bps", "bit/s"), ("Bps", "B/s")
+PREFIXES = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+SECONDS = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0}
+_BANDWIDTH = re.compile(r"(\d+\.?\d*|\.\d+) ?([kKMGT]?)(bps|bit/s|Bps|B/s)")
+_TIME = re.compile(r"(\d+\.?\d*|\.\d+) ?(us|µs|ms|s)")
 
 
-class Emulation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The wire's properties, and the share of pieces that suffer a fault.
+class Interconnect(Struct, frozen=True):
+    """What a wire does to a piece: bytes per second, and seconds on the way, plus up to `jitter` more."""
 
-    A dropped piece is never sent, though the source believes so; a corrupt one arrives with a wrong bit, a delayed
-    one `delay_s` late. Which ones is decided by the seed, the link's epoch and the sequence number.
-    """
+    bandwidth: float
+    latency: float = 0.0
+    jitter: float = 0.0
 
-    bandwidth: float = 0.0  # bytes per second; 0: as fast as the real link
-    latency: float = 0.0  # seconds
-    jitter: float = 0.0  # seconds: uniform in [0, jitter] on top
-    drop: float = 0.0  # probability
-    corrupt: float = 0.0  # probability
-    delay: float = 0.0  # probability
-    delay_s: float = 1.0  # seconds
-    seed: int = 0
+    def slowest(self, nbytes: int) -> float:
+        """Seconds from the first byte's start to the last one's arrival, where nothing else is on the wire."""
+        return nbytes / self.bandwidth + self.latency + self.jitter
+
+    def __str__(self) -> str:
+        text = f"{self.bandwidth / 1e9:.3g} GB/s, {self.latency * 1e6:.3g} µs"
+        return f"{text} + {self.jitter * 1e6:.3g} µs" if self.jitter else text
 
 
-class EmulatedLink:
-    """A `Link` around another one's source end."""
+# Nominal: a port's line rate, and a small message's way between two hosts in published measurements of its kind.
+PRESETS = {
+    "10g-tcp": Interconnect(10e9 / 8, 50e-6),
+    "100g-roce": Interconnect(100e9 / 8, 5e-6),
+    "400g-ib": Interconnect(400e9 / 8, 3e-6),
+    "nvlink": Interconnect(450e9, 2e-6),
+}
 
-    def __init__(self, inner: ThreadLink, emulation: Emulation) -> None:
-        self.one_sided = inner.one_sided
-        self._inner, self._emulation = inner, emulation
-        self._wire_free = 0.0  # when the emulated wire has taken all that was started
-        self._arrival = 0.0  # of the last piece
-        self._held: deque[tuple[float, Piece]] = deque()
-        self._added: dict[int, float] = {}  # sequence number -> seconds on the emulated wire
-        self._changed = threading.Condition()
-        self._closing = False
-        self._thread = threading.Thread(target=self._release, name="emulated-wire", daemon=True)
+
+def parse_interconnect(text: str) -> Interconnect | None:
+    """A preset's name, or BANDWIDTH[,LATENCY[,JITTER]] as in `25Gbps,20us`; None for `none`. Raises `ValueError`."""
+    if text == NONE or text in PRESETS:
+        return PRESETS.get(text)
+    first, *rest = (part.strip() for part in text.split(","))
+    bandwidth, times = _BANDWIDTH.fullmatch(first), [_TIME.fullmatch(part) for part in rest]
+    if bandwidth is None or len(times) > 2 or not float(bandwidth[1]):
+        raise _unreadable(text)
+    per_second = float(bandwidth[1]) * PREFIXES[bandwidth[2]] / (8 if bandwidth[3] in BITS else 1)
+    seconds = []
+    for match in times:
+        if match is None:
+            raise _unreadable(text)
+        seconds.append(float(match[1]) * SECONDS[match[2]])
+    return Interconnect(per_second, *seconds)
+
+
+def _unreadable(text: str) -> ValueError:
+    known = ", ".join((NONE, *PRESETS))
+    return ValueError(f"no interconnect {text!r}; known: {known}, or BANDWIDTH,LATENCY[,JITTER] as in 25Gbps,20us")
+
+
+def announcement(text: str, interconnect: Interconnect) -> str:
+    """One line for whoever starts an emulation, with what this host cannot show."""
+    line = f"emulated {text} ({interconnect}{'; nominal' if text in PRESETS else ''})"
+    host = copy_rate()
+    if host < interconnect.bandwidth:
+        line += f": this host copies memory at {host / 1e9:.1f} GB/s, so what is faster than that is not seen"
+    return line
+
+
+def copy_rate() -> float:
+    """Bytes per second at which this process copies memory, at best: no link here is faster. Takes a few hundredths."""
+    source, target = bytearray(b"\1") * COPY_BYTES, memoryview(bytearray(COPY_BYTES))
+    best = float("inf")
+    for _ in range(3):
+        began = time.perf_counter()
+        target[:] = source
+        best = min(best, time.perf_counter() - began)
+    return COPY_BYTES / best
+
+
+class Slot(NamedTuple):
+    """A piece's time on the emulated wire, of `time.monotonic()`; all processes of a host share that clock."""
+
+    begins: float = 0.0
+    arrives: float = 0.0
+
+
+class Nic:
+    """A worker's emulated network card. Pieces take turns on it, and each arrives a latency after its last byte."""
+
+    def __init__(self, interconnect: Interconnect, seed: int = 0) -> None:
+        self.interconnect = interconnect
+        self._free = 0.0  # when the card has sent all that it was given
+        self._dice = random.Random(seed)
+        self._lock = threading.Lock()
+
+    def admit(self, nbytes: int) -> Slot:
+        """The time of a piece that is started now."""
+        wire = self.interconnect
+        with self._lock:
+            begins = max(time.monotonic(), self._free)
+            self._free = begins + nbytes / wire.bandwidth
+            return Slot(begins, self._free + wire.latency + self._dice.uniform(0.0, wire.jitter))
+
+
+def make_nic(text: str) -> Nic | None:
+    """The card of a worker whose links are as `parse_interconnect` reads; None where nothing is emulated."""
+    interconnect = parse_interconnect(text)
+    return None if interconnect is None else Nic(interconnect)
+
+
+class DelayLine:
+    """Hands completions on in order, none before its time. A thread: an event loop's timers count milliseconds."""
+
+    def __init__(self, deliver: Callable[[PieceDone], None]) -> None:
+        self._deliver = deliver
+        self._held: queue.SimpleQueue[tuple[PieceDone, float] | None] = queue.SimpleQueue()
+        self._hurry = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="emulated-wire", daemon=True)
         self._thread.start()
 
-    def endpoint(self) -> str:
-        """See `Link.endpoint`."""
-        return self._inner.endpoint()
+    def put(self, done: PieceDone, arrives: float) -> None:
+        """Hand it on at that time, and after all before it."""
+        self._held.put((done, arrives))
 
-    def connect(self, endpoint: str) -> None:
-        """See `Link.connect`."""
-        self._inner.connect(endpoint)
-
-    def start(self, piece: Piece) -> None:
-        """Put the piece on the emulated wire."""
-        wire, now = self._emulation, time.monotonic()
-        dice = random.Random(f"{wire.seed}/{piece.link_epoch}/{piece.seq}")
-        travel = wire.latency + dice.uniform(0.0, wire.jitter)
-        drop, corrupt, late = (dice.random() < share for share in (wire.drop, wire.corrupt, wire.delay))
-        if drop or corrupt:
-            self._inner.damage[piece.seq] = "drop" if drop else "corrupt"
-        if late:
-            travel += wire.delay_s
-        sending = self._inner.wire_bytes(piece) / wire.bandwidth if wire.bandwidth else 0.0
-        with self._changed:
-            self._wire_free = max(now, self._wire_free) + sending
-            self._arrival = max(self._arrival, self._wire_free + travel)
-            self._added[piece.seq] = sending + travel
-            self._held.append((self._arrival, piece))
-            self._changed.notify()
-
-    def poll(self) -> list[PieceDone]:
-        """See `Link.poll`; `seconds` includes the time on the emulated wire."""
-        done = self._inner.poll()
-        return [msgspec.structs.replace(c, seconds=c.seconds + self._added.pop(c.seq, 0.0)) for c in done]
-
-    def abort(self, peer_dead: bool) -> bool:
-        """See `Link.abort`; what is still on the emulated wire completes as failed."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
+    def finish(self) -> None:
+        """Hand on at once all that is held, and end; whoever puts must have stopped."""
+        self._hurry.set()
+        self._held.put(None)
         self._thread.join()
-        stopped = self._inner.abort(peer_dead)
-        while self._held:
-            self._inner.start(self._held.popleft()[1])
-        return stopped
 
-    def _release(self) -> None:
-        """Start each piece on the real link when it arrives."""
-        with self._changed:
-            while not self._closing:
-                if not self._held:
-                    self._changed.wait()
-                elif (early := self._held[0][0] - time.monotonic()) > 0:
-                    self._changed.wait(early)
-                else:
-                    self._inner.start(self._held.popleft()[1])
+    def _run(self) -> None:
+        while (held := self._held.get()) is not None:
+            done, arrives = held
+            if (early := arrives - time.monotonic()) > 0:
+                self._hurry.wait(early)
+            self._deliver(done)

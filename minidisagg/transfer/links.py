@@ -16,17 +16,19 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from minidisagg.core.inputs import PieceDone
 from minidisagg.core.plan import Piece
-from minidisagg.transfer.codec import make_codec
+from minidisagg.transfer.codec import CODECS, Codec
+from minidisagg.transfer.emulate import DelayLine, Nic, Slot
+from minidisagg.transfer.rows import Block, cache_rows, cut
 
 JOIN_SECONDS = 0.1
 MAX_OUTSTANDING = 4096  # pieces started and not yet polled: the core keeps far fewer
@@ -81,22 +83,37 @@ class Link(Protocol):
 
 
 @dataclass(frozen=True)
-class LinkSetup:
-    """What every link is made from.
+class LinkHost:
+    """What all links of one worker have in common.
 
-    `kv_fd` is the memfd whose bytes from 0 on are `kv`'s; `timeout` (seconds) bounds each single wait for the peer.
+    `kv_fd` is the memfd whose bytes from 0 on are `kv`'s; `timeout` (seconds) bounds each single wait for the peer;
+    with a `nic` what is sent takes its emulated time.
     """
 
     kind: str
+    kv: Tensor
+    kv_fd: int | None
+    run_dir: Path
+    timeout: float
+    nic: Nic | None = None
+
+
+class Carried(NamedTuple):
+    """What came of a piece: its checksum, and before when (`time.monotonic()`) it must not count as complete."""
+
+    checksum: int = 0
+    arrives: float = 0.0
+
+
+@dataclass(frozen=True)
+class LinkSetup:
+    """What one end of a link is made from. `pair` and `link_epoch` are the same at both ends, and no other link's."""
+
+    host: LinkHost
     source: bool
     pair: str
     link_epoch: int
-    kv: Tensor
-    kv_fd: int | None
-    codec: str
-    run_dir: Path
     wake: Wake
-    timeout: float
 
 
 class ThreadLink(ABC):
@@ -106,17 +123,19 @@ class ThreadLink(ABC):
 
     def __init__(self, setup: LinkSetup) -> None:
         self.setup = setup
-        self.codec = make_codec(setup.codec, setup.kv)
-        self.damage: dict[int, str] = {}  # sequence number of a send -> "drop" | "corrupt": injected faults
-        self.patience = setup.timeout + 2.0  # how long `abort` waits: one wait for the peer, and the thread's own work
+        self.host = setup.host
+        self.rows = cache_rows(self.host.kv)  # [layers, 2, pages, words]
+        self.codecs = {name: make(self.host.kv) for name, make in CODECS.items()}  # a piece names its own
+        self.patience = self.host.timeout + 2.0  # of `abort`: one wait for the peer, and the thread's own work
         self.closing = False
         self._broken = ""  # why nothing more can be carried
         self._met = threading.Event()  # connected, failed to, or aborted
         self._opening = threading.Lock()  # held by `connect`, so that `abort` cannot overtake it
         self._lock = threading.Lock()
         self._outstanding = 0
-        self._ops: queue.SimpleQueue[Piece | None] = queue.SimpleQueue()
+        self._ops: queue.SimpleQueue[tuple[Piece, Slot] | None] = queue.SimpleQueue()
         self._done: deque[PieceDone] = deque()
+        self._line: DelayLine | None = None  # from the first piece on that has an emulated arrival
         self._thread = threading.Thread(target=self._run, name=f"link-{setup.pair}", daemon=True)
         self._thread.start()
 
@@ -129,8 +148,11 @@ class ThreadLink(ABC):
         """Meet the peer, or raise within the timeout."""
 
     @abstractmethod
-    def _carry(self, piece: Piece) -> int:
-        """Do one piece and return its checksum; raise `CorruptError` if its bytes are wrong, else anything."""
+    def _carry(self, piece: Piece, arrives: float) -> Carried:
+        """Do one piece; raise `CorruptError` if its bytes are wrong, anything else if nothing after it can be trusted.
+
+        `arrives` is the source's, for the destination to be told.
+        """
 
     @abstractmethod
     def _interrupt(self) -> None:
@@ -153,9 +175,19 @@ class ThreadLink(ABC):
             finally:
                 self._met.set()
 
+    def codec(self, piece: Piece) -> Codec:
+        """How this piece looks on the wire; raises `LinkError` where it names a codec that nobody knows."""
+        if piece.codec not in self.codecs:
+            raise LinkError(f"unknown codec {piece.codec!r}; known: {', '.join(self.codecs)}")
+        return self.codecs[piece.codec]
+
     def wire_bytes(self, piece: Piece) -> int:
-        """Payload bytes of this piece on the wire."""
-        return self.codec.wire_bytes((piece.layers[1] - piece.layers[0]) * 2 * piece.count)
+        """Payload bytes of this piece on the wire; raises as `codec` does."""
+        return (piece.layers[1] - piece.layers[0]) * 2 * piece.count * self.codec(piece).row_bytes
+
+    def blocks(self, piece: Piece, limit: int) -> Iterator[Block]:
+        """The piece in blocks of at most `limit` bytes on the wire (at least one row): the same at both ends."""
+        return cut(piece.layers[1] - piece.layers[0], piece.count, self.codec(piece).row_bytes, limit)
 
     def start(self, piece: Piece) -> None:
         """See `Link.start`."""
@@ -163,9 +195,10 @@ class ThreadLink(ABC):
             self._outstanding += 1
             full = self._outstanding > MAX_OUTSTANDING
             if not self.closing and not full:
-                self._ops.put(piece)
+                self._ops.put((piece, self._admit(piece)))
                 return
-        self._complete(piece, f"more than {MAX_OUTSTANDING} pieces on one link" if full else "the link was aborted")
+        why = f"more than {MAX_OUTSTANDING} pieces on one link" if full else "the link was aborted"
+        self._report(self._ended(piece, why, time.monotonic(), Carried()))
 
     def poll(self) -> list[PieceDone]:
         """See `Link.poll`."""
@@ -201,24 +234,36 @@ class ThreadLink(ABC):
         """Whether, the thread gone and all dropped, the peer cannot write here either."""
         return True
 
+    def _admit(self, piece: Piece) -> Slot:
+        """Its time on the emulated wire. A piece of an unknown codec gets none: it will fail."""
+        nic = self.host.nic
+        return nic.admit(self.wire_bytes(piece)) if nic is not None and piece.codec in self.codecs else Slot()
+
     def _run(self) -> None:
-        while (piece := self._ops.get()) is not None:
+        while (op := self._ops.get()) is not None:
+            piece, slot = op
             # the peer's first piece can be announced before this end's `connect` has returned
-            if not self._met.wait(self.setup.timeout):
+            if not self._met.wait(self.host.timeout):
                 self._broken = "the peer did not connect in time"
-            began, checksum, error = time.perf_counter(), 0, "the link was aborted" if self.closing else self._broken
+            began, carried, error = (
+                time.monotonic(),
+                Carried(),
+                "the link was aborted" if self.closing else self._broken,
+            )
             if not error:
                 try:
                     self._check(piece)
-                    checksum = self._carry(piece)
+                    carried = self._carry(piece, slot.arrives)
                 except CorruptError as failure:
                     error = str(failure)
                 except Exception as failure:  # whatever it was, it is reported, and the order on the link is lost
                     error = self._broken = str(failure).partition("\n")[0] or repr(failure)
-            self._complete(piece, error, time.perf_counter() - began, checksum)
+            self._complete(self._ended(piece, error, max(began, slot.begins), carried), carried.arrives)
+        if self._line is not None:
+            self._line.finish()
 
     def _check(self, piece: Piece) -> None:
-        layers, _, pages = self.codec.rows.shape[:3]
+        layers, _, pages = self.rows.shape[:3]
         if not 0 <= piece.layers[0] < piece.layers[1] <= layers:
             raise LinkError(f"layers {piece.layers} of {layers}")
         if piece.pages and (len(piece.pages) != piece.count or not 0 <= min(piece.pages) <= max(piece.pages) < pages):
@@ -226,20 +271,30 @@ class ThreadLink(ABC):
         if piece.send != self.setup.source or (piece.send and not piece.pages):
             raise LinkError("a source sends pages, a destination receives them")
 
-    def _complete(self, piece: Piece, error: str, seconds: float = 0.0, checksum: int = 0) -> None:
-        nbytes = 0 if error else self.wire_bytes(piece)
-        done = PieceDone(
+    def _ended(self, piece: Piece, error: str, began: float, carried: Carried) -> PieceDone:
+        ended = max(time.monotonic(), carried.arrives)
+        return PieceDone(
             piece.peer,
             piece.link_epoch,
             piece.seq,
             piece.send,
-            not error,
-            seconds,
-            nbytes,
-            checksum,
-            error,
-            time.monotonic(),
+            ok=not error,
+            seconds=ended - began,
+            nbytes=0 if error else self.wire_bytes(piece),
+            checksum=carried.checksum,
+            error=error,
+            ended=ended,
         )
+
+    def _complete(self, done: PieceDone, arrives: float) -> None:
+        if arrives and self._line is None:
+            self._line = DelayLine(self._report)
+        if self._line is None:
+            self._report(done)
+        else:
+            self._line.put(done, arrives)
+
+    def _report(self, done: PieceDone) -> None:
         self._done.append(done)
         self.setup.wake()
 
@@ -247,21 +302,23 @@ class ThreadLink(ABC):
 class Trailer:
     """What follows the rows of each piece on a two-sided link, so that one skipped send cannot shift all others."""
 
-    _FORMAT = struct.Struct("<QQQQ")  # sequence number, request, payload bytes, checksum
+    _FORMAT = struct.Struct("<QQQQd")  # sequence number, request, payload bytes, checksum, emulated arrival
     SIZE = _FORMAT.size
 
     @classmethod
-    def pack(cls, piece: Piece, nbytes: int, checksum: int) -> bytes:
+    def pack(cls, piece: Piece, nbytes: int, carried: Carried) -> bytes:
         """The trailer of `piece`."""
         request = blake2b(f"{piece.request_id}/{piece.incarnation}".encode(), digest_size=8).digest()
-        return cls._FORMAT.pack(piece.seq, int.from_bytes(request, "little"), nbytes, checksum)
+        return cls._FORMAT.pack(piece.seq, int.from_bytes(request, "little"), nbytes, *carried)
 
     @classmethod
-    def verify(cls, data: bytes, piece: Piece, nbytes: int, checksum: int) -> None:
+    def verify(cls, data: bytes, piece: Piece, nbytes: int, checksum: int) -> Carried:
         """Raise `LinkError` if it belongs to another piece, `CorruptError` if only the checksum differs."""
-        if data == cls.pack(piece, nbytes, checksum):
-            return
-        seq, _, size, _ = cls._FORMAT.unpack(data)
-        if data[:24] == cls.pack(piece, nbytes, checksum)[:24]:
+        seq, _, size, _, arrives = cls._FORMAT.unpack(data)
+        carried = Carried(checksum, arrives)
+        expected = cls.pack(piece, nbytes, carried)
+        if data == expected:
+            return carried
+        if data[:24] == expected[:24]:
             raise CorruptError(f"checksum mismatch in piece {piece.seq}")
         raise LinkError(f"out of step: expected piece {piece.seq} of {nbytes} bytes, got piece {seq} of {size}")

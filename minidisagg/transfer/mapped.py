@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from minidisagg.core.plan import Piece
-from minidisagg.transfer.codec import Checksum, cache_rows, cut, runs, window
-from minidisagg.transfer.links import CorruptError, LinkError, LinkSetup, ThreadLink
+from minidisagg.transfer.links import Carried, CorruptError, LinkError, LinkSetup, ThreadLink
+from minidisagg.transfer.rows import Checksum, cache_rows, run_views
 from minidisagg.transfer.stream import UnixListener
 
 BLOCK_BYTES = 4 << 20  # what was summed is still in the last-level cache when it is copied
@@ -44,8 +44,10 @@ class MappedLink(ThreadLink):
         self._remote: Tensor | None = None  # the destination's rows [layers, 2, pages, words]
         super().__init__(setup)
 
-    def _carry(self, piece: Piece) -> int:
-        return self._write(piece) if piece.send else self._verify(piece)
+    def _carry(self, piece: Piece, arrives: float) -> Carried:
+        if not self.codec(piece).in_place:
+            raise LinkError(f"link {self.host.kind!r} writes pages as they are, and cannot carry {piece.codec!r}")
+        return Carried(self._write(piece), arrives) if piece.send else Carried(self._verify(piece))
 
     def _write(self, piece: Piece) -> int:
         remote = self._remote
@@ -53,28 +55,21 @@ class MappedLink(ThreadLink):
             raise LinkError("the link is not connected")
         if len(piece.remote) != piece.count or not 0 <= min(piece.remote) <= max(piece.remote) < remote.shape[2]:
             raise LinkError(f"remote pages are not {piece.count} of the peer's {remote.shape[2]}")
-        checksum, fault = Checksum(piece, self.setup.kv.device), self.damage.pop(piece.seq, "")
-        for block in cut(piece.layers[1] - piece.layers[0], piece.count, self.codec.row_bytes, BLOCK_BYTES):
-            here, there = piece.pages[block.pages], piece.remote[block.pages]
-            layers = slice(piece.layers[0] + block.layers.start, piece.layers[0] + block.layers.stop)
-            for run in runs(here, there):
-                pages = run.stop - run.start
-                rows = window(self.codec.rows, layers, block.kinds, here[run.start], pages)
-                part = slice(block.pages.start + run.start, block.pages.start + run.stop)
-                checksum.add(block._replace(pages=part), rows)
-                if fault != "drop":
-                    window(remote, layers, block.kinds, there[run.start], pages).copy_(rows)
-        if fault == "corrupt":
-            remote[piece.layers[0], 0, piece.remote[0], 0] ^= 1
+        codec, checksum = self.codec(piece), Checksum(piece)
+        for block in self.blocks(piece, BLOCK_BYTES):
+            sides = (self.rows, piece.pages), (remote, piece.remote)
+            for part, (ours, theirs) in run_views(block, piece.layers[0], *sides):
+                theirs.copy_(codec.pack(checksum, part, ours, theirs))
         return checksum.value()
 
     def _verify(self, piece: Piece) -> int:
-        checksum = Checksum(piece, self.setup.kv.device)
         if not piece.pages:
             return 0  # nothing is on a wire
-        for block in cut(piece.layers[1] - piece.layers[0], piece.count, self.codec.row_bytes, BLOCK_BYTES):
-            for part, view in self.codec.run_views(block, piece.layers[0], piece.pages):
-                checksum.add(part, view)
+        codec, checksum = self.codec(piece), Checksum(piece)
+        for block in self.blocks(piece, BLOCK_BYTES):
+            for part, (rows,) in run_views(block, piece.layers[0], (self.rows, piece.pages)):
+                checksum.add(part, rows)
+                codec.decode(rows, rows)
         if checksum.value() != piece.checksum:
             raise CorruptError(f"checksum mismatch in piece {piece.seq}")
         return checksum.value()
@@ -90,9 +85,9 @@ class ShmLink(MappedLink):
     """The destination's cache lies in a memfd."""
 
     def __init__(self, setup: LinkSetup) -> None:
-        if setup.kv_fd is None:
+        if setup.host.kv_fd is None:
             raise ValueError("link 'shm' needs a cache in a memfd")
-        self._kv_fd = setup.kv_fd
+        self._kv_fd = setup.host.kv_fd
         self._listener = None if setup.source else UnixListener(setup)
         super().__init__(setup)
 
@@ -107,15 +102,15 @@ class ShmLink(MappedLink):
             self._give(self._listener)
             return
         with socket.socket(socket.AF_UNIX) as peer:
-            peer.settimeout(self.setup.timeout)
+            peer.settimeout(self.host.timeout)
             peer.connect(endpoint)
             self._remote = self._map(peer)
 
     def _give(self, listener: UnixListener) -> None:
-        kv = self.setup.kv
+        kv = self.host.kv
         description = CacheDescription(tuple(kv.shape), str(kv.dtype), self.setup.link_epoch)
         with listener.accept() as peer:
-            peer.settimeout(self.setup.timeout)
+            peer.settimeout(self.host.timeout)
             rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [self._kv_fd]))
             peer.sendmsg([msgspec.msgpack.encode(description)], [rights])
             if peer.recv(1) != b"+":  # the source has mapped it
@@ -126,7 +121,7 @@ class ShmLink(MappedLink):
         data, fds, _, _ = socket.recv_fds(peer, DESCRIPTION_BYTES, 1)
         try:
             theirs = msgspec.msgpack.decode(data, type=CacheDescription)
-            kv = self.setup.kv
+            kv = self.host.kv
             alike = (theirs.shape[:2], theirs.shape[3:], theirs.dtype) == (
                 tuple(kv.shape[:2]),
                 tuple(kv.shape[3:]),

@@ -13,14 +13,15 @@ import secrets
 import socket
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-import torch
+from torch import Tensor
 
 from minidisagg.core.plan import Piece
-from minidisagg.transfer.codec import Block, Checksum, cut, runs
-from minidisagg.transfer.links import LinkError, LinkSetup, ThreadLink, Trailer
+from minidisagg.transfer.codec import Codec, Staging
+from minidisagg.transfer.links import Carried, LinkError, LinkSetup, ThreadLink, Trailer
+from minidisagg.transfer.rows import Block, Checksum, run_views
 
 BLOCK_BYTES = 4 << 20  # checksum and socket take turns on what is still in the CPU's cache
 SOCKET_BUFFER = 4 << 20
@@ -33,7 +34,7 @@ class UnixListener:
     """A Unix socket in a private directory, waiting for one peer; its path is gone as soon as the peer has come."""
 
     def __init__(self, setup: LinkSetup) -> None:
-        self.path = setup.run_dir / f"{re.sub(r'[^A-Za-z0-9]+', '-', setup.pair)}.{setup.link_epoch}.sock"
+        self.path = setup.host.run_dir / f"{re.sub(r'[^A-Za-z0-9]+', '-', setup.pair)}.{setup.link_epoch}.sock"
         self.socket = socket.socket(socket.AF_UNIX)
         try:
             self.socket.bind(str(self.path))
@@ -41,7 +42,7 @@ class UnixListener:
             self.socket.close()
             raise ValueError(f"cannot listen at {self.path}: {failure}") from failure
         self.socket.listen(1)
-        self.socket.settimeout(setup.timeout)
+        self.socket.settimeout(setup.host.timeout)
 
     def accept(self) -> socket.socket:
         """The peer's connection; only this user can reach the directory."""
@@ -71,7 +72,7 @@ class TcpListener:
     def __init__(self, setup: LinkSetup) -> None:
         self.token = secrets.token_hex(TOKEN_BYTES // 2).encode()
         self.socket = socket.create_server(("127.0.0.1", 0))
-        self._timeout = setup.timeout
+        self._timeout = setup.host.timeout
 
     def accept(self) -> socket.socket:
         """The first connection that shows the token; others, of whatever process, are closed."""
@@ -105,9 +106,8 @@ class StreamLink(ThreadLink):
         self._socket: socket.socket | None = None
         self._listener: UnixListener | TcpListener | None = None
         if not setup.source:
-            self._listener = UnixListener(setup) if setup.kind == "unix" else TcpListener(setup)
-        self._memory = memoryview(setup.kv.view(torch.uint8).view(-1).numpy().data)
-        self._scratch = bytearray()
+            self._listener = UnixListener(setup) if setup.host.kind == "unix" else TcpListener(setup)
+        self._staging = Staging(setup.host.kv.device)
         super().__init__(setup)
 
     def endpoint(self) -> str:
@@ -121,78 +121,63 @@ class StreamLink(ThreadLink):
     def _open(self, endpoint: str) -> None:
         if self._listener is not None:
             peer = self._listener.accept()
-        elif self.setup.kind == "unix":
+        elif self.host.kind == "unix":
             peer = socket.socket(socket.AF_UNIX)
-            peer.settimeout(self.setup.timeout)
+            peer.settimeout(self.host.timeout)
             peer.connect(endpoint)
         else:
             address, _, token = endpoint.partition("/")
             host, _, port = address.rpartition(":")
-            peer = socket.create_connection((host, int(port)), self.setup.timeout)
+            peer = socket.create_connection((host, int(port)), self.host.timeout)
             peer.sendall(token.encode())
-        if self.setup.kind == "tcp":
+        if self.host.kind == "tcp":
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER)
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER)
-        block_with_deadline(peer, self.setup.timeout)
+        block_with_deadline(peer, self.host.timeout)
         self._socket = peer
         if self.closing:
             raise LinkError("the link was aborted")
 
-    def _carry(self, piece: Piece) -> int:
+    def _carry(self, piece: Piece, arrives: float) -> Carried:
         if self._socket is None:
             raise LinkError("the link is not connected")
-        checksum, fault = Checksum(piece, self.setup.kv.device), self.damage.pop(piece.seq, "")
-        if fault == "drop":
-            return 0
-        for block in cut(piece.layers[1] - piece.layers[0], piece.count, self.codec.row_bytes, BLOCK_BYTES):
+        codec, checksum, nbytes = self.codec(piece), Checksum(piece), self.wire_bytes(piece)
+        for block in self.blocks(piece, BLOCK_BYTES):
             if piece.send:
-                self._add(checksum, piece, block)
-                buffers = self._buffers(piece, block)
-                if fault == "corrupt":
-                    fault, damaged = "", bytearray(buffers[0])
-                    damaged[0] ^= 1
-                    buffers[0] = memoryview(damaged)
-                write_all(self._socket, buffers)
+                self._send(self._socket, codec, checksum, piece, block)
             elif piece.pages:
-                read_all(self._socket, self._buffers(piece, block))
-                self._add(checksum, piece, block)
+                self._receive(self._socket, codec, checksum, piece, block)
             else:
-                self._discard(checksum, block)
-        nbytes = self.wire_bytes(piece)
+                wire = self._staging.rows(codec, block)
+                read_all(self._socket, slabs([wire]))
+                checksum.add(block, wire)
         if piece.send:
-            write_all(self._socket, [memoryview(Trailer.pack(piece, nbytes, checksum.value()))])
-        else:
-            trailer = bytearray(Trailer.SIZE)
-            read_all(self._socket, [memoryview(trailer)])
-            Trailer.verify(bytes(trailer), piece, nbytes, checksum.value())
-        return checksum.value()
+            carried = Carried(checksum.value(), arrives)
+            write_all(self._socket, [memoryview(Trailer.pack(piece, nbytes, carried))])
+            return carried
+        trailer = bytearray(Trailer.SIZE)
+        read_all(self._socket, [memoryview(trailer)])
+        return Trailer.verify(bytes(trailer), piece, nbytes, checksum.value())
 
-    def _add(self, checksum: Checksum, piece: Piece, block: Block) -> None:
-        for part, view in self.codec.run_views(block, piece.layers[0], piece.pages):
-            checksum.add(part, view)
+    def _send(self, sock: socket.socket, codec: Codec, checksum: Checksum, piece: Piece, block: Block) -> None:
+        runs = self._runs(codec, piece, block)
+        write_all(sock, slabs([codec.pack(checksum, part, rows, room) for part, rows, room in runs]))
 
-    def _buffers(self, piece: Piece, block: Block) -> list[memoryview]:
-        """The block's rows in wire order [layers, kinds, pages], as pieces of the cache's memory."""
-        row, pages = self.codec.row_bytes, self.setup.kv.shape[2]
-        here = piece.pages[block.pages]
-        spans = [(here[run.start] * row, (here[run.stop - 1] + 1) * row) for run in runs(here)]
-        slabs = (
-            ((piece.layers[0] + layer) * 2 + kind) * pages * row
-            for layer in range(block.layers.start, block.layers.stop)
-            for kind in range(block.kinds.start, block.kinds.stop)
-        )
-        return [self._memory[slab + start : slab + stop] for slab in slabs for start, stop in spans]
+    def _receive(self, sock: socket.socket, codec: Codec, checksum: Checksum, piece: Piece, block: Block) -> None:
+        runs = self._runs(codec, piece, block)
+        read_all(sock, slabs([wire for _, _, wire in runs]))
+        for part, rows, wire in runs:
+            checksum.add(part, wire)
+            codec.decode(wire, rows)
 
-    def _discard(self, checksum: Checksum, block: Block) -> None:
-        layers, kinds, pages = block.shape
-        nbytes = layers * kinds * pages * self.codec.row_bytes
-        if len(self._scratch) < nbytes:
-            self._scratch = bytearray(nbytes)
-        assert self._socket is not None
-        read_all(self._socket, [memoryview(self._scratch)[:nbytes]])
-        rows = torch.frombuffer(self._scratch, dtype=self.codec.rows.dtype, count=nbytes // self.codec.rows.itemsize)
-        checksum.add(block, rows.view(layers, kinds, pages, -1))
+    def _runs(self, codec: Codec, piece: Piece, block: Block) -> list[tuple[Block, Tensor, Tensor]]:
+        """The block's runs of pages: each part with its rows in the cache, and where its wire rows are or go."""
+        found = run_views(block, piece.layers[0], (self.rows, piece.pages))
+        if codec.in_place:
+            return [(part, rows, rows) for part, (rows,) in found]
+        room = self._staging.rows(codec, block)
+        return [(part, rows, room[:, :, block.place(part)]) for part, (rows,) in found]
 
     def _interrupt(self) -> None:
         if self._listener is not None:
@@ -213,6 +198,15 @@ def block_with_deadline(sock: socket.socket, seconds: float) -> None:
     deadline = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, deadline)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, deadline)
+
+
+def slabs(parts: Sequence[Tensor]) -> list[memoryview]:
+    """The memory of the wire rows of a block's parts, in the order of the wire: layers, keys and values, pages."""
+    arrays = [part.numpy() for part in parts]
+    layers, kinds = arrays[0].shape[:2]
+    return [
+        memoryview(array[layer, kind]).cast("B") for layer in range(layers) for kind in range(kinds) for array in arrays
+    ]
 
 
 def move_all(step: Callable[[list[memoryview]], int], buffers: list[memoryview]) -> None:

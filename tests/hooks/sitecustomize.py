@@ -11,16 +11,16 @@ from typing import Any
 
 def in_step(request_id: str, what: Callable[[], object]) -> None:
     """Whenever this request is in a step, `what` happens in the middle of it."""
-    from minidisagg.runtime.executor import Executor
+    from minidisagg.runtime.device import Device
 
-    execute = Executor.execute
+    launch = Device.launch
 
-    def harmed(self: Any, plan: Any) -> Any:
-        if any(item.request_id == request_id for item in plan.items):
+    def harmed(self: Any, step: Any, report: Any) -> Any:
+        if any(item.request_id == request_id for item in step.plan.items):
             what()
-        return execute(self, plan)
+        return launch(self, step, report)
 
-    Executor.execute = harmed  # type: ignore[method-assign]
+    Device.launch = harmed  # type: ignore[method-assign]
 
 
 def at(where: str, what: Callable[..., object]) -> None:
@@ -62,5 +62,5 @@ def leave() -> None:
     os._exit(9)
 
 
-if "HARM" in os.environ and "minidisagg.runtime.worker" in " ".join(sys.orig_argv):
+if "HARM" in os.environ and "minidisagg.runtime.process" in " ".join(sys.orig_argv):
     exec(os.environ["HARM"])

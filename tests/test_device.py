@@ -14,7 +14,7 @@ from minidisagg.model.attention import build_batch
 from minidisagg.model.config import ModelConfig, RopeConfig
 from minidisagg.model.transformer import Transformer
 from minidisagg.runtime.ceilings import measure_ceilings
-from minidisagg.runtime.executor import Executor, pages_begun, step_work
+from minidisagg.runtime.device import Device, pages_begun, step_work
 from minidisagg.runtime.kv_cache import KVCache
 
 CPU = torch.device("cpu")
@@ -66,10 +66,10 @@ def random_weights() -> dict[str, Tensor]:
     }
 
 
-def executor() -> Executor:
+def device() -> Device:
     cache = KVCache(CONFIG, 20, PAGE, torch.float64, CPU)
     cache.data.fill_(torch.nan)  # what an earlier owner may have left
-    return Executor(Transformer(CONFIG, random_weights(), torch.float64, CPU), cache)
+    return Device(Transformer(CONFIG, random_weights(), torch.float64, CPU), cache)
 
 
 def new(name: str, sampling: SamplingParams, output: list[int] | None = None) -> SeqInit:
@@ -82,7 +82,7 @@ def item(name: str, ids: list[int], start: int, end: int, sample: bool = True, p
 
 
 def generate(
-    ex: Executor, chunk: int, count: int, sampling: SamplingParams, emitted: list[int] | None = None
+    dev: Device, chunk: int, count: int, sampling: SamplingParams, emitted: list[int] | None = None
 ) -> list[int]:
     """The output after `count` tokens, of which `emitted` came from elsewhere and are recomputed in chunks."""
     ids, step, out = PROMPT + (emitted or []), 0, list(emitted or [])
@@ -91,65 +91,65 @@ def generate(
         plan = StepPlan(
             step, [item("a", ids, start, end, end == len(ids))], [new("a", sampling, out)] * (not start), []
         )
-        out = out + ex.execute(plan).tokens
+        out = out + dev.run(plan).tokens
         step += 1
     while len(out) < count:
         ids = PROMPT + out
-        out += ex.execute(StepPlan(step, [item("a", ids, len(ids) - 1, len(ids))], [], [])).tokens
+        out += dev.run(StepPlan(step, [item("a", ids, len(ids) - 1, len(ids))], [], [])).tokens
         step += 1
     return out
 
 
 @pytest.mark.parametrize("sampling", [SamplingParams(temperature=0), SAMPLED], ids=["greedy", "sampled"])
 def test_chunks_and_resubmission_give_the_same_tokens(sampling: SamplingParams) -> None:
-    whole = generate(executor(), 100, 16, sampling)
+    whole = generate(device(), 100, 16, sampling)
     assert len(set(whole)) > 4
     for chunk in (1, 5, 8, 20):
-        assert generate(executor(), chunk, 16, sampling) == whole
-    assert generate(executor(), 6, 16, sampling, emitted=whole[:7]) == whole  # another worker, after a failure
+        assert generate(device(), chunk, 16, sampling) == whole
+    assert generate(device(), 6, 16, sampling, emitted=whole[:7]) == whole  # another worker, after a failure
 
 
 def test_mixed_steps_one_ahead() -> None:
-    """b prefills in chunks while a decodes, and a's token is the one that the executor sampled last."""
-    want = generate(executor(), 100, 6, SAMPLED)
-    ex = executor()
+    """b prefills in chunks while a decodes, and a's token is the one that the device sampled last."""
+    want = generate(device(), 100, 6, SAMPLED)
+    dev = device()
     ids = PROMPT + [0] * 6
-    assert ex.execute(StepPlan(0, [item("a", ids, 0, 21)], [new("a", SAMPLED)], [])).tokens == want[:1]
+    assert dev.run(StepPlan(0, [item("a", ids, 0, 21)], [new("a", SAMPLED)], [])).tokens == want[:1]
     others = [0, 1, 3, 5, 6]
     got: list[list[int]] = []
     for i, (start, end) in enumerate([(0, 7), (7, 8), (8, 21)]):
         a = PlanItem("a", 0, 21 + i, 1, [], PAGES, True, 1 + i)
         b = item("b", PROMPT, start, end, end == 21, others)
-        got.append(ex.execute(StepPlan(1 + i, [b, a], [new("b", SAMPLED)] * (not i), [])).tokens)
+        got.append(dev.run(StepPlan(1 + i, [b, a], [new("b", SAMPLED)] * (not i), [])).tokens)
     assert got == [[want[1]], [want[2]], [want[0], want[3]]]
     known = PlanItem("b", 0, 21, 1, [want[0]], others, True, 1)
     ahead = PlanItem("a", 0, 24, 1, [], PAGES, True, 4)
-    assert ex.execute(StepPlan(9, [known, ahead], [], [])).tokens == [want[1], want[4]]
+    assert dev.run(StepPlan(9, [known, ahead], [], [])).tokens == [want[1], want[4]]
 
 
 def test_zeroing_a_page_changes_what_comes() -> None:
-    want = generate(executor(), 100, 16, SamplingParams(temperature=0))
-    ex = executor()
-    assert generate(ex, 100, 3, SamplingParams(temperature=0)) == want[:3]
+    want = generate(device(), 100, 16, SamplingParams(temperature=0))
+    dev = device()
+    assert generate(dev, 100, 3, SamplingParams(temperature=0)) == want[:3]
     ids, out = PROMPT + want[:3], want[:3]
-    ex.cache.data[:, :, PAGES[1]] = 0.0
+    dev.cache.data[:, :, PAGES[1]] = 0.0
     while len(out) < 16:
-        out = out + ex.execute(StepPlan(0, [item("a", ids, len(ids) - 1, len(ids))], [], [])).tokens
+        out = out + dev.run(StepPlan(0, [item("a", ids, len(ids) - 1, len(ids))], [], [])).tokens
         ids = PROMPT + out
     assert out != want
 
 
 def test_bad_plans_are_refused() -> None:
-    ex = executor()
+    dev = device()
     with pytest.raises(ValueError, match="request a, incarnation 0"):
-        ex.execute(StepPlan(0, [item("a", PROMPT, 0, 21)], [], []))
-    ex.execute(StepPlan(0, [item("a", PROMPT, 0, 21)], [new("a", SAMPLED)], []))
+        dev.run(StepPlan(0, [item("a", PROMPT, 0, 21)], [], []))
+    dev.run(StepPlan(0, [item("a", PROMPT, 0, 21)], [new("a", SAMPLED)], []))
     with pytest.raises(ValueError, match="2 of 3 pages"):
-        ex.execute(StepPlan(0, [item("a", PROMPT, 0, 21, pages=[1, 2])], [], []))
-    ex.execute(StepPlan(1, [], [], [("a", 0)]))
+        dev.run(StepPlan(0, [item("a", PROMPT, 0, 21, pages=[1, 2])], [], []))
+    dev.run(StepPlan(1, [], [], [("a", 0)]))
     with pytest.raises(ValueError, match="0 of 1 tokens"):  # the last token went with the sequence
-        ex.execute(StepPlan(2, [PlanItem("a", 0, 21, 1, [], PAGES, False, 1)], [], []))
-    assert not ex.sequences and not ex.last_token
+        dev.run(StepPlan(2, [PlanItem("a", 0, 21, 1, [], PAGES, False, 1)], [], []))
+    assert not dev.sequences and not dev.last_token
 
 
 def test_pages_begun() -> None:
@@ -175,18 +175,18 @@ def test_ceilings_are_of_this_world() -> None:
 @pytest.mark.parametrize("chunk", [100, 5])
 def test_logprobs_of_prompt_and_output_are_the_models_own(chunk: int) -> None:
     sampling = SamplingParams(temperature=0, frequency_penalty=0.5, logprobs=2, prompt_logprobs=3)
-    ex, ids, values = executor(), list(PROMPT), {}
+    dev, ids, values = device(), list(PROMPT), {}
     for step in range(15):
         start = step * chunk if step * chunk < len(PROMPT) else len(ids) - 1
         end = min(start + chunk, len(ids))
         plan = StepPlan(step, [item("a", ids, start, end, end == len(ids))], [new("a", sampling)] * (not step), [])
-        result = ex.execute(plan)
+        result = dev.run(plan)
         ids += result.tokens
         for found in result.logprobs:
             values |= dict(enumerate(found.values, found.first))
     assert sorted(values) == list(range(1, len(ids))), "one for each token that another precedes"
 
-    dense = executor()
+    dense = device()
     batch = build_batch([item("b", ids, 0, len(ids), pages=list(range(8)))], [ids], dense.cache, torch.float64, CPU)
     x_NE = dense.model.hidden(batch, dense.cache)
     expected = dense.model.logits(x_NE).log_softmax(-1)

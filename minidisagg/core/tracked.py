@@ -1,0 +1,143 @@
+"""A request in the router's log: what the client has of it, where it is, and where its time went."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from msgspec import Struct
+
+from minidisagg.core.messages import RequestSpec, TokenLogprob, TokenOut
+from minidisagg.core.request import OfSpec
+
+
+class StageTimes(Struct, frozen=True):
+    """Where a request's time went, in seconds on the router's clock; the five stages add up to `e2e` exactly.
+
+    `queue` is all before the last prefill began (its channel hop too), `transfer` what the handoff added between
+    the first and the second token beside waiting for a place in the batch.
+    """
+
+    queue: float
+    prefill: float
+    transfer: float
+    decode_wait: float
+    decode: float
+    e2e: float
+
+
+class Emit(Struct, frozen=True):
+    """News for the client: tokens from output index `index` on, and the end if `finish` is set.
+
+    `finish` is "stop", "length", "abort", "reject" or "error" (`error` then says why, and for "reject" `retry_after`).
+    """
+
+    request_id: str
+    index: int = 0
+    tokens: tuple[int, ...] = ()
+    finish: str = ""
+    error: str = ""
+    retry_after: float = 0.0
+    times: StageTimes | None = None
+    handoff: bool = False  # the gap before these tokens holds a handoff or a resubmission
+    cached_tokens: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()  # of `tokens`, where the request asks for them
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # with the first token: of the prompt from its second token on
+
+
+class Stage(Enum):
+    """Where an incarnation of a request is, as far as the router can tell."""
+
+    PARKED = auto()  # no worker can take it now
+    PREFILL = auto()  # its first token has not come
+    TRANSFER = auto()  # it has, and its KV is on its way to another worker
+    DECODE = auto()
+
+
+@dataclass
+class Tracked(OfSpec):
+    """One accepted request: the log entry, and where it is."""
+
+    request_id: str
+    spec: RequestSpec  # as it came
+    deadline: float
+    emitted: list[int] = field(default_factory=list)
+    incarnation: int = 0
+    failures: int = 0
+    cohort: int = 0  # of suspects; 0: nobody suspects it
+    stage: Stage = Stage.PARKED
+    prefill: str = ""  # worker, unless it is parked
+    decode: str = ""  # worker; empty while left open
+    charged: int = 0  # tokens counted on the prefill worker
+    early: dict[int, TokenOut] = field(default_factory=dict)  # tokens that came before their predecessor
+    logprobs: dict[int, TokenLogprob] = field(default_factory=dict)  # by position, until they are emitted
+    cached_tokens: int = 0
+    prefill_s: float = 0.0
+    wait_s: float = 0.0
+    step_s: float = 0.0
+    first_at: float = -1.0
+    second_at: float = -1.0
+    workers: list[str] = field(default_factory=list)  # where it was, in order
+
+    @property
+    def prefill_len(self) -> int:
+        """Tokens that the next prefill computes."""
+        return len(self.spec.prompt) + len(self.emitted)
+
+    @property
+    def computing(self) -> bool:
+        """This incarnation has no token yet."""
+        return self.stage in (Stage.PARKED, Stage.PREFILL)
+
+    def uses(self, worker: str) -> bool:
+        """It cannot go on without this worker."""
+        return worker == self.decode or (worker == self.prefill and self.stage is not Stage.DECODE)
+
+    def take(self, out: TokenOut, now: float) -> bool:
+        """The next token; whether a handoff or a resubmission lies in the gap before it."""
+        gap = self.stage is Stage.TRANSFER or (self.computing and self.incarnation > 0)
+        if not self.emitted:
+            self.first_at, self.prefill_s, self.cached_tokens = now, out.prefill_s, out.cached_tokens
+        elif len(self.emitted) == 1:
+            self.second_at = now
+            if self.stage is Stage.TRANSFER:
+                self.wait_s, self.step_s = out.wait_s, out.step_s
+        if self.computing:
+            self.stage = Stage.TRANSFER if self.decode not in ("", self.prefill) else Stage.DECODE
+        elif self.stage is Stage.TRANSFER:
+            self.stage = Stage.DECODE
+            if self.workers[-1] != self.decode:
+                self.workers.append(self.decode)
+        self.emitted.append(out.token)
+        return gap
+
+    def news(self, out: TokenOut, gap: bool) -> Emit:
+        """This token for the client, with the log-probabilities that have come ahead of it."""
+        values, size = self.logprobs, len(self.prompt)
+        own: tuple[TokenLogprob, ...] = ()
+        prompt: tuple[TokenLogprob, ...] = ()
+        if values:
+            own = tuple(values.pop(p) for p in [size + out.index] if p in values)
+            prompt = tuple(values.pop(p) for p in range(1, size) if p in values) if out.index == 0 else ()
+        return Emit(
+            self.request_id,
+            out.index,
+            (out.token,),
+            handoff=gap,
+            cached_tokens=self.cached_tokens,
+            logprobs=own,
+            prompt_logprobs=prompt,
+        )
+
+    def times(self, now: float) -> StageTimes:
+        """Residuals make the stages add up: workers report durations, the router's clock the two ends."""
+        e2e = now - self.arrival
+        if self.first_at < 0:
+            return StageTimes(e2e, 0.0, 0.0, 0.0, 0.0, e2e)
+        queue = max(0.0, self.first_at - self.arrival - self.prefill_s)
+        prefill = self.first_at - self.arrival - queue
+        transfer = wait = 0.0
+        if self.step_s > 0:
+            wait = min(self.wait_s, self.second_at - self.first_at)
+            transfer = max(0.0, self.second_at - self.first_at - wait - self.step_s)
+        return StageTimes(queue, prefill, transfer, wait, now - self.first_at - transfer - wait, e2e)

@@ -1,0 +1,191 @@
+"""What a benchmark leaves behind, and how it is read again (docs/formats.md says what is in the files).
+
+options.json      what was asked for, with which command, on which machine
+result.json       what came of it: a comparison, one per concurrency of a sweep, or a search for goodput
+requests.jsonl    of a comparison: a line per request of every run
+concurrency-N/    of a sweep: result.json and requests.jsonl of each step
+trace.json        `measure/timeline.py`
+report.html       `measure/html.py`, from the other files alone
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from minidisagg.formats import check_version
+from minidisagg.measure.comparison import Comparison, Side, goodput_verdict, worker_usage
+from minidisagg.measure.goodput import SLO, GoodputResult
+from minidisagg.measure.intervals import Ratio, center
+from minidisagg.measure.records import RequestRecord, RunRecord
+
+VERSION = 1  # of all files of the directory but trace.json, which has its own
+COUNTS = ("num_prompts", "measured", "completed", "failed", "rejected", "total_input_tokens", "total_output_tokens")
+
+
+class RequestLine(RequestRecord, kw_only=True):
+    """A line of requests.jsonl."""
+
+    version: int | None = None
+    side: str
+    repetition: int
+
+
+class SideResult(Struct):
+    """A side in result.json, as far as it is read again; its `workers` are shares for a person."""
+
+    values: dict[str, float]
+    repetitions: list[dict[str, object]]
+    runs: list[RunRecord]  # without their requests
+
+
+class GoodputSearch(Struct):
+    """What searches for goodput found, by side."""
+
+    goodput: dict[str, GoodputResult]
+    slo: str
+    void: list[str]
+    marks: list[str]
+    verdict: str = ""  # of two sides
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write_json(path: Path, content: object) -> None:
+    """For people to read, too. Raises `OSError`."""
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=2))
+
+
+def write_options(directory: Path, command: str, machine: Mapping[str, object], options: object) -> None:
+    """Write options.json. Raises `OSError`."""
+    asked = {"version": VERSION, "command": command, "machine": machine, **msgspec.to_builtins(options)}
+    write_json(directory / "options.json", asked)
+
+
+def to_dict(comparison: Comparison) -> dict[str, object]:
+    """result.json: vLLM's keys in each side's repetitions, and over all of them where one side ran alone."""
+    sides = {side.label: _side_to_dict(side) for side in comparison.sides}
+    return {
+        "version": VERSION,
+        **(overall(comparison.a.results) if comparison.b is None else {}),
+        "verdict": comparison.verdict,
+        "void": comparison.void,
+        "marks": comparison.marks,
+        "sides": sides,
+        "ratios": {name: msgspec.to_builtins(ratio) for name, ratio in comparison.ratios.items()},
+    }
+
+
+def _side_to_dict(side: Side) -> dict[str, object]:
+    runs = [msgspec.to_builtins(msgspec.structs.replace(run, requests=[])) for run in side.runs]
+    for run in runs:
+        del run["requests"]  # they have a file of their own
+    return {
+        "repetitions": side.results,
+        "values": side.values,
+        "workers": [msgspec.to_builtins(usage) for usage in worker_usage(side.runs)],
+        "runs": runs,
+    }
+
+
+def overall(results: Sequence[dict[str, object]]) -> dict[str, object]:
+    """One result over repetitions: counts and durations are sums, rates and latencies centers, as in the tables."""
+    found: dict[str, object] = {"repetitions": len(results)}
+    for key in dict.fromkeys(key for one in results for key in one if key != "repetition"):
+        seen = [one[key] for one in results if key in one]
+        values = [value for value in seen if isinstance(value, int | float)]
+        if key in (*COUNTS, "duration", "wall"):
+            found[key] = sum(values)
+        else:  # a center of equal values may differ from them in the last bit
+            found[key] = center(values) if len(set(seen)) > 1 else seen[0]
+    return found
+
+
+def sweep_to_dict(steps: Mapping[int, Comparison]) -> dict[str, object]:
+    """result.json of a sweep over concurrencies."""
+    return {"version": VERSION, "sweep": {str(users): to_dict(one) for users, one in steps.items()}}
+
+
+def search_to_dict(
+    found: Mapping[str, GoodputResult], slo: SLO, void: list[str], marks: list[str]
+) -> dict[str, object]:
+    """result.json of a search for goodput."""
+    by_side = {f"{number}: {label}": msgspec.to_builtins(one) for number, (label, one) in enumerate(found.items())}
+    result: dict[str, object] = {"version": VERSION, "goodput": by_side, "slo": str(slo), "void": void, "marks": marks}
+    if len(found) == 2:
+        ratio, verdict = goodput_verdict(found, void)
+        result |= {"ratio": msgspec.to_builtins(ratio), "verdict": verdict}
+    return result
+
+
+def write_run_directory(directory: str | Path, comparison: Comparison) -> Path:
+    """Write result.json and requests.jsonl. Raises `OSError`."""
+    path = Path(directory)
+    path.mkdir(parents=True, exist_ok=True)
+    write_json(path / "result.json", to_dict(comparison))
+    with (path / "requests.jsonl").open("wb") as file:
+        for letter, side in zip("AB", comparison.sides, strict=False):
+            for run in side.runs:
+                head = {"version": VERSION, "side": letter, "label": run.label, "repetition": run.repetition}
+                for request in run.requests:
+                    file.write(msgspec.json.encode({**head, **msgspec.to_builtins(request)}) + b"\n")
+    return path
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """options.json or result.json. Raises `OSError`, `VersionError`, and `MsgspecError` where it is neither."""
+    found = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    check_version(path, found.get("version"), VERSION)
+    return found
+
+
+def read_result(directory: Path) -> Comparison | dict[int, Comparison] | GoodputSearch:
+    """What `directory` holds; the comparisons of a sweep come without their requests.
+
+    Raises `OSError`, `VersionError`, and `MsgspecError` or `KeyError` where it is no run directory.
+    """
+    result = read_json(directory / "result.json")
+    if "sweep" in result:
+        return {int(users): _comparison(one, ()) for users, one in result["sweep"].items()}
+    if "goodput" in result:
+        found = {}
+        for key, one in result["goodput"].items():
+            upper = math.inf if one["upper"] is None else one["upper"]  # JSON has no infinity
+            found[key.partition(": ")[2]] = {**one, "upper": upper}
+        return msgspec.convert({**result, "goodput": found}, GoodputSearch)
+    return _comparison(result, read_requests(directory / "requests.jsonl"))
+
+
+def read_requests(path: Path) -> list[RequestLine]:
+    """requests.jsonl. Raises as `read_result` does."""
+    decoder, found = msgspec.json.Decoder(RequestLine), []
+    with path.open("rb") as file:
+        for line in file:
+            found.append(request := decoder.decode(line))
+            check_version(path, request.version, VERSION)
+    return found
+
+
+def _comparison(result: Mapping[str, Any], lines: Sequence[RequestLine]) -> Comparison:
+    sides = []
+    for letter, (label, written) in zip("AB", result["sides"].items(), strict=False):
+        side = msgspec.convert(written, SideResult)
+        for run in side.runs:
+            run.requests = [line for line in lines if (line.side, line.repetition) == (letter, run.repetition)]
+        sides.append(Side(label, side.values, side.runs, side.repetitions))
+    ratios = {name: msgspec.convert(_known(ratio), Ratio) for name, ratio in result["ratios"].items()}
+    b = sides[1] if len(sides) > 1 else None
+    return Comparison(sides[0], b, ratios, result["marks"], result["void"], result["verdict"])
+
+
+def _known(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: math.nan if value is None else value for name, value in values.items()}  # JSON has no nan
