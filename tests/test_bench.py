@@ -12,7 +12,7 @@ import pytest
 from cluster import needs_two_cores
 from msgspec.structs import replace
 
-from minidisagg.bench import sides
+from minidisagg.bench import runs, sides
 from minidisagg.bench.compare import SEARCH
 from minidisagg.bench.runs import quick_prompts
 from minidisagg.bench.settings import Arrivals, BenchOptions, Trials
@@ -280,3 +280,16 @@ def test_a_planted_slowdown_is_of_side_b_and_is_told(bench: Bench) -> None:
                  "--repeats", "2", "--plant-slowdown", "150%", "--random-output-len", "16")  # fmt: skip
     assert "B is slowed down by 150% on purpose" in done.result["marks"]
     assert done.result["ratios"]["mean_tpot"]["ratio"] > 1.3, done.result["ratios"]["mean_tpot"]
+
+
+def test_the_quick_preset_shortens_what_a_slow_machine_would_take_too_long_for(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "QUICK_SECONDS", 0.02)  # in which no machine gets far
+    monkeypatch.setattr(runs, "QUICK_PROMPTS", (20, 24))
+    args = ("--mode", "colocated", "--preset", "quick", "--repeats", "1")
+    monkeypatch.setattr("test_bench.SHORT", (*SHORT[:1], *SHORT[5:]))  # without lengths
+    done = bench(*args)
+    assert "a slow machine for the quick preset: random 64 in, 16 out" in done.flat
+    assert (done.options["workload"]["input_len"], done.options["workload"]["output_len"]) == (64, 16)
+    assert {(r["prompt_len"], len(r["token_times"])) for r in done.requests()} == {(64, 16)}

@@ -35,12 +35,12 @@ from minidisagg.workload.arrivals import arrival_times
 from minidisagg.workload.lengths import Encode, WorkItem, random_items, text_items, with_arrivals, with_prompts
 from minidisagg.workload.traces import load_trace
 
-CALIBRATION = 6  # requests one at a time
+CALIBRATION, FITTING = 6, 2  # requests one at a time: for what is published of them, and for a first look
 WARM_PROMPT, WARM_OUTPUT = 256, 4  # most tokens of a request that warms up
 TTFT_SLO, TPOT_SLO = 8.0, 2.0  # times the unloaded prefill and decode step
 QUICK_SECONDS = 15.0  # of arrivals per run under the quick preset
 QUICK_PROMPTS = 16, 60  # least and most of a run there
-QUICK_DIVISORS = 2, 4, 8  # of random lengths, where a run of the fewest prompts would take longer
+QUICK_DIVISORS = 2, 4  # of random lengths, where a run of the fewest prompts would take longer
 REPEAT_SEED = 1_000_003  # repetition r of seed s draws its workload from s + r · this
 
 
@@ -85,17 +85,10 @@ class Bench:
             await self._make_sides(stack)
         else:
             await self._connect(stack, self.options.server, api_key)
-        where = await self._calibrate()
-        if (divisor := self._divisor()) > 1:
-            workload = self.options.workload
-            shorter = replace(
-                workload,
-                input_len=max(1, workload.input_len // divisor),
-                output_len=max(4, workload.output_len // divisor),
-            )
-            self._say(f"a slow machine for the quick preset: {describe_workload(shorter)}")
-            self.options = replace(self.options, workload=shorter)
-            where = await self._calibrate()
+        if self.options.workload.fit and self.options.arrivals.relative:
+            await self._calibrate(FITTING)
+            self._fit()
+        where = await self._calibrate(CALIBRATION)
         if not self.options.workload.num_prompts:
             count = quick_prompts(self.options, self.rate)
             self.options = replace(self.options, workload=replace(self.options.workload, num_prompts=count))
@@ -143,13 +136,13 @@ class Bench:
         """The disaggregated side, if there is one."""
         return next((target for target in self.targets if target.mode == "disagg"), self.targets[0])
 
-    async def _calibrate(self) -> str:
+    async def _calibrate(self, count: int) -> str:
         """Requests like the workload's, one at a time; says where it was.
 
         Under fcfs: neither rates nor SLOs depend on the policies that are compared.
         """
         target = self._calibrated()
-        records = await self._alone(target, self._items(-1, CALIBRATION), 1)
+        records = await self._alone(target, self._items(-1, count), 1)
         prefill = statistics.median(record.token_times[0] - record.sent for record in records)
         steps = [
             (r.token_times[-1] - r.token_times[1]) / (len(r.token_times) - 2) for r in records if len(r.token_times) > 2
@@ -157,12 +150,14 @@ class Bench:
         self.unloaded = Unloaded(prefill, statistics.median(steps) if steps else prefill)
         return f"{target.mode} under fcfs" if isinstance(target, Side) else target.label
 
-    def _divisor(self) -> int:
-        """By what the workload's lengths are to be divided, for the fewest prompts of the quick preset to fit in."""
-        if not self.options.workload.fit or not self.options.arrivals.relative:
-            return 1
+    def _fit(self) -> None:
+        """Divide the workload's lengths, where the fewest prompts of the quick preset would take longer than a run."""
         slow = QUICK_PROMPTS[0] / (self.rate * QUICK_SECONDS)
-        return 1 if slow <= 1 else next((n for n in QUICK_DIVISORS if n >= slow), QUICK_DIVISORS[-1])
+        if slow > 1:
+            by, workload = next((n for n in QUICK_DIVISORS if n >= slow), QUICK_DIVISORS[-1]), self.options.workload
+            shorter = replace(workload, input_len=workload.input_len // by, output_len=workload.output_len // by)
+            self.options = replace(self.options, workload=shorter)
+            self._say(f"a slow machine for the quick preset: {describe_workload(shorter)}")
 
     async def _begin(self, target: Target, policy: str = "") -> None:
         """Every run begins as after a start and warm: a request for each worker, at once, opens the links too."""
