@@ -21,20 +21,21 @@ from msgspec.structs import asdict
 
 from minidisagg import __version__
 from minidisagg.address import bare
-from minidisagg.bench.options import (
+from minidisagg.bench.settings import (
     DATASETS,
     PRESETS,
     TRACES,
     Arrivals,
     BenchOptions,
-    Output,
-    Server,
+    ReportSettings,
+    ServerAddress,
     Trials,
     Workload,
     check_measurable,
     make_sides,
     parse_base_url,
     parse_rate,
+    parse_share,
 )
 from minidisagg.config import DEFAULT_MODEL, MODES, ClusterSettings, ModelSettings, RunSettings
 from minidisagg.measure.goodput import parse_slo
@@ -53,7 +54,8 @@ from minidisagg.terminal import show_what_it_can
 SLO_PAIR, NUMBER = re.compile(r"(ttft|tpot|itl|e2el?):"), re.compile(r"[\d.]+")
 ARRIVALS, WORKLOAD, TRIALS = Arrivals(), Workload(), Trials()
 # What `bench` takes for one of its two kinds of target only; the seed is the workload's too.
-ENGINE_FLAGS = {str(p.name) for p in engine_options(click.Command("engine")).params} - {"seed"} | {"mode", "against"}
+ENGINE_FLAGS = {str(p.name) for p in engine_options(click.Command("engine")).params} - {"seed"}
+ENGINE_FLAGS |= {"mode", "against", "baseline", "plant_slowdown"}
 SERVER_FLAGS = {"api_key", "tokenizer"}
 
 
@@ -301,6 +303,11 @@ bench_options = stack(
         click.option("--mode", type=click.Choice([*MODES, "both"]), default="both", show_default=True,
                      help="What to measure; both is disagg against colocated, on as many workers."),
         click.option("--against", default="", metavar="MODE[:POLICY]", help="Compare --mode with this baseline."),
+        click.option("--baseline", default="", metavar="KEY=VAL,…",
+                     help="In what the baseline differs: keys of --decode, link, transfer_granularity."),
+        click.option("--plant-slowdown", default="0", metavar="SHARE",
+                     help="Make each step of the side that is not the baseline longer by this share of its time, as "
+                          "15%: a control that must be noticed."),
         click.option("--base-url", default="", metavar="URL",
                      help="Measure an OpenAI-compatible server that runs already; MODEL is then its model's name."),
         click.option("--api-key", default="", envvar="OPENAI_API_KEY", show_envvar=True, metavar="KEY",
@@ -308,7 +315,7 @@ bench_options = stack(
         click.option("--tokenizer", default="", metavar="MODEL",
                      help="Where random prompts get their token ids from.  [default: the server's model]"),
         click.option("--preset", type=click.Choice(list(PRESETS)), is_eager=True, callback=_use_preset,
-                     help="quick: a first comparison in some three minutes."),
+                     help="quick: a first comparison in two minutes and a half."),
         click.option("--find-goodput", is_flag=True, help="Search the highest rate at which 90 % meet the SLOs."),
         click.option("--goodput", multiple=True, metavar="NAME:MS …", 
                      help="SLOs, as in: --goodput ttft:200 tpot:50  [default: 8 unloaded prefills, 2 steps]"),
@@ -363,12 +370,13 @@ def bench(ctx: click.Context, /, model: str, mode: str, against: str, base_url: 
     if base_url:
         _check_given(given, ENGINE_FLAGS, "is for the engine that bench starts, and with --base-url it starts none")
         name = model if "model" in given else ""
-        server = Server(base_url=parse_base_url(base_url), model=name, tokenizer=flags["tokenizer"])
+        server = ServerAddress(base_url=parse_base_url(base_url), model=name, tokenizer=flags["tokenizer"])
     else:
         _check_given(given, SERVER_FLAGS, "is for a server that runs already: it needs --base-url URL")
         server = None
     api_key = flags.pop("api_key")
-    options = _read_bench(model, mode, against, server, flags)
+    fit = flags["preset"] == "quick" and not given & {"random_input_len", "random_output_len"}
+    options = _read_bench(model, mode, against, server, {**flags, "fit": fit and server is None})
     from minidisagg.bench.compare import run
 
     return run(options) if server is None else run(options, api_key)
@@ -379,11 +387,16 @@ def _check_given(given: set[str], refused: set[str], why: str) -> None:
         raise click.UsageError(f"--{wrong[0].replace('_', '-')} {why}")
 
 
-def _read_bench(model: str, mode: str, against: str, server: Server | None, flags: dict[str, Any]) -> BenchOptions:
+def _read_bench(
+    model: str, mode: str, against: str, server: ServerAddress | None, flags: dict[str, Any]
+) -> BenchOptions:
     sides: tuple[ClusterSettings, ...] = ()
+    planted = parse_share(flags["plant_slowdown"])
     if server is None:
         settings, cluster, run = read_engine(model, flags, MODES[1] if mode == "both" else mode)
-        sides = make_sides(mode, against, cluster)
+        sides = make_sides(mode, against, cluster, flags["baseline"])
+        if planted and len(sides) < 2:
+            raise ValueError("--plant-slowdown slows side B down: it needs --mode both or --against")
     else:
         settings, run = ModelSettings(model=server.model), RunSettings(seed=flags["seed"])
     if flags["dataset_name"] in TRACES and not flags["dataset_path"]:
@@ -409,7 +422,7 @@ def _read_bench(model: str, mode: str, against: str, server: Server | None, flag
             dataset_name=flags["dataset_name"], dataset_path=flags["dataset_path"] or "", num_prompts=prompts,
             input_len=flags["random_input_len"], output_len=flags["random_output_len"],
             range_ratio=flags["random_range_ratio"], trace_speedup=flags["trace_speedup"],
-            trace_scale_len=flags["trace_scale_len"],
+            trace_scale_len=flags["trace_scale_len"], fit=flags["fit"] and flags["dataset_name"] == "random",
         ),
         arrivals=Arrivals(
             request_rate=rate, relative=relative, burstiness=flags["burstiness"], max_concurrency=concurrencies,
@@ -417,9 +430,9 @@ def _read_bench(model: str, mode: str, against: str, server: Server | None, flag
         ),
         trials=Trials(
             repeats=flags["repeats"], find_goodput=flags["find_goodput"], preset=flags["preset"],
-            slo=parse_slo(flags["goodput"]) if flags["goodput"] else None,
+            slo=parse_slo(flags["goodput"]) if flags["goodput"] else None, planted=planted,
         ),
-        output=Output(directory=flags["result_dir"], json=flags["as_json"], dry_run=flags["dry_run"]),
+        report=ReportSettings(directory=flags["result_dir"], json=flags["as_json"], dry_run=flags["dry_run"]),
     )  # fmt: skip
 
 

@@ -79,6 +79,7 @@ class RunSettings(Struct, frozen=True, kw_only=True):
     record_dir: str = ""  # write each worker's input log here
     decision_dir: str = ""  # write what each policy hook was asked and answered here
     delays: dict[str, float] = {}  # seconds added to a stage of each request
+    slowdown: float = 0.0  # each step takes longer by this share of its time: what a control has to notice
     step_ahead: int = -1  # steps planned ahead; -1: 1 on a GPU, 0 on a CPU
     link_timeout: float = 10.0
     lease: float = 30.0
@@ -156,6 +157,21 @@ def check_worker(settings: WorkerSettings) -> WorkerSettings:
     if settings.device != "cpu" and not settings.device.startswith("cuda"):
         raise ValueError(f"device {settings.device!r} is neither cpu nor cuda[:N]")
     return settings
+
+
+def built_alike(one: ClusterSettings, other: ClusterSettings) -> bool:
+    """Whether the same worker processes can be either cluster: all that differs can change while they run.
+
+    Raises `ValueError` where there are too few cores.
+    """
+    return _built_from(one) == _built_from(other)
+
+
+def _built_from(cluster: ClusterSettings) -> tuple[object, ...]:
+    free = msgspec.structs.asdict(WorkerSettings())
+    free = {key: free[key] for key in (*WorkerOptions.__dataclass_fields__, "cpus")}
+    workers = [msgspec.structs.replace(settings, **free) for _, _, settings in cluster.roles()]
+    return workers, assign_cpus(cluster), cluster.link, cluster.emulate_link
 
 
 def assign_cpus(cluster: ClusterSettings) -> list[list[int]]:

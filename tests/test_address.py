@@ -16,7 +16,7 @@ from test_server import get
 
 from minidisagg.address import at, bare, server_url
 from minidisagg.bench.http_client import HttpServer
-from minidisagg.bench.options import parse_base_url
+from minidisagg.bench.settings import parse_base_url
 from minidisagg.config import ClusterSettings, ModelSettings, RunSettings
 from minidisagg.monitor import beside
 from minidisagg.monitor.app import MonitorOptions, run_monitor

@@ -10,10 +10,16 @@ from typing import Any
 
 import pytest
 from cluster import needs_two_cores
+from msgspec.structs import replace
 
-from minidisagg.bench.compare import SEARCH, quick_prompts
-from minidisagg.bench.options import Arrivals, BenchOptions, Trials
+from minidisagg.bench import runs, sides
+from minidisagg.bench.compare import SEARCH
+from minidisagg.bench.runs import quick_prompts
+from minidisagg.bench.settings import Arrivals, BenchOptions, Trials
 from minidisagg.cli import main
+from minidisagg.config import ClusterSettings, ModelSettings, RunSettings, WorkerSettings
+from minidisagg.core.inputlog import read_entries, replay
+from minidisagg.policies import load_policy
 from minidisagg.runtime.frontend import Frontend
 
 pytestmark = needs_two_cores
@@ -80,20 +86,33 @@ def test_both_modes(bench: Bench) -> None:
     assert result["ratios"]["p99_itl"]["low"] <= result["ratios"]["p99_itl"]["high"]
     requests = done.requests()
     assert [(r["side"], len(r["token_times"])) for r in requests] == [("A", 4)] * 24 + [("B", 4)] * 24
-    assert {tuple(r["workers"]) for r in requests if r["side"] == "B"} == {("prefill-0", "decode-0")}
+    assert {tuple(r["workers"]) for r in requests if r["side"] == "B"} == {("worker-0", "worker-1")}
     assert {tuple(r["workers"]) for r in requests if r["side"] == "A"} == {("worker-0",), ("worker-1",)}
     assert done.options["command"] and done.options["machine"]["cpu"]
-    assert "prefill-0" in (done.directory / "trace.json").read_text()
-    assert result["verdict"] in (done.directory / "report.html").read_text()
+    assert "one set of workers is each side in turn: worker-0, worker-1 …" in done.flat
+    assert done.options["workers"] == "one set"
+    used = {label: [(w["name"], w["role"]) for w in side["workers"]] for label, side in result["sides"].items()}
+    assert used["colocated"] == [("worker-0", "both"), ("worker-1", "both")]
+    assert used["disagg"] == [("worker-0", "prefill"), ("worker-1", "decode")]
+    events = json.loads((done.directory / "trace.json").read_text())["traceEvents"]
+    labels = {tuple(event["args"].values()) for event in events if event["ph"] == "M"}
+    assert {("disagg worker-0",), ("prefill",), ("colocated worker-1",), ("both",)} <= labels
+    report = (done.directory / "report.html").read_text()
+    assert result["verdict"] in report and "disagg worker-1, decode: time of a step" in report
 
 
 def test_a_control_calibrates_under_fcfs_whatever_its_policy(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    told, change = [], Frontend.set_policy
-    monkeypatch.setattr(Frontend, "set_policy", lambda self, spec: (told.append(spec), change(self, spec))[1])
+    told, change = [], Frontend.reconfigure
+
+    async def reconfigure(self: Frontend, cluster: ClusterSettings, run: RunSettings) -> None:
+        told.append(cluster.policy)
+        await change(self, cluster, run)
+
+    monkeypatch.setattr(Frontend, "reconfigure", reconfigure)
     sarathi = "sarathi:chunk=16"
     done = bench("--mode", "colocated", "--policy", sarathi, "--against", "colocated", "--request-rate", "0.2x",
                  "--preset", "quick", "--num-prompts", "21", "--repeats", "1", "--json")  # fmt: skip
-    assert told == ["fcfs", sarathi]
+    assert told == ["fcfs", sarathi, sarathi]  # each run begins as after a start
     result = json.loads(done.out)
     assert result == done.result
     assert set(result["sides"]) == {f"colocated {sarathi} A", f"colocated {sarathi} B"}
@@ -155,10 +174,122 @@ def test_a_sweep_of_concurrencies(bench: Bench) -> None:
 def test_the_quick_preset_asks_for_what_the_rate_can_fill() -> None:
     def options(**more: Any) -> BenchOptions:
         trials, arrivals = Trials(preset="quick", **more), Arrivals()
-        fields: dict[str, Any] = dict.fromkeys(("model", "sides", "run", "workload", "output"))
+        fields: dict[str, Any] = dict.fromkeys(("model", "sides", "run", "workload", "report"))
         return BenchOptions(**fields, arrivals=arrivals, trials=trials)
 
     assert [quick_prompts(options(), rate) for rate in (0.1, 2.5, 50.0, float("inf"), float("nan"))] == [
-        20, 45, 60, 40, 40,
+        16, 38, 60, 40, 40,
     ]  # fmt: skip
     assert quick_prompts(options(find_goodput=True), 0.1) == 40
+
+
+# ---------------------------------------------------------------- the workers behind the sides
+
+
+def test_both_sides_records_replay(bench: Bench, tmp_path_factory: Any) -> None:
+    logs = tmp_path_factory.mktemp("logs")
+    done = bench("--request-rate", "60", "--num-prompts", "20", "--repeats", "2", "--record", str(logs),
+                 "--log-decisions", str(logs), "--baseline", "chunk=16,max_num_seqs=4")  # fmt: skip
+    assert "chunk=16" in done.flat and done.options["workers"] == "one set"
+    assert set(done.result["sides"]) == {"colocated max_num_seqs=4 chunk=16", "disagg max_num_seqs=32 chunk=0"}
+    roles: dict[str, set[tuple[str, str, int]]] = {"A": set(), "B": set()}
+    for side, seen in roles.items():
+        paths = sorted((logs / side).glob("*.inputs"))
+        assert len(paths) == 4 + 2 * (side == "B")  # two workers, two repetitions, and the calibration
+        for path in paths:
+            with path.open("rb") as log:
+                plans = list(replay(log, load_policy))
+            assert all(recorded == replayed for recorded, replayed in plans)
+            assert sum(recorded is not None for recorded, _ in plans) > 5, path
+            with path.open("rb") as log:
+                spec = read_entries(log)[0]
+            seen.add((spec.name, spec.role.name, spec.options.chunk))
+        assert {path.name for path in (logs / side).glob("*.jsonl")} == {
+            "router.jsonl", "worker-0.jsonl", "worker-1.jsonl",
+        }  # fmt: skip
+    assert roles["A"] == {("worker-0", "BOTH", 16), ("worker-1", "BOTH", 16)}
+    assert roles["B"] == {("worker-0", "PREFILL", 0), ("worker-1", "DECODE", 0)}
+
+
+def test_sides_whose_workers_are_built_differently_have_a_set_each(bench: Bench) -> None:
+    done = bench("--mode", "colocated", "--against", "colocated", "--baseline", "dtype=float64",
+                 "--prefill-workers", "1", "--decode-workers", "0", "--request-rate", "60", "--num-prompts", "20",
+                 "--repeats", "1")  # fmt: skip
+    assert "workers of different kinds, a set for each side: worker-0 + worker-0 …" in done.flat
+    assert done.options["workers"] == "side by side"
+    assert set(done.result["sides"]) == {"colocated dtype=float64", "colocated dtype=auto"}
+    assert [len(side["repetitions"]) for side in done.result["sides"].values()] == [1, 1]
+
+
+def test_what_one_device_cannot_hold_takes_turns(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: Any
+) -> None:
+    logs, up, most = tmp_path_factory.mktemp("logs"), set[Frontend](), [0]
+    start, stop = Frontend.start, Frontend.stop
+
+    async def started(*args: Any) -> Frontend:
+        up.add(frontend := await start(*args))
+        most.append(len(up))
+        return frontend
+
+    async def stopped(self: Frontend) -> None:
+        up.discard(self)
+        await stop(self)
+
+    monkeypatch.setattr(sides, "arrangement", lambda *_: "in turn")
+    monkeypatch.setattr(Frontend, "start", started)
+    monkeypatch.setattr(Frontend, "stop", stopped)
+    done = bench("--mode", "both", "--request-rate", "60", "--num-prompts", "20", "--repeats", "2", "--record",
+                 str(logs))  # fmt: skip
+    assert "of which one device holds one set at a time: worker-0, worker-1 + prefill-0, decode-0" in done.flat
+    assert done.options["workers"] == "in turn"
+    assert max(most) == 1 and len(most) == 1 + 4  # A for its limits, B for the calibration, A's runs, B's runs
+    assert [len(list((logs / side).rglob("worker-0.*.inputs"))) for side in "AB"] == [3, 0]
+    assert {tuple(r["workers"]) for r in done.requests() if r["side"] == "B"} == {("prefill-0", "decode-0")}
+
+
+def test_who_shares_workers_and_who_has_room_beside_whom(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cluster(mode: Any = "colocated", **settings: Any) -> ClusterSettings:
+        worker = WorkerSettings(**settings)
+        return ClusterSettings(mode=mode, prefill=worker, decode=worker)
+
+    model, base = ModelSettings(model="dummy:tiny"), cluster()
+    for other in (cluster("disagg"), cluster(max_num_seqs=3, max_num_batched_tokens=64, chunk=16)):
+        assert sides.arrangement(model, [base, other]) == "one set"
+    assert sides.arrangement(model, [base]) == "one set"
+    for other in (cluster(dtype="float32"), cluster(kv_cache_memory=1 << 20), replace(base, link="shm")):
+        assert sides.arrangement(model, [base, other]) == "side by side"  # on CPUs there is always room
+
+    gib = 1 << 30
+    one, two = cluster(device="cuda", kv_cache_memory=8 * gib), cluster(device="cuda:0", kv_cache_memory=9 * gib)
+    need = sides.memory_on_gpus(model, one) + sides.memory_on_gpus(model, two)
+    assert set(need) == {"cuda:0"} and 34 * gib + 4 * sides.OVERHEAD < need["cuda:0"] < 35 * gib + 4 * sides.OVERHEAD
+    for memory, how in ((need["cuda:0"], "side by side"), (need["cuda:0"] - 1, "in turn")):
+        monkeypatch.setattr(sides, "_memory_of", lambda _, memory=memory: memory)
+        assert sides.arrangement(model, [one, two]) == how
+    workers, _ = sides.make_workers(model, [one, two])
+    assert workers[0].rivals == [workers[1]] and workers[1].rivals == [workers[0]]
+    assert sides.labels([one, two]) == [
+        f"colocated device=cuda kv_cache_memory={8 * gib}", f"colocated device=cuda:0 kv_cache_memory={9 * gib}",
+    ]  # fmt: skip
+    assert sides.labels([base, cluster("disagg")]) == ["colocated", "disagg"]
+
+
+def test_a_planted_slowdown_is_of_side_b_and_is_told(bench: Bench) -> None:
+    done = bench("--mode", "colocated", "--against", "colocated", "--request-rate", "30", "--num-prompts", "40",
+                 "--repeats", "2", "--plant-slowdown", "150%", "--random-output-len", "16")  # fmt: skip
+    assert "B is slowed down by 150% on purpose" in done.result["marks"]
+    assert done.result["ratios"]["mean_tpot"]["ratio"] > 1.3, done.result["ratios"]["mean_tpot"]
+
+
+def test_the_quick_preset_shortens_what_a_slow_machine_would_take_too_long_for(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "QUICK_SECONDS", 0.02)  # in which no machine gets far
+    monkeypatch.setattr(runs, "QUICK_PROMPTS", (20, 24))
+    args = ("--mode", "colocated", "--preset", "quick", "--repeats", "1")
+    monkeypatch.setattr("test_bench.SHORT", (*SHORT[:1], *SHORT[5:]))  # without lengths
+    done = bench(*args)
+    assert "a slow machine for the quick preset: random 64 in, 16 out" in done.flat
+    assert (done.options["workload"]["input_len"], done.options["workload"]["output_len"]) == (64, 16)
+    assert {(r["prompt_len"], len(r["token_times"])) for r in done.requests()} == {(64, 16)}

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from minidisagg import bench
-from minidisagg.bench.options import BenchOptions
+from minidisagg.bench.settings import BenchOptions
 from minidisagg.cli import cli, main
 from minidisagg.config import DEFAULT_MODEL
 from minidisagg.measure.goodput import SLO
@@ -434,13 +434,13 @@ def test_bench_without_flags(asked: Any) -> None:
     options = asked()
     assert options.model.model == DEFAULT_MODEL
     assert [side.mode for side in options.sides] == ["colocated", "disagg"]
-    assert options.workload == bench.options.Workload()
-    assert options.arrivals == bench.options.Arrivals()
-    assert options.trials == bench.options.Trials()
+    assert options.workload == bench.settings.Workload()
+    assert options.arrivals == bench.settings.Arrivals()
+    assert options.trials == bench.settings.Trials()
 
 
 def test_a_preset_sets_defaults_and_flags_win(asked: Any) -> None:
-    quick = bench.options.PRESETS["quick"]
+    quick = bench.settings.PRESETS["quick"]
     for args in (["--preset", "quick", "--repeats", "9"], ["--repeats", "9", "--preset", "quick"]):
         options = asked(*args)
         assert options.trials.preset == "quick"
@@ -455,7 +455,7 @@ def test_a_preset_sets_defaults_and_flags_win(asked: Any) -> None:
     [
         ([], "6 runs of 300 requests, each 300 / (0.5 \u00d7 capacity) s of arrivals, where calibration decides"),
         (["--request-rate", "2.5"], "6 runs of 300 requests, each 120 s of arrivals, 720 s in all"),
-        (["--preset", "quick"], "6 runs of 20 to 60 requests, each 18 s of arrivals, 108 s in all"),
+        (["--preset", "quick"], "6 runs of 16 to 60 requests, each 15 s of arrivals, 90 s in all"),
         (["--max-concurrency", "1,2,4", "--repeats", "2"], "12 runs of 300 requests, each until the last"),
         (["--mode", "disagg", "--request-rate", "inf"], "3 runs of 300 requests, each until the last"),
         (["--find-goodput", "--request-rate", "3"], "at most 32 runs of 300 requests, each 100 s of arrivals"),
@@ -481,7 +481,7 @@ def test_bench_flags(asked: Any, tmp_path: Path) -> None:
     assert (options.arrivals.request_rate, options.arrivals.relative) == (2.5, False)
     assert options.arrivals.max_concurrency == (1, 4)
     assert options.workload.input_len == 32
-    assert (options.output.directory, options.output.dry_run, options.run.seed) == (str(tmp_path), True, 3)
+    assert (options.report.directory, options.report.dry_run, options.run.seed) == (str(tmp_path), True, 3)
 
 
 def test_a_trace_keeps_its_own_times(asked: Any, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
-from minidisagg.bench.options import make_sides, parse_rate
+from minidisagg.bench.settings import make_sides, parse_rate
 from minidisagg.config import (
     STAGES,
     ClusterSettings,

@@ -35,6 +35,7 @@ from minidisagg.core.messages import (
     RequestSpec,
     Role,
     SamplingParams,
+    SetRole,
     StepOutput,
     Submit,
 )
@@ -656,3 +657,21 @@ def test_suspects_stay_apart_whatever_a_policy_adds() -> None:
     suspect = submit("a", 4, max_tokens=2)
     hand.receive(replace(suspect, spec=replace(suspect.spec, cohort=1)), submit("free", 4, max_tokens=2))
     assert [list(sizes(hand.step())) for _ in range(2)] in ([["a"], ["free"]], [["free"], ["a"]])
+
+
+def test_a_role_brings_its_options_or_the_workers_own() -> None:
+    hand = Hand(spec("w", options=WorkerOptions(8, 64, 2)))
+
+    def chunk_of(request_id: str) -> int:
+        hand.receive(submit(request_id, 12))
+        plan = hand.step()
+        hand.receive(Abort(request_id, 0))
+        return sizes(plan)[request_id][1]
+
+    assert chunk_of("a") == 2
+    hand.receive(SetRole(Role.PREFILL, WorkerOptions(1, 8, 0)))
+    view = hand.core.scheduler.view
+    assert (view.role, view.options.max_num_seqs) == (Role.PREFILL, 1)
+    assert chunk_of("b") == 8  # its budget is the limit
+    hand.receive(SetRole(Role.BOTH))
+    assert (view.role, view.options.max_num_seqs) == (Role.BOTH, 8) and chunk_of("c") == 2

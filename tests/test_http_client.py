@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from minidisagg.bench.http_client import EventStream, HttpLoad, HttpServer, error_text, stage_times
-from minidisagg.bench.options import parse_base_url
+from minidisagg.bench.http_client import EventStream, HttpLoadGenerator, HttpServer, error_text, stage_times
+from minidisagg.bench.settings import parse_base_url
 from minidisagg.cli import main
 from minidisagg.measure.goodput import SLO, attainment
 from minidisagg.measure.records import RequestRecord
@@ -124,7 +124,7 @@ def measured(
     async def run() -> tuple[list[RequestRecord], list[str]]:
         async with fake.listening() as url, HttpServer(url, **settings) as server, asyncio.timeout(20):
             await server.connect()
-            records = await HttpLoad(server, work, seed, None).run(concurrency)
+            records = await HttpLoadGenerator(server, work, seed, None).run(concurrency)
             return sorted(records, key=lambda r: r.index), server.notes(records)
 
     return asyncio.run(run())

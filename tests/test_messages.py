@@ -33,6 +33,7 @@ from minidisagg.core.messages import (
     PeerUp,
     PieceSpan,
     PieceSpans,
+    Reconfigure,
     Released,
     RequestSpec,
     Role,
@@ -44,6 +45,7 @@ from minidisagg.core.messages import (
     Submit,
     TokenLogprob,
     TokenOut,
+    WorkerOptions,
 )
 from minidisagg.formats import VersionError
 
@@ -53,7 +55,8 @@ SPEC = RequestSpec(
 )  # fmt: skip
 EXAMPLES: list[AnyMessage] = [
     Submit("a", 1, SPEC, decode="d", hold=True),
-    Abort("a", 1), SetRole(Role.DECODE), SetPolicy("sarathi:chunk=64"),
+    Abort("a", 1), SetRole(Role.DECODE), SetRole(Role.BOTH, WorkerOptions(4, 64, 16)),
+    SetPolicy("sarathi:chunk=64"), Reconfigure("{}"),
     Migrate("a", 1, "d"), PeerUp("w", 2, "unix:x"), PeerDown("w", 1),
     Hello(Role.BOTH, 8, 4, 32, "f", "unix:y", 7, 64, {"device": "cpu", "cores": 2}),
     StepOutput(4, [TokenOut("a", 1, 0, 9, "stop", prefill_s=0.1)], 0.2, 3, 1, 4), Released("a", 1, "preempted", True),

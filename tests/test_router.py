@@ -29,6 +29,7 @@ from minidisagg.core.messages import (
     Submit,
     TokenLogprob,
     TokenOut,
+    WorkerOptions,
 )
 from minidisagg.core.policy import ClusterView, Placement, Policy, Reject, RequestView, RoleChange
 from minidisagg.core.router import MAX_FAILURES, Kill, Router, RouterSpec
@@ -200,6 +201,20 @@ def test_a_restarted_worker_takes_the_role_that_it_was_given() -> None:
     assert not hand.router.view.workers["w"].takes(Role.PREFILL)
     hand.router.on_tick(hand.now)
     assert ("w", SetRole(Role.DECODE)) in hand.take()
+
+
+def test_options_come_with_the_role() -> None:
+    options = {Role.DECODE: WorkerOptions(4, 64, 16)}
+    hand = Hand({"w": Role.BOTH, "x": Role.BOTH}, options=options)
+    hand.router.set_role(RoleChange("w", Role.DECODE), hand.now)
+    hand.router.on_tick(hand.now)
+    assert ("w", SetRole(Role.DECODE, WorkerOptions(4, 64, 16))) in hand.take()
+    hand.say("w", stats(Role.DECODE))
+    hand.say("w", stats(Role.BOTH))  # a late copy of an earlier order has won
+    assert hand.take() == [("w", SetRole(Role.DECODE, WorkerOptions(4, 64, 16)))]
+    hand.router.set_role(RoleChange("w", Role.BOTH), hand.now)
+    hand.router.on_tick(hand.now)
+    assert ("w", SetRole(Role.BOTH)) in hand.take()  # its own
 
 
 class Late(Policy):

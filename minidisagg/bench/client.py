@@ -23,7 +23,7 @@ LEAD = 0.05  # seconds between the start and the first arrival
 Progress = Callable[[int], None]
 
 
-class Load:
+class LoadGenerator:
     """One run of a workload on one cluster. Prompts are filled in; all outputs have their full length."""
 
     def __init__(self, frontend: Frontend, items: Sequence[WorkItem], seed: int, on_done: Progress | None) -> None:
@@ -72,8 +72,7 @@ class Load:
             max_tokens=item.output_len, temperature=0.0, ignore_eos=True, seed=(self.seed << 32) + item.index
         )
         request_id = self.frontend.submit(item.prompt, sampling, on_emit, arrival=scheduled, salt=item.salt)
-        if (tracked := self.frontend.router.requests.get(request_id)) is not None:  # not rejected at once
-            record.workers = tracked.workers  # the router's own list: it grows with each move
+        record.workers = self.frontend.workers_of(request_id)  # grows with each move
 
     def _finish(self, record: RequestRecord, emit: Emit) -> None:
         record.finish_reason = emit.finish

@@ -22,7 +22,7 @@ import aiohttp
 import msgspec
 from msgspec import Struct
 
-from minidisagg.bench.client import Load, Progress
+from minidisagg.bench.client import LoadGenerator, Progress
 from minidisagg.core.messages import Hello, Stats
 from minidisagg.core.tracked import Emit, StageTimes
 from minidisagg.measure.records import STAGES, RequestRecord
@@ -184,8 +184,8 @@ def error_text(body: bytes) -> str:
 # ---------------------------------------------------------------- the load
 
 
-class HttpLoad(Load):
-    """One run of a workload on a server: `Load`'s schedule, with one HTTP request for each item."""
+class HttpLoadGenerator(LoadGenerator):
+    """One run of a workload on a server: `LoadGenerator`'s schedule, with one HTTP request for each item."""
 
     def __init__(self, server: HttpServer, items: Sequence[WorkItem], seed: int, on_done: Progress | None) -> None:
         super().__init__(server, items, seed, on_done)  # type: ignore[arg-type]  # used by `_send` alone
@@ -289,9 +289,9 @@ class HttpServer:
         """Nothing: the workers behind a server are its own affair."""
         return {}
 
-    def load(self, items: Sequence[WorkItem], seed: int, on_done: Progress | None) -> Load:
+    def load(self, items: Sequence[WorkItem], seed: int, on_done: Progress | None) -> LoadGenerator:
         """One run to be."""
-        return HttpLoad(self, items, seed, on_done)
+        return HttpLoadGenerator(self, items, seed, on_done)
 
     async def connect(self) -> None:
         """Ask who is there. Raises `ValueError`, one line, where nobody answers or the model's name stays unknown."""

@@ -242,7 +242,7 @@ class EngineCore(Accounts):
             self.sender.finish_prefill(request, request.output[-1], self._lived)
 
     def _on_set_role(self, source: str, message: SetRole, _: float) -> None:
-        self.scheduler.role = message.role
+        self.scheduler.role, self.scheduler.options = message.role, message.options or self.spec.options
         self._send(ROUTER, self.stats())
 
     def _on_set_policy(self, source: str, message: SetPolicy, _: float) -> None:

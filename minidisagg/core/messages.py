@@ -8,6 +8,7 @@ every restart. Times are seconds; workers send durations only, so that every ins
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Annotated
 
@@ -26,6 +27,15 @@ class Role(IntEnum):
     PREFILL = 1
     DECODE = 2
     BOTH = 3
+
+
+@dataclass
+class WorkerOptions:
+    """What can be set per worker, and so per role."""
+
+    max_num_seqs: int = 32  # sequences in one step
+    max_num_batched_tokens: int = 2048  # tokens in one step
+    chunk: int = 0  # most prompt tokens of one request in one step; 0: no limit but the budget
 
 
 class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -98,15 +108,28 @@ class Abort(Message, frozen=True):
 
 
 class SetRole(Message, frozen=True):
-    """Take this role; the router sends it once the worker has finished what its old role brought it."""
+    """Take this role and its options; the router sends it once the worker has finished what its old role brought it.
+
+    Without options, those that the worker was started with.
+    """
 
     role: Role
+    options: WorkerOptions | None = None
 
 
 class SetPolicy(Message, frozen=True):
     """Schedule by this policy from now on; `spec` is as on the command line."""
 
     spec: str
+
+
+class Reconfigure(Message, frozen=True):
+    """Once nothing is left to do, begin the next epoch: as after a start, on the same process, weights and memory.
+
+    `config` is what a worker gets at its start (`WorkerConfig` as JSON); nothing that it is built from differs.
+    """
+
+    config: str
 
 
 class Migrate(Message, frozen=True):
@@ -406,6 +429,7 @@ AnyMessage = (
     | Abort
     | SetRole
     | SetPolicy
+    | Reconfigure
     | Migrate
     | PeerUp
     | PeerDown

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from minidisagg.core.messages import Role
+from minidisagg.core.messages import WorkerOptions as WorkerOptions  # policies know it from here
 
 Stage = Literal["prefill", "transfer", "decode"]
 
@@ -46,15 +47,6 @@ class RoleChange:
 
     worker: str
     role: Role
-
-
-@dataclass
-class WorkerOptions:
-    """What can be set per worker, and so per role."""
-
-    max_num_seqs: int = 32  # sequences in one step
-    max_num_batched_tokens: int = 2048  # tokens in one step
-    chunk: int = 0  # most prompt tokens of one request in one step; 0: no limit but the budget
 
 
 class AnyRequest(Protocol):

@@ -17,8 +17,8 @@ Sans-IO like the engine: effects go out through `outbox`.
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -45,6 +45,7 @@ from minidisagg.core.messages import (
     StepOutput,
     Submit,
     TokenOut,
+    WorkerOptions,
 )
 from minidisagg.core.plan import SeqKey
 from minidisagg.core.policy import ClusterView, Placement, Policy, Reject, RoleChange, WorkerStatus
@@ -75,6 +76,7 @@ class RouterSpec:
     lost_after: float = 10.0  # seconds without a word from a worker
     stuck_after: float = 120.0  # seconds that one step may take
     seed: int = 0
+    options: Mapping[Role, WorkerOptions] = field(default_factory=dict)  # that a worker takes with a role; else its own
 
 
 class Router:
@@ -201,7 +203,7 @@ class Router:
             self.set_role(change, now)
         for status in self.view.workers.values():
             if status.flipping is not None and not self.uses(status.name):
-                self._send(status.name, SetRole(status.flipping))
+                self._send(status.name, self._set_role(status.flipping))
         self.place_parked(now)
 
     def set_role(self, change: RoleChange, now: float) -> None:
@@ -376,7 +378,7 @@ class Router:
         if stats.role == status.flipping:
             status.role, status.flipping = stats.role, None
         elif stats.role != status.role and status.flipping is None:  # a late copy of an earlier order won
-            self._send(status.name, SetRole(status.role))
+            self._send(status.name, self._set_role(status.role))
         status.pages_free = stats.pages_free + stats.pages_cached
         status.transfer_backlog = sum(link.backlog for link in stats.links)
         status.stats_at = self.view.now
@@ -428,6 +430,9 @@ class Router:
 
     def _reject(self, request_id: str, verdict: Reject) -> None:
         self.outbox.append(Emit(request_id, finish="reject", error=verdict.reason, retry_after=verdict.retry_after))
+
+    def _set_role(self, role: Role) -> SetRole:
+        return SetRole(role, self.spec.options.get(role))
 
     def _set(self, now: float) -> None:
         self.view.now, self._lived = now, self._clock.at(now)

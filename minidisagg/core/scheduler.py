@@ -34,7 +34,6 @@ class View:
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
         self.name = scheduler.spec.name
-        self.options: WorkerOptions = scheduler.spec.options
         self.page_size = scheduler.spec.page_size
         self.num_pages = scheduler.spec.num_pages
 
@@ -42,6 +41,11 @@ class View:
     def role(self) -> Role:
         """What the router sends here."""
         return self._scheduler.role
+
+    @property
+    def options(self) -> WorkerOptions:
+        """Of its role."""
+        return self._scheduler.options
 
     @property
     def now(self) -> float:
@@ -85,6 +89,7 @@ class Scheduler:
         request, which leads to `remove`."""
         self.spec = spec
         self.role = spec.role
+        self.options = spec.options
         self.policy = Checked(policy)
         self.pool = pool
         self.expected = expected
@@ -220,7 +225,7 @@ class Scheduler:
         """QUEUED → RUNNING with pages for all known tokens: a prompt once begun never waits for memory, and its pages
         mostly form one run, which moves faster."""
         running, tokens = len(self.running), request.num_tokens
-        if running + self.expected() >= self.spec.options.max_num_seqs:
+        if running + self.expected() >= self.options.max_num_seqs:
             return False
         # One token at least must be computed. A page each must stay for what is running.
         if self._pages_for(request, tokens, tokens - 1, running, self.pool.allocate) is None:
@@ -296,8 +301,8 @@ class BatchBuilder:
     def __init__(self, scheduler: Scheduler, cohort: int = 0) -> None:
         """Of requests of this cohort only, so that a step that fails accuses nobody else."""
         self._scheduler, self._cohort = scheduler, cohort
-        self.tokens_left = scheduler.spec.options.max_num_batched_tokens
-        self.seqs_left = scheduler.spec.options.max_num_seqs
+        self.tokens_left = scheduler.options.max_num_batched_tokens
+        self.seqs_left = scheduler.options.max_num_seqs
         # stable while requests are added and preempted
         self.running: Sequence[Request] = self._mine(scheduler.running)
         self.waiting: Sequence[Request] = self._mine(scheduler.waiting)
@@ -334,8 +339,8 @@ class BatchBuilder:
         start, index, count = request.num_scheduled, len(request.output) + request.pending, 1
         if start < request.prefill_len:
             count = min(request.prefill_len - start, self.tokens_left, limit or self.tokens_left)
-            if self._scheduler.spec.options.chunk:
-                count = min(count, self._scheduler.spec.options.chunk)
+            if self._scheduler.options.chunk:
+                count = min(count, self._scheduler.options.chunk)
         elif index >= request.max_tokens or request.leaves:
             return 0  # all that is to come from here is in flight
         end = start + count

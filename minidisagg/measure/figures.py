@@ -254,10 +254,13 @@ def load_figure(comparison: Comparison) -> Figure:
 def trace_figures(events: Sequence[Mapping[str, Any]]) -> list[Figure]:
     """Steps and KV pages of each worker over time, from the events of trace.json; empty where it has none."""
     workers: dict[int, str] = {}
+    roles: dict[int, str] = {}
     origins: dict[int, float] = {}  # of each side: its processes' numbers are in one hundred
     for event in events:
         if event["ph"] == "M" and event["name"] == "process_name":
             workers[event["pid"]] = event["args"]["name"]
+        elif event["ph"] == "M" and event["name"] == "process_labels":
+            roles[event["pid"]] = event["args"]["labels"]
         elif "ts" in event:
             side = event["pid"] // 100
             origins[side] = min(origins.get(side, math.inf), event["ts"])
@@ -280,13 +283,14 @@ def trace_figures(events: Sequence[Mapping[str, Any]]) -> list[Figure]:
     lines, pages = [], []
     for pid, rows in steps.items():
         color, side, series = SIDES[min(pid // 100, 1)], workers[pid].rpartition(" ")[0], []
+        name = f"{workers[pid]}, {roles[pid]}" if pid in roles else workers[pid]
         for chosen, hue, label in (
             (rows[rows[:, 2] == 0], color, f"{side}: decode alone"),
             (rows[rows[:, 2] > 0], "ink", "with prefill tokens"),
         ):
             shown = chosen[:: max(1, math.ceil(len(chosen) / GAPS))]
             series.append(Series("points", hue, rounded(shown[:, 0]), rounded(shown[:, 1], 4), label, size=2.6))
-        lines.append(Panel(f"{workers[pid]}: time of a step", time, length, series, 160))
+        lines.append(Panel(f"{name}: time of a step", time, length, series, 160))
         held = table(pid, "name", "pages", "live", "cached")
         held = held[:: max(1, len(held) // STEPS)]
         top = float(held[:, 2:].max()) if len(held) else 0.0
@@ -294,7 +298,7 @@ def trace_figures(events: Sequence[Mapping[str, Any]]) -> list[Figure]:
             Series("line", hue, rounded(held[:, 0]), rounded(held[:, column]), label, size=1.4)
             for hue, column, label in (("dim", 3, "kept for reuse"), (color, 2, f"{side}: in use"))
         ]
-        pages.append(Panel(f"{workers[pid]}: pages of the KV cache", time, Axis("", 0, top * 1.05 or 1.0), curves, 160))
+        pages.append(Panel(f"{name}: pages of the KV cache", time, Axis("", 0, top * 1.05 or 1.0), curves, 160))
     note = "From trace.json, which holds the first run of each side."
     drawn = f"{note} Of each kind of point at most {GAPS:,} are drawn, every k-th."
     return [

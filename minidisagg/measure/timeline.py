@@ -99,8 +99,12 @@ class Timeline:
         prefix, tracks = self.label + " " if self.label else "", Tracks()
         out = [_name("process_name", first_pid, 0, prefix + "requests")]
         for who, pid in pids.items():
-            restarted = f" (epoch {who[1]})" if who[1] > 1 else ""
+            first = min(epoch for name, epoch in workers if name == who[0])
+            restarted = f" (epoch {who[1]})" if who[1] > first else ""  # while this was listening
             out.append(_name("process_name", pid, 0, f"{prefix}{who[0]}{restarted}"))
+            if who in self._roles:  # which names need not tell: the same workers are either side of a benchmark
+                labels = {"labels": self._roles[who].name.lower()}
+                out.append({"name": "process_labels", "ph": "M", "pid": pid, "tid": 0, "args": labels})
         for who, step in self._steps:
             end = self._here(who, step.clock)
             kind = "prefill" if not step.decode_tokens else "mixed" if step.prefill_tokens else "decode"

@@ -75,6 +75,11 @@ class Device:
         """One step from end to end; blocks. Raises ValueError on an unknown sequence and on missing tokens or pages."""
         return self.collect(self.launch(self.prepare(plan), report))
 
+    def forget(self) -> None:
+        """No sequence is known, as at the beginning."""
+        self.sequences.clear()
+        self.last_token.clear()
+
     def prepare(self, plan: StepPlan) -> Step:
         """Take leave of the sequences that are over, meet the new ones, and build the batch."""
         step = Step(plan, time.perf_counter())

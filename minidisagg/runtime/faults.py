@@ -5,6 +5,7 @@ Injected delays make a stage of each request longer (`DelayedWorker`); `FaultyLi
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import time
 from collections import deque
@@ -17,7 +18,6 @@ from msgspec import Struct
 from msgspec.structs import replace
 from torch import Tensor
 
-from minidisagg.config import WorkerConfig
 from minidisagg.core.inputs import PieceDone
 from minidisagg.core.messages import Envelope, Submit
 from minidisagg.core.plan import Piece, StepPlan
@@ -32,13 +32,20 @@ Later = Callable[[float, Callable[[], None]], object]  # a loop's `call_later`
 
 
 class DelayedWorker(Worker):
-    """Adds to each request the `RunSettings.delays` of its stages, in seconds."""
+    """Adds to each request the `RunSettings.delays` of its stages, in seconds, and to each step its `slowdown`.
 
-    def __init__(self, config: WorkerConfig) -> None:
-        super().__init__(config)
-        self.delays = config.run.delays
-        if "transfer" in self.delays:
-            self.make_links = partial(LateLinks, self.delays["transfer"])
+    Every worker is one, as the run that comes next may have some.
+    """
+
+    @property
+    def delays(self) -> dict[str, float]:
+        """Of the run that this epoch is for."""
+        return self.config.run.delays
+
+    def _make_links(self) -> None:
+        delay = self.delays.get("transfer", 0.0)
+        self.make_links = partial(LateLinks, delay) if delay else LinkSet
+        super()._make_links()
 
     def _on_message(self, envelope: Envelope) -> None:
         if isinstance(envelope.body, Submit) and "queue" in self.delays:
@@ -58,8 +65,11 @@ class DelayedWorker(Worker):
         super()._carry_on()
 
     def _compute(self, plan: StepPlan) -> StepResult:
-        result, delay = super()._compute(plan), 0.0
-        for item in plan.items:
+        result, slowdown = super()._compute(plan), self.config.run.slowdown
+        delay = slowdown * result.seconds
+        if slowdown:
+            result = dataclasses.replace(result, seconds=result.seconds + delay)
+        for item in plan.items if self.delays else ():
             if item.sample and item.index == 0:
                 delay = max(delay, self.delays.get("prefill", 0.0))
             elif item.index == 2:  # the second decode step: the first one's time is told apart from waiting for it

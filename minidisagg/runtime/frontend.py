@@ -26,10 +26,21 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from minidisagg.config import ClusterSettings, ModelSettings, RunSettings
+from minidisagg.config import ClusterSettings, ModelSettings, RunSettings, built_alike
 from minidisagg.core.checked import PolicyError
 from minidisagg.core.effects import Send
-from minidisagg.core.messages import ROUTER, Envelope, Fatal, Hello, RequestSpec, Role, SamplingParams, Stats, TokenId
+from minidisagg.core.messages import (
+    ROUTER,
+    Envelope,
+    Fatal,
+    Hello,
+    Reconfigure,
+    RequestSpec,
+    Role,
+    SamplingParams,
+    Stats,
+    TokenId,
+)
 from minidisagg.core.plan import SeqKey
 from minidisagg.core.policy import ClusterView, RoleChange
 from minidisagg.core.router import Kill, Router, RouterSpec, drain_outbox
@@ -42,6 +53,7 @@ TICK = 0.25
 DRAIN_POLL = 0.05  # seconds
 STATS_TIMEOUT = 5.0  # seconds; a worker reports four times a second
 START_TIMEOUT = 300.0  # seconds for all workers to load their weights
+QUIET_TIMEOUT = 60.0  # seconds for workers without requests to come to rest, leases of lost handoffs included
 # Without a server there is nobody to turn away: whoever measures or generates offline waits.
 UNLIMITED = RouterSpec(max_waiting=sys.maxsize, max_waiting_tokens=sys.maxsize, request_timeout=math.inf)
 logger = logging.getLogger("minidisagg")
@@ -81,10 +93,10 @@ class Frontend:
         self.cluster = cluster
         self.run = run
         self.loop = asyncio.get_running_loop()
-        spec = replace(router or replace(UNLIMITED, seed=run.seed), stuck_after=run.step_deadline)
+        self._limits = router
         self._roles = {name: (role, settings.options()) for name, role, settings in cluster.roles()}
         rehearse(cluster.policy, self._roles)
-        self.router = Router(spec, make_policy(cluster.policy, ROUTER, run.decision_dir))
+        self.router = self._make_router()
         self.run_dir, self._owner = _make_run_dir()
         self.channels: dict[str, Channel] = {}
         self.greetings: dict[str, Hello] = {}  # the last of each worker, dead ones too: what it can hold stays true
@@ -96,6 +108,7 @@ class Frontend:
         self._callbacks: dict[str, OnEmit] = {}
         self._ready = asyncio.Event()
         self._reported = asyncio.Event()  # a worker has sent its statistics
+        self._greeted = asyncio.Event()  # a worker has said hello
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
         try:
@@ -249,9 +262,38 @@ class Frontend:
         self._event(f"policy {spec}")
         self._drain()
 
+    async def reconfigure(self, cluster: ClusterSettings, run: RunSettings) -> None:
+        """Make the same workers another cluster, as it is after its start: on the same processes, weights and memory,
+        with its roles, options, policy, records and injected delays.
+
+        Caches are empty, policies and estimators new; workers keep their names, and begin their next epoch. Waits until
+        they are at rest. Raises `ValueError` where requests run or `cluster` takes other workers, and `StartError`.
+        """
+        if not built_alike(self.cluster, cluster):
+            raise ValueError("these workers cannot be that cluster: it takes others")
+        if self.router.requests:
+            raise ValueError(f"{len(self.router.requests)} requests are running")
+        roles = zip(self.worker_names, cluster.roles(), strict=True)
+        roles_by_name = {name: (role, settings.options()) for name, (_, role, settings) in roles}
+        rehearse(cluster.policy, roles_by_name)
+        await self._all_up()
+        self.cluster, self.run, self._roles = cluster, run, roles_by_name
+        self.router = self._make_router()  # a new one has no estimates, and takes no news of the epochs before
+        for name, config in self.supervisor.reconfigure(cluster, run).items():
+            if name in self.channels:  # else its process is dead, and the next one is started so
+                body = Reconfigure(msgspec.json.encode(config).decode())
+                self.channels[name].send(Envelope(ROUTER, 0, body))
+        await self._all_up()
+
+    def workers_of(self, request_id: str) -> list[str]:
+        """Where the request is and was, in order: the router's own list, which grows with each move. Empty where it has
+        ended, or was rejected at once."""
+        tracked = self.router.requests.get(request_id)
+        return [] if tracked is None else tracked.workers
+
     def set_role(self, worker: str, role: Role) -> None:
         """Finish what the worker has, then flip; one that is down, when it is back. Raises `KeyError`."""
-        if worker not in self.supervisor.names:
+        if worker not in self.worker_names:
             raise KeyError(worker)
         self.router.set_role(RoleChange(worker, role), time.monotonic())
         self._event(f"{worker} finishes, then becomes {role_name(role)}")
@@ -279,6 +321,25 @@ class Frontend:
 
     # ------------------------------------------------------------ inside
 
+    def _make_router(self) -> Router:
+        options = {Role.PREFILL: self.cluster.prefill.options(), Role.DECODE: self.cluster.decode.options()}
+        limits = self._limits or replace(UNLIMITED, seed=self.run.seed)
+        spec = replace(limits, stuck_after=self.run.step_deadline, options=options)
+        return Router(spec, make_policy(self.cluster.policy, ROUTER, self.run.decision_dir))
+
+    async def _all_up(self) -> None:
+        """Wait until every worker has said hello to this router."""
+        try:
+            async with asyncio.timeout(QUIET_TIMEOUT):
+                while len(self.hellos) < len(self.worker_names):
+                    if self.failure:
+                        raise StartError(self.failure)
+                    self._greeted.clear()
+                    await self._greeted.wait()
+        except TimeoutError:
+            missing = ", ".join(name for name in self.worker_names if name not in self.hellos)
+            raise StartError(f"{missing} did not come to rest within {QUIET_TIMEOUT:.0f} s") from None
+
     async def _serve_worker(self, channel: Channel) -> None:
         try:
             async for envelope in channel:
@@ -301,7 +362,9 @@ class Frontend:
                     observer.on_message(envelope, now)
                 if isinstance(envelope.body, Stats):
                     self._reported.set()
-                if len(self.channels) == len(self.supervisor.names):
+                elif isinstance(envelope.body, Hello):
+                    self._greeted.set()
+                if len(self.channels) == len(self.worker_names):
                     self._ready.set()
         except ChannelError as error:
             logger.warning("%s", error)  # the worker notices, and starts anew

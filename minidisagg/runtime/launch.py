@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from minidisagg.config import ClusterSettings, ModelSettings, RunSettings, WorkerConfig, assign_cpus
+from minidisagg.config import ClusterSettings, ModelSettings, RunSettings, WorkerConfig, WorkerSettings, assign_cpus
 from minidisagg.core.messages import Role
 from minidisagg.core.plan import SeqKey
 from minidisagg.model.loader import load_config
@@ -51,13 +51,19 @@ class Supervisor:
         load_config(model.model)  # a wrong name or a broken config is told before any process is started
         self.run_dir = run_dir
         self._on_down = on_down
-        self._configs: dict[str, WorkerConfig] = {}
-        for (name, role, settings), cpus in zip(cluster.roles(), assign_cpus(cluster), strict=True):
-            pinned = msgspec.structs.replace(settings, cpus="+".join(map(str, cpus)))
-            self._configs[name] = WorkerConfig(
-                name=name, epoch=0, role=role, model=model, settings=pinned, cluster=cluster, run=run,
+        self._configs = {
+            name: WorkerConfig(
+                name=name,
+                epoch=0,
+                role=role,
+                model=model,
+                settings=settings,
+                cluster=cluster,
+                run=run,
                 run_dir=str(run_dir),
-            )  # fmt: skip
+            )
+            for (name, _, _), (role, settings) in zip(cluster.roles(), _pinned(cluster), strict=True)
+        }
         self.processes: dict[str, asyncio.subprocess.Process] = {}
         self.greeted: set[tuple[str, int]] = set()  # workers that said hello
         self.restarts = dict.fromkeys(self._configs, 0)  # since it last said hello
@@ -74,6 +80,14 @@ class Supervisor:
         """Start every worker; they report to the front end by themselves."""
         for name in self._configs:
             await self._start(name)
+
+    def reconfigure(self, cluster: ClusterSettings, run: RunSettings) -> dict[str, WorkerConfig]:
+        """Every worker's next epoch, in the order of `roles()`: for its process to go on with, or for its next one."""
+        for config, (role, settings) in zip(list(self._configs.values()), _pinned(cluster), strict=True):
+            self._configs[config.name] = msgspec.structs.replace(
+                config, epoch=config.epoch + 1, role=role, settings=settings, cluster=cluster, run=run
+            )
+        return dict(self._configs)
 
     def kill(self, name: str, epoch: int, wanted: bool = False) -> None:
         """SIGKILL, if that epoch still runs; no request is to blame where an operator `wanted` it."""
@@ -131,6 +145,7 @@ class Supervisor:
         self.kill(name, epoch)
 
     async def _watch(self, name: str, epoch: int, process: asyncio.subprocess.Process) -> None:
+        """`epoch`: of the process's start; it may have been told since to begin others (`reconfigure`)."""
         code = await process.wait()
         if self._stopping:
             return
@@ -138,11 +153,12 @@ class Supervisor:
         if (name, epoch) in self.greeted:
             self.restarts[name] = 0
         early = epoch == 1 and (name, epoch) not in self.greeted
+        last = self._configs[name].epoch
         if not early:  # else the front end's error says it
-            logger.warning("worker %s (epoch %d) is dead: %s %s", name, epoch, how, self.log_tail(name))
-        suspects = () if (name, epoch) in self._wanted else read_notes(self.run_dir, name, epoch) or None
+            logger.warning("worker %s (epoch %d) is dead: %s %s", name, last, how, self.log_tail(name))
+        suspects = () if (name, last) in self._wanted else read_notes(self.run_dir, name, epoch) or None
         self._sweep(name, epoch)
-        self._on_down(name, epoch, early, suspects)
+        self._on_down(name, last, early, suspects)
         while not early:  # a first start that fails would fail again; a restart is tried again
             await asyncio.sleep(BACKOFF[min(self.restarts[name], len(BACKOFF) - 1)])
             self.restarts[name] += 1
@@ -156,6 +172,14 @@ class Supervisor:
         for pattern in f"{name}.{epoch}.*", f"*-{name}.*.sock":
             for path in self.run_dir.glob(pattern):
                 path.unlink(missing_ok=True)
+
+
+def _pinned(cluster: ClusterSettings) -> list[tuple[Role, WorkerSettings]]:
+    """Role and settings of each worker, with the cores that it gets."""
+    return [
+        (role, msgspec.structs.replace(settings, cpus="+".join(map(str, cpus))))
+        for (_, role, settings), cpus in zip(cluster.roles(), assign_cpus(cluster), strict=True)
+    ]
 
 
 def role_name(role: Role) -> str:

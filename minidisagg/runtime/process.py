@@ -14,7 +14,6 @@ import torch
 
 from minidisagg.config import WorkerConfig, parse_cpus
 from minidisagg.runtime.faults import DelayedWorker
-from minidisagg.runtime.worker import Worker
 
 
 def _die_with_parent() -> None:
@@ -47,7 +46,7 @@ def main() -> None:
 
 
 async def _serve(config: WorkerConfig) -> str:
-    worker = DelayedWorker(config) if config.run.delays else Worker(config)
+    worker = DelayedWorker(config)
     try:
         await worker.run()
     except (ValueError, OSError, MemoryError, RuntimeError) as error:

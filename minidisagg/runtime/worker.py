@@ -47,6 +47,7 @@ from minidisagg.core.messages import (
     PeerDown,
     PeerUp,
     PieceSpans,
+    Reconfigure,
 )
 from minidisagg.core.plan import StepPlan
 from minidisagg.core.spec import EngineSpec
@@ -83,6 +84,7 @@ class Worker:
         self.done = asyncio.Event()
         self.failure = ""
         self.record: BinaryIO | None = None  # the input log
+        self.next_config: WorkerConfig | None = None  # that it takes once nothing is left to do
         self.peers: dict[str, str] = {}  # addresses of the live workers
         self.channels: dict[str, Channel] = {}
         self.unsent: dict[str, list[AnyMessage]] = {}  # for peers that have no channel yet
@@ -104,7 +106,7 @@ class Worker:
         try:
             model_config = load_config(config.model.model)
             self.device = await self._on_device(load_device, config, model_config)
-            hello = await self._on_device(self._prepare, model_config)
+            hello = self.hello = await self._on_device(self._prepare, model_config)
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
             self._send(ROUTER, Fatal(reason, config.name, config.epoch))
@@ -131,32 +133,13 @@ class Worker:
         bandwidth = flops = 0.0  # not known
         if config.run.ceilings and config.epoch == 1:  # later its neighbours are at work, and would be measured too
             bandwidth, flops = measure_ceilings(model.dtype, device=model.device)
-        spec = EngineSpec(
-            name=config.name, epoch=config.epoch, role=config.role, num_pages=cache.num_pages,
-            page_size=cache.page_size, num_layers=model_config.num_layers,
-            fingerprint=cache.fingerprint(model_config),
-            policy=config.cluster.policy, one_sided_links=kind == "shm",
-            granularity=parse_granularity(config.cluster.transfer_granularity, efficient_bytes(kind, self.nic)),
-            layer_bytes=cache.bytes_per_page // model_config.num_layers,
-            prefix_caching=config.model.prefix_caching, lease=config.run.lease,
-            link_timeout=config.run.link_timeout, step_deadline=config.run.step_deadline,
-            options=config.settings.options(),
-        )  # fmt: skip
-        load_policy = partial(make_policy, who=config.name, log_dir=config.run.decision_dir)
-        if config.run.record_dir:
-            path = Path(config.run.record_dir) / f"{config.name}.{config.epoch}.inputs"
-            self.record = path.open("wb", buffering=0)  # a kill loses nothing
-            self.core: EngineCore = RecordingCore(spec, load_policy, self.record)
-        else:
-            self.core = EngineCore(spec, load_policy)
-        ahead = config.run.step_ahead
-        self.depth = ahead if ahead >= 0 else int(model.device.type == "cuda")
         self.link_kind = kind
+        self._make_core()
         self.loop.call_soon_threadsafe(self._make_links)
         limit = _max_model_len(config, model_config, cache)
         return Hello(
             config.role, cache.num_pages, cache.page_size, limit,
-            spec.fingerprint, f"unix:{config.run_dir}/{config.name}.{config.epoch}.sock", os.getpid(),
+            self.core.spec.fingerprint, f"unix:{config.run_dir}/{config.name}.{config.epoch}.sock", os.getpid(),
             model_config.kv_bytes_per_token(cache.data.dtype.itemsize),
             {
                 "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch."),
@@ -167,6 +150,33 @@ class Worker:
             },
         )  # fmt: skip
 
+    def _make_core(self) -> None:
+        """The core of this epoch, and the log of its inputs."""
+        config, cache, model, kind = self.config, self.device.cache, self.device.model, self.link_kind
+        spec = EngineSpec(
+            name=config.name, epoch=config.epoch, role=config.role, num_pages=cache.num_pages,
+            page_size=cache.page_size, num_layers=model.config.num_layers,
+            fingerprint=cache.fingerprint(model.config),
+            policy=config.cluster.policy, one_sided_links=kind == "shm",
+            granularity=parse_granularity(config.cluster.transfer_granularity, efficient_bytes(kind, self.nic)),
+            layer_bytes=cache.bytes_per_page // model.config.num_layers,
+            prefix_caching=config.model.prefix_caching, lease=config.run.lease,
+            link_timeout=config.run.link_timeout, step_deadline=config.run.step_deadline,
+            options=config.settings.options(),
+        )  # fmt: skip
+        load_policy = partial(make_policy, who=config.name, log_dir=config.run.decision_dir)
+        if self.record is not None:
+            self.record.close()
+            self.record = None
+        if config.run.record_dir:
+            path = Path(config.run.record_dir) / f"{config.name}.{config.epoch}.inputs"
+            self.record = path.open("wb", buffering=0)  # a kill loses nothing
+            self.core: EngineCore = RecordingCore(spec, load_policy, self.record)
+        else:
+            self.core = EngineCore(spec, load_policy)
+        ahead = config.run.step_ahead
+        self.depth = ahead if ahead >= 0 else int(model.device.type == "cuda")
+
     def _make_links(self) -> None:
         config, cache = self.config, self.device.cache
         run_dir, timeout = Path(config.run_dir), config.run.link_timeout
@@ -174,6 +184,21 @@ class Worker:
         clock = self.now if config.run.trace else None
         hooks = LinkHooks(self._carry_out, self._on_news, self._on_failure, clock)
         self.links = self.make_links(config.name, host, hooks)
+
+    async def _begin_epoch(self, config: WorkerConfig) -> None:
+        """The next epoch, as after a start, on the same process, weights, memory and channels.
+
+        Links are closed and opened anew on demand: a core begins without any, so that a log begins there as well, and
+        replays without what came before. Whoever measures warms up first.
+        """
+        self.core.check_integrity()
+        await self.links.close()
+        await self._on_device(self.device.forget)
+        self.config, self.checked = config, 0
+        self._make_core()
+        self._make_links()
+        self.hello = msgspec.structs.replace(self.hello, role=config.role)
+        self._send(ROUTER, self.hello)
 
     # ------------------------------------------------------------ inputs
 
@@ -221,6 +246,8 @@ class Worker:
                 self.links.on_link_open(envelope.source, body)
         elif isinstance(body, LinkReady):
             self.links.on_link_ready(envelope.source, body)
+        elif isinstance(body, Reconfigure):
+            self.next_config = msgspec.json.decode(body.config, type=WorkerConfig)
         else:
             self.core.on(Received(envelope), self.now())
         if isinstance(body, PeerDown):
@@ -262,6 +289,9 @@ class Worker:
     def _advance(self) -> None:
         """Carry out what the core wants, and keep the device busy."""
         self._guarded(self._carry_on)
+        if self.next_config is not None and self.core.idle:
+            config, self.next_config = self.next_config, None
+            self._spawn(self._begin_epoch(config))
 
     def _carry_on(self) -> None:
         self._drain()

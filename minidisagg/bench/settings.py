@@ -9,20 +9,24 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from minidisagg.address import parse_server_url
-from minidisagg.config import MODES, ClusterSettings, ModelSettings, RunSettings
+from minidisagg.config import MODES, ClusterSettings, ModelSettings, RunSettings, parse_worker
+from minidisagg.core.granularity import parse_granularity
 from minidisagg.measure.goodput import SLO
 from minidisagg.measure.records import TRIM
+from minidisagg.transfer.kinds import KINDS
 
 Dataset = Literal["random", "text", "sharegpt", "azure", "mooncake", "burstgpt"]
 DATASETS: tuple[Dataset, ...] = ("random", "text", "sharegpt", "azure", "mooncake", "burstgpt")
 TEXTS = ("text", "sharegpt")  # data sets whose prompts are texts
+LINK_KEYS = ("link", "transfer_granularity")  # in which, beside its workers' settings, a baseline can differ
 TRACES = ("sharegpt", "azure", "mooncake", "burstgpt")  # data sets that are a file
 
 
 class Workload(Struct, frozen=True, kw_only=True):
     """What is sent. `trace_*` are for data sets that are a file: times divided by, lengths multiplied by.
 
-    `num_prompts` 0: as many as the quick preset finds right for the rate.
+    `num_prompts` 0: as many as the quick preset finds right for the rate. `fit`: where the machine is too slow for
+    that preset, it shortens the random lengths.
     """
 
     dataset_name: Dataset = "random"
@@ -31,6 +35,7 @@ class Workload(Struct, frozen=True, kw_only=True):
     input_len: int = 256
     output_len: int = 64
     range_ratio: float = 0.0
+    fit: bool = False
     trace_speedup: float = 1.0
     trace_scale_len: float = 1.0
 
@@ -50,15 +55,16 @@ class Arrivals(Struct, frozen=True, kw_only=True):
 
 
 class Trials(Struct, frozen=True, kw_only=True):
-    """How often, and what is looked for."""
+    """How often, and what is looked for. `planted`: each step of side B is slowed down by this share of its time."""
 
     repeats: int = 3
     find_goodput: bool = False
     slo: SLO | None = None
     preset: str = ""
+    planted: float = 0.0
 
 
-class Output(Struct, frozen=True, kw_only=True):
+class ReportSettings(Struct, frozen=True, kw_only=True):
     """Where the results go. A dry run only says what would be done; `json` puts result.json on stdout, not a table."""
 
     directory: str
@@ -66,7 +72,7 @@ class Output(Struct, frozen=True, kw_only=True):
     dry_run: bool = False
 
 
-class Server(Struct, frozen=True, kw_only=True):
+class ServerAddress(Struct, frozen=True, kw_only=True):
     """A server that runs already. `model` empty: it is asked; `tokenizer` empty: that of the model, if it is here."""
 
     base_url: str
@@ -75,27 +81,32 @@ class Server(Struct, frozen=True, kw_only=True):
 
 
 class BenchOptions(Struct, frozen=True, kw_only=True):
-    """A whole benchmark. `sides` are one cluster, or two: the baseline A, then B, on as many workers each.
+    """A whole benchmark. `sides` are one cluster, or two: the baseline A, then B, of as many workers each.
 
-    With `server` there are no sides, no cluster is started, and `model` is without meaning.
+    With `server` there are no sides, no cluster is started, and `model` is without meaning. `workers`, which the bench
+    fills in, says how the sides came by theirs (`sides.Arrangement`).
     """
 
     model: ModelSettings
     sides: tuple[ClusterSettings, ...]
-    server: Server | None = None
+    server: ServerAddress | None = None
     run: RunSettings
     workload: Workload
     arrivals: Arrivals
     trials: Trials
-    output: Output
+    report: ReportSettings
+    workers: str = ""
 
 
-# What a preset sets where no flag does; the number of prompts follows from the rate (`compare.quick_prompts`).
+# What a preset sets where no flag does; the number of prompts follows from the rate (`runs.quick_prompts`).
 PRESETS: dict[str, dict[str, int]] = {"quick": {"repeats": 3, "num_warmups": 2}}
 
 
-def make_sides(mode: str, against: str, cluster: ClusterSettings) -> tuple[ClusterSettings, ...]:
-    """The clusters of `--mode` and `--against MODE[:POLICY]`; `both` is disagg against colocated. Raises ValueError."""
+def make_sides(mode: str, against: str, cluster: ClusterSettings, baseline: str = "") -> tuple[ClusterSettings, ...]:
+    """The clusters of `--mode` and `--against MODE[:POLICY]`; `both` is disagg against colocated.
+
+    `baseline`: KEY=VAL,… in which the baseline differs, of a worker's settings or `LINK_KEYS`. Raises ValueError.
+    """
     if mode == "both":
         if against:
             raise ValueError(
@@ -103,12 +114,40 @@ def make_sides(mode: str, against: str, cluster: ClusterSettings) -> tuple[Clust
             )
         mode, against = "disagg", "colocated"
     b = replace(cluster, mode=mode)
+    if not against and baseline:
+        raise ValueError("--baseline says what is different on side A: it needs --mode both or --against")
     if not against:
         return (b,)
     other, _, policy = against.partition(":")
     if other not in MODES:
         raise ValueError(f"--against {against}: expected MODE or MODE:POLICY with a mode of {', '.join(MODES)}")
-    return replace(cluster, mode=other, policy=policy or cluster.policy), b
+    parts = [part.strip() for part in baseline.split(",")]
+    pairs = [part.replace("-", "_", 1).partition("=") for part in parts]
+    links = {key: value for key, _, value in pairs if key in LINK_KEYS}
+    if "link" in links and links["link"] not in ("auto", *KINDS):
+        raise ValueError(f"--baseline link={links['link']}: expected one of auto, {', '.join(KINDS)}")
+    parse_granularity(links.get("transfer_granularity", "auto"), 1)
+    rest = ",".join(part for part, (key, _, _) in zip(parts, pairs, strict=True) if key not in LINK_KEYS)
+    a = replace(
+        cluster,
+        mode=other,
+        policy=policy or cluster.policy,
+        prefill=parse_worker(rest, cluster.prefill),
+        decode=parse_worker(rest, cluster.decode),
+        **links,
+    )
+    return a, b
+
+
+def parse_share(text: str) -> float:
+    """ "15%", "0.15" → 0.15. Raises ValueError."""
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 10:
+        raise ValueError(f"--plant-slowdown {text!r}: write a share of a step's time, as 15% or 0.15")
+    return share
 
 
 def check_measurable(prompts: int, warmups: int, at_once: bool) -> None:
