@@ -424,35 +424,10 @@ class LinkAborted(Message, frozen=True):
     outgoing: bool
 
 
-AnyMessage = (
-    Submit
-    | Abort
-    | SetRole
-    | SetPolicy
-    | Reconfigure
-    | Migrate
-    | PeerUp
-    | PeerDown
-    | Hello
-    | Logprobs
-    | StepOutput
-    | Released
-    | Failed
-    | PieceSpans
-    | Stats
-    | Fatal
-    | KVOffer
-    | KVGrant
-    | KVWait
-    | KVBusy
-    | KVPiece
-    | KVDone
-    | KVAck
-    | KVCancel
-    | KVFailed
-    | LinkOpen
-    | LinkReady
-    | LinkAborted
+AnyMessage = (  # fmt: skip
+    Submit | Abort | SetRole | SetPolicy | Reconfigure | Migrate | PeerUp | PeerDown | Hello | Logprobs |
+    StepOutput | Released | Failed | PieceSpans | Stats | Fatal | KVOffer | KVGrant | KVWait | KVBusy | KVPiece |
+    KVDone | KVAck | KVCancel | KVFailed | LinkOpen | LinkReady | LinkAborted
 )
 
 

@@ -64,6 +64,7 @@ class Kill(Struct, frozen=True):
 
 
 RouterEffect = Send | Emit | Kill
+Suspects = Collection[SeqKey] | None
 
 
 @dataclass(frozen=True)
@@ -99,10 +100,8 @@ class Router:
         self._cohorts = 0  # of suspects that there have been
         self._clock = LivedTime()
         self._lived = 0.0
-        self.view = ClusterView(
-            0.0, {}, max_waiting=spec.max_waiting, max_waiting_tokens=spec.max_waiting_tokens,
-            rng=random.Random(spec.seed),
-        )  # fmt: skip
+        limits = spec.max_waiting, spec.max_waiting_tokens
+        self.view = ClusterView(0.0, {}, 0, 0, *limits, random.Random(spec.seed))
 
     # ------------------------------------------------------------ clients
 
@@ -166,9 +165,7 @@ class Router:
             if target is not None and target.epoch == body.epoch:
                 self.outbox.append(Kill(target.name, target.epoch, body.reason))
 
-    def on_worker_down(
-        self, name: str, epoch: int, now: float, suspects: Collection[SeqKey] | None = None
-    ) -> None:  # fmt: skip
+    def on_worker_down(self, name: str, epoch: int, now: float, suspects: Suspects = None) -> None:
         """The worker's process is dead (waited for): tell its peers, resubmit what needed it.
 
         `suspects`: what it was at work on; empty where no request is to blame, None where nobody knows.
