@@ -424,11 +424,11 @@ class LinkAborted(Message, frozen=True):
     outgoing: bool
 
 
-AnyMessage = (  # fmt: skip
-    Submit | Abort | SetRole | SetPolicy | Reconfigure | Migrate | PeerUp | PeerDown | Hello | Logprobs |
-    StepOutput | Released | Failed | PieceSpans | Stats | Fatal | KVOffer | KVGrant | KVWait | KVBusy | KVPiece |
-    KVDone | KVAck | KVCancel | KVFailed | LinkOpen | LinkReady | LinkAborted
-)
+AnyMessage = (
+    Submit | Abort | SetRole | SetPolicy | Reconfigure | Migrate | PeerUp | PeerDown | Hello | Logprobs | StepOutput
+    | Released | Failed | PieceSpans | Stats | Fatal | KVOffer | KVGrant | KVWait | KVBusy | KVPiece | KVDone |
+    KVAck | KVCancel | KVFailed | LinkOpen | LinkReady | LinkAborted
+)  # fmt: skip
 
 
 class Envelope(Struct, frozen=True, array_like=True):

@@ -192,9 +192,14 @@ class Frontend(Operations):
             raise ValueError(f"token ids must be below the vocabulary's size of {self.vocab_size}")
 
     def submit(
-        self, prompt: list[int], sampling: SamplingParams, on_emit: OnEmit, arrival: float | None = None,
-        salt: str = "", priority: int = 0,
-    ) -> str:  # fmt: skip
+        self,
+        prompt: list[int],
+        sampling: SamplingParams,
+        on_emit: OnEmit,
+        arrival: float | None = None,
+        salt: str = "",
+        priority: int = 0,
+    ) -> str:
         """Send a request and return its id; `on_emit(emit, time.monotonic())` is called with its tokens and its end.
 
         Raises `ValueError`, and `EngineError` once the engine has failed for good.
@@ -325,9 +330,7 @@ class Frontend(Operations):
         except Exception as error:
             self._on_router_failure(error)
 
-    def _on_worker_down(
-        self, name: str, epoch: int, early: bool, suspects: Collection[SeqKey] | None
-    ) -> None:  # fmt: skip
+    def _on_worker_down(self, name: str, epoch: int, early: bool, suspects: Collection[SeqKey] | None) -> None:
         if early and not self.error:
             self.error = f"{name} did not start: {self.supervisor.log_tail(name) or 'no message'}"
         if early:

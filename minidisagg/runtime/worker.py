@@ -91,9 +91,7 @@ class Worker:
         self.steps_flying = self.checked = 0  # steps under way, and those done when the accounts were checked last
         self.busy_seconds = self.flops = self.bytes_read = 0.0
         self.clock_offset = config.run.clock_offsets.get(config.name, 0.0)
-        self.computing, self.reading = (
-            Note(Path(config.run_dir), config.name, config.epoch, kind) for kind in KINDS
-        )  # fmt: skip
+        self.computing, self.reading = (Note(Path(config.run_dir), config.name, config.epoch, kind) for kind in KINDS)
 
     async def run(self) -> None:
         """Load, say hello, serve until told to stop; raises `ValueError` for what a user can mend."""
@@ -137,32 +135,48 @@ class Worker:
         self.loop.call_soon_threadsafe(self._make_links)
         limit = max_model_len(config, model_config, cache)
         return Hello(
-            config.role, cache.num_pages, cache.page_size, limit,
-            self.core.spec.fingerprint, f"unix:{config.run_dir}/{config.name}.{config.epoch}.sock", os.getpid(),
+            config.role,
+            cache.num_pages,
+            cache.page_size,
+            limit,
+            self.core.spec.fingerprint,
+            f"unix:{config.run_dir}/{config.name}.{config.epoch}.sock",
+            os.getpid(),
             model_config.kv_bytes_per_token(cache.data.dtype.itemsize),
             {
-                "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch."),
-                "threads": torch.get_num_threads(), "cpus": config.settings.cpus,
+                "device": str(model.device),
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "threads": torch.get_num_threads(),
+                "cpus": config.settings.cpus,
                 "link": kind if self.nic is None else f"{kind} as {emulated}",
-                "bandwidth": bandwidth, "flops": flops, "parameters": model_config.num_parameters,
+                "bandwidth": bandwidth,
+                "flops": flops,
+                "parameters": model_config.num_parameters,
                 "vocab_size": model_config.vocab_size,
             },
-        )  # fmt: skip
+        )
 
     def _make_core(self) -> None:
         """The core of this epoch, and the log of its inputs."""
         config, cache, model, kind = self.config, self.device.cache, self.device.model, self.link_kind
         spec = EngineSpec(
-            name=config.name, epoch=config.epoch, role=config.role, num_pages=cache.num_pages,
-            page_size=cache.page_size, num_layers=model.config.num_layers,
+            name=config.name,
+            epoch=config.epoch,
+            role=config.role,
+            num_pages=cache.num_pages,
+            page_size=cache.page_size,
+            num_layers=model.config.num_layers,
             fingerprint=cache.fingerprint(model.config),
-            policy=config.cluster.policy, one_sided_links=kind == "shm",
+            policy=config.cluster.policy,
+            one_sided_links=kind == "shm",
             granularity=parse_granularity(config.cluster.transfer_granularity, efficient_bytes(kind, self.nic)),
             layer_bytes=cache.bytes_per_page // model.config.num_layers,
-            prefix_caching=config.model.prefix_caching, lease=config.run.lease,
-            link_timeout=config.run.link_timeout, step_deadline=config.run.step_deadline,
+            prefix_caching=config.model.prefix_caching,
+            lease=config.run.lease,
+            link_timeout=config.run.link_timeout,
+            step_deadline=config.run.step_deadline,
             options=config.settings.options(),
-        )  # fmt: skip
+        )
         load_policy = partial(make_policy, who=config.name, log_dir=config.run.decision_dir)
         if self.record is not None:
             self.record.close()
@@ -279,9 +293,14 @@ class Worker:
     def stats(self) -> AnyMessage:
         """The core's numbers with what only the process knows."""
         return msgspec.structs.replace(
-            self.core.stats(), links=self.links.stats(), busy_seconds=self.busy_seconds, flops=self.flops,
-            bytes_read=self.bytes_read, cpu_seconds=time.process_time(), clock=self.now(),
-        )  # fmt: skip
+            self.core.stats(),
+            links=self.links.stats(),
+            busy_seconds=self.busy_seconds,
+            flops=self.flops,
+            bytes_read=self.bytes_read,
+            cpu_seconds=time.process_time(),
+            clock=self.now(),
+        )
 
     # ------------------------------------------------------------ outputs
 
