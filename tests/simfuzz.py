@@ -23,7 +23,7 @@ from minidisagg.policies.prefill_first import PrefillFirst
 from minidisagg.policies.sarathi import Sarathi
 from minidisagg.sim.cost_model import Chaos, LinearCost
 from minidisagg.sim.memory import oracle
-from minidisagg.sim.simulator import Simulator
+from minidisagg.sim.simulator import Simulator, World
 
 CLUSTERS = {
     "colocated": [3, 3], "1p1d": [1, 2], "2p1d": [1, 1, 2], "1p2d": [1, 2, 2], "mixed": [1, 2, 3],
@@ -104,10 +104,9 @@ def build(seed: int, granularities: Sequence[Granularity] = (WHOLE,)) -> Simulat
         max_waiting=rng.choice([8, 1024, 1024]), request_timeout=rng.choice([4.0, LONG, LONG]),
         lost_after=rng.choice([2.0, 8.0]), stuck_after=10.0,
     )  # fmt: skip
-    sim = Simulator(
-        specs, rng.choice(POLICIES), chaos=chaos, seed=seed, depth=rng.choice([0, 1, 1, 2]), vocab=rng.choice([8, 50]),
-        cost=LinearCost(link_page=rng.choice([0.0005, 0.02])), router=router,
-    )  # fmt: skip
+    policy, depth, vocab = rng.choice(POLICIES), rng.choice([0, 1, 1, 2]), rng.choice([8, 50])
+    cost = LinearCost(link_page=rng.choice([0.0005, 0.02]))
+    sim = Simulator(specs, policy, World(cost, chaos, router, seed, vocab, depth))
     _load(sim, rng, min(spec.num_pages for spec in specs) * page_size, page_size)
     _faults(sim, rng, specs)
     return sim
@@ -165,7 +164,7 @@ def verdict(sim: Simulator) -> list[str]:
     """What is wrong, if anything: no end, other tokens than the oracle's, stages that do not add up, a leaked page."""
     wrong = []
     for request_id, outcome in sim.outcomes.items():
-        expected = oracle(outcome.prompt, outcome.sampling, sim.vocab)
+        expected = oracle(outcome.prompt, outcome.sampling, sim.world.vocab)
         if not outcome.finish:
             wrong.append(f"{request_id} never ended")
         elif outcome.finish not in ENDS:

@@ -15,7 +15,7 @@ from minidisagg.core.policy import Policy, WorkerOptions
 from minidisagg.core.router import RouterSpec
 from minidisagg.core.spec import EngineSpec
 from minidisagg.sim.cost_model import Chaos
-from minidisagg.sim.simulator import Simulator, SimWorker
+from minidisagg.sim.simulator import Simulator, SimWorker, World
 
 NEVER = 1e9
 
@@ -39,7 +39,7 @@ class Stepwise(Simulator):
         self.messages: list[tuple[Envelope, str, SimWorker | None]] = []
         self.events: list[Callable[[], None]] = []
         router = router or RouterSpec(lost_after=NEVER, stuck_after=NEVER)
-        super().__init__(specs, make_policy, depth=depth, router=router)
+        super().__init__(specs, make_policy, World(router=router, depth=depth))
         self.events.clear()  # the first tick
 
     def at(self, time: float, action: Callable[[], None]) -> None:

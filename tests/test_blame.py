@@ -11,7 +11,7 @@ from simfuzz import verdict
 from minidisagg.core.messages import Role, SamplingParams
 from minidisagg.core.policy import Policy, WorkerOptions
 from minidisagg.core.spec import EngineSpec
-from minidisagg.sim.simulator import Simulator
+from minidisagg.sim.simulator import Simulator, World
 
 CLUSTERS = {"colocated": [3], "two": [3, 3], "1p1d": [1, 2], "2p2d": [1, 1, 2, 2]}
 
@@ -24,7 +24,7 @@ def build(roles: list[int], requests: int, depth: int, seed: int, options: Worke
         )
         for i, role in enumerate(roles)
     ]  # fmt: skip
-    sim, rng = Simulator(specs, Policy, depth=depth, seed=seed, restart_after=0.1), random.Random(seed)
+    sim, rng = Simulator(specs, Policy, World(depth=depth, seed=seed, restart_after=0.1)), random.Random(seed)
     for index in range(requests):
         prompt = [rng.randrange(1000) for _ in range(rng.randint(4, 20))]
         sim.submit(f"r{index}", prompt, SamplingParams(max_tokens=40, temperature=0.0), rng.random() * 0.05)

@@ -17,7 +17,7 @@ from minidisagg.core.plan import Piece
 from minidisagg.core.policy import Policy, WorkerOptions
 from minidisagg.sim.cost_model import LinearCost
 from minidisagg.sim.memory import chain, oracle, sample
-from minidisagg.sim.simulator import Simulator
+from minidisagg.sim.simulator import Simulator, World
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 
@@ -45,7 +45,7 @@ def test_an_undisturbed_run_is_the_oracle(roles: list[int], one_sided: bool) -> 
     sim = run(roles, one_sided_links=one_sided)
     assert not simfuzz.verdict(sim)
     outcome = sim.outcomes["a"]
-    assert outcome.tokens == oracle(PROMPT, outcome.sampling, sim.vocab) and outcome.finish == "length"
+    assert outcome.tokens == oracle(PROMPT, outcome.sampling, sim.world.vocab) and outcome.finish == "length"
 
 
 def test_times_are_those_of_the_cost_model() -> None:
@@ -60,7 +60,7 @@ def test_times_are_those_of_the_cost_model() -> None:
 
 
 def test_a_damaged_slot_shows() -> None:
-    sim = Simulator([spec("w0")], Policy, check=False)
+    sim = Simulator([spec("w0")], Policy, World(check=False))
     sim.submit("a", PROMPT, SamplingParams(max_tokens=8), 0.0)
     sim.plan(0.03, lambda: sim.workers["w0"].memory.planes[0][0].__setitem__(1, 0))
     sim.run()
@@ -74,7 +74,7 @@ def test_a_write_into_a_page_of_someone_else_is_an_error() -> None:
 
 
 def test_a_worker_that_was_stopped_twice_does_all_in_order() -> None:
-    sim = Simulator([spec("w0")], Policy, depth=1)
+    sim = Simulator([spec("w0")], Policy, World(depth=1))
     sim.submit("a", PROMPT, SamplingParams(max_tokens=8), 0.0)
     for at, seconds in ((0.005, 0.05), (0.03, 0.5), (0.5, 0.2)):
         sim.plan(at, partial(sim.stall, "w0", seconds))

@@ -63,33 +63,32 @@ class SimWorker:
         self.device_free_at = 0.0
 
 
+@dataclass(frozen=True)
+class World:
+    """What a cluster runs in."""
+
+    cost: LinearCost = LinearCost()  # noqa: RUF009 - frozen, as the next two are
+    chaos: Chaos = Chaos()  # noqa: RUF009
+    router: RouterSpec = RouterSpec()  # noqa: RUF009
+    seed: int = 0
+    vocab: int = 1 << 16
+    depth: int = 0  # steps that may be planned ahead
+    check: bool = True  # prove invariants after every event
+    restart_after: float = 0.5  # seconds
+
+
 class Simulator:
     """A cluster on a virtual clock."""
 
     def __init__(
-        self,
-        specs: list[EngineSpec],
-        make_policy: Callable[[], Policy],
-        cost: LinearCost | None = None,
-        router: RouterSpec | None = None,
-        chaos: Chaos | None = None,
-        seed: int = 0,
-        vocab: int = 1 << 16,
-        depth: int = 0,
-        check: bool = True,
-        restart_after: float = 0.5,
+        self, specs: list[EngineSpec], make_policy: Callable[[], Policy], world: World | None = None
     ) -> None:
-        """`depth` steps may be planned ahead; with `check`, invariants are proved after every event."""
         self.now = 0.0
-        self.rng = random.Random(seed)
-        self.cost = cost or LinearCost()
-        self.chaos = chaos or Chaos()
-        self.vocab = vocab
-        self.depth = depth
-        self.check = check
-        self.restart_after = restart_after
+        self.world = world = world or World()
+        self.cost, self.chaos = world.cost, world.chaos
+        self.rng = random.Random(world.seed)
         self.make_policy = make_policy
-        self.router = Router(router or RouterSpec(), make_policy())
+        self.router = Router(world.router, make_policy())
         self.workers: dict[str, SimWorker] = {}
         self.outcomes: dict[str, Outcome] = {}
         self.poison: set[str] = set()
@@ -170,7 +169,7 @@ class Simulator:
                 return
             self.now, _, action = heapq.heappop(self._events)
             action()
-            if self.check:
+            if self.world.check:
                 self.check_integrity()
             self._touched.clear()
 
@@ -203,7 +202,7 @@ class Simulator:
         suspects = {(item.request_id, item.incarnation) for item in computing} or None
         self.router.on_worker_down(spec.name, spec.epoch, self.now, suspects)
         self._drain_router()
-        self.at(self.now + self.restart_after, lambda: self._start(replace(spec, epoch=spec.epoch + 1)))
+        self.at(self.now + self.world.restart_after, lambda: self._start(replace(spec, epoch=spec.epoch + 1)))
 
     def _tick(self) -> None:
         self.router.on_tick(self.now)
@@ -304,7 +303,7 @@ class Simulator:
                 self._targets[worker.core.spec.name, effect.link_epoch] = self.workers[effect.peer]
 
     def _schedule(self, worker: SimWorker) -> None:
-        while len(worker.steps) <= self.depth:
+        while len(worker.steps) <= self.world.depth:
             plan = worker.core.on(Schedule(), self.now)
             self._drain_worker(worker)
             if plan is None:
@@ -344,7 +343,7 @@ class Simulator:
         new = {(init.request_id, init.incarnation): init for init in plan.new}
         for item in plan.items:
             key = item.request_id, item.incarnation
-            if self.check:
+            if self.world.check:
                 self._expect(worker, item.pages, PageState.LIVE)
                 if key in new and item.start and not worker.written:
                     tokens = [*new[key].prompt, *new[key].output][: item.start]
@@ -361,7 +360,7 @@ class Simulator:
         tokens = []
         for item in plan.items:
             if item.sample:
-                token = worker.memory.sample(item, self.vocab)
+                token = worker.memory.sample(item, self.world.vocab)
                 worker.last[item.request_id, item.incarnation] = token
                 tokens.append(token)
         return tokens
@@ -419,7 +418,7 @@ class Simulator:
         return self.cost.transfer_seconds(piece.count * ((end - first) / worker.core.spec.num_layers))
 
     def _copy(self, source: SimWorker, piece: Piece, dest: SimWorker, remote: list[int]) -> None:
-        if self.check:
+        if self.world.check:
             self._expect(source, piece.pages, PageState.LIVE)
             self._expect(dest, remote, PageState.INFLIGHT, PageState.QUARANTINED)
         planes = range(*piece.layers) if self.planes > 1 else range(1)
