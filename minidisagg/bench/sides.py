@@ -107,7 +107,7 @@ class Side:
         return self.frontend.hellos
 
     async def fresh_stats(self) -> dict[str, Stats]:
-        """See `Frontend`."""
+        """What each live worker has counted up to now."""
         return await self.frontend.fresh_stats()
 
     def load(self, items: Sequence[WorkItem], seed: int, on_done: Progress | None) -> LoadGenerator:

@@ -101,12 +101,12 @@ class LateLink:
         self._held: deque[Piece] = deque()
 
     def start(self, piece: Piece) -> None:
-        """See `Link.start`."""
+        """Start it when its time has come."""
         self._held.append(piece)
         self._later(self._delay, self._start_next)
 
     def abort(self, peer_dead: bool) -> bool:
-        """See `Link.abort`; what has not started completes as failed."""
+        """Give the inner link up; what has not started completes as failed."""
         stopped = self._inner.abort(peer_dead)
         while self._held:
             self._start_next()
@@ -136,7 +136,7 @@ class FaultyLink:
         self._dropped: list[PieceDone] = []
 
     def start(self, piece: Piece) -> None:
-        """See `Link.start`."""
+        """Throw the dice for it."""
         dice = random.Random(f"{self._faults.seed}/{piece.link_epoch}/{piece.seq}")
         drop, corrupt = dice.random() < self._faults.drop, dice.random() < self._faults.corrupt
         if drop:
@@ -146,7 +146,7 @@ class FaultyLink:
             self._inner.start(replace(piece, codec=f"damaged {piece.codec}") if corrupt else piece)
 
     def poll(self) -> list[PieceDone]:
-        """See `Link.poll`."""
+        """What the inner link has completed, and what was dropped."""
         dropped, self._dropped = self._dropped, []
         return dropped + self._inner.poll()
 
@@ -159,11 +159,11 @@ class Damaged(Codec):
         self._inner = inner
 
     def encode(self, rows: Tensor, out: Tensor) -> Tensor:
-        """See `Codec.encode`."""
+        """As the inner codec."""
         return self._inner.encode(rows, out)
 
     def decode(self, wire: Tensor, rows: Tensor) -> None:
-        """See `Codec.decode`."""
+        """As the inner codec."""
         self._inner.decode(wire, rows)
 
     def pack(self, checksum: Checksum, part: Block, rows: Tensor, out: Tensor) -> Tensor:

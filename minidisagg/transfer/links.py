@@ -164,7 +164,7 @@ class ThreadLink(ABC):
         """Let go of everything shared with the peer; the thread has ended."""
 
     def connect(self, endpoint: str) -> None:
-        """See `Link.connect`."""
+        """Meet the peer; an abort meanwhile waits for that to end."""
         with self._opening:
             if self.closing:
                 raise LinkError("the link was aborted")
@@ -191,7 +191,7 @@ class ThreadLink(ABC):
         return cut(piece.layers[1] - piece.layers[0], piece.count, self.codec(piece).row_bytes, limit)
 
     def start(self, piece: Piece) -> None:
-        """See `Link.start`."""
+        """Into the queue, unless it is closed or full."""
         with self._lock:
             self._outstanding += 1
             full = self._outstanding > MAX_OUTSTANDING
@@ -202,14 +202,14 @@ class ThreadLink(ABC):
         self._report(self._ended(piece, why, time.monotonic(), Carried()))
 
     def poll(self) -> list[PieceDone]:
-        """See `Link.poll`."""
+        """What the thread has completed."""
         done = [self._done.popleft() for _ in range(len(self._done))]
         with self._lock:
             self._outstanding -= len(done)
         return done
 
     def abort(self, peer_dead: bool) -> bool:
-        """See `Link.abort`. Takes at most two timeouts and a little; may be called again."""
+        """Stop the thread. Takes at most two timeouts and a little; may be called again."""
         with self._lock:
             self.closing = True
             self._ops.put(None)
