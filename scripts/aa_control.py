@@ -23,14 +23,15 @@ QUIET, NAMED = 0.9, 0.8  # least shares of the seeds
 def main() -> int:
     """Returns 0 if the control holds."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=10, help="How many.")
+    parser.add_argument("--first", type=int, default=0, help="The first of them.")
     parser.add_argument("--planted", default="", metavar="SHARE", help="15%%: so much longer are the steps of side B.")
     parser.add_argument("flags", nargs="*")
     arguments = parser.parse_args()
     planted = ["--plant-slowdown", arguments.planted] if arguments.planted else []
     verdicts: dict[str, str] = {}  # by seed
     right = 0
-    for seed in range(arguments.seeds):
+    for seed in range(arguments.first, arguments.first + arguments.seeds):
         command = [
             sys.executable, "-m", "minidisagg", "bench", "--mode", "colocated", "--against", "colocated",
             "--seed", str(seed), "--json", *planted, *arguments.flags,
