@@ -33,8 +33,9 @@ from cluster import (
 from minidisagg.config import ClusterSettings, Mode, RunSettings
 from minidisagg.core.router import Router
 from minidisagg.core.tracked import Emit
-from minidisagg.runtime.frontend import EngineError, Frontend, _make_run_dir
+from minidisagg.runtime.frontend import EngineError, Frontend
 from minidisagg.runtime.launch import Supervisor
+from minidisagg.runtime.run_dir import make_run_dir
 
 HOOKS = str(Path(__file__).parent / "hooks")
 PROMPTS = prompts(9, seed=4, shortest=12, longest=40)
@@ -321,7 +322,7 @@ def test_the_next_start_sweeps_what_a_killed_front_end_has_left() -> None:
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
-        made, _ = _make_run_dir()
+        made, _ = make_run_dir()
         (made / "worker-0.log").touch()
         os.write(writer, str(made).encode())
         os.kill(os.getpid(), signal.SIGKILL)
@@ -329,9 +330,9 @@ def test_the_next_start_sweeps_what_a_killed_front_end_has_left() -> None:
     left = Path(os.read(reader, 1000).decode())
     os.close(reader), os.close(writer)
     assert (left / "worker-0.log").exists()
-    first, lock = _make_run_dir()
+    first, lock = make_run_dir()
     assert not left.exists()
-    second, other = _make_run_dir()
+    second, other = make_run_dir()
     assert first.exists(), "its owner lives"
     for directory, file in (first, lock), (second, other):
         shutil.rmtree(directory)

@@ -10,19 +10,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import itertools
 import logging
 import math
 import os
 import shutil
 import sys
-import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import replace
-from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import msgspec
 
@@ -42,12 +39,13 @@ from minidisagg.core.messages import (
     TokenId,
 )
 from minidisagg.core.plan import SeqKey
-from minidisagg.core.policy import ClusterView, RoleChange
 from minidisagg.core.router import Kill, Router, RouterSpec, drain_outbox
-from minidisagg.core.tracked import Emit, Tracked
+from minidisagg.core.tracked import Emit
 from minidisagg.policies import make_policy, rehearse
 from minidisagg.runtime.channel import Channel, ChannelError, listen
-from minidisagg.runtime.launch import Supervisor, role_name
+from minidisagg.runtime.launch import Supervisor
+from minidisagg.runtime.operations import Operations
+from minidisagg.runtime.run_dir import make_run_dir
 
 TICK = 0.25
 DRAIN_POLL = 0.05  # seconds
@@ -57,7 +55,6 @@ QUIET_TIMEOUT = 60.0  # seconds for workers without requests to come to rest, le
 # Without a server there is nobody to turn away: whoever measures or generates offline waits.
 UNLIMITED = RouterSpec(max_waiting=sys.maxsize, max_waiting_tokens=sys.maxsize, request_timeout=math.inf)
 logger = logging.getLogger("minidisagg")
-RUN_DIR, OWNER = "minidisagg-", "owner"
 OnEmit = Callable[[Emit, float], None]
 MAX_SEED = (1 << 63) - 1
 
@@ -83,7 +80,7 @@ class EngineError(RuntimeError):
     """The router, or the policy, has failed in a way that no restart mends; one line for the user."""
 
 
-class Frontend:
+class Frontend(Operations):
     """A running cluster. `await Frontend.start(...)`, then `submit` or `generate`, then `await stop()`."""
 
     def __init__(
@@ -97,7 +94,7 @@ class Frontend:
         self._roles = {name: (role, settings.options()) for name, role, settings in cluster.roles()}
         rehearse(cluster.policy, self._roles)
         self.router = self._make_router()
-        self.run_dir, self._owner = _make_run_dir()
+        self.run_dir, self._owner = make_run_dir()
         self.channels: dict[str, Channel] = {}
         self.greetings: dict[str, Hello] = {}  # the last of each worker, dead ones too: what it can hold stays true
         self.restarted: list[tuple[float, str]] = []  # when a worker died, and which
@@ -163,11 +160,6 @@ class Frontend:
         await self.stop()
 
     # ------------------------------------------------------------ what users call
-
-    @property
-    def hellos(self) -> dict[str, Hello]:
-        """What each live worker said of itself."""
-        return self.router.hellos
 
     @property
     def stats(self) -> dict[str, Stats]:
@@ -248,20 +240,6 @@ class Frontend:
 
     # ------------------------------------------------------------ what operators call
 
-    def pause(self, paused: bool) -> None:
-        """New requests wait in the router, or go on."""
-        self.router.paused = paused
-        self._event("admission paused" if paused else "admission resumed")
-        self.router.place_parked(time.monotonic())
-        self._drain()
-
-    def set_policy(self, spec: str) -> None:
-        """Change the scheduling policy everywhere. Raises `ValueError`."""
-        rehearse(spec, self._roles)
-        self.router.set_policy(spec, make_policy(spec, ROUTER, self.run.decision_dir), time.monotonic())
-        self._event(f"policy {spec}")
-        self._drain()
-
     async def reconfigure(self, cluster: ClusterSettings, run: RunSettings) -> None:
         """Make the same workers another cluster, as it is after its start: on the same processes, weights and memory,
         with its roles, options, policy, records and injected delays.
@@ -290,23 +268,6 @@ class Frontend:
         ended, or was rejected at once."""
         tracked = self.router.requests.get(request_id)
         return [] if tracked is None else tracked.workers
-
-    def set_role(self, worker: str, role: Role) -> None:
-        """Finish what the worker has, then flip; one that is down, when it is back. Raises `KeyError`."""
-        if worker not in self.worker_names:
-            raise KeyError(worker)
-        self.router.set_role(RoleChange(worker, role), time.monotonic())
-        self._event(f"{worker} finishes, then becomes {role_name(role)}")
-        self._drain()
-
-    def drain(self, worker: str) -> None:
-        """The worker takes nothing new, until it is restarted. Raises `KeyError`."""
-        self.router.view.workers[worker].draining = True
-        self._event(f"{worker} drains")
-
-    def kill(self, worker: str) -> None:
-        """SIGKILL; the supervisor starts it again under the next epoch. Raises `KeyError`."""
-        self.supervisor.kill(worker, self.router.view.workers[worker].epoch, wanted=True)
 
     async def fresh_stats(self) -> dict[str, Stats]:
         """Wait until every live worker has reported anew, so that its counters cover all that has happened."""
@@ -439,104 +400,3 @@ class Frontend:
         for observer in self.observers:
             observer.on_emit(emit, now)
         callback(emit, now)
-
-    # ------------------------------------------------------------ what operators see, and do with it
-
-    @property
-    def worker_names(self) -> Sequence[str]:
-        """Of all workers, those that are down too; the prefill workers come first."""
-        return self.supervisor.names
-
-    @property
-    def view(self) -> ClusterView:
-        """The cluster as the policy's hooks see it: the workers that are up, what waits, and the limits."""
-        return self.router.view
-
-    @property
-    def requests(self) -> Mapping[str, Tracked]:
-        """Those that have not ended, in the order in which they came."""
-        return self.router.requests
-
-    @property
-    def parked(self) -> int:
-        """How many of them no worker can take now."""
-        return sum(request_id in self.router.requests for request_id in self.router.parked)
-
-    @property
-    def paused(self) -> bool:
-        """Whether new requests wait in the router."""
-        return self.router.paused
-
-    @property
-    def policy(self) -> str:
-        """The scheduling policy, with its settings."""
-        return self.router.policy_spec or self.cluster.policy
-
-    @property
-    def link(self) -> str:
-        """What moves KV between the workers; empty while none is up."""
-        return str(next((hello.info["link"] for hello in self.hellos.values()), ""))
-
-    @property
-    def mode(self) -> Literal["colocated", "disagg"]:
-        """By the workers' roles; one that is down counts with the role that it will come back with."""
-        roles = [self.router.roles.get(name) or hello.role for name, hello in self.greetings.items()]
-        return "colocated" if roles and all(role == Role.BOTH for role in roles) else "disagg"
-
-    def epoch(self, worker: str) -> int:
-        """Of its latest start, 0 before the first."""
-        return self.router.epochs.get(worker, 0)
-
-    def stalled(self, seconds: float) -> list[str]:
-        """The workers whose step takes longer than this."""
-        return [name for name in self.router.heartbeats if self.router.stands_still(name, seconds)]
-
-    def set_mode(self, mode: Literal["colocated", "disagg"]) -> None:
-        """Give every worker its role of that mode; one that is down, when it is back. Raises `ValueError`."""
-        cluster = self.cluster
-        if mode == "disagg" and not (cluster.prefill_workers and cluster.decode_workers):
-            raise ValueError("disagg needs prefill workers and decode workers")
-        for index, name in enumerate(self.worker_names):
-            role = Role.PREFILL if index < cluster.prefill_workers else Role.DECODE
-            self.set_role(name, Role.BOTH if mode == "colocated" else role)
-
-    def restart(self, worker: str) -> None:
-        """Drain the worker, and end it once no request uses it: the supervisor starts it again. Raises `KeyError`."""
-        self.drain(worker)
-        task = self.loop.create_task(self._kill_idle(worker, self.view.workers[worker].epoch))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _kill_idle(self, worker: str, epoch: int) -> None:
-        while (status := self.view.workers.get(worker)) is not None and status.epoch == epoch:
-            if not self.router.uses(worker):
-                self.kill(worker)
-                return
-            await asyncio.sleep(DRAIN_POLL)
-
-
-def _make_run_dir() -> tuple[Path, int]:
-    """A directory of mode 0700, and the lock that shows that its owner lives. Those of the dead are removed first.
-
-    The path of a Unix socket has 107 bytes at most, so that a long $TMPDIR will not do.
-    """
-    parent = tempfile.gettempdir() if len(tempfile.gettempdir()) <= 50 else "/tmp"
-    for lock in Path(parent).glob(f"{RUN_DIR}*/{OWNER}"):
-        with contextlib.suppress(OSError):  # it lives, or is another user's
-            os.close(_lock(lock))
-            shutil.rmtree(lock.parent, True)
-    made = Path(tempfile.mkdtemp(prefix=RUN_DIR, dir=parent))
-    owner = _lock(made / f"{OWNER}.new")
-    (made / f"{OWNER}.new").rename(made / OWNER)  # locked before anybody can find it
-    return made, owner
-
-
-def _lock(path: Path) -> int:
-    """The descriptor that holds the lock, which goes with its process. Raises `OSError` if somebody has it."""
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(file)
-        raise
-    return file

@@ -1,0 +1,152 @@
+"""What operators see of a running cluster, and do with it; the `Frontend` is one."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from minidisagg.config import ClusterSettings, RunSettings
+from minidisagg.core.messages import ROUTER, Hello, Role
+from minidisagg.core.policy import ClusterView, RoleChange
+from minidisagg.core.rehearsal import Workers
+from minidisagg.core.router import Router
+from minidisagg.core.tracked import Tracked
+from minidisagg.policies import make_policy, rehearse
+from minidisagg.runtime.launch import Supervisor, role_name
+
+DRAIN_POLL = 0.05  # seconds
+
+
+class Operations:
+    """Over a router and the parent of its workers, which whoever is a subclass has made."""
+
+    loop: asyncio.AbstractEventLoop
+    cluster: ClusterSettings
+    run: RunSettings
+    router: Router
+    supervisor: Supervisor
+    greetings: dict[str, Hello]
+    _roles: Workers
+    _tasks: set[asyncio.Task[None]]
+
+    def _event(self, text: str) -> None:
+        """Tell whoever listens."""
+        raise NotImplementedError
+
+    def _drain(self) -> None:
+        """Carry out what the router wants."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------ to see
+
+    @property
+    def hellos(self) -> dict[str, Hello]:
+        """What each live worker said of itself."""
+        return self.router.hellos
+
+    @property
+    def worker_names(self) -> Sequence[str]:
+        """Of all workers, those that are down too; the prefill workers come first."""
+        return self.supervisor.names
+
+    @property
+    def view(self) -> ClusterView:
+        """The cluster as the policy's hooks see it: the workers that are up, what waits, and the limits."""
+        return self.router.view
+
+    @property
+    def requests(self) -> Mapping[str, Tracked]:
+        """Those that have not ended, in the order in which they came."""
+        return self.router.requests
+
+    @property
+    def parked(self) -> int:
+        """How many of them no worker can take now."""
+        return sum(request_id in self.router.requests for request_id in self.router.parked)
+
+    @property
+    def paused(self) -> bool:
+        """Whether new requests wait in the router."""
+        return self.router.paused
+
+    @property
+    def policy(self) -> str:
+        """The scheduling policy, with its settings."""
+        return self.router.policy_spec or self.cluster.policy
+
+    @property
+    def link(self) -> str:
+        """What moves KV between the workers; empty while none is up."""
+        return str(next((hello.info["link"] for hello in self.hellos.values()), ""))
+
+    @property
+    def mode(self) -> Literal["colocated", "disagg"]:
+        """By the workers' roles; one that is down counts with the role that it will come back with."""
+        roles = [self.router.roles.get(name) or hello.role for name, hello in self.greetings.items()]
+        return "colocated" if roles and all(role == Role.BOTH for role in roles) else "disagg"
+
+    def epoch(self, worker: str) -> int:
+        """Of its latest start, 0 before the first."""
+        return self.router.epochs.get(worker, 0)
+
+    def stalled(self, seconds: float) -> list[str]:
+        """The workers whose step takes longer than this."""
+        return [name for name in self.router.heartbeats if self.router.stands_still(name, seconds)]
+
+    # ------------------------------------------------------------ to do
+
+    def pause(self, paused: bool) -> None:
+        """New requests wait in the router, or go on."""
+        self.router.paused = paused
+        self._event("admission paused" if paused else "admission resumed")
+        self.router.place_parked(time.monotonic())
+        self._drain()
+
+    def set_policy(self, spec: str) -> None:
+        """Change the scheduling policy everywhere. Raises `ValueError`."""
+        rehearse(spec, self._roles)
+        self.router.set_policy(spec, make_policy(spec, ROUTER, self.run.decision_dir), time.monotonic())
+        self._event(f"policy {spec}")
+        self._drain()
+
+    def set_role(self, worker: str, role: Role) -> None:
+        """Finish what the worker has, then flip; one that is down, when it is back. Raises `KeyError`."""
+        if worker not in self.worker_names:
+            raise KeyError(worker)
+        self.router.set_role(RoleChange(worker, role), time.monotonic())
+        self._event(f"{worker} finishes, then becomes {role_name(role)}")
+        self._drain()
+
+    def drain(self, worker: str) -> None:
+        """The worker takes nothing new, until it is restarted. Raises `KeyError`."""
+        self.router.view.workers[worker].draining = True
+        self._event(f"{worker} drains")
+
+    def kill(self, worker: str) -> None:
+        """SIGKILL; the supervisor starts it again under the next epoch. Raises `KeyError`."""
+        self.supervisor.kill(worker, self.router.view.workers[worker].epoch, wanted=True)
+
+    def set_mode(self, mode: Literal["colocated", "disagg"]) -> None:
+        """Give every worker its role of that mode; one that is down, when it is back. Raises `ValueError`."""
+        cluster = self.cluster
+        if mode == "disagg" and not (cluster.prefill_workers and cluster.decode_workers):
+            raise ValueError("disagg needs prefill workers and decode workers")
+        for index, name in enumerate(self.worker_names):
+            role = Role.PREFILL if index < cluster.prefill_workers else Role.DECODE
+            self.set_role(name, Role.BOTH if mode == "colocated" else role)
+
+    def restart(self, worker: str) -> None:
+        """Drain the worker, and end it once no request uses it: the supervisor starts it again. Raises `KeyError`."""
+        self.drain(worker)
+        task = self.loop.create_task(self._kill_idle(worker, self.view.workers[worker].epoch))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _kill_idle(self, worker: str, epoch: int) -> None:
+        while (status := self.view.workers.get(worker)) is not None and status.epoch == epoch:
+            if not self.router.uses(worker):
+                self.kill(worker)
+                return
+            await asyncio.sleep(DRAIN_POLL)
