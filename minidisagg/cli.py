@@ -34,6 +34,7 @@ from minidisagg.bench.settings import (
     check_measurable,
     make_sides,
     parse_base_url,
+    parse_concurrencies,
     parse_rate,
     parse_share,
 )
@@ -404,7 +405,7 @@ def _read_bench(
     has_times = flags["dataset_name"] in TRACES and flags["dataset_name"] != "sharegpt"
     default_rate = (0.0, False) if has_times else (ARRIVALS.request_rate, ARRIVALS.relative)
     rate, relative = parse_rate(flags["request_rate"]) if flags["request_rate"] else default_rate
-    concurrencies = _concurrencies(flags["max_concurrency"])
+    concurrencies = parse_concurrencies(flags["max_concurrency"])
     if flags["find_goodput"] and (concurrencies or not 0 < rate < math.inf):
         raise ValueError(
             "--find-goodput searches for a rate: it starts at a finite --request-rate, which a trace must be given, "
@@ -419,25 +420,29 @@ def _read_bench(
         server=server,
         run=run,
         workload=Workload(
-            dataset_name=flags["dataset_name"], dataset_path=flags["dataset_path"] or "", num_prompts=prompts,
-            input_len=flags["random_input_len"], output_len=flags["random_output_len"],
-            range_ratio=flags["random_range_ratio"], trace_speedup=flags["trace_speedup"],
-            trace_scale_len=flags["trace_scale_len"], fit=flags["fit"] and flags["dataset_name"] == "random",
+            dataset_name=flags["dataset_name"],
+            dataset_path=flags["dataset_path"] or "",
+            num_prompts=prompts,
+            input_len=flags["random_input_len"],
+            output_len=flags["random_output_len"],
+            range_ratio=flags["random_range_ratio"],
+            trace_speedup=flags["trace_speedup"],
+            trace_scale_len=flags["trace_scale_len"],
+            fit=flags["fit"] and flags["dataset_name"] == "random",
         ),
         arrivals=Arrivals(
-            request_rate=rate, relative=relative, burstiness=flags["burstiness"], max_concurrency=concurrencies,
+            request_rate=rate,
+            relative=relative,
+            burstiness=flags["burstiness"],
+            max_concurrency=concurrencies,
             num_warmups=flags["num_warmups"],
         ),
         trials=Trials(
-            repeats=flags["repeats"], find_goodput=flags["find_goodput"], preset=flags["preset"],
-            slo=parse_slo(flags["goodput"]) if flags["goodput"] else None, planted=planted,
+            repeats=flags["repeats"],
+            find_goodput=flags["find_goodput"],
+            preset=flags["preset"],
+            slo=parse_slo(flags["goodput"]) if flags["goodput"] else None,
+            planted=planted,
         ),
         report=ReportSettings(directory=flags["result_dir"], json=flags["as_json"], dry_run=flags["dry_run"]),
-    )  # fmt: skip
-
-
-def _concurrencies(text: str) -> tuple[int, ...]:
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise ValueError(f"--max-concurrency {text!r}: expected a positive number, or several joined by commas")
-    return tuple(map(int, parts))
+    )

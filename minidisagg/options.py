@@ -55,9 +55,12 @@ def stack(options: Iterable[Callable[[Command], Command]]) -> Callable[[Command]
 positive = click.IntRange(min=1)
 model_argument = click.argument("model", default=DEFAULT_MODEL)
 mode_option = click.option(
-    "--mode", type=click.Choice(MODES), default=CLUSTER.mode, show_default=True,
+    "--mode",
+    type=click.Choice(MODES),
+    default=CLUSTER.mode,
+    show_default=True,
     help="Prefill and decode on the same workers, or on separate ones.",
-)  # fmt: skip
+)
 # fmt: off
 engine_options = stack(
     [  # the defaults of the numbers of workers are the command's: see `read_engine`
@@ -135,9 +138,11 @@ def read_engine(model: str, flags: dict[str, Any], mode: str, one_worker: bool =
     )
     delays = dict(_delay(text) for text in flags.pop("inject_delay"))
     run = RunSettings(
-        seed=flags.pop("seed"), record_dir=_made(flags.pop("record")),
-        decision_dir=_made(flags.pop("log_decisions")), delays=delays,
-    )  # fmt: skip
+        seed=flags.pop("seed"),
+        record_dir=_made(flags.pop("record")),
+        decision_dir=_made(flags.pop("log_decisions")),
+        delays=delays,
+    )
     return Engine(settings, cluster, run)
 
 

@@ -135,7 +135,7 @@ class Sweep:
         return ModelSettings(model=self.arguments.model, prefix_caching=False)
 
     def _cluster(self, wire: str, grain: str) -> ClusterSettings:
-        worker = WorkerSettings(chunk=self.arguments.chunk)
+        worker = WorkerSettings(chunk=self.arguments.chunk, dtype=self.arguments.dtype)
         return ClusterSettings(
             mode="disagg",
             prefill=worker,
@@ -257,6 +257,7 @@ def read_arguments(words: Sequence[str] | None = None) -> tuple[Namespace, Plan]
     """The command line; raises `ValueError` for a bandwidth that is none."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--dtype", default="auto", help="of model and KV; float32 where a CPU is slow in bfloat16")
     parser.add_argument("--link", default="gloo", choices=KINDS)
     parser.add_argument("--bandwidths", default="", help="[default: 0.1Gbps,0.3Gbps,1Gbps,3Gbps,10Gbps]")
     parser.add_argument("--latency", default="50us", help="of each of them")

@@ -21,9 +21,9 @@ from minidisagg.core.spec import EngineSpec
 from minidisagg.core.tracked import StageTimes, Tracked
 from minidisagg.policies.prefill_first import PrefillFirst
 from minidisagg.policies.sarathi import Sarathi
-from minidisagg.sim.cost_model import LinearCost
+from minidisagg.sim.cost_model import Chaos, LinearCost
 from minidisagg.sim.memory import oracle
-from minidisagg.sim.simulator import Chaos, Simulator
+from minidisagg.sim.simulator import Simulator
 
 CLUSTERS = {
     "colocated": [3, 3], "1p1d": [1, 2], "2p1d": [1, 1, 2], "1p2d": [1, 2, 2], "mixed": [1, 2, 3],

@@ -14,7 +14,8 @@ from minidisagg.core.plan import StepPlan
 from minidisagg.core.policy import Policy, WorkerOptions
 from minidisagg.core.router import RouterSpec
 from minidisagg.core.spec import EngineSpec
-from minidisagg.sim.simulator import Chaos, Simulator, SimWorker
+from minidisagg.sim.cost_model import Chaos
+from minidisagg.sim.simulator import Simulator, SimWorker
 
 NEVER = 1e9
 

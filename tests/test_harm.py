@@ -35,7 +35,7 @@ from minidisagg.core.router import Router
 from minidisagg.core.tracked import Emit
 from minidisagg.runtime.frontend import EngineError, Frontend
 from minidisagg.runtime.launch import Supervisor
-from minidisagg.runtime.run_dir import make_run_dir
+from minidisagg.runtime.rundir import make_run_dir
 
 HOOKS = str(Path(__file__).parent / "hooks")
 PROMPTS = prompts(9, seed=4, shortest=12, longest=40)

@@ -27,7 +27,7 @@ from linkpair import (
 
 from minidisagg.config import ClusterSettings, WorkerSettings
 from minidisagg.core.plan import Piece
-from minidisagg.runtime.worker import link_kind
+from minidisagg.runtime.linkset import link_kind
 from minidisagg.transfer.kinds import make_link, resolve_kind
 from minidisagg.transfer.links import LinkError, LinkHost, LinkSetup, ThreadLink
 

@@ -347,7 +347,9 @@ def test_kills_in_mid_transfer_change_no_token(colocated: Run) -> None:
     assert asyncio.run(with_kills("shm", ["decode-0", "prefill-0"], 0.002, 0)) == colocated.tokens
 
 
-@pytest.mark.parametrize("link", [pytest.param("", marks=pytest.mark.slow), pytest.param("gloo", marks=needs_two_cores)])
+@pytest.mark.parametrize(
+    "link", [pytest.param("", marks=pytest.mark.slow), pytest.param("gloo", marks=needs_two_cores)]
+)
 def test_a_kill_at_a_random_moment_changes_no_token(link: str, colocated: Run) -> None:
     async def run(victim: str, after: float) -> list[list[int]]:
         shape = settings("disagg" if link else "colocated", link or "auto", POOL, policy=thirds())

@@ -55,9 +55,13 @@ class LoadGenerator:
     def _send(self, item: WorkItem, scheduled: float) -> None:
         assert item.prompt is not None
         record = RequestRecord(
-            request_id=str(item.index), index=item.index, scheduled=scheduled, sent=time.monotonic(),
-            prompt_len=len(item.prompt), output_len=item.output_len,
-        )  # fmt: skip
+            request_id=str(item.index),
+            index=item.index,
+            scheduled=scheduled,
+            sent=time.monotonic(),
+            prompt_len=len(item.prompt),
+            output_len=item.output_len,
+        )
         self.records.append(record)
 
         def on_emit(emit: Emit, now: float) -> None:
@@ -99,20 +103,30 @@ def worker_records(
         new, old, info = after[name], before.get(name), hellos[name].info
         if old is None or old.steps > new.steps:
             continue  # it died in between, and its counters began anew
-        workers.append(WorkerRecord(
-            name=name, role=role_name(new.role), busy_s=new.busy_seconds - old.busy_seconds,
-            flops=new.flops - old.flops, bytes_read=new.bytes_read - old.bytes_read,
-            cpu_s=new.cpu_seconds - old.cpu_seconds, peak_flops=float(info["flops"]),
-            peak_bytes=float(info["bandwidth"]),
-        ))  # fmt: skip
+        workers.append(
+            WorkerRecord(
+                name=name,
+                role=role_name(new.role),
+                busy_s=new.busy_seconds - old.busy_seconds,
+                flops=new.flops - old.flops,
+                bytes_read=new.bytes_read - old.bytes_read,
+                cpu_s=new.cpu_seconds - old.cpu_seconds,
+                peak_flops=float(info["flops"]),
+                peak_bytes=float(info["bandwidth"]),
+            )
+        )
         past = {link.peer: link for link in old.links}
         for link in new.links:
             earlier = past.get(link.peer)
-            links.append(LinkRecord(
-                source=name, dest=link.peer, kind=link.kind,
-                bytes=link.bytes - (earlier.bytes if earlier else 0),
-                seconds=link.seconds - (earlier.seconds if earlier else 0.0),
-                transfers=link.transfers - (earlier.transfers if earlier else 0),
-                failures=link.failures - (earlier.failures if earlier else 0),
-            ))  # fmt: skip
+            links.append(
+                LinkRecord(
+                    source=name,
+                    dest=link.peer,
+                    kind=link.kind,
+                    bytes=link.bytes - (earlier.bytes if earlier else 0),
+                    seconds=link.seconds - (earlier.seconds if earlier else 0.0),
+                    transfers=link.transfers - (earlier.transfers if earlier else 0),
+                    failures=link.failures - (earlier.failures if earlier else 0),
+                )
+            )
     return workers, links

@@ -201,20 +201,30 @@ class HttpLoadGenerator(LoadGenerator):
     def _send(self, item: WorkItem, scheduled: float) -> None:
         prompt_len = item.prompt_len if item.prompt is None else len(item.prompt)
         record = RequestRecord(
-            request_id=str(item.index), index=item.index, scheduled=scheduled, sent=time.monotonic(),
-            prompt_len=prompt_len, output_len=item.output_len,
-        )  # fmt: skip
+            request_id=str(item.index),
+            index=item.index,
+            scheduled=scheduled,
+            sent=time.monotonic(),
+            prompt_len=prompt_len,
+            output_len=item.output_len,
+        )
         self.records.append(record)
         self._tasks.create_task(self._request(record, item))
 
     def body(self, item: WorkItem) -> dict[str, object]:
         """The request: token ids where the workload has them, else its text; greedy, and of exactly its length."""
         return {
-            "model": self.server.model, "prompt": item.prompt_text if item.prompt is None else item.prompt,
-            "max_tokens": item.output_len, "min_tokens": item.output_len, "ignore_eos": True, "temperature": 0.0,
-            "seed": ((self.seed << 32) + item.index) % (1 << 63), "cache_salt": f"{self._salt}{item.salt}",
-            "stream": True, "stream_options": {"include_usage": True},
-        }  # fmt: skip
+            "model": self.server.model,
+            "prompt": item.prompt_text if item.prompt is None else item.prompt,
+            "max_tokens": item.output_len,
+            "min_tokens": item.output_len,
+            "ignore_eos": True,
+            "temperature": 0.0,
+            "seed": ((self.seed << 32) + item.index) % (1 << 63),
+            "cache_salt": f"{self._salt}{item.salt}",
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
 
     async def _request(self, record: RequestRecord, item: WorkItem) -> None:
         answer, body = Answer(record), msgspec.json.encode(self.body(item))
@@ -277,7 +287,7 @@ class HttpServer:
             headers=headers,
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE),
             timeout=aiohttp.ClientTimeout(total=None, sock_read=SILENCE),
-        )  # fmt: skip
+        )
         return self
 
     async def __aexit__(

@@ -73,9 +73,15 @@ class Bench:
         self._runs = itertools.count()
         self._trace_report = ""
         self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal,
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
 
     # ------------------------------------------------------------ set-up
 
@@ -233,13 +239,24 @@ class Bench:
         workers, links = worker_records(target.hellos, before, await target.fresh_stats())
         quick = ["quick preset, not for publication"] if options.trials.preset == "quick" else []
         return RunRecord(
-            label=target.label, mode=target.mode, policy=target.policy, model=target.model,
-            workload=describe_workload(options.workload), request_rate=_plain(rate),
-            burstiness=options.arrivals.burstiness, max_concurrency=concurrency, seed=options.run.seed,
-            repetition=repetition, num_warmups=options.arrivals.num_warmups, requests=requests, workers=workers,
-            links=links, frontend_cpu_share=cpu / wall, wall_s=wall,
+            label=target.label,
+            mode=target.mode,
+            policy=target.policy,
+            model=target.model,
+            workload=describe_workload(options.workload),
+            request_rate=_plain(rate),
+            burstiness=options.arrivals.burstiness,
+            max_concurrency=concurrency,
+            seed=options.run.seed,
+            repetition=repetition,
+            num_warmups=options.arrivals.num_warmups,
+            requests=requests,
+            workers=workers,
+            links=links,
+            frontend_cpu_share=cpu / wall,
+            wall_s=wall,
             marks=[*quick, *target.notes(requests)],
-        )  # fmt: skip
+        )
 
     async def interleaved(self, rate: float, concurrency: int | None = None) -> Comparison:
         """All repetitions of all sides, A B B A …, as one comparison.
@@ -269,9 +286,14 @@ def build_items(
     if workload.dataset_name == "text":
         return text_items(count, workload.output_len, encode, seed), ""
     items, report = load_trace(
-        workload.dataset_name, workload.dataset_path, count=count, speedup=workload.trace_speedup,
-        scale_len=workload.trace_scale_len, max_model_len=max_model_len, encode=encode,
-    )  # fmt: skip
+        workload.dataset_name,
+        workload.dataset_path,
+        count=count,
+        speedup=workload.trace_speedup,
+        scale_len=workload.trace_scale_len,
+        max_model_len=max_model_len,
+        encode=encode,
+    )
     return items, str(report)
 
 

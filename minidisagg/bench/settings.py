@@ -188,3 +188,11 @@ def parse_rate(text: str) -> tuple[float, bool]:
             f"request rate {text!r}: write requests per second, inf, or 0.5x of one prefill worker's capacity"
         )
     return rate, relative
+
+
+def parse_concurrencies(text: str) -> tuple[int, ...]:
+    """ "1,4,16" → (1, 4, 16). Raises `ValueError`."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"--max-concurrency {text!r}: expected a positive number, or several joined by commas")
+    return tuple(map(int, parts))

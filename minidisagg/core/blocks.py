@@ -34,7 +34,7 @@ class IntegrityError(AssertionError):
 
 
 def prefix_root(fingerprint: str, salt: str) -> bytes:
-    """The parent hash of a request's first page: model, layout and codec, and the tenant."""
+    """The parent hash of a request's first page: model and layout, and the tenant."""
     return hashlib.sha256(f"{fingerprint}\0{salt}".encode()).digest()
 
 

@@ -275,7 +275,7 @@ class EngineCore(Accounts):
         request = Request(offer, self.spec.fingerprint, self.now)
         refusal = ""
         if offer.fingerprint != self.spec.fingerprint:
-            refusal = "another model, cache layout or codec"
+            refusal = "another model or cache layout"
         elif request.prefill_len > self.spec.num_pages * self.spec.page_size:
             refusal = "the prompt exceeds the decode worker's KV cache"
         elif self.incoming.is_dead(source, offer.link_epoch):
@@ -313,13 +313,17 @@ class EngineCore(Accounts):
         finish = request.finish_reason()
         now = self.now
         out = TokenOut(
-            request.request_id, request.incarnation, len(request.output) - 1, token, finish,
+            request.request_id,
+            request.incarnation,
+            len(request.output) - 1,
+            token,
+            finish,
             queue_s=request.first_scheduled_at - request.queued_at if first else 0.0,
             prefill_s=now - request.first_scheduled_at if first else 0.0,
             wait_s=max(0.0, request.first_scheduled_at - request.ready_at) if request.ready_at >= 0 else 0.0,
             step_s=now - request.first_scheduled_at if request.ready_at >= 0 else 0.0,
             cached_tokens=request.cached_tokens if first else 0,
-        )  # fmt: skip
+        )
         request.ready_at = -1.0
         if finish:
             self._end(request)

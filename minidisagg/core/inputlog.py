@@ -89,9 +89,7 @@ def read_entries(log: BinaryIO) -> tuple[EngineSpec, Iterator[tuple[Entry, StepP
     return spec, entries()
 
 
-def replay(
-    log: BinaryIO, load_policy: Callable[[str], Policy]
-) -> Iterator[tuple[StepPlan | None, StepPlan | None]]:  # fmt: skip
+def replay(log: BinaryIO, load_policy: Callable[[str], Policy]) -> Iterator[tuple[StepPlan | None, StepPlan | None]]:
     """(recorded plan, replayed plan) of every `Schedule`; `load_policy` makes the policies by their names."""
     spec, entries = read_entries(log)
     core = EngineCore(spec, load_policy)

@@ -425,35 +425,10 @@ class LinkAborted(Message, frozen=True):
 
 
 AnyMessage = (
-    Submit
-    | Abort
-    | SetRole
-    | SetPolicy
-    | Reconfigure
-    | Migrate
-    | PeerUp
-    | PeerDown
-    | Hello
-    | Logprobs
-    | StepOutput
-    | Released
-    | Failed
-    | PieceSpans
-    | Stats
-    | Fatal
-    | KVOffer
-    | KVGrant
-    | KVWait
-    | KVBusy
-    | KVPiece
-    | KVDone
-    | KVAck
-    | KVCancel
-    | KVFailed
-    | LinkOpen
-    | LinkReady
-    | LinkAborted
-)
+    Submit | Abort | SetRole | SetPolicy | Reconfigure | Migrate | PeerUp | PeerDown | Hello | Logprobs | StepOutput
+    | Released | Failed | PieceSpans | Stats | Fatal | KVOffer | KVGrant | KVWait | KVBusy | KVPiece | KVDone |
+    KVAck | KVCancel | KVFailed | LinkOpen | LinkReady | LinkAborted
+)  # fmt: skip
 
 
 class Envelope(Struct, frozen=True, array_like=True):

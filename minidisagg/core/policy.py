@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from minidisagg.core.messages import Role
+from minidisagg.core.messages import Role, StepOutput
 from minidisagg.core.messages import WorkerOptions as WorkerOptions  # policies know it from here
 
 Stage = Literal["prefill", "transfer", "decode"]
+SMOOTHING = 0.2  # weight of the newest step in the running means
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,10 @@ class RequestView(AnyRequest, Protocol):
         ...
 
 
+def _smooth(mean: float, value: float) -> float:
+    return value if mean == 0.0 else mean + SMOOTHING * (value - mean)
+
+
 @dataclass
 class WorkerStatus:
     """The router's picture of one worker. What it placed itself it knows at once, the rest is as old as `stats_at`."""
@@ -92,6 +97,13 @@ class WorkerStatus:
     t_decode_step: float = 0.0  # seconds per pure decode step, smoothed
     flipping: Role | None = None  # takes nothing new until it has taken this role
     draining: bool = False  # takes nothing new until it is started again
+
+    def learn(self, step: StepOutput) -> None:
+        """Steps of one phase alone say what a token of it costs."""
+        if step.prefill_tokens and not step.decode_tokens:
+            self.t_prefill_token = _smooth(self.t_prefill_token, step.seconds / step.prefill_tokens)
+        elif step.decode_tokens and not step.prefill_tokens:
+            self.t_decode_step = _smooth(self.t_decode_step, step.seconds)
 
     def takes(self, role: Role) -> bool:
         """The router may send it work of this role."""

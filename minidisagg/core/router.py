@@ -52,7 +52,6 @@ from minidisagg.core.policy import ClusterView, Placement, Policy, Reject, RoleC
 from minidisagg.core.tracked import Emit, Stage, Tracked
 
 MAX_FAILURES = 3  # a request that is charged with this many ends in an error
-SMOOTHING = 0.2  # weight of the newest step in the running means
 
 
 class Kill(Struct, frozen=True):
@@ -64,6 +63,7 @@ class Kill(Struct, frozen=True):
 
 
 RouterEffect = Send | Emit | Kill
+Suspects = Collection[SeqKey] | None
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,8 @@ class Router:
         self._cohorts = 0  # of suspects that there have been
         self._clock = LivedTime()
         self._lived = 0.0
-        self.view = ClusterView(
-            0.0, {}, max_waiting=spec.max_waiting, max_waiting_tokens=spec.max_waiting_tokens,
-            rng=random.Random(spec.seed),
-        )  # fmt: skip
+        limits = spec.max_waiting, spec.max_waiting_tokens
+        self.view = ClusterView(0.0, {}, 0, 0, *limits, random.Random(spec.seed))
 
     # ------------------------------------------------------------ clients
 
@@ -166,9 +164,7 @@ class Router:
             if target is not None and target.epoch == body.epoch:
                 self.outbox.append(Kill(target.name, target.epoch, body.reason))
 
-    def on_worker_down(
-        self, name: str, epoch: int, now: float, suspects: Collection[SeqKey] | None = None
-    ) -> None:  # fmt: skip
+    def on_worker_down(self, name: str, epoch: int, now: float, suspects: Suspects = None) -> None:
         """The worker's process is dead (waited for): tell its peers, resubmit what needed it.
 
         `suspects`: what it was at work on; empty where no request is to blame, None where nobody knows.
@@ -360,9 +356,14 @@ class Router:
             self._send(other, PeerUp(name, epoch, hello.address))
             self._send(name, PeerUp(other, self.view.workers[other].epoch, peer.address))
         self.view.workers[name] = WorkerStatus(
-            name, epoch, hello.role, hello.num_pages, hello.page_size, pages_free=hello.num_pages,
+            name,
+            epoch,
+            hello.role,
+            hello.num_pages,
+            hello.page_size,
+            pages_free=hello.num_pages,
             stats_at=self.view.now,
-        )  # fmt: skip
+        )
         if self.policy_spec:
             self._send(name, SetPolicy(self.policy_spec))
         if name in self.roles:
@@ -384,10 +385,7 @@ class Router:
         status.stats_at = self.view.now
 
     def _on_step(self, status: WorkerStatus, step: StepOutput) -> None:
-        if step.prefill_tokens and not step.decode_tokens:
-            status.t_prefill_token = _smooth(status.t_prefill_token, step.seconds / step.prefill_tokens)
-        elif step.decode_tokens and not step.prefill_tokens:
-            status.t_decode_step = _smooth(status.t_decode_step, step.seconds)
+        status.learn(step)
         for out in step.tokens:
             request = self.requests.get(out.request_id)
             if request is None or request.incarnation != out.incarnation or out.index < len(request.emitted):
@@ -436,10 +434,6 @@ class Router:
 
     def _send(self, dest: str, body: PeerUp | PeerDown | Submit | Abort | Migrate | SetRole | SetPolicy) -> None:
         self.outbox.append(Send(dest, body))
-
-
-def _smooth(mean: float, value: float) -> float:
-    return value if mean == 0.0 else mean + SMOOTHING * (value - mean)
 
 
 def drain_outbox(router: Router) -> Iterable[RouterEffect]:

@@ -201,7 +201,7 @@ class Scheduler:
 
     def _pages_for(
         self, request: Request, tokens: int, cacheable: int, spare: int, take: Callable[[int], list[int] | None]
-    ) -> list[int] | None:  # fmt: skip
+    ) -> list[int] | None:
         """Give the request a block table for `tokens`: what the prefix cache has of the first `cacheable`, and the rest
         from `take`, which is returned.
 

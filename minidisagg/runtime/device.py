@@ -208,6 +208,20 @@ def dtype_of(settings: WorkerSettings, config: ModelConfig) -> torch.dtype:
     return dtype
 
 
+def max_model_len(config: WorkerConfig, model: ModelConfig, cache: KVCache) -> int:
+    """What was asked for, which must be possible; else the model's own limit, or what the cache holds."""
+    asked, held = config.model.max_model_len, cache.num_pages * cache.page_size
+    if asked > model.max_model_len:
+        raise ValueError(f"max_model_len is {asked}, but the model's own limit is {model.max_model_len}")
+    if asked > held:
+        need = -(-asked // cache.page_size) * cache.bytes_per_page
+        raise ValueError(
+            f"the KV cache of {config.settings.kv_cache_memory} bytes holds {held} tokens; max_model_len {asked} "
+            f"needs {need} bytes"
+        )
+    return asked or min(model.max_model_len, held)
+
+
 def pages_begun(items: list[PlanItem], page_size: int) -> list[int]:
     """Pages whose first token the step writes but whose last it does not: their ends hold an earlier owner's KV."""
     begun = []

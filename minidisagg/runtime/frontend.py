@@ -45,10 +45,9 @@ from minidisagg.policies import make_policy, rehearse
 from minidisagg.runtime.channel import Channel, ChannelError, listen
 from minidisagg.runtime.launch import Supervisor
 from minidisagg.runtime.operations import Operations
-from minidisagg.runtime.run_dir import make_run_dir
+from minidisagg.runtime.rundir import make_run_dir
 
 TICK = 0.25
-DRAIN_POLL = 0.05  # seconds
 STATS_TIMEOUT = 5.0  # seconds; a worker reports four times a second
 START_TIMEOUT = 300.0  # seconds for all workers to load their weights
 QUIET_TIMEOUT = 60.0  # seconds for workers without requests to come to rest, leases of lost handoffs included
@@ -193,9 +192,14 @@ class Frontend(Operations):
             raise ValueError(f"token ids must be below the vocabulary's size of {self.vocab_size}")
 
     def submit(
-        self, prompt: list[int], sampling: SamplingParams, on_emit: OnEmit, arrival: float | None = None,
-        salt: str = "", priority: int = 0,
-    ) -> str:  # fmt: skip
+        self,
+        prompt: list[int],
+        sampling: SamplingParams,
+        on_emit: OnEmit,
+        arrival: float | None = None,
+        salt: str = "",
+        priority: int = 0,
+    ) -> str:
         """Send a request and return its id; `on_emit(emit, time.monotonic())` is called with its tokens and its end.
 
         Raises `ValueError`, and `EngineError` once the engine has failed for good.
@@ -263,12 +267,6 @@ class Frontend(Operations):
                 self.channels[name].send(Envelope(ROUTER, 0, body))
         await self._all_up()
 
-    def workers_of(self, request_id: str) -> list[str]:
-        """Where the request is and was, in order: the router's own list, which grows with each move. Empty where it has
-        ended, or was rejected at once."""
-        tracked = self.router.requests.get(request_id)
-        return [] if tracked is None else tracked.workers
-
     async def fresh_stats(self) -> dict[str, Stats]:
         """Wait until every live worker has reported anew, so that its counters cover all that has happened."""
         seen = dict(self.router.reports)
@@ -332,9 +330,7 @@ class Frontend(Operations):
         except Exception as error:
             self._on_router_failure(error)
 
-    def _on_worker_down(
-        self, name: str, epoch: int, early: bool, suspects: Collection[SeqKey] | None
-    ) -> None:  # fmt: skip
+    def _on_worker_down(self, name: str, epoch: int, early: bool, suspects: Collection[SeqKey] | None) -> None:
         if early and not self.error:
             self.error = f"{name} did not start: {self.supervisor.log_tail(name) or 'no message'}"
         if early:

@@ -43,9 +43,13 @@ class Supervisor:
     """The parent of all worker processes of one front end."""
 
     def __init__(
-        self, model: ModelSettings, cluster: ClusterSettings, run: RunSettings, run_dir: Path,
+        self,
+        model: ModelSettings,
+        cluster: ClusterSettings,
+        run: RunSettings,
+        run_dir: Path,
         on_down: Callable[[str, int, bool, Collection[SeqKey] | None], None],
-    ) -> None:  # fmt: skip
+    ) -> None:
         """`on_down(name, epoch, early, suspects)` follows the wait for the process; `early`: its first start has
         failed; `suspects`: see `Router.on_worker_down`."""
         load_config(model.model)  # a wrong name or a broken config is told before any process is started
@@ -128,9 +132,15 @@ class Supervisor:
         self._configs[name] = config
         with (self.run_dir / f"{name}.log").open("ab") as log:
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "minidisagg.runtime.process", msgspec.json.encode(config).decode(),
-                stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, env=_environment(config),
-            )  # fmt: skip
+                sys.executable,
+                "-m",
+                "minidisagg.runtime.process",
+                msgspec.json.encode(config).decode(),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=_environment(config),
+            )
         self.processes[name] = process
         for work in self._watch(name, config.epoch, process), self._kill_if_silent(name, config.epoch, HELLO_TIMEOUT):
             task = asyncio.get_running_loop().create_task(work)

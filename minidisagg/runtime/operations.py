@@ -1,4 +1,4 @@
-"""What operators see of a running cluster, and do with it; the `Frontend` is one."""
+"""What operators see of a running cluster, and do with it: the server's /admin, the benchmark, tests."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Literal
 
 from minidisagg.config import ClusterSettings, RunSettings
 from minidisagg.core.messages import ROUTER, Hello, Role
-from minidisagg.core.policy import ClusterView, RoleChange
-from minidisagg.core.rehearsal import Workers
+from minidisagg.core.policy import ClusterView, RoleChange, WorkerOptions
 from minidisagg.core.router import Router
 from minidisagg.core.tracked import Tracked
 from minidisagg.policies import make_policy, rehearse
@@ -20,31 +19,29 @@ DRAIN_POLL = 0.05  # seconds
 
 
 class Operations:
-    """Over a router and the parent of its workers, which whoever is a subclass has made."""
+    """Of a `Frontend`, which has the parts."""
 
-    loop: asyncio.AbstractEventLoop
     cluster: ClusterSettings
     run: RunSettings
     router: Router
     supervisor: Supervisor
+    loop: asyncio.AbstractEventLoop
     greetings: dict[str, Hello]
-    _roles: Workers
+    _roles: Mapping[str, tuple[Role, WorkerOptions]]
     _tasks: set[asyncio.Task[None]]
 
     def _event(self, text: str) -> None:
-        """Tell whoever listens."""
         raise NotImplementedError
 
     def _drain(self) -> None:
-        """Carry out what the router wants."""
         raise NotImplementedError
-
-    # ------------------------------------------------------------ to see
 
     @property
     def hellos(self) -> dict[str, Hello]:
-        """What each live worker said of itself."""
+        """The live workers, and what they said they are."""
         return self.router.hellos
+
+    # ------------------------------------------------------------ see
 
     @property
     def worker_names(self) -> Sequence[str]:
@@ -95,7 +92,13 @@ class Operations:
         """The workers whose step takes longer than this."""
         return [name for name in self.router.heartbeats if self.router.stands_still(name, seconds)]
 
-    # ------------------------------------------------------------ to do
+    def workers_of(self, request_id: str) -> list[str]:
+        """Where the request is and was, in order: the router's own list, which grows with each move. Empty where it has
+        ended, or was rejected at once."""
+        tracked = self.router.requests.get(request_id)
+        return [] if tracked is None else tracked.workers
+
+    # ------------------------------------------------------------ do
 
     def pause(self, paused: bool) -> None:
         """New requests wait in the router, or go on."""

@@ -29,7 +29,7 @@ from typing import Any, BinaryIO, TypeVar
 import msgspec
 import torch
 
-from minidisagg.config import ClusterSettings, WorkerConfig
+from minidisagg.config import WorkerConfig
 from minidisagg.core.checked import PolicyError
 from minidisagg.core.effects import AbortLink, OpenLink, Send, StartPiece
 from minidisagg.core.engine import EngineCore, drain
@@ -57,11 +57,10 @@ from minidisagg.policies import make_policy
 from minidisagg.runtime.blackbox import KINDS, Note
 from minidisagg.runtime.ceilings import measure_ceilings
 from minidisagg.runtime.channel import Channel, ChannelError, connect, listen
-from minidisagg.runtime.device import StepResult, load_device
-from minidisagg.runtime.kv_cache import KVCache
-from minidisagg.runtime.linkset import LinkHooks, LinkSet
+from minidisagg.runtime.device import StepResult, load_device, max_model_len
+from minidisagg.runtime.linkset import LinkHooks, LinkSet, link_kind
 from minidisagg.transfer.emulate import make_nic
-from minidisagg.transfer.kinds import efficient_bytes, resolve_kind
+from minidisagg.transfer.kinds import efficient_bytes
 from minidisagg.transfer.links import LinkHost
 
 T = TypeVar("T")
@@ -92,9 +91,7 @@ class Worker:
         self.steps_flying = self.checked = 0  # steps under way, and those done when the accounts were checked last
         self.busy_seconds = self.flops = self.bytes_read = 0.0
         self.clock_offset = config.run.clock_offsets.get(config.name, 0.0)
-        self.computing, self.reading = (
-            Note(Path(config.run_dir), config.name, config.epoch, kind) for kind in KINDS
-        )  # fmt: skip
+        self.computing, self.reading = (Note(Path(config.run_dir), config.name, config.epoch, kind) for kind in KINDS)
 
     async def run(self) -> None:
         """Load, say hello, serve until told to stop; raises `ValueError` for what a user can mend."""
@@ -136,34 +133,50 @@ class Worker:
         self.link_kind = kind
         self._make_core()
         self.loop.call_soon_threadsafe(self._make_links)
-        limit = _max_model_len(config, model_config, cache)
+        limit = max_model_len(config, model_config, cache)
         return Hello(
-            config.role, cache.num_pages, cache.page_size, limit,
-            self.core.spec.fingerprint, f"unix:{config.run_dir}/{config.name}.{config.epoch}.sock", os.getpid(),
+            config.role,
+            cache.num_pages,
+            cache.page_size,
+            limit,
+            self.core.spec.fingerprint,
+            f"unix:{config.run_dir}/{config.name}.{config.epoch}.sock",
+            os.getpid(),
             model_config.kv_bytes_per_token(cache.data.dtype.itemsize),
             {
-                "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch."),
-                "threads": torch.get_num_threads(), "cpus": config.settings.cpus,
+                "device": str(model.device),
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "threads": torch.get_num_threads(),
+                "cpus": config.settings.cpus,
                 "link": kind if self.nic is None else f"{kind} as {emulated}",
-                "bandwidth": bandwidth, "flops": flops, "parameters": model_config.num_parameters,
+                "bandwidth": bandwidth,
+                "flops": flops,
+                "parameters": model_config.num_parameters,
                 "vocab_size": model_config.vocab_size,
             },
-        )  # fmt: skip
+        )
 
     def _make_core(self) -> None:
         """The core of this epoch, and the log of its inputs."""
         config, cache, model, kind = self.config, self.device.cache, self.device.model, self.link_kind
         spec = EngineSpec(
-            name=config.name, epoch=config.epoch, role=config.role, num_pages=cache.num_pages,
-            page_size=cache.page_size, num_layers=model.config.num_layers,
+            name=config.name,
+            epoch=config.epoch,
+            role=config.role,
+            num_pages=cache.num_pages,
+            page_size=cache.page_size,
+            num_layers=model.config.num_layers,
             fingerprint=cache.fingerprint(model.config),
-            policy=config.cluster.policy, one_sided_links=kind == "shm",
+            policy=config.cluster.policy,
+            one_sided_links=kind == "shm",
             granularity=parse_granularity(config.cluster.transfer_granularity, efficient_bytes(kind, self.nic)),
             layer_bytes=cache.bytes_per_page // model.config.num_layers,
-            prefix_caching=config.model.prefix_caching, lease=config.run.lease,
-            link_timeout=config.run.link_timeout, step_deadline=config.run.step_deadline,
+            prefix_caching=config.model.prefix_caching,
+            lease=config.run.lease,
+            link_timeout=config.run.link_timeout,
+            step_deadline=config.run.step_deadline,
             options=config.settings.options(),
-        )  # fmt: skip
+        )
         load_policy = partial(make_policy, who=config.name, log_dir=config.run.decision_dir)
         if self.record is not None:
             self.record.close()
@@ -280,9 +293,14 @@ class Worker:
     def stats(self) -> AnyMessage:
         """The core's numbers with what only the process knows."""
         return msgspec.structs.replace(
-            self.core.stats(), links=self.links.stats(), busy_seconds=self.busy_seconds, flops=self.flops,
-            bytes_read=self.bytes_read, cpu_seconds=time.process_time(), clock=self.now(),
-        )  # fmt: skip
+            self.core.stats(),
+            links=self.links.stats(),
+            busy_seconds=self.busy_seconds,
+            flops=self.flops,
+            bytes_read=self.bytes_read,
+            cpu_seconds=time.process_time(),
+            clock=self.now(),
+        )
 
     # ------------------------------------------------------------ outputs
 
@@ -427,29 +445,3 @@ class Worker:
 def _lower_priority() -> None:
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), DEVICE_NICE)
-
-
-def link_kind(cluster: ClusterSettings) -> str:
-    """What was asked for; `auto` gives the same for all workers of a cluster.
-
-    It knows that NCCL refuses two ranks on one GPU unless a recent one is told otherwise.
-    """
-    devices = [torch.device(worker.device) for _, _, worker in cluster.roles()]
-    gpus = {device.index or 0 for device in devices if device.type == "cuda"}
-    if cluster.link == "auto" and len(gpus) == 1 and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1":
-        return "gloo"
-    return resolve_kind(cluster.link, *(device.type for device in devices))
-
-
-def _max_model_len(config: WorkerConfig, model: ModelConfig, cache: KVCache) -> int:
-    """What was asked for, which must be possible; else the model's own limit, or what the cache holds."""
-    asked, held = config.model.max_model_len, cache.num_pages * cache.page_size
-    if asked > model.max_model_len:
-        raise ValueError(f"max_model_len is {asked}, but the model's own limit is {model.max_model_len}")
-    if asked > held:
-        need = -(-asked // cache.page_size) * cache.bytes_per_page
-        raise ValueError(
-            f"the KV cache of {config.settings.kv_cache_memory} bytes holds {held} tokens; max_model_len {asked} "
-            f"needs {need} bytes"
-        )
-    return asked or min(model.max_model_len, held)

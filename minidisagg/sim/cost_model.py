@@ -1,4 +1,4 @@
-"""What a step and a transfer cost on the simulated device: linear in what the roofline says matters."""
+"""What a step and a transfer cost on the simulated device, linear in what the roofline says matters; and bad luck."""
 
 from __future__ import annotations
 
@@ -29,3 +29,15 @@ class LinearCost:
     def transfer_seconds(self, pages: float) -> float:
         """Duration of one piece on an idle link; `pages` of all layers, so that some layers are parts of pages."""
         return self.link_latency + pages * self.link_page
+
+
+@dataclass(frozen=True)
+class Chaos:
+    """Probabilities and delays of what a network and a scheduler may do."""
+
+    reorder: float = 0.0  # a message is delayed past others
+    duplicate: float = 0.0  # a message arrives twice
+    drop: float = 0.0  # a message between workers is lost
+    delay: float = 0.02  # by up to so many seconds
+    break_transfer: float = 0.0  # a piece fails (checksum, reset)
+    abort_delay: float = 0.0  # up to so many seconds until an abort is confirmed; writes may land until then

@@ -28,22 +28,10 @@ from minidisagg.core.policy import Policy
 from minidisagg.core.router import Kill, Router, RouterSpec, drain_outbox
 from minidisagg.core.spec import EngineSpec
 from minidisagg.core.tracked import Emit, StageTimes
-from minidisagg.sim.cost_model import LinearCost
+from minidisagg.sim.cost_model import Chaos, LinearCost
 from minidisagg.sim.memory import Memory
 
 TICK = 0.25  # seconds between ticks
-
-
-@dataclass(frozen=True)
-class Chaos:
-    """Probabilities and delays of what a network and a scheduler may do."""
-
-    reorder: float = 0.0  # a message is delayed past others
-    duplicate: float = 0.0  # a message arrives twice
-    drop: float = 0.0  # a message between workers is lost
-    delay: float = 0.02  # by up to so many seconds
-    break_transfer: float = 0.0  # a piece fails (checksum, reset)
-    abort_delay: float = 0.0  # up to so many seconds until an abort is confirmed; writes may land until then
 
 
 @dataclass
@@ -79,10 +67,18 @@ class Simulator:
     """A cluster on a virtual clock."""
 
     def __init__(
-        self, specs: list[EngineSpec], make_policy: Callable[[], Policy], cost: LinearCost | None = None,
-        router: RouterSpec | None = None, chaos: Chaos | None = None, seed: int = 0, vocab: int = 1 << 16,
-        depth: int = 0, check: bool = True, restart_after: float = 0.5,
-    ) -> None:  # fmt: skip
+        self,
+        specs: list[EngineSpec],
+        make_policy: Callable[[], Policy],
+        cost: LinearCost | None = None,
+        router: RouterSpec | None = None,
+        chaos: Chaos | None = None,
+        seed: int = 0,
+        vocab: int = 1 << 16,
+        depth: int = 0,
+        check: bool = True,
+        restart_after: float = 0.5,
+    ) -> None:
         """`depth` steps may be planned ahead; with `check`, invariants are proved after every event."""
         self.now = 0.0
         self.rng = random.Random(seed)
@@ -129,9 +125,14 @@ class Simulator:
         heapq.heappush(self._events, (max(time, self.now), next(self._count), action))
 
     def submit(
-        self, request_id: str, prompt: list[int], sampling: SamplingParams, at: float, salt: str = "",
+        self,
+        request_id: str,
+        prompt: list[int],
+        sampling: SamplingParams,
+        at: float,
+        salt: str = "",
         priority: int = 0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """A client sends this request."""
 
         def arrive() -> None:
@@ -191,9 +192,11 @@ class Simulator:
     def _start(self, spec: EngineSpec) -> None:
         worker = SimWorker(EngineCore(spec, lambda _: self.make_policy()), self.planes)
         self.workers[spec.name] = worker
-        self._send(worker, ROUTER, Hello(
-            spec.role, spec.num_pages, spec.page_size, 1 << 20, spec.fingerprint, f"sim:{spec.name}", 0, 1
-        ))  # fmt: skip
+        self._send(
+            worker,
+            ROUTER,
+            Hello(spec.role, spec.num_pages, spec.page_size, 1 << 20, spec.fingerprint, f"sim:{spec.name}", 0, 1),
+        )
 
     def _reaped(self, worker: SimWorker) -> None:
         spec, computing = worker.core.spec, worker.steps[0].items if worker.steps else ()

@@ -1,4 +1,4 @@
-"""A front end's directory for sockets, logs and notes, and the removal of those that the dead have left."""
+"""The directory of a front end's sockets, logs and notes, and who owns it."""
 
 from __future__ import annotations
 
