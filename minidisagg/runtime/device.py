@@ -229,7 +229,8 @@ def max_model_len(config: WorkerConfig, model: ModelConfig, cache: KVCache) -> i
 
 def fast_in_bfloat16() -> bool:
     """Whether oneDNN has kernels for this CPU."""
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    mkldnn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return bool(mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def pages_begun(items: list[PlanItem], page_size: int) -> list[int]:
