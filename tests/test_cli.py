@@ -455,7 +455,7 @@ def test_a_preset_sets_defaults_and_flags_win(asked: Any) -> None:
     [
         ([], "6 runs of 300 requests, each 300 / (0.5 \u00d7 capacity) s of arrivals, where calibration decides"),
         (["--request-rate", "2.5"], "6 runs of 300 requests, each 120 s of arrivals, 720 s in all"),
-        (["--preset", "quick"], "6 runs of 16 to 60 requests, each 15 s of arrivals, 90 s in all"),
+        (["--preset", "quick"], "6 runs of 14 to 60 requests, each 13 s of arrivals, 78 s in all"),
         (["--max-concurrency", "1,2,4", "--repeats", "2"], "12 runs of 300 requests, each until the last"),
         (["--mode", "disagg", "--request-rate", "inf"], "3 runs of 300 requests, each until the last"),
         (["--find-goodput", "--request-rate", "3"], "at most 32 runs of 300 requests, each 100 s of arrivals"),

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
+from minidisagg.config import WorkerSettings
 from minidisagg.core.messages import SamplingParams
 from minidisagg.core.plan import PlanItem, SeqInit, StepPlan
 from minidisagg.model.attention import build_batch
 from minidisagg.model.config import ModelConfig, RopeConfig
 from minidisagg.model.transformer import Transformer
 from minidisagg.runtime.ceilings import measure_ceilings
-from minidisagg.runtime.device import Device, pages_begun, step_work
+from minidisagg.runtime.device import Device, dtype_of, pages_begun, step_work
 from minidisagg.runtime.kv_cache import KVCache
 
 CPU = torch.device("cpu")
@@ -196,3 +198,23 @@ def test_logprobs_of_prompt_and_output_are_the_models_own(chunk: int) -> None:
         top = row.topk(3 if position < len(PROMPT) else 2)
         assert [token for token, _ in value.top] == top.indices.tolist()
         assert [logprob for _, logprob in value.top] == pytest.approx(top.values.tolist(), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("asked", "checkpoint", "fast", "expected"),
+    [
+        ("auto", "bfloat16", True, torch.bfloat16),
+        ("auto", "bfloat16", False, torch.float32),
+        ("auto", "float16", True, torch.bfloat16),
+        ("auto", "float32", True, torch.float32),
+        ("bfloat16", "float32", False, torch.bfloat16),
+    ],
+)
+def test_auto_is_what_the_cpu_is_fast_in(
+    asked: str, checkpoint: str, fast: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minidisagg.runtime.device.fast_in_bfloat16", lambda: fast)
+    config = dataclasses.replace(CONFIG, dtype=checkpoint)
+    assert dtype_of(WorkerSettings(dtype=asked), config) is expected
+    if asked == "auto":  # a GPU has them all
+        assert dtype_of(WorkerSettings(device="cuda"), config) is getattr(torch, checkpoint)

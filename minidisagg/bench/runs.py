@@ -35,12 +35,13 @@ from minidisagg.workload.arrivals import arrival_times
 from minidisagg.workload.lengths import Encode, WorkItem, random_items, text_items, with_arrivals, with_prompts
 from minidisagg.workload.traces import load_trace
 
-CALIBRATION, FITTING = 6, 2  # requests one at a time: for what is published of them, and for a first look
-WARM_PROMPT, WARM_OUTPUT = 256, 4  # most tokens of a request that warms up
+CALIBRATION, QUICK_CALIBRATION, LOOK = 6, 4, 2  # requests one at a time; the last for a first look
+CALIBRATION_OUTPUT = 17  # most tokens of such a request
+WARM_PROMPT, WARM_OUTPUT = 32, 4  # most tokens of a request that warms up: its links, since the process has run before
 TTFT_SLO, TPOT_SLO = 8.0, 2.0  # times the unloaded prefill and decode step
-QUICK_SECONDS = 15.0  # of arrivals per run under the quick preset
-QUICK_PROMPTS = 16, 60  # least and most of a run there
-QUICK_DIVISORS = 2, 4  # of random lengths, where a run of the fewest prompts would take longer
+QUICK_SECONDS = 13.0  # of arrivals per run under the quick preset
+QUICK_PROMPTS = 14, 60  # least and most of a run there
+QUICK_HALVINGS = 2  # of random lengths at most, where a run of the fewest prompts would take longer
 REPEAT_SEED = 1_000_003  # repetition r of seed s draws its workload from s + r · this
 
 
@@ -92,9 +93,9 @@ class Bench:
         else:
             await self._connect(stack, self.options.server, api_key)
         if self.options.workload.fit and self.options.arrivals.relative:
-            await self._calibrate(FITTING)
-            self._fit()
-        where = await self._calibrate(CALIBRATION)
+            await self._fit()
+        quick = self.options.trials.preset == "quick"
+        where = await self._calibrate(QUICK_CALIBRATION if quick else CALIBRATION)
         if not self.options.workload.num_prompts:
             count = quick_prompts(self.options, self.rate)
             self.options = replace(self.options, workload=replace(self.options.workload, num_prompts=count))
@@ -119,7 +120,7 @@ class Bench:
         self.targets.append(server)
         self._say(f"{server.model} at {settings.base_url}")
         check_length(self.options.workload, server.max_model_len)
-        await self._alone(server, self._items(-1, 2), 1)  # to warm up
+        await self._calibrate(LOOK)  # to warm up
 
     async def _make_sides(self, stack: AsyncExitStack) -> None:
         """One set of workers is up after it, or all sets that can be at a time, and each has told its limits."""
@@ -142,13 +143,14 @@ class Bench:
         """The disaggregated side, if there is one."""
         return next((target for target in self.targets if target.mode == "disagg"), self.targets[0])
 
-    async def _calibrate(self, count: int) -> str:
-        """Requests like the workload's, one at a time; says where it was.
+    async def _calibrate(self, count: int, longest: int = CALIBRATION_OUTPUT) -> str:
+        """Requests like the workload's, of `longest` tokens at most, one at a time; says where it was.
 
         Under fcfs: neither rates nor SLOs depend on the policies that are compared.
         """
         target = self._calibrated()
-        records = await self._alone(target, self._items(-1, count), 1)
+        items = [replace(item, output_len=min(item.output_len, longest)) for item in self._items(-1, count)]
+        records = await self._alone(target, items, 1)
         prefill = statistics.median(record.token_times[0] - record.sent for record in records)
         steps = [
             (r.token_times[-1] - r.token_times[1]) / (len(r.token_times) - 2) for r in records if len(r.token_times) > 2
@@ -156,14 +158,17 @@ class Bench:
         self.unloaded = Unloaded(prefill, statistics.median(steps) if steps else prefill)
         return f"{target.mode} under fcfs" if isinstance(target, Side) else target.label
 
-    def _fit(self) -> None:
-        """Divide the workload's lengths, where the fewest prompts of the quick preset would take longer than a run."""
-        slow = QUICK_PROMPTS[0] / (self.rate * QUICK_SECONDS)
-        if slow > 1:
-            by, workload = next((n for n in QUICK_DIVISORS if n >= slow), QUICK_DIVISORS[-1]), self.options.workload
-            shorter = replace(workload, input_len=workload.input_len // by, output_len=workload.output_len // by)
+    async def _fit(self) -> None:
+        """Halve the workload's lengths, where the fewest prompts of the quick preset would take longer than a run."""
+        asked = self.options.workload
+        for halvings in range(1, QUICK_HALVINGS + 1):
+            await self._calibrate(LOOK, WARM_OUTPUT)
+            if QUICK_PROMPTS[0] <= self.rate * QUICK_SECONDS:
+                break
+            shorter = replace(asked, input_len=asked.input_len >> halvings, output_len=asked.output_len >> halvings)
             self.options = replace(self.options, workload=shorter)
-            self._say(f"a slow machine for the quick preset: {describe_workload(shorter)}")
+        if self.options.workload != asked:
+            self._say(f"a slow machine for the quick preset: {describe_workload(self.options.workload)}")
 
     async def _begin(self, target: Target, policy: str = "") -> None:
         """Every run begins as after a start and warm: a request for each worker, at once, opens the links too."""
@@ -178,8 +183,8 @@ class Bench:
 
     async def _alone(self, target: Target, items: Sequence[WorkItem], concurrency: int) -> list[RequestRecord]:
         """Raises RuntimeError where a request fails: what goes wrong alone would go wrong under load."""
-        short = [replace(item, output_len=min(item.output_len, 17), salt="calibration") for item in items]
-        records = await target.load(short, 0, None).run(concurrency)
+        alone = [replace(item, salt="calibration") for item in items]
+        records = await target.load(alone, 0, None).run(concurrency)
         if failed := next((record for record in records if not record.ok), None):
             raise RuntimeError(f"{target.label}: a request alone failed: {failed.error or 'no tokens'}")
         return records

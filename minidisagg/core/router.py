@@ -199,7 +199,7 @@ class Router:
             self.set_role(change, now)
         for status in self.view.workers.values():
             if status.flipping is not None and not self.uses(status.name):
-                self._send(status.name, self._set_role(status.flipping))
+                self._send(status.name, SetRole(status.flipping, self.spec.options.get(status.flipping)))
         self.place_parked(now)
 
     def set_role(self, change: RoleChange, now: float) -> None:
@@ -379,7 +379,7 @@ class Router:
         if stats.role == status.flipping:
             status.role, status.flipping = stats.role, None
         elif stats.role != status.role and status.flipping is None:  # a late copy of an earlier order won
-            self._send(status.name, self._set_role(status.role))
+            self._send(status.name, SetRole(status.role, self.spec.options.get(status.role)))
         status.pages_free = stats.pages_free + stats.pages_cached
         status.transfer_backlog = sum(link.backlog for link in stats.links)
         status.stats_at = self.view.now
@@ -428,9 +428,6 @@ class Router:
 
     def _reject(self, request_id: str, verdict: Reject) -> None:
         self.outbox.append(Emit(request_id, finish="reject", error=verdict.reason, retry_after=verdict.retry_after))
-
-    def _set_role(self, role: Role) -> SetRole:
-        return SetRole(role, self.spec.options.get(role))
 
     def _set(self, now: float) -> None:
         self.view.now, self._lived = now, self._clock.at(now)
