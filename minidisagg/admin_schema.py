@@ -62,6 +62,7 @@ class LinkState(Struct, frozen=True, kw_only=True):
     queue_seconds: float  # for which pieces waited to be sent
     failures: int
     backlog: int  # pieces in flight
+    late: int = 0  # that the real link brought later than the emulated one would have
 
 
 class WorkerStats(Struct, frozen=True, kw_only=True):

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import uvloop
 
 PARTS = (  # (what, module, class or None, function)
-    ("channel: read a message", "minidisagg.core.messages", None, "decode"),
+    ("channel: read a message", "minidisagg.core.frames", None, "decode"),
     ("router", "minidisagg.core.router", "Router", "on_message"),
     ("metrics", "minidisagg.server.metrics", "Metrics", "on_emit"),
     ("detokenizer, stop strings", "minidisagg.runtime.output", "OutputProcessor", "push"),

@@ -223,7 +223,7 @@ def figure(points: Sequence[Point], slo: float) -> Figure:
         "interconnect takes for a request's KV, what its second token does not wait for; g groups of layers can hide "
         "1 - 1/g where compute takes longer. Over shared memory alone there is nothing to hide."
     )
-    return Figure("Over the interconnect's bandwidth", caption, panels, columns=4)
+    return Figure("Over the interconnect's bandwidth", caption, panels, columns=2)
 
 
 def lines(points: Sequence[Point], name: str, scale: float, x: Axis) -> list[list[Series]]:

@@ -28,6 +28,9 @@ def test_bandwidths_get_the_latency_and_are_checked(sweep: ModuleType) -> None:
         sweep.read_arguments(["--bandwidths", "fast"])
 
 
+WHAT = "TTFT", "second token", "goodput", "hidden share of the transfer"
+
+
 def test_a_row_of_panels_per_length_and_a_curve_per_granularity(sweep: ModuleType) -> None:
     points = [
         sweep.Point(wire, grain, length, ttft=0.1, second=second, goodput=2.0, late=float(wire == "100Gbps,5us"))
@@ -37,7 +40,7 @@ def test_a_row_of_panels_per_length_and_a_curve_per_granularity(sweep: ModuleTyp
     ]
     figure = sweep.figure(points, 3.0)
     assert [panel.title for panel in figure.drawn] == [
-        f"{length} tokens: {what}" for length in (64, 256) for what in ("TTFT", "second token", "goodput")
+        f"{length} tokens: {what}" for length in (64, 256) for what in WHAT
     ]
     second = figure.panels[1]
     shown = [(s.kind, s.marker, s.label, s.x, s.y) for s in second.series if s.x]

@@ -51,6 +51,7 @@ from minidisagg.admin_schema import (
     WorkerStats,
 )
 from minidisagg.core.messages import Envelope, LinkStats, SamplingParams, Stats, StepOutput
+from minidisagg.core.tracked import Stage as TrackedStage
 from minidisagg.monitor.app import MonitorError, MonitorOptions, read_events, run_monitor
 from minidisagg.monitor.keys import POLICIES, Post, SetLoad, Ui, press
 from minidisagg.monitor.load import DemoLoad
@@ -1053,13 +1054,13 @@ def test_ages_are_of_the_stage() -> None:
             assert at(1.0, waiting=1) == ("waiting", 1.0)
             assert at(1.5) == ("prefilling", 0.0)
             assert at(2.0) == ("prefilling", 0.5)
-            moved = {"prefilling": False, "moving": True, "first_at": begin + 2.1}
+            moved = {"stage": TrackedStage.TRANSFER, "first_at": begin + 2.1}
             assert at(2.5, held=1, **moved) == ("transferring", 0.4)
             assert at(2.8) == ("decode_waiting", 0.0)
             assert at(3.0) == ("decode_waiting", 0.2)
-            there = {"moving": False, "second_at": begin + 3.1, "workers": ["worker-0", "worker-1"]}
+            there = {"stage": TrackedStage.DECODE, "second_at": begin + 3.1, "workers": ["worker-0", "worker-1"]}
             assert at(3.5, **there) == ("decoding", 0.4)
-            assert at(9.0, moving=True) == ("decode_waiting", 6.9)  # nobody has watched
+            assert at(9.0, stage=TrackedStage.TRANSFER) == ("decode_waiting", 6.9)  # nobody has watched
 
         served.call(follow())
 
