@@ -221,6 +221,7 @@ def test_sides_whose_workers_are_built_differently_have_a_set_each(bench: Bench)
     assert [len(side["repetitions"]) for side in done.result["sides"].values()] == [1, 1]
 
 
+@pytest.mark.slow
 def test_what_one_device_cannot_hold_takes_turns(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: Any
 ) -> None:
