@@ -1,7 +1,7 @@
 """A worker's links: opened on the core's word, fed with its pieces, given up on its word.
 
 The destination makes its end first and tells the source where it is (`LinkOpen` → `LinkReady`); pieces that the
-core starts meanwhile wait. All that blocks (connecting, aborting) runs in threads; the core hears of the end of an
+core starts meanwhile wait. All that blocks (connecting, aborting) runs in threads; the core hears of the end of a
 piece as `PieceDone`, and of a confirmed abort as `AbortConfirmed`, both through `on_news`.
 """
 
