@@ -5,7 +5,7 @@ from __future__ import annotations
 from test_engine import LINK, Hand, offer, submit
 
 from minidisagg.core.blocks import PageState
-from minidisagg.core.effects import AbortLink
+from minidisagg.core.effects import AbortLink, StartPiece
 from minidisagg.core.inputs import AbortConfirmed, PieceDone, Schedule
 from minidisagg.core.messages import ROUTER, Fatal, KVGrant, KVPiece, LinkAborted, PeerUp, Released
 
@@ -123,3 +123,12 @@ def test_a_link_that_fails_before_anything_has_come_over_it_is_given_up() -> Non
         hand.core.on(PieceDone("p", LINK, 0, False, False, error="not connected"), hand.now)
     assert aborts(hand) == [AbortLink("p", LINK, False, False)]
     assert hand.sent(LinkAborted) == [LinkAborted(LINK, False)], "or the source would wait for it"
+
+
+def test_a_piece_of_a_link_that_was_given_up_is_not_posted() -> None:
+    hand = receiving()
+    hand.core.on(PieceDone("p", LINK, 0, False, False, error="reset"), hand.now)
+    before = len(hand.core.outbox)
+    hand.receive(KVPiece("a", 0, LINK, 1, 0, 1, (0, 2)), source="p", epoch=1)
+    assert not [e for e in hand.core.outbox[before:] if isinstance(e, StartPiece)]
+    assert not hand.core.incoming.links

@@ -218,3 +218,16 @@ def test_auto_is_what_the_cpu_is_fast_in(
     assert dtype_of(WorkerSettings(dtype=asked), config) is expected
     if asked == "auto":  # a GPU has them all
         assert dtype_of(WorkerSettings(device="cuda"), config) is getattr(torch, checkpoint)
+
+
+def test_layers_are_reported_when_their_kv_is_in_the_cache() -> None:
+    dev = device()
+    page, seen = PAGES[0], []
+
+    def report(layer: int) -> None:
+        written = [bool(dev.cache.data[i, :, page].isfinite().all()) for i in range(CONFIG.num_layers)]
+        seen.append((layer, written))
+
+    first = StepPlan(0, [item("a", PROMPT, 0, 21)], [new("a", SAMPLED)], [], [1])
+    dev.run(first, report)
+    assert seen == [(1, [True, False])], "the second layer was not asked for, and is not computed yet"
