@@ -18,6 +18,7 @@ from minidisagg.config import ClusterSettings, Mode, ModelSettings, RunSettings,
 from minidisagg.core.messages import SamplingParams
 from minidisagg.core.router import RouterSpec
 from minidisagg.core.tracked import Emit, StageTimes, Tracked
+from minidisagg.runtime import forkserver
 from minidisagg.runtime.frontend import Frontend
 
 PAGE = 8
@@ -185,10 +186,15 @@ async def assert_clean(frontend: Frontend, within: float = 3.0) -> None:
         assert time.monotonic() < deadline, wrong
 
 
-def children() -> set[int]:
-    """Processes whose parent this one is, zombies included."""
-    tasks = Path("/proc/self/task").iterdir()
-    return {int(pid) for task in tasks for pid in (task / "children").read_text().split()}
+def descendants(pid: int) -> set[int]:
+    """Processes below this one, zombies included; its fork servers are above its workers."""
+    found = set[int]()
+    try:
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            found |= {int(child) for child in (task / "children").read_text().split()}
+    except OSError:  # it is gone
+        return found
+    return found.union(*map(descendants, found))
 
 
 def gone(pid: int) -> bool:
@@ -208,12 +214,13 @@ async def cluster(
     model: ModelSettings = MODEL,
 ) -> AsyncIterator[Frontend]:  # fmt: skip
     """A started front end; at the end no child, no shared memory, no socket and no directory of it may be left."""
-    before, shared = children(), set(os.listdir("/dev/shm"))
+    before, shared = descendants(os.getpid()), set(os.listdir("/dev/shm"))
     frontend = await Frontend.start(model, shape, run or RunSettings(), router)
     try:
         yield frontend
     finally:
         await frontend.stop()
-    assert children() <= before
+    kept = {server._process.pid for server in forkserver._servers.values()}  # tests/conftest.py
+    assert descendants(os.getpid()) <= before | kept
     assert not frontend.run_dir.exists()
     assert set(os.listdir("/dev/shm")) <= shared

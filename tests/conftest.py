@@ -8,6 +8,7 @@ scripts/test.sh --full              slow ones and others
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,33 @@ if TYPE_CHECKING:
 def pytest_configure(config: pytest.Config) -> None:
     """The default of `-m`."""
     config.option.markexpr = config.option.markexpr or "not slow"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_fork_server() -> Iterator[None]:
+    """All clusters of this process share one, as long as a test leaves the environment as it is: each would spend
+    seconds on its imports."""
+    if "minidisagg.runtime.launch" not in sys.modules:
+        yield
+        return
+    from minidisagg.runtime import launch
+
+    environment, fork_server, kept = launch._environment, launch.fork_server, list[launch.ForkServer]()
+
+    def same_for_all_tests() -> dict[str, str]:
+        return {name: value for name, value in environment().items() if name != "PYTEST_CURRENT_TEST"}
+
+    def keep(environment: dict[str, str]) -> launch.ForkServer:
+        if not kept:
+            kept.append(fork_server(environment))
+        return fork_server(environment)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "_environment", same_for_all_tests)
+        patch.setattr(launch, "fork_server", keep)
+        yield
+    for server in kept:
+        server.release()
 
 
 @pytest.fixture

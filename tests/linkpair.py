@@ -36,7 +36,7 @@ PAIR = "p0->d0"
 
 torch.set_num_threads(1)
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["minidisagg.transfer.dist", "minidisagg.transfer.mapped", "minidisagg.transfer.stream"])
+context.set_forkserver_preload(["minidisagg.transfer.gloo", "minidisagg.transfer.mapped", "minidisagg.transfer.stream"])
 
 
 class UpperHalf(Codec):

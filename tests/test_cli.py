@@ -61,20 +61,18 @@ def minidisagg(env: dict[str, str], *args: str, stdin: str = "") -> subprocess.C
 
 
 def left_over(temp: Path) -> list[str]:
-    """Run directories, and processes that were told of one."""
+    """Run directories, and workers, whose output goes into one."""
     processes = [
-        path.parent.name
-        for path in Path("/proc").glob("[0-9]*/cmdline")
-        if _read(path).find(str(temp / "minidisagg-").encode()) >= 0
+        path.parts[2] for path in Path("/proc").glob("[0-9]*/fd/1") if _target(path).startswith(f"{temp}/minidisagg-")
     ]
     return [*processes, *(path.name for path in temp.glob("minidisagg-*"))]
 
 
-def _read(path: Path) -> bytes:
+def _target(path: Path) -> str:
     try:
-        return path.read_bytes()
+        return os.readlink(path)
     except OSError:
-        return b""  # the process has just ended
+        return ""  # another user's process, or one that has just ended
 
 
 # ---------------------------------------------------------------- help

@@ -16,8 +16,9 @@ from minidisagg.model.attention import build_batch
 from minidisagg.model.config import ModelConfig, RopeConfig
 from minidisagg.model.transformer import Transformer
 from minidisagg.runtime.ceilings import measure_ceilings
-from minidisagg.runtime.device import Device, dtype_of, pages_begun, step_work
+from minidisagg.runtime.device import Device, pages_begun, step_work
 from minidisagg.runtime.kv_cache import KVCache
+from minidisagg.runtime.load import dtype_of
 
 CPU = torch.device("cpu")
 PAGE = 8
@@ -213,7 +214,7 @@ def test_logprobs_of_prompt_and_output_are_the_models_own(chunk: int) -> None:
 def test_auto_is_what_the_cpu_is_fast_in(
     asked: str, checkpoint: str, fast: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minidisagg.runtime.device.fast_in_bfloat16", lambda: fast)
+    monkeypatch.setattr("minidisagg.runtime.load.fast_in_bfloat16", lambda: fast)
     config = dataclasses.replace(CONFIG, dtype=checkpoint)
     assert dtype_of(WorkerSettings(dtype=asked), config) is expected
     if asked == "auto":  # a GPU has them all

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from cluster import (
@@ -33,6 +32,7 @@ from cluster import (
 from minidisagg.config import ClusterSettings, Mode, RunSettings
 from minidisagg.core.router import Router
 from minidisagg.core.tracked import Emit
+from minidisagg.runtime.forkserver import Child, ForkServer
 from minidisagg.runtime.frontend import EngineError, Frontend
 from minidisagg.runtime.launch import Supervisor
 from minidisagg.runtime.rundir import make_run_dir
@@ -271,7 +271,7 @@ def test_a_step_longer_than_the_lease_keeps_the_handoff(monkeypatch: pytest.Monk
     path = tmp_path / "slow"
     path.touch()
     slow = f"armed({str(path)!r}, lambda: time.sleep(1.5))"
-    monkeypatch.setenv("HARM", f"import time; at('minidisagg.runtime.device:Device.run', lambda *_: {slow}())")
+    monkeypatch.setenv("HARM", f"import time; at('minidisagg.runtime.device:Device.collect', lambda *_: {slow}())")
 
     async def run() -> None:
         async with cluster(settings("disagg", "unix"), RunSettings(lease=0.3, link_timeout=5.0)) as frontend:
@@ -340,16 +340,15 @@ def test_the_next_start_sweeps_what_a_killed_front_end_has_left() -> None:
 
 
 def test_a_worker_that_cannot_be_started_is_tried_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Its place is taken by a process that sleeps, since starting is all that matters here."""
-    spawn, failures = asyncio.create_subprocess_exec, [OSError("no process number"), MemoryError("no memory")]
+    fork, failures = ForkServer.fork, [OSError("no process number"), MemoryError("no memory")]
     down: list[tuple[str, int]] = []
 
-    async def reluctant(*_: str, **more: Any) -> asyncio.subprocess.Process:
+    async def reluctant(self: ForkServer, config: str, log: int) -> Child:
         if down and failures:
             raise failures.pop()
-        return await spawn("sleep", "60", **more)
+        return await fork(self, config, log)
 
-    monkeypatch.setattr(asyncio, "create_subprocess_exec", reluctant)
+    monkeypatch.setattr(ForkServer, "fork", reluctant)
 
     async def run() -> None:
         supervisor = Supervisor(

@@ -337,7 +337,7 @@ def test_the_command_serves_drains_and_leaves_nothing() -> None:
         began = time.monotonic()
         assert command.process.wait(20) == 0
         assert time.monotonic() - began < 10
-        assert len(family) == 3 and not [pid for pid in family if Path(f"/proc/{pid}").exists()]
+        assert len(family) == 4 and not [pid for pid in family if Path(f"/proc/{pid}").exists()]
         assert not list(command.folder.glob("minidisagg-*"))
     assert "Traceback" not in "".join(command.said)
 
@@ -357,7 +357,7 @@ def test_all_sockets_are_on_loopback() -> None:
                 if f"pid={pid}," in line:
                     addresses[pid].append(line.split()[3])
     sys.stdout.write(f"listening: {addresses}\n")
-    assert len(family) == 3 and sum(map(bool, addresses.values())) >= 2, "gloo listens in the workers"
+    assert len(family) == 4 and sum(map(bool, addresses.values())) >= 2, "gloo listens in the workers"
     for address in itertools.chain(*addresses.values()):
         assert address.startswith(("127.", "[::1]")), f"open beyond loopback: {address}"
 

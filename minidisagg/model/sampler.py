@@ -34,6 +34,7 @@ class SequenceSampling:
     prompt: frozenset[int] = frozenset()
     output: Counter[int] = field(default_factory=Counter)
     scored: Sequence[int] = ()  # the prompt in its order, where the log-probabilities of its tokens are wanted
+    counts: tuple[Tensor, Tensor] | None = None  # `resample`'s: how often each token came out, and which are known
 
 
 @torch.inference_mode()
@@ -137,3 +138,91 @@ def _nucleus(logits_C: Tensor, top_p: float) -> Tensor:
             break
     last = int((mass_W < top_p).sum())
     return top_W[min(last, top_W.shape[0] - 1)]
+
+
+@torch.inference_mode()
+def resample(rows: Sequence[tuple[SequenceSampling, int, Tensor]], tokens_S: Tensor) -> None:
+    """What `sample` would give, put into `tokens_S` (int32), which holds the likeliest tokens; nothing waits.
+
+    `rows` holds each row's sequence, the output index of the token, and its logits, which stay as they are. For a
+    device that samples a step before its host has seen the tokens of the last one: what a sequence has said is counted
+    there.
+    """
+    chosen = [n for n, (sequence, index, _) in enumerate(rows) if _needs_more(sequence.sampling, index)]
+    if not chosen:
+        return
+    logits_RV = torch.stack([rows[n][2] for n in chosen])
+    params = [rows[n][0].sampling for n in chosen]
+    for row, n in enumerate(chosen):
+        _adjust_there(logits_RV[row], rows[n][0], rows[n][1])
+    best_R = logits_RV.max(-1)
+    tokens_R = best_R.indices
+    if any(p.temperature > 0 for p in params):
+        draws = [uniform(p.seed or 0, rows[n][1]) for n, p in zip(chosen, params, strict=True)]
+        random_R = _there([p.temperature > 0 for p in params], logits_RV.device)
+        tokens_R = torch.where(random_R, _draw_there(logits_RV, params, draws), tokens_R)
+    tokens_R = torch.where(best_R.values.isfinite(), tokens_R, NO_TOKEN)
+    tokens_S.index_copy_(0, _there(chosen, tokens_S.device), tokens_R.int())
+    for row, n in enumerate(chosen):
+        if (counts := rows[n][0].counts) is not None:
+            said = tokens_R[row : row + 1].clamp(min=0)
+            counts[0].index_add_(0, said, torch.ones_like(said, dtype=counts[0].dtype))
+            counts[1].index_fill_(0, said, True)
+
+
+def _needs_more(params: SamplingParams, index: int) -> bool:
+    """Than the likeliest token."""
+    return params.temperature > 0 or _penalised(params) or (index < params.min_tokens and bool(params.stop_token_ids))
+
+
+def _penalised(params: SamplingParams) -> bool:
+    return params.repetition_penalty != 1.0 or bool(params.presence_penalty or params.frequency_penalty)
+
+
+def _there(values: Sequence[object], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    tensor = torch.tensor(values, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def _adjust_there(logits_V: Tensor, sequence: SequenceSampling, index: int) -> None:
+    """`_adjust`, over the whole vocabulary."""
+    params, device = sequence.sampling, logits_V.device
+    if _penalised(params):
+        if sequence.counts is None:
+            counts_V = torch.zeros(logits_V.shape, dtype=logits_V.dtype)
+            known_V = torch.zeros(logits_V.shape, dtype=torch.bool)
+            for token, count in sequence.output.items():
+                counts_V[token] = count
+            known_V[sorted(sequence.prompt | sequence.output.keys())] = True
+            sequence.counts = counts_V.to(device), known_V.to(device)
+        counts_V, known_V = sequence.counts
+        penalty = params.repetition_penalty
+        moved_V = torch.where(logits_V > 0, logits_V / penalty, logits_V * penalty)
+        logits_V.copy_(torch.where(known_V, moved_V, logits_V))
+        fall_V = params.presence_penalty + params.frequency_penalty * counts_V
+        logits_V.sub_(torch.where(counts_V > 0, fall_V, 0.0))
+    if index < params.min_tokens and params.stop_token_ids:
+        stops = [token for token in params.stop_token_ids if token < logits_V.shape[0]]
+        logits_V.index_fill_(0, _there(stops, device), -math.inf)
+
+
+def _draw_there(logits_RV: Tensor, params: Sequence[SamplingParams], draws: Sequence[float]) -> Tensor:
+    """`_draw`, of all rows at once. Of rows that are not to be drawn, or not sound, it gives any token."""
+    device, vocab = logits_RV.device, logits_RV.shape[1]
+    rows = [(max(p.temperature, _LEAST_TEMPERATURE), p.top_p, p.min_p, u) for p, u in zip(params, draws, strict=True)]
+    temperature_R1, top_p_R1, min_p_R1, draw_R1 = _there(rows, device, torch.float64).t()[:, :, None]
+    top_k = [p.top_k if 0 < p.top_k < vocab else vocab for p in params]
+    scaled_RV = logits_RV.double() / temperature_R1
+    keep_RV = scaled_RV >= scaled_RV.amax(-1, keepdim=True) + min_p_R1.log()
+    if min(top_k) < vocab or any(p.top_p < 1.0 for p in params):
+        sorted_RV = logits_RV.sort(-1, descending=True).values.double() / temperature_R1
+        threshold_R1 = sorted_RV.gather(1, _there(top_k, device)[:, None] - 1)
+        sorted_RV.masked_fill_(sorted_RV < threshold_R1, -math.inf)
+        mass_RV = (sorted_RV - sorted_RV.logsumexp(-1, keepdim=True)).exp().cumsum(-1)
+        kept_R1 = (sorted_RV > -math.inf).sum(-1, keepdim=True)
+        last_R1 = torch.minimum((mass_RV < top_p_R1).sum(-1, keepdim=True), kept_R1 - 1).clamp(min=0)
+        nucleus_R1 = torch.where(top_p_R1 < 1.0, sorted_RV.gather(1, last_R1), threshold_R1)
+        keep_RV &= scaled_RV >= nucleus_R1
+    cdf_RV = scaled_RV.masked_fill_(~keep_RV, -math.inf).softmax(-1).cumsum(-1)
+    drawn_R1 = torch.searchsorted(cdf_RV, draw_R1 * cdf_RV[:, -1:], right=True)
+    return drawn_R1[:, 0].clamp(max=vocab - 1)

@@ -6,7 +6,9 @@ A note costs two system calls and outlives any death of the process, since what 
 
 from __future__ import annotations
 
+import itertools
 import os
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,7 +21,7 @@ _HEADER = 8  # bytes: the note's length, 0 while there is none
 
 
 class Note:
-    """One of a worker's two notes; each is written by one thread."""
+    """One of a worker's two notes."""
 
     def __init__(self, run_dir: Path, worker: str, epoch: int, kind: str) -> None:
         self._file = os.open(_path(run_dir, worker, epoch, kind), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -32,6 +34,30 @@ class Note:
     def clear(self) -> None:
         """It has come through."""
         os.pwrite(self._file, bytes(_HEADER), 0)
+
+
+class StepNote(Note):
+    """A device's: a GPU has several steps under way, which begin on one thread and end on another."""
+
+    def __init__(self, run_dir: Path, worker: str, epoch: int, kind: str) -> None:
+        super().__init__(run_dir, worker, epoch, kind)
+        self._steps: dict[int, list[SeqKey]] = {}
+        self._lock = threading.Lock()
+
+    def begin(self, step_id: int, requests: list[SeqKey]) -> None:
+        """This step is under way as well."""
+        with self._lock:
+            self._steps[step_id] = requests
+            self.write(itertools.chain(*self._steps.values()))
+
+    def end(self, step_id: int) -> None:
+        """It has come through."""
+        with self._lock:
+            del self._steps[step_id]
+            if self._steps:
+                self.write(itertools.chain(*self._steps.values()))
+            else:
+                self.clear()
 
 
 def read_notes(run_dir: Path, worker: str, epoch: int) -> set[SeqKey]:

@@ -18,15 +18,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from minidisagg.config import WorkerConfig, WorkerSettings
 from minidisagg.core.messages import Logprobs
 from minidisagg.core.plan import NO_TOKEN, PlanItem, SeqKey, StepPlan
 from minidisagg.model.attention import Batch, build_batch
 from minidisagg.model.config import ModelConfig
-from minidisagg.model.loader import load_weights
 from minidisagg.model.sampler import SequenceSampling, sample, score
 from minidisagg.model.transformer import Transformer
-from minidisagg.runtime.kv_cache import KVCache, num_pages_for, page_bytes
+from minidisagg.runtime.kv_cache import KVCache
 
 _SCORED_ROWS = 256  # at a time: the logits of a row take 200 KB
 
@@ -63,6 +61,9 @@ def no_report(layer: int) -> None:
 class Device:
     """One model and one cache. Keeps, per sequence of the plans, what sampling needs and the last token sampled."""
 
+    kernels = "portable"
+    overlaps = False  # a step may be launched before the one before it is collected, from another thread
+
     def __init__(self, model: Transformer, cache: KVCache) -> None:
         self.model, self.cache = model, cache
         self.sequences: dict[SeqKey, SequenceSampling] = {}
@@ -75,14 +76,25 @@ class Device:
         """One step from end to end; blocks. Raises ValueError on an unknown sequence and on missing tokens or pages."""
         return self.collect(self.launch(self.prepare(plan), report))
 
+    def info(self) -> dict[str, str | int | float]:
+        """What a worker says of it."""
+        config = self.model.config
+        return {
+            "device": str(self.model.device),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "kernels": self.kernels,
+            "threads": torch.get_num_threads(),
+            "parameters": config.num_parameters,
+            "vocab_size": config.vocab_size,
+        }
+
     def forget(self) -> None:
         """No sequence is known, as at the beginning."""
         self.sequences.clear()
         self.last_token.clear()
 
-    def prepare(self, plan: StepPlan) -> Step:
-        """Take leave of the sequences that are over, meet the new ones, and build the batch."""
-        step = Step(plan, time.perf_counter())
+    def meet(self, plan: StepPlan) -> None:
+        """Take leave of the sequences that are over, and get to know the new ones."""
         for key in plan.dropped:
             self.sequences.pop(key, None)
             self.last_token.pop(key, None)
@@ -90,6 +102,11 @@ class Device:
             scored = new.prompt if new.sampling.prompt_logprobs is not None else ()
             sampling = SequenceSampling(new.sampling, frozenset(new.prompt), Counter(new.output), scored)
             self.sequences[new.request_id, new.incarnation] = sampling
+
+    def prepare(self, plan: StepPlan) -> Step:
+        """Build the batch."""
+        step = Step(plan, time.perf_counter())
+        self.meet(plan)
         if plan.items:
             tokens = [self._tokens(item) for item in plan.items]
             step.batch = build_batch(plan.items, tokens, self.cache, self.model.dtype, self.model.device)
@@ -175,62 +192,6 @@ class Device:
         if len(item.tokens) == item.count - 1 and last is not None:
             return [*item.tokens, last]
         return item.tokens
-
-
-def load_device(config: WorkerConfig, model_config: ModelConfig) -> Device:
-    """The device that a worker's settings name, with the model and an empty cache on it.
-
-    Raises `ValueError` for what a user can mend: no GPU, too little memory, a broken model.
-    """
-    settings = config.settings
-    device = torch.device(settings.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {settings.device!r} is asked for, but torch {torch.__version__} sees no GPU")
-    dtype = dtype_of(settings, model_config)
-    # Roles may compute in different dtypes; what they hand over is in the narrower one.
-    dtypes = [dtype_of(worker, model_config) for _, _, worker in config.cluster.roles()]
-    kv_dtype = min(dtypes, key=lambda dtype: dtype.itemsize)
-    model = Transformer(model_config, load_weights(config.model.model, model_config), dtype, device)
-    size = config.model.block_size
-    num_pages = num_pages_for(settings.kv_cache_memory, model_config, size, kv_dtype)
-    if num_pages < 1:
-        need = page_bytes(model_config, size, kv_dtype)
-        raise ValueError(f"a KV cache of {settings.kv_cache_memory} bytes holds no page; one needs {need} bytes")
-    return Device(model, KVCache(model_config, num_pages, size, kv_dtype, device))
-
-
-def dtype_of(settings: WorkerSettings, config: ModelConfig) -> torch.dtype:
-    """What a worker computes in; "auto" is the checkpoint's, but on a CPU the fastest dtype with all of its range.
-
-    That is bfloat16 where the CPU has instructions for it; on one with AVX2 alone a matmul in float32 took an eighth.
-    """
-    name = settings.dtype
-    if name == "auto":
-        name = config.dtype
-        if settings.device == "cpu" and name in ("float16", "bfloat16"):
-            name = "bfloat16" if fast_in_bfloat16() else "float32"
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
-
-
-def max_model_len(config: WorkerConfig, model: ModelConfig, cache: KVCache) -> int:
-    """What was asked for, which must be possible; else the model's own limit, or what the cache holds."""
-    asked, held = config.model.max_model_len, cache.num_pages * cache.page_size
-    if asked > model.max_model_len:
-        raise ValueError(f"max_model_len is {asked}, but the model's own limit is {model.max_model_len}")
-    if asked > held:
-        need = -(-asked // cache.page_size) * cache.bytes_per_page
-        raise ValueError(
-            f"the KV cache of {config.settings.kv_cache_memory} bytes holds {held} tokens; max_model_len {asked} "
-            f"needs {need} bytes"
-        )
-    return asked or min(model.max_model_len, held)
-
-
-def fast_in_bfloat16() -> bool:
-    """Whether oneDNN has kernels for this CPU."""
-    mkldnn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return bool(mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def pages_begun(items: list[PlanItem], page_size: int) -> list[int]:

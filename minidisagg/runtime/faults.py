@@ -20,8 +20,8 @@ from torch import Tensor
 
 from minidisagg.core.inputs import PieceDone
 from minidisagg.core.messages import Envelope, Submit
-from minidisagg.core.plan import Piece, StepPlan
-from minidisagg.runtime.device import StepResult
+from minidisagg.core.plan import Piece
+from minidisagg.runtime.device import Step, StepResult
 from minidisagg.runtime.linkset import LinkHooks, LinkSet
 from minidisagg.runtime.worker import Worker
 from minidisagg.transfer.codec import Codec
@@ -64,12 +64,12 @@ class DelayedWorker(Worker):
                 return
         super()._carry_on()
 
-    def _compute(self, plan: StepPlan) -> StepResult:
-        result, slowdown = super()._compute(plan), self.config.run.slowdown
+    def _computed(self, step: Step, result: StepResult) -> StepResult:
+        slowdown = self.config.run.slowdown
         delay = slowdown * result.seconds
         if slowdown:
             result = dataclasses.replace(result, seconds=result.seconds + delay)
-        for item in plan.items if self.delays else ():
+        for item in step.plan.items if self.delays else ():
             if item.sample and item.index == 0:
                 delay = max(delay, self.delays.get("prefill", 0.0))
             elif item.index == 2:  # the second decode step: the first one's time is told apart from waiting for it

@@ -1,6 +1,6 @@
 """Starts worker processes, waits for them, and starts a dead one again under the next epoch.
 
-The supervisor is the workers' parent: only it knows for certain that a process is dead, because it has waited for it.
+Only the supervisor knows for certain that a process is dead, because its parent, the fork server, has waited for it.
 That knowledge is what frees pages that a dead peer might have written to.
 """
 
@@ -21,6 +21,7 @@ from minidisagg.core.messages import Role
 from minidisagg.core.plan import SeqKey
 from minidisagg.model.loader import load_config
 from minidisagg.runtime.blackbox import read_notes
+from minidisagg.runtime.forkserver import Child, ForkServer, fork_server
 
 # Weights on huge pages: a decode step streams all of them. What a step frees stays in the process, since the next step
 # would fault it in again, zeroed: together 1.5 times the throughput of 16 sequences on two cores. One arena, since a
@@ -68,7 +69,8 @@ class Supervisor:
             )
             for (name, _, _), (role, settings) in zip(cluster.roles(), _pinned(cluster), strict=True)
         }
-        self.processes: dict[str, asyncio.subprocess.Process] = {}
+        self.processes: dict[str, Child] = {}
+        self._forks: ForkServer | None = None
         self.greeted: set[tuple[str, int]] = set()  # workers that said hello
         self.restarts = dict.fromkeys(self._configs, 0)  # since it last said hello
         self._wanted: set[tuple[str, int]] = set()  # deaths that an operator asked for
@@ -126,26 +128,26 @@ class Supervisor:
                     if process.returncode is None:
                         process.kill()
                 await asyncio.wait(waiting)
+        self._release()
 
     async def _start(self, name: str) -> None:
         config = msgspec.structs.replace(self._configs[name], epoch=self._configs[name].epoch + 1)
         self._configs[name] = config
+        if self._forks is None or not self._forks.alive:
+            self._release()
+            self._forks = fork_server(_environment())
         with (self.run_dir / f"{name}.log").open("ab") as log:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "minidisagg.runtime.process",
-                msgspec.json.encode(config).decode(),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=_environment(config),
-            )
+            process = await self._forks.fork(msgspec.json.encode(config).decode(), log.fileno())
         self.processes[name] = process
         for work in self._watch(name, config.epoch, process), self._kill_if_silent(name, config.epoch, HELLO_TIMEOUT):
             task = asyncio.get_running_loop().create_task(work)
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+
+    def _release(self) -> None:
+        if self._forks is not None:
+            self._forks.release()
+            self._forks = None
 
     async def _kill_if_silent(self, name: str, epoch: int, seconds: float) -> None:
         for _ in range(round(seconds)):  # that this process lives through
@@ -154,7 +156,7 @@ class Supervisor:
                 return
         self.kill(name, epoch)
 
-    async def _watch(self, name: str, epoch: int, process: asyncio.subprocess.Process) -> None:
+    async def _watch(self, name: str, epoch: int, process: Child) -> None:
         """`epoch`: of the process's start; it may have been told since to begin others (`reconfigure`)."""
         code = await process.wait()
         if self._stopping:
@@ -197,14 +199,12 @@ def role_name(role: Role) -> str:
     return role.name.lower()
 
 
-def _environment(config: WorkerConfig) -> dict[str, str]:
-    cpus = config.settings.cpus
-    threads = len(cpus.split("+")) if config.settings.device == "cpu" else 4
+def _environment() -> dict[str, str]:
     return {
         "GLIBC_TUNABLES": MALLOC_TUNABLES,
         **SHAPE_CACHES,
         **os.environ,  # whoever has set these knows why
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
+        "OMP_NUM_THREADS": "1",  # a worker says how many it wants; the fork server must have no thread but its own
+        "MKL_NUM_THREADS": "1",
     }

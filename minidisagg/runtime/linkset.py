@@ -8,12 +8,10 @@ piece as `PieceDone`, and of a confirmed abort as `AbortConfirmed`, both through
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 
-import torch
 from msgspec.structs import replace
 
 from minidisagg.config import ClusterSettings
@@ -22,6 +20,7 @@ from minidisagg.core.inputs import AbortConfirmed, PieceDone
 from minidisagg.core.ledger import EPOCH_BITS
 from minidisagg.core.messages import LinkOpen, LinkReady, LinkStats, PieceSpan
 from minidisagg.core.plan import Piece
+from minidisagg.runtime.load import worker_devices
 from minidisagg.transfer.kinds import make_link, resolve_kind
 from minidisagg.transfer.links import Link, LinkError, LinkHost, LinkSetup
 
@@ -253,10 +252,8 @@ def _span(done: PieceDone, request_id: str, clock_ahead: float, elapsed: float) 
 def link_kind(cluster: ClusterSettings) -> str:
     """What was asked for; `auto` gives the same for all workers of a cluster.
 
-    It knows that NCCL refuses two ranks on one GPU unless a recent one is told otherwise.
+    It knows that NCCL refuses two ranks on one GPU.
     """
-    devices = [torch.device(worker.device) for _, _, worker in cluster.roles()]
-    gpus = {device.index or 0 for device in devices if device.type == "cuda"}
-    if cluster.link == "auto" and len(gpus) == 1 and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1":
-        return "gloo"
-    return resolve_kind(cluster.link, *(device.type for device in devices))
+    devices = worker_devices(cluster).values()
+    kind = resolve_kind(cluster.link, *(device.type for device in devices))
+    return "cuda_ipc" if cluster.link == "auto" and kind == "nccl" and len(set(devices)) < len(devices) else kind

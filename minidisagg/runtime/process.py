@@ -1,4 +1,4 @@
-"""A worker's process: what it is pinned to, whom it dies with, and the loop that it runs."""
+"""A worker's process: whom it dies with, what it is pinned to, and the loop that it runs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import ctypes
 import os
 import signal
 import sys
+from typing import NoReturn
 
 import msgspec
 import torch
@@ -15,23 +16,21 @@ import torch
 from minidisagg.config import WorkerConfig, parse_cpus
 from minidisagg.runtime.faults import DelayedWorker
 
-
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+CUDA_HOST_THREADS = 4  # of torch, beside a GPU that computes
 
 
-def main() -> None:
-    """`python -m minidisagg.runtime.process CONFIG`, where CONFIG is a `WorkerConfig` as JSON."""
-    _die_with_parent()
-    config = msgspec.json.decode(sys.argv[1], type=WorkerConfig)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the front end's to handle
+def main(text: str, parent: int) -> NoReturn:
+    """`text`: a `WorkerConfig` as JSON; `parent`: the process whose death is this one's. Does not return."""
+    config = msgspec.json.decode(text, type=WorkerConfig)
+    _die_with(parent)
+    _call_itself(config.name)
     if config.settings.device == "cpu":
         cpus = parse_cpus(config.settings.cpus)
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, cpus)
         torch.set_num_threads(len(cpus))
+    else:
+        torch.set_num_threads(CUDA_HOST_THREADS)
     runner: contextlib.AbstractContextManager[asyncio.Runner]
     try:
         import uvloop
@@ -45,6 +44,21 @@ def main() -> None:
     os._exit(1 if failure else 0)
 
 
+def _die_with(parent: int) -> None:
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before this was said
+        os._exit(1)
+
+
+def _call_itself(name: str) -> None:
+    """What `top` and `ps -o comm` show, cut to 15 bytes: the command line is the fork server's."""
+    if sys.platform == "linux":
+        pr_set_name = 15
+        ctypes.CDLL(None).prctl(pr_set_name, name.encode())
+
+
 async def _serve(config: WorkerConfig) -> str:
     worker = DelayedWorker(config)
     try:
@@ -53,7 +67,3 @@ async def _serve(config: WorkerConfig) -> str:
         sys.stderr.write(f"{error}\n")
         return str(error)
     return worker.failure
-
-
-if __name__ == "__main__":
-    main()

@@ -21,13 +21,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import msgspec
-import torch
 
 from minidisagg.config import WorkerConfig
 from minidisagg.core.checked import PolicyError
@@ -54,18 +52,18 @@ from minidisagg.core.spec import EngineSpec
 from minidisagg.model.config import ModelConfig
 from minidisagg.model.loader import load_config
 from minidisagg.policies import make_policy
-from minidisagg.runtime.blackbox import KINDS, Note
+from minidisagg.runtime.blackbox import Note
 from minidisagg.runtime.ceilings import measure_ceilings
 from minidisagg.runtime.channel import Channel, ChannelError, connect, listen
-from minidisagg.runtime.device import StepResult, load_device, max_model_len
+from minidisagg.runtime.device import Step, StepResult
 from minidisagg.runtime.linkset import LinkHooks, LinkSet, link_kind
+from minidisagg.runtime.load import max_model_len
+from minidisagg.runtime.runner import Runner
 from minidisagg.transfer.emulate import make_nic
-from minidisagg.transfer.kinds import efficient_bytes
+from minidisagg.transfer.kinds import ONE_SIDED, efficient_bytes
 from minidisagg.transfer.links import LinkHost
 
-T = TypeVar("T")
 TICK = 0.25  # seconds between ticks and Stats
-DEVICE_NICE = 10  # priority of the device thread below the event loop's
 UNSENT = 10_000  # messages kept for a peer whose address has not come yet
 
 
@@ -77,9 +75,7 @@ class Worker:
     def __init__(self, config: WorkerConfig) -> None:
         self.config = config
         self.loop = asyncio.get_running_loop()
-        # One thread for all that computes, from loading on: OpenMP keeps a team for each thread that ever asked it for
-        # work, and stops spinning as soon as its teams have more threads than there are cores: half the speed.
-        self.device_thread = ThreadPoolExecutor(1, thread_name_prefix="device", initializer=_lower_priority)
+        self.runner = Runner(config, self._computed)
         self.done = asyncio.Event()
         self.failure = ""
         self.record: BinaryIO | None = None  # the input log
@@ -91,7 +87,7 @@ class Worker:
         self.steps_flying = self.checked = 0  # steps under way, and those done when the accounts were checked last
         self.busy_seconds = self.flops = self.bytes_read = 0.0
         self.clock_offset = config.run.clock_offsets.get(config.name, 0.0)
-        self.computing, self.reading = (Note(Path(config.run_dir), config.name, config.epoch, kind) for kind in KINDS)
+        self.reading = Note(Path(config.run_dir), config.name, config.epoch, "message")
 
     async def run(self) -> None:
         """Load, say hello, serve until told to stop; raises `ValueError` for what a user can mend."""
@@ -102,8 +98,8 @@ class Worker:
         self.channels[ROUTER] = frontend
         try:
             model_config = load_config(config.model.model)
-            self.device = await self._on_device(load_device, config, model_config)
-            hello = self.hello = await self._on_device(self._prepare, model_config)
+            await self.runner.load(model_config)
+            hello = self.hello = await self.runner.on_device(self._prepare, model_config)
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
             self._send(ROUTER, Fatal(reason, config.name, config.epoch))
@@ -118,13 +114,12 @@ class Worker:
         for task in self.tasks:
             task.cancel()
         await self.links.close()
-        self.device_thread.shutdown(wait=False, cancel_futures=True)
-        self.device.cache.close()
+        self.runner.close()
         if self.record is not None:
             self.record.close()
 
     def _prepare(self, model_config: ModelConfig) -> Hello:
-        config, cache, model = self.config, self.device.cache, self.device.model
+        config, cache, model = self.config, self.runner.device.cache, self.runner.device.model
         kind, emulated = link_kind(config.cluster), config.cluster.emulate_link
         self.nic = make_nic(emulated)
         bandwidth = flops = 0.0  # not known
@@ -143,22 +138,18 @@ class Worker:
             f"unix:{config.run_dir}/{config.name}.{config.epoch}.sock",
             os.getpid(),
             model_config.kv_bytes_per_token(cache.data.dtype.itemsize),
-            {
-                "device": str(model.device),
-                "dtype": str(model.dtype).removeprefix("torch."),
-                "threads": torch.get_num_threads(),
+            self.runner.device.info()
+            | {
                 "cpus": config.settings.cpus,
                 "link": kind if self.nic is None else f"{kind} as {emulated}",
                 "bandwidth": bandwidth,
                 "flops": flops,
-                "parameters": model_config.num_parameters,
-                "vocab_size": model_config.vocab_size,
             },
         )
 
     def _make_core(self) -> None:
         """The core of this epoch, and the log of its inputs."""
-        config, cache, model, kind = self.config, self.device.cache, self.device.model, self.link_kind
+        config, cache, model, kind = self.config, self.runner.device.cache, self.runner.device.model, self.link_kind
         spec = EngineSpec(
             name=config.name,
             epoch=config.epoch,
@@ -168,7 +159,7 @@ class Worker:
             num_layers=model.config.num_layers,
             fingerprint=cache.fingerprint(model.config),
             policy=config.cluster.policy,
-            one_sided_links=kind == "shm",
+            one_sided_links=kind in ONE_SIDED,
             granularity=parse_granularity(config.cluster.transfer_granularity, efficient_bytes(kind, self.nic)),
             layer_bytes=cache.bytes_per_page // model.config.num_layers,
             prefix_caching=config.model.prefix_caching,
@@ -191,7 +182,7 @@ class Worker:
         self.depth = ahead if ahead >= 0 else int(model.device.type == "cuda")
 
     def _make_links(self) -> None:
-        config, cache = self.config, self.device.cache
+        config, cache = self.config, self.runner.device.cache
         run_dir, timeout = Path(config.run_dir), config.run.link_timeout
         host = LinkHost(self.link_kind, cache.data, cache.fd, run_dir, timeout, self.nic)
         clock = self.now if config.run.trace else None
@@ -206,7 +197,7 @@ class Worker:
         """
         self.core.check_integrity()
         await self.links.close()
-        await self._on_device(self.device.forget)
+        await self.runner.on_device(self.runner.device.forget)
         self.config, self.checked = config, 0
         self._make_core()
         self._make_links()
@@ -322,7 +313,7 @@ class Worker:
             self._spawn(self._step(plan))
 
     async def _step(self, plan: StepPlan) -> None:
-        result = await self._on_device(self._compute, plan)
+        result = await self.runner.step(plan, partial(self._report, plan.step_id))
         self.steps_flying -= 1
         self.busy_seconds += result.seconds
         self.flops += result.flops
@@ -332,19 +323,13 @@ class Worker:
         self._tell(StepDone(plan.step_id, result.tokens, result.seconds))
         self._advance()
 
-    def _compute(self, plan: StepPlan) -> StepResult:
-        """On the device thread. The note stays where the step does not come through: its requests are suspects."""
-        self.computing.write((item.request_id, item.incarnation) for item in plan.items)
-        result = self.device.run(plan, partial(self._report, plan.step_id))
-        self.computing.clear()
+    def _computed(self, step: Step, result: StepResult) -> StepResult:
+        """On the device's thread, before the next step: for who wants it to take longer."""
         return result
 
     def _report(self, step_id: int, layer: int) -> None:
         """From whatever thread knows it; the loop hears of it before the step's end, which comes the same way."""
         self.loop.call_soon_threadsafe(self._on_news, LayersDone(step_id, layer))
-
-    def _on_device(self, work: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
-        return self.loop.run_in_executor(self.device_thread, work, *arguments)
 
     def _drain(self) -> None:
         for effect in drain(self.core):
@@ -440,8 +425,3 @@ class Worker:
             if error is not None:
                 sys.excepthook(type(error), error, error.__traceback__)  # into the worker's log file
         self.done.set()
-
-
-def _lower_priority() -> None:
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), DEVICE_NICE)

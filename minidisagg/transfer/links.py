@@ -97,6 +97,7 @@ class LinkHost:
     run_dir: Path
     timeout: float
     nic: Nic | None = None
+    checksums: bool = False  # of links between GPUs too
 
 
 class Carried(NamedTuple):

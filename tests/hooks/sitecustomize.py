@@ -62,5 +62,5 @@ def leave() -> None:
     os._exit(9)
 
 
-if "HARM" in os.environ and "minidisagg.runtime.process" in " ".join(sys.orig_argv):
+if "HARM" in os.environ and "minidisagg.runtime.forkserver" in " ".join(sys.orig_argv):
     exec(os.environ["HARM"])

@@ -1,4 +1,4 @@
-"""`nccl` and `gloo`: torch.distributed point to point, over a two-rank process group that belongs to one link alone.
+"""`gloo`: torch.distributed point to point, over a two-rank process group that belongs to one link alone.
 
 There is no world group: workers come and go, and a dead peer costs one link. The destination hosts a TCPStore on a
 loopback socket, both ends build the group on a prefix of it that names the pair and the epoch.
@@ -12,10 +12,8 @@ own `abort` does not release a waiter, so `abort` here waits until the thread's 
 
 from __future__ import annotations
 
-import os
 import socket
 from collections import deque
-from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, Protocol, cast
 
@@ -44,23 +42,15 @@ class PointToPoint(Protocol):
         """Post a receive."""
         ...
 
-    def abort(self) -> None:
-        """Stop what runs on the device."""
-        ...
 
-
-class DistLink(ThreadLink):
+class GlooLink(ThreadLink):
     """A two-rank group; its thread packs, sends and waits, or receives, waits and unpacks."""
 
     def __init__(self, setup: LinkSetup) -> None:
         self._timeout = timedelta(seconds=setup.host.timeout)
-        # gloo moves host memory, so a cache on a GPU is staged through the host there
-        self._device = setup.host.kv.device if setup.host.kind == "nccl" else torch.device("cpu")
         self._group: PointToPoint | None = None
         self._store: Store | None = None
         self._staging: list[Staging] = []
-        on_gpu = self._device.type == "cuda"
-        self._stream = torch.cuda.Stream(self._device) if on_gpu else None  # type: ignore[no-untyped-call]
         if not setup.source:
             listener = socket.create_server(("127.0.0.1", 0))
             self._port = listener.getsockname()[1]
@@ -87,37 +77,23 @@ class DistLink(ThreadLink):
             self._store = self._make_store(int(endpoint.rpartition(":")[2]), None)
         store = PrefixStore(f"{self.setup.pair}/{self.setup.link_epoch}", self._store)
         rank = SOURCE if self.setup.source else DEST
-        with self._on_stream():
-            self._group = self._make_group(store, rank)
-            self._staging = [Staging(self._device, BLOCK_BYTES) for _ in range(DEPTH)]
-            # the first message sets connections up (seconds for nccl), which no transfer should pay for
-            self._wait(self._post(torch.zeros(1, dtype=torch.uint8, device=self._device)))
+        self._group = self._make_group(store, rank)
+        # gloo moves host memory, so a cache on a GPU is staged through the host
+        self._staging = [Staging(torch.device("cpu"), BLOCK_BYTES) for _ in range(DEPTH)]
+        # the first message sets connections up, which no transfer should pay for
+        self._wait(self._post(torch.zeros(1, dtype=torch.uint8)))
 
     def _make_group(self, store: Store, rank: int) -> PointToPoint:
         if self.closing:
             raise LinkError("the link was aborted")
-        if self.host.kind == "gloo":
-            gloo: Any = ProcessGroupGloo  # torch's stubs leave out the options and send and recv
-            options = gloo._Options()
-            options._devices = [gloo.create_device(hostname="127.0.0.1")]
-            options._timeout = self._timeout
-            return cast(PointToPoint, gloo(store, rank, 2, options))
-        # torch's watchdog would dump and kill; here every wait has a deadline and the caller decides
-        os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] = "0"
-        os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
-        os.environ["TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC"] = "0"  # else dropping a group waits a minute for a dump
-        from torch._C._distributed_c10d import ProcessGroupNCCL  # a build for CPUs has none
-
-        nccl_options = ProcessGroupNCCL.Options()
-        nccl_options._timeout = self._timeout
-        return cast(PointToPoint, ProcessGroupNCCL(store, rank, 2, nccl_options))
-
-    def _on_stream(self) -> AbstractContextManager[object]:
-        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+        gloo: Any = ProcessGroupGloo  # torch's stubs leave out the options and send and recv
+        options = gloo._Options()
+        options._devices = [gloo.create_device(hostname="127.0.0.1")]
+        options._timeout = self._timeout
+        return cast(PointToPoint, gloo(store, rank, 2, options))
 
     def _carry(self, piece: Piece, arrives: float) -> Carried:
-        with self._on_stream():
-            return self._send(piece, arrives) if piece.send else self._receive(piece)
+        return self._send(piece, arrives) if piece.send else self._receive(piece)
 
     def _send(self, piece: Piece, arrives: float) -> Carried:
         codec, checksum, posted = self.codec(piece), Checksum(piece), deque[Work]()
@@ -127,7 +103,7 @@ class DistLink(ThreadLink):
             posted.append(self._post(self._pack(codec, checksum, piece, block, self._staged(index, codec, block))))
         carried = Carried(checksum.value(), arrives)
         trailer = Trailer.pack(piece, self.wire_bytes(piece), carried)
-        posted.append(self._post(torch.frombuffer(bytearray(trailer), dtype=torch.uint8).to(self._device)))
+        posted.append(self._post(torch.frombuffer(bytearray(trailer), dtype=torch.uint8)))
         while posted:
             self._wait(posted.popleft())
         return carried
@@ -153,13 +129,11 @@ class DistLink(ThreadLink):
                 self._unpack(codec, checksum, piece, *posted.popleft())
             wire = self._staged(index, codec, block)
             posted.append((self._post(wire), block, wire))
-        trailer = torch.empty(Trailer.SIZE, dtype=torch.uint8, device=self._device)
+        trailer = torch.empty(Trailer.SIZE, dtype=torch.uint8)
         last = self._post(trailer)
         while posted:
             self._unpack(codec, checksum, piece, *posted.popleft())
         self._wait(last)
-        if self._stream is not None:
-            self._stream.synchronize()
         return Trailer.verify(bytes(trailer.tolist()), piece, self.wire_bytes(piece), checksum.value())
 
     def _unpack(self, codec: Codec, checksum: Checksum, piece: Piece, work: Work, block: Block, wire: Tensor) -> None:
@@ -185,15 +159,11 @@ class DistLink(ThreadLink):
         try:
             work.wait(self._timeout)
         except RuntimeError as failure:
-            raise LinkError(f"{self.host.kind}: {str(failure).partition(chr(10))[0]}") from failure
+            raise LinkError(f"gloo: {str(failure).partition(chr(10))[0]}") from failure
 
     def _interrupt(self) -> None:
         """Nothing releases a waiter but its own timeout."""
 
     def _drop(self) -> None:
-        if self._group is not None and self.host.kind == "nccl":
-            self._group.abort()  # a receive that ran out is still a kernel on the device
-        if self._stream is not None:
-            self._stream.synchronize()  # no copy into a page is still under way
         self._group = self._store = None
         self._staging = []

@@ -1,0 +1,160 @@
+"""The transformer on a GPU that Triton knows: the same weights as the portable form, fewer and larger kernels.
+
+Prompts run eagerly: their matmuls are long, and what launches them is far ahead. Decode steps are captured once per
+batch size as CUDA graphs, head and argmax included, and replayed: a step of a small model has some 300 kernels of a few
+microseconds, and launching each of them would take longer.
+
+Shapes as in `transformer.py`; B rows of a decode step, P pages a sequence has at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from minidisagg.model.kernels import add_norm, begin_decode, paged_decode, rope_write, silu_mul, splits_for
+from minidisagg.model.transformer import Transformer
+
+LONG = 1024  # rows from which on one attention call a sequence, by cuDNN, is faster than one call for all of them
+Attend = Callable[[int, Tensor], Tensor]  # (layer, qkv_NCD) → [N, H * D]
+OnLayer = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One sequence's share of an eager step: rows [first, last), of which the first has position `start`."""
+
+    first: int
+    last: int
+    start: int
+    pages: Tensor | None = None  # [P] int64, of all positions up to the last row's; None: a whole prompt needs no cache
+    ends: Tensor | None = None  # int32: (0, its rows), (0, its context)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The eager part of a step. Whole prompts come first, `whole` of them."""
+
+    tokens_N: Tensor
+    positions_N: Tensor
+    slots_N: Tensor  # page * S + offset
+    lasts_N: Tensor  # 1 for each sequence's last row of this step
+    items: Sequence[Prompt]
+    whole: int
+    starts: Tensor  # [whole + 1] int32: first row of each whole prompt, and the end of the last one
+
+
+@dataclass(frozen=True)
+class DecodeRows:
+    """The decode part of a step, int32, in memory that stays where it is. See `begin_decode`."""
+
+    given: Tensor
+    sources: Tensor
+    contexts: Tensor
+    tables: Tensor
+    width: Tensor
+
+
+class FusedTransformer(Transformer):
+    """`cache` is the layers' [2, pages, K, S, D]."""
+
+    def attach(self, layers: Sequence[Tensor]) -> None:
+        """The cache that all calls below use."""
+        self.cache = layers
+        config = self.config
+        self.H, self.K, self.D = config.num_heads, config.num_kv_heads, config.head_dim
+        self.inv_freq = self.inv_freq.float()
+        self.multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
+
+    @torch.inference_mode()
+    def prefill(self, step: Prompts, on_layer: OnLayer = lambda layer: None) -> Tensor:
+        """x_NE after the last layer; the step's KV is in the cache once the device gets there."""
+
+        def attend(layer: int, qkv_NCD: Tensor) -> Tensor:
+            return self._prompt_attention(layer, qkv_NCD, step)
+
+        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+            return self._layers(step.tokens_N, step.positions_N, step.slots_N, step.lasts_N, attend, on_layer)
+
+    def decode(self, rows: DecodeRows, recent: Tensor) -> Tensor:
+        """x_BE of one new token a sequence. Every shape is fixed, so that a graph can hold it."""
+        B = len(rows.given)
+        splits = splits_for(B, self.K, self.multiprocessors)
+        tokens_B, positions_B, slots_B = begin_decode(
+            rows.given, rows.sources, recent, rows.contexts, rows.tables, rows.width, self.cache[0].shape[3]
+        )
+
+        def attend(layer: int, qkv_BCD: Tensor) -> Tensor:
+            out = qkv_BCD.new_empty(B, self.H, self.D)
+            return paged_decode(
+                qkv_BCD, self.cache[layer], rows.tables, rows.width, rows.contexts, out, splits
+            ).view(B, -1)
+
+        return self._layers(tokens_B, positions_B, slots_B, None, attend, lambda layer: None)
+
+    def _layers(
+        self, tokens_N: Tensor, positions_N: Tensor, slots_N: Tensor, lasts_N: Tensor | None, attend: Attend,
+        on_layer: OnLayer,
+    ) -> Tensor:  # fmt: skip
+        eps = self.config.rms_norm_eps
+        x_NE = F.embedding(tokens_N, self.embed_VE)
+        normed_NE = torch.empty_like(x_NE)
+        added_NE: Tensor | None = None  # what the layer before has computed and nobody has added yet
+        for i, layer in enumerate(self.layers):
+            add_norm(x_NE, added_NE, layer.attn_norm_E, eps, normed_NE)
+            qkv_NCD = layer.qkv(normed_NE).view(len(x_NE), -1, self.D)
+            rope_write(qkv_NCD, positions_N, slots_N, lasts_N, self.inv_freq, layer.qk_norm_HD, self.cache[i], eps)
+            on_layer(i + 1)
+            attended = layer.output(attend(i, qkv_NCD))
+            add_norm(x_NE, attended, layer.mlp_norm_E, eps, normed_NE)
+            added_NE = layer.down(silu_mul(layer.gate_up(normed_NE)))
+        return x_NE if added_NE is None else x_NE + added_NE
+
+    def _prompt_attention(self, layer: int, qkv_NCD: Tensor, step: Prompts) -> Tensor:
+        N, H, K = len(qkv_NCD), self.H, self.K
+        q_NHD, k_NKD, v_NKD = qkv_NCD[:, :H], qkv_NCD[:, H : H + K], qkv_NCD[:, H + K :]
+        whole = step.items[: step.whole]
+        longest = max((item.last - item.first for item in whole), default=0)
+        if len(step.items) == len(whole) == 1:
+            return _causal(q_NHD, k_NKD, v_NKD).reshape(N, -1)
+        out_NHD = qkv_NCD.new_empty(N, H, self.D)
+        if len(whole) == 1 or longest >= LONG:
+            for item in whole:
+                rows = slice(item.first, item.last)
+                out_NHD[rows] = _causal(q_NHD[rows], k_NKD[rows], v_NKD[rows])
+        elif whole:
+            rows = slice(0, whole[-1].last)
+            out_NHD[rows] = _flash(q_NHD[rows], k_NKD[rows], v_NKD[rows], step.starts, step.starts, longest, longest)
+        for item in step.items[step.whole :]:
+            assert item.pages is not None and item.ends is not None
+            rows, context = slice(item.first, item.last), item.start + item.last - item.first
+            k_CKD, v_CKD = self._gathered(layer, item.pages, context)
+            q_ends, k_ends = item.ends
+            out_NHD[rows] = _flash(q_NHD[rows], k_CKD, v_CKD, q_ends, k_ends, item.last - item.first, context)
+        return out_NHD.view(N, -1)
+
+    def _gathered(self, layer: int, pages: Tensor, context: int) -> Tensor:
+        """Keys and values of one sequence, [2, context, K, D]."""
+        kv_2PKSD = self.cache[layer].index_select(1, pages)
+        return kv_2PKSD.transpose(2, 3).reshape(2, -1, self.K, self.D)[:, :context]
+
+
+def _causal(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
+    q, k, v = (x.transpose(0, 1)[None] for x in (q_NHD, k_NKD, v_NKD))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    return out[0].transpose(0, 1)
+
+
+def _flash(
+    q_NHD: Tensor, k_CKD: Tensor, v_CKD: Tensor, q_ends: Tensor, k_ends: Tensor, most_q: int, most_k: int
+) -> Tensor:
+    """Causal attention of several sequences, of which the last row sees all of its keys (Dao 2023)."""
+    out: Tensor = torch.ops.aten._flash_attention_forward(
+        q_NHD, k_CKD, v_CKD, q_ends, k_ends, most_q, most_k, 0.0, True, False
+    )[0]
+    return out

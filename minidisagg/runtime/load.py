@@ -1,0 +1,105 @@
+"""What a worker's settings name, made: the device, its model and cache, in the form that is fastest there."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from minidisagg.config import ClusterSettings, WorkerConfig, WorkerSettings
+from minidisagg.model.config import ModelConfig
+from minidisagg.model.loader import load_weights
+from minidisagg.model.transformer import Transformer
+from minidisagg.runtime.device import Device
+from minidisagg.runtime.kv_cache import KVCache, num_pages_for, page_bytes
+
+
+def load_device(config: WorkerConfig, model_config: ModelConfig) -> Device:
+    """The device that a worker's settings name, with the model and an empty cache on it.
+
+    Raises `ValueError` for what a user can mend: no GPU, too little memory, a broken model.
+    """
+    settings = config.settings
+    device = worker_devices(config.cluster)[config.name]
+    if device.type == "cuda":
+        there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if device.index >= there:
+            raise ValueError(f"device {str(device)!r} is asked for, but torch {torch.__version__} sees {there} GPUs")
+        torch.cuda.set_device(device)  # of this thread: Triton launches where it is
+    dtype = dtype_of(settings, model_config)
+    # Roles may compute in different dtypes; what they hand over is in the narrower one.
+    dtypes = [dtype_of(worker, model_config) for _, _, worker in config.cluster.roles()]
+    kv_dtype = min(dtypes, key=lambda dtype: dtype.itemsize)
+    weights = load_weights(config.model.model, model_config)
+    size = config.model.block_size
+    num_pages = num_pages_for(settings.kv_cache_memory, model_config, size, kv_dtype)
+    if num_pages < 1:
+        need = page_bytes(model_config, size, kv_dtype)
+        raise ValueError(f"a KV cache of {settings.kv_cache_memory} bytes holds no page; one needs {need} bytes")
+    if can_fuse(model_config, dtype, kv_dtype, device):
+        from minidisagg.model.fused import FusedTransformer  # Triton is not everywhere
+        from minidisagg.runtime.fused_device import FusedDevice
+
+        fused = FusedTransformer(model_config, weights, dtype, device)
+        cache = KVCache(model_config, num_pages, size, kv_dtype, device)
+        fused_device = FusedDevice(fused, cache, settings.max_num_seqs, max_model_len(config, model_config, cache))
+        fused_device.warm_up()
+        return fused_device
+    model = Transformer(model_config, weights, dtype, device)
+    return Device(model, KVCache(model_config, num_pages, size, kv_dtype, device))
+
+
+def can_fuse(config: ModelConfig, dtype: torch.dtype, kv_dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernels of `model/kernels.py` know this model; where not, the portable form computes it."""
+    return (
+        device.type == "cuda"
+        and dtype == kv_dtype
+        and dtype in (torch.bfloat16, torch.float16)
+        and config.head_dim in (64, 128)
+        and not config.windowed_layers
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+
+
+def worker_devices(cluster: ClusterSettings) -> dict[str, torch.device]:
+    """Where each worker computes: "cuda" alone is one GPU after the other, beginning anew after the last."""
+    found: dict[str, torch.device] = {}
+    gpus = itertools.cycle(range(max(torch.cuda.device_count(), 1)))
+    for name, _, settings in cluster.roles():
+        device = torch.device(settings.device)
+        found[name] = torch.device("cuda", next(gpus)) if device.type == "cuda" and device.index is None else device
+    return found
+
+
+def dtype_of(settings: WorkerSettings, config: ModelConfig) -> torch.dtype:
+    """What a worker computes in; "auto" is the checkpoint's, but on a CPU the fastest dtype with all of its range.
+
+    That is bfloat16 where the CPU has instructions for it; on one with AVX2 alone a matmul in float32 took an eighth.
+    """
+    name = settings.dtype
+    if name == "auto":
+        name = config.dtype
+        if settings.device == "cpu" and name in ("float16", "bfloat16"):
+            name = "bfloat16" if fast_in_bfloat16() else "float32"
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def max_model_len(config: WorkerConfig, model: ModelConfig, cache: KVCache) -> int:
+    """What was asked for, which must be possible; else the model's own limit, or what the cache holds."""
+    asked, held = config.model.max_model_len, cache.num_pages * cache.page_size
+    if asked > model.max_model_len:
+        raise ValueError(f"max_model_len is {asked}, but the model's own limit is {model.max_model_len}")
+    if asked > held:
+        need = -(-asked // cache.page_size) * cache.bytes_per_page
+        raise ValueError(
+            f"the KV cache of {config.settings.kv_cache_memory} bytes holds {held} tokens; max_model_len {asked} "
+            f"needs {need} bytes"
+        )
+    return asked or min(model.max_model_len, held)
+
+
+def fast_in_bfloat16() -> bool:
+    """Whether oneDNN has kernels for this CPU."""
+    mkldnn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return bool(mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -1,0 +1,218 @@
+"""`nccl`: torch.distributed point to point between GPUs, over a two-rank group that belongs to one link alone.
+
+    source        gather pages into staging ─▶ send … ─▶ "launched" over a Unix socket
+    destination   "launched" ─▶ receive into staging … ─▶ scatter into pages
+
+A receive is a kernel that spins until its sender comes, and while it does, whatever has to load a module or to free
+memory on that card waits for it: if the sender should in turn wait for this worker, for ever. So no receive is posted
+before the source has said that the send is under way; and pairs are opened and given up one at a time on each card.
+
+The destination receives into staging memory and copies from there: whatever a peer sends late lands in the staging
+memory of a link that is gone, never in a page. The socket also tells of the peer's death at once; what spins then is
+stopped by the group's abort.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, TCPStore, Work
+
+from minidisagg.core.plan import Piece
+from minidisagg.transfer.codec import Staging
+from minidisagg.transfer.gpu import POLL, PROGRAMS, Finish, GpuLink, planes
+from minidisagg.transfer.kernels import copy_rows
+from minidisagg.transfer.links import Carried, LinkError, LinkSetup, Trailer
+from minidisagg.transfer.rows import Checksum
+from minidisagg.transfer.stream import UnixListener, shut_down
+
+BLOCK_BYTES = 32 << 20  # from 16 MB on NVLink is busy
+DEPTH = 4  # blocks in flight: gathering, sending and scattering overlap
+SOURCE, DEST = 0, 1
+# NCCL's defaults take 650 MiB of the card a pair; so 500 MiB, and faster: larger chunks for fewer channels.
+ENVIRONMENT = {
+    "NCCL_MAX_P2P_NCHANNELS": "16",
+    "NCCL_P2P_NVL_CHUNKSIZE": "524288",
+    # torch's watchdog would dump and kill; here every wait has a deadline and the caller decides
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "0",  # else dropping a group waits a minute for a dump
+}
+PAIR_BYTES = 500 << 20  # of a card, which an open pair takes
+_one_at_a_time = threading.Lock()  # opening and aborting pairs, in this process and so on its card
+
+
+class NcclLink(GpuLink):
+    """One end of a pair."""
+
+    def __init__(self, setup: LinkSetup) -> None:
+        self._group: Any = None
+        self._peer: socket.socket | None = None
+        self._heard = b""  # of the next "launched"
+        self._listener: UnixListener | None = None
+        self._store: Any = None
+        self._staging = [Staging(setup.host.kv.device) for _ in range(DEPTH)]
+        self._works: list[Work | None] = [None] * DEPTH  # the last on each
+        self._blocks = 0
+        if not setup.source:
+            self._listener = UnixListener(setup)
+            listener = socket.create_server(("127.0.0.1", 0))
+            self._port = listener.getsockname()[1]
+            self._store = self._make_store(self._port, setup.host.timeout, listener.detach())
+        super().__init__(setup)
+
+    def endpoint(self) -> str:
+        """`port:path` of the store and of the socket."""
+        if self._listener is None:
+            raise LinkError("only the destination's end has an endpoint")
+        return f"{self._port}:{self._listener.path}"
+
+    @staticmethod
+    def _make_store(port: int, timeout: float, listen_fd: int | None) -> TCPStore:
+        """The store's server on a socket that is bound to loopback (else it binds every interface), or a client."""
+        return TCPStore(
+            "127.0.0.1", port, is_master=listen_fd is not None, timeout=timedelta(seconds=timeout),
+            wait_for_workers=False, master_listen_fd=listen_fd,
+        )  # fmt: skip
+
+    def _open(self, endpoint: str) -> None:
+        port, _, path = endpoint.partition(":")
+        if self._listener is not None:
+            peer = self._peer = self._listener.accept()
+        else:
+            peer = self._peer = socket.socket(socket.AF_UNIX)
+            peer.settimeout(self.host.timeout)
+            peer.connect(path)
+            self._store = self._make_store(int(port), self.host.timeout, None)
+        peer.settimeout(self.host.timeout)
+        # First the destination takes its card's turn and then the source its own: a source that has its turn waits for
+        # nobody, so no circle of pairs waits for one another.
+        if self.setup.source and peer.recv(1) != b"+":
+            raise LinkError("the destination closed its end")
+        with self._turn(self.host.timeout):
+            peer.sendall(b"+")
+            if not self.setup.source and peer.recv(1) != b"+":
+                raise LinkError("the source closed its end")
+            with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+                self.warm_up()
+                self._group = self._make_group()
+                # the first message sets connections up (a second), which no transfer should pay for
+                self._transfer(torch.zeros(1, dtype=torch.uint8, device=self.device)).wait()
+                opened = self.stream.record_event()
+                deadline = time.monotonic() + self.host.timeout
+                while not opened.query():
+                    if time.monotonic() > deadline:
+                        raise LinkError(f"nccl did not connect within {self.host.timeout:.0f} s")
+                    time.sleep(POLL)
+
+    @contextmanager
+    def _turn(self, timeout: float) -> Iterator[None]:
+        if not _one_at_a_time.acquire(timeout=timeout):
+            raise LinkError("another pair of this card takes too long to open")
+        try:
+            yield
+        finally:
+            _one_at_a_time.release()
+
+    def _make_group(self) -> Any:
+        if self.closing:
+            raise LinkError("the link was aborted")
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        from torch._C._distributed_c10d import ProcessGroupNCCL  # a build for CPUs has none
+
+        options = ProcessGroupNCCL.Options()
+        options._timeout = timedelta(seconds=self.host.timeout)
+        store = PrefixStore(f"{self.setup.pair}/{self.setup.link_epoch}", self._store)
+        return ProcessGroupNCCL(store, SOURCE if self.setup.source else DEST, 2, options)
+
+    def _transfer(self, tensor: Tensor) -> Work:
+        work: Work = self._group.send([tensor], DEST, 0) if self.setup.source else self._group.recv([tensor], SOURCE, 0)
+        return work
+
+    def _ready(self, piece: Piece) -> bool:
+        """A source goes ahead: its peer answers at once. A destination waits for the word."""
+        if self._group is None:
+            raise LinkError("the link is not connected")
+        if self.setup.source:
+            return True
+        self._heard += self._read(Trailer.SIZE - len(self._heard))
+        return len(self._heard) == Trailer.SIZE
+
+    def _read(self, size: int) -> bytes:
+        """What has come of it by now."""
+        assert self._peer is not None
+        if not size or not select.select([self._peer], [], [], 0)[0]:
+            return b""
+        data = self._peer.recv(size)
+        if not data:
+            raise LinkError("the peer closed its end")
+        return data
+
+    def _post(self, piece: Piece, arrives: float) -> Finish:
+        if not self.setup.source:
+            _, arrives = Trailer.verify(self._heard, piece, self.wire_bytes(piece), 0)
+            self._heard = b""
+        codec, checksum = self.codec(piece), Checksum(piece)
+        if not codec.in_place:
+            raise LinkError(f"link {self.host.kind!r} cannot carry {piece.codec!r} yet")
+        pages = self.pages(piece.pages) if piece.pages else None
+        for block in self.blocks(piece, BLOCK_BYTES):
+            index = self._blocks % DEPTH
+            self._blocks += 1
+            if (work := self._works[index]) is not None:
+                work.wait()  # on the stream: this thread goes on
+            wire = self._staging[index].rows(codec, block)
+            layers = slice(piece.layers[0] + block.layers.start, piece.layers[0] + block.layers.stop)
+            part = pages[block.pages] if pages is not None else None
+            if piece.send:
+                copy_rows(planes(self.rows, layers, block.kinds), part, planes(wire), None, PROGRAMS)
+            work = self._works[index] = self._transfer(wire)
+            if not piece.send:
+                work.wait()
+            if self.host.checksums:
+                checksum.add(block, wire)
+            if not piece.send and part is not None:
+                copy_rows(planes(wire), None, planes(self.rows, layers, block.kinds), part, PROGRAMS)
+        for work in self._works if piece.send else ():
+            if work is not None:
+                work.wait()
+        if piece.send:
+            assert self._peer is not None
+            self._peer.sendall(Trailer.pack(piece, self.wire_bytes(piece), Carried(0, arrives)))
+        return lambda: Carried(checksum.value() if self.host.checksums else 0, arrives)
+
+    def _check_peer(self) -> None:
+        if self._peer is not None and self.setup.source and select.select([self._peer], [], [], 0)[0]:
+            raise LinkError("the peer closed its end")
+        if self._peer is not None and self._flying and not self.setup.source:
+            self._heard += self._read(Trailer.SIZE - len(self._heard))
+
+    def _interrupt(self) -> None:
+        if self._listener is not None:
+            self._listener.release()
+        if self._peer is not None:
+            shut_down(self._peer)
+
+    def _drop(self) -> None:
+        with _one_at_a_time:
+            if self._group is not None:
+                self._group.abort()  # a transfer whose peer is gone is still a kernel on the card
+            self.stream.synchronize()
+        self._group = self._store = None
+        self._staging, self._works = [], []
+        if self._peer is not None:
+            self._peer.close()
+        if self._listener is not None:
+            self._listener.close()
+

@@ -1,0 +1,243 @@
+"""What one GPU does in a step, against what it could: decode steps, prompts, tokens per second.
+
+    scripts/bench_gpu.py                                   both shapes, every part
+    scripts/bench_gpu.py --shape llama-8b --part decode    one of them
+    scripts/bench_gpu.py --out gpu.json                    the figures, for other runs to stand beside
+
+Every figure stands beside its floor, measured in the same run: bytes over the card's read rate, or operations over its
+matmul rate. A decode step is timed as the engine runs it, several in flight, from the first launch to the last ids.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import random
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from minidisagg.config import ClusterSettings, ModelSettings, RunSettings, WorkerSettings
+from minidisagg.core.messages import SamplingParams
+from minidisagg.core.plan import PlanItem, SeqInit, StepPlan
+from minidisagg.core.tracked import Emit
+from minidisagg.model.dummy import SHAPES, parameter_shapes
+from minidisagg.model.fused import FusedTransformer
+from minidisagg.runtime.ceilings import measure_ceilings
+from minidisagg.runtime.device import step_work
+from minidisagg.runtime.frontend import Frontend
+from minidisagg.runtime.fused_device import FusedDevice
+from minidisagg.runtime.kv_cache import KVCache
+
+PAGE = 64
+GREEDY = SamplingParams(temperature=0.0, max_tokens=1 << 20, ignore_eos=True)
+BATCHES = (1, 8, 64)
+OFFLINE_KV = 40 << 30  # bytes
+# vLLM 0.22.1 on an H100 80 GB, dummy weights, bf16, no prefix cache: ms a decode step at 2k of context by batch, prompt
+# tokens per second of 16 x 4000, output tokens per second of 256 requests with 100 to 1,024 tokens in and out.
+VLLM = {
+    "llama-8b": {"decode": {1: 6.70, 64: 12.87}, "prefill": 41_886, "offline": 8_513},
+    "qwen3-0.6b": {"decode": {1: 1.65, 64: 6.91}, "prefill": 331_852, "offline": 19_112},
+}
+
+
+def make_device(shape: str, pages: int, max_num_seqs: int, max_len: int) -> FusedDevice:
+    """Random weights, drawn on the card."""
+    config, device = SHAPES[shape], torch.device("cuda")
+    torch.manual_seed(0)
+    weights = {
+        name: torch.ones(size, dtype=torch.bfloat16, device=device)
+        if len(size) == 1
+        else torch.randn(size, dtype=torch.bfloat16, device=device) * config.hidden_size**-0.5
+        for name, size in parameter_shapes(config).items()
+    }
+    model = FusedTransformer(config, weights, torch.bfloat16, device)
+    made = FusedDevice(model, KVCache(config, pages, PAGE, torch.bfloat16, device), max_num_seqs, max_len)
+    made.cache.data.normal_()
+    began = time.perf_counter()
+    made.warm_up()
+    say(f"{shape}: {len(made.sizes)} graphs captured in {time.perf_counter() - began:.1f} s")
+    return made
+
+
+def say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def pages_of(rng: random.Random, device: FusedDevice, tokens: list[int]) -> list[list[int]]:
+    """Random pages of the cache, no page twice."""
+    free = rng.sample(range(device.cache.num_pages), sum(-(-n // PAGE) for n in tokens))
+    return [[free.pop() for _ in range(-(-n // PAGE))] for n in tokens]
+
+
+def decode_ms(device: FusedDevice, batch: int, context: int, steps: int = 40) -> float:
+    """Milliseconds a step, each launched while the one before it runs."""
+    pages = pages_of(random.Random(batch), device, [context + steps + 8] * batch)
+    flying, began = [], 0.0
+    for step in range(steps + 8):
+        new = [SeqInit(str(i), 0, [1], [], GREEDY) for i in range(batch)] if not step else []
+        items = [
+            PlanItem(str(i), 0, context + step - 1, 1, [] if step else [5 + i], pages[i], True, step)
+            for i in range(batch)
+        ]
+        flying.append(device.launch(device.prepare(StepPlan(step, items, new, []))))
+        if len(flying) == 2:
+            device.collect(flying.pop(0))
+        if step == 7:
+            began = time.perf_counter()
+    device.collect(flying.pop())
+    took = time.perf_counter() - began
+    device.prepare(StepPlan(0, [], [], [(str(i), 0) for i in range(batch)]))
+    return took / steps * 1e3
+
+
+def prefill_ms(device: FusedDevice, lengths: list[int], repeats: int = 5) -> float:
+    """Milliseconds of one step with these whole prompts."""
+    rng, best = random.Random(0), float("inf")
+    vocab = device.model.config.vocab_size
+    for repeat in range(repeats):
+        pages = pages_of(rng, device, lengths)
+        prompts = [[rng.randrange(vocab) for _ in range(n)] for n in lengths]
+        new = [SeqInit(str(i), repeat, prompt, [], GREEDY) for i, prompt in enumerate(prompts)]
+        items = [PlanItem(str(i), repeat, 0, len(p), p, pages[i], True, 0) for i, p in enumerate(prompts)]
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        device.run(StepPlan(repeat, items, new, []))
+        if repeat:
+            best = min(best, time.perf_counter() - began)
+        device.prepare(StepPlan(0, [], [], [(str(i), repeat) for i in range(len(items))]))
+    return best * 1e3
+
+
+def decode_part(device: FusedDevice, shape: str, read_rate: float) -> list[dict[str, Any]]:
+    """One row per batch."""
+    rows = []
+    for batch in BATCHES:
+        items = [PlanItem(str(i), 0, 2047, 1, [], [], True, 0) for i in range(batch)]
+        _, nbytes = step_work(StepPlan(0, items, [], []), device.model.config, 2)
+        took = decode_ms(device, batch, 2048)
+        peer = VLLM[shape]["decode"].get(batch)  # type: ignore[attr-defined]
+        rows.append(row(shape, f"decode step, batch {batch}, 2k", took, nbytes / read_rate * 1e3, peer, "ms"))
+    return rows
+
+
+def prefill_part(device: FusedDevice, shape: str, flop_rate: float) -> list[dict[str, Any]]:
+    """Prompts of a few lengths, 4,000 to 16,000 tokens a step."""
+    rows = []
+    for count, length in (1, 512), (1, 2000), (4, 4000), (16, 512):
+        items = [PlanItem(str(i), 0, 0, length, [], [], True, 0) for i in range(count)]
+        flops, _ = step_work(StepPlan(0, items, [], []), device.model.config, 2)
+        took = prefill_ms(device, [length] * count)
+        peer = count * length / VLLM[shape]["prefill"] * 1e3 if length == 4000 else None  # type: ignore[operator]
+        rows.append(row(shape, f"prefill, {count} x {length}", took, flops / flop_rate * 1e3, peer, "ms"))
+    return rows
+
+
+async def offline(shape: str, requests: int, max_num_seqs: int) -> tuple[float, float, dict[str, float]]:
+    """(seconds, output tokens, the worker's shares) of requests that all come at once, through the whole engine."""
+    worker = WorkerSettings(
+        device="cuda", dtype="bfloat16", kv_cache_memory=OFFLINE_KV, max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=16384,
+    )  # fmt: skip
+    cluster = ClusterSettings(mode="colocated", prefill_workers=1, decode_workers=0, prefill=worker, decode=worker)
+    model = ModelSettings(model=f"dummy:{shape}", block_size=PAGE, max_model_len=4096, prefix_caching=False)
+    rng = random.Random(0)
+    vocab = SHAPES[shape].vocab_size
+    prompts = [[rng.randrange(vocab) for _ in range(rng.randint(100, 1024))] for _ in range(requests)]
+    lengths = [rng.randint(100, 1024) for _ in range(requests)]
+    began = time.perf_counter()
+    async with await Frontend.start(model, cluster, RunSettings()) as frontend:
+        say(f"{shape}: the engine is up after {time.perf_counter() - began:.0f} s")
+        for measured in False, True:
+            left, ended, errors = requests, asyncio.Event(), list[str]()
+
+            def listen(emit: Emit, now: float) -> None:
+                nonlocal left
+                if emit.finish:
+                    left -= 1
+                    errors.extend([emit.error] if emit.finish != "length" else [])  # noqa: B023
+                    if not left:
+                        ended.set()  # noqa: B023
+
+            before = (await frontend.fresh_stats())["worker-0"]
+            began = time.perf_counter()
+            for prompt, length in zip(prompts, lengths, strict=True):
+                tokens = length if measured else 8
+                frontend.submit(prompt, SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True), listen)
+            await ended.wait()
+            took = time.perf_counter() - began
+            if errors:
+                raise click.ClickException(errors[0])
+        after = (await frontend.fresh_stats())["worker-0"]
+    shares = {
+        "device busy": (after.busy_seconds - before.busy_seconds) / took,
+        "worker's CPU": (after.cpu_seconds - before.cpu_seconds) / took,
+        "steps/s": (after.steps - before.steps) / took,
+    }
+    return took, sum(lengths), shares
+
+
+def offline_part(shape: str, read_rate: float) -> list[dict[str, Any]]:
+    """256 requests with 100 to 1,024 tokens in and out; the floor is the weights and KV of full batches."""
+    took, tokens, shares = asyncio.run(offline(shape, 256, 256))
+    say(f"{shape} offline: {tokens / took:,.0f} tokens/s; " + ", ".join(f"{k} {v:.2f}" for k, v in shares.items()))
+    peer = tokens / VLLM[shape]["offline"]  # type: ignore[operator]
+    return [row(shape, f"offline, {tokens:,.0f} tokens out", took, math.nan, peer, "s") | shares]
+
+
+def row(shape: str, what: str, took: float, floor: float, peer: float | None, unit: str) -> dict[str, Any]:
+    """One figure; `floor` and `peer` in the same unit."""
+    say(f"{shape} {what}: {took:.2f} {unit}, floor {floor:.2f} ({floor / took:.2f})")
+    return {"shape": shape, "what": what, "value": took, "floor": floor, "vllm": peer, "unit": unit}
+
+
+@click.command(help=__doc__)
+@click.option("--shape", type=click.Choice(list(VLLM)), multiple=True, help="default: both")
+@click.option("--part", type=click.Choice(["decode", "prefill", "offline"]), multiple=True, help="default: all")
+@click.option("--out", type=click.Path(path_type=Path), help="write the figures there, as JSON")
+def main(shape: tuple[str, ...], part: tuple[str, ...], out: Path | None) -> None:
+    if not torch.cuda.is_available():
+        raise click.ClickException("this measures a GPU, and torch sees none")
+    read_rate, flop_rate = measure_ceilings(torch.bfloat16, device=torch.device("cuda"))
+    card = torch.cuda.get_device_name()
+    say(f"{card}: reads {read_rate / 1e12:.2f} TB/s, multiplies at {flop_rate / 1e12:.0f} TFLOP/s")
+    rows: list[dict[str, Any]] = []
+    for one in shape or tuple(VLLM):
+        if "offline" in (part or ("offline",)):
+            rows += offline_part(one, read_rate)
+        if part == ("offline",):
+            continue
+        pages = 26_000 * (1 << 20) // (PAGE * SHAPES[one].kv_bytes_per_token(2)) + 16
+        device = make_device(one, pages, 64, 8192)
+        parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
+            "decode": lambda device=device, one=one: decode_part(device, one, read_rate),  # type: ignore[misc]
+            "prefill": lambda device=device, one=one: prefill_part(device, one, flop_rate),  # type: ignore[misc]
+        }
+        for name, measure in parts.items():
+            if name in (part or parts):
+                rows += measure()
+        del device, parts
+        torch.cuda.empty_cache()
+    table = Table("shape", "what", "took", "floor", "floor / took", "vLLM 0.22.1, H100", "of vLLM's time", title=card)
+    for r in rows:
+        peer = r["vllm"]
+        table.add_row(
+            r["shape"], r["what"], f"{r['value']:.2f} {r['unit']}", f"{r['floor']:.2f}",
+            f"{r['floor'] / r['value']:.2f}", f"{peer:.2f}" if peer else "", f"{r['value'] / peer:.2f}" if peer else "",
+        )  # fmt: skip
+    Console(width=120).print(table)
+    if out:
+        out.write_text(json.dumps({"card": card, "read": read_rate, "flops": flop_rate, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
