@@ -93,6 +93,7 @@ class WorkerConfig(Struct, frozen=True, kw_only=True):
     """All that a worker process needs to know at its start."""
 
     name: str
+    index: int  # among the cluster's workers, in the order of `roles()`; names stay where a cluster becomes another
     epoch: int
     role: Role
     model: ModelSettings

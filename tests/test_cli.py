@@ -153,7 +153,7 @@ def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         (["generate", *TINY, "--policy", "lifo"], "unknown policy 'lifo'; there are fcfs"),
         (["generate", *TINY, "--policy", "sarathi:speed=1"], "sarathi:speed=1"),
         (["generate", *TINY, "--policy", "./nowhere.py:Mine"], "nowhere.py does not exist"),
-        (["generate", *TINY, "--link", "pigeon"], "'pigeon' is not one of 'auto', 'gloo'"),
+        (["generate", *TINY, "--link", "pigeon"], "'pigeon' is not one of 'auto', 'cuda_ipc'"),
         (["generate", *TINY, "--mode", "disagg", "--prefill", "speed=1"], "'speed=1': expected KEY=VAL with a key of"),
         (["generate", *TINY, "--prefill-workers", "5000"], "start fewer with --prefill-workers"),
         (["generate", *TINY, "--top-p", "2"], "--top-p: expected float > 0 and <= 1"),

@@ -133,6 +133,7 @@ def test_cores_that_are_not_there(cluster: ClusterSettings, message: str) -> Non
 
 def test_a_worker_gets_its_config_as_json() -> None:
     config = WorkerConfig(
+        index=0,
         name="prefill-0", epoch=3, role=Role.PREFILL, model=Engine(*read()).model, settings=WorkerSettings(cpus="0"),
         cluster=ClusterSettings(mode="disagg"), run=RunSettings(delays={"transfer": 0.1}), run_dir="/tmp/x",
     )  # fmt: skip

@@ -244,19 +244,19 @@ def test_resolve_kind(kind: str, devices: tuple[str, ...], expected: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("prefill", "decode", "two_ranks", "expected"),
+    ("prefill", "decode", "expected"),
     [
-        ("cpu", "cpu", False, "gloo"),
-        ("cpu", "cuda:1", False, "gloo"),
-        ("cuda:0", "cuda:1", False, "nccl"),
-        ("cuda", "cuda:0", False, "gloo"),
-        ("cuda", "cuda:0", True, "nccl"),
+        ("cpu", "cpu", "gloo"),
+        ("cpu", "cuda:1", "gloo"),
+        ("cuda:0", "cuda:1", "nccl"),
+        ("cuda:0", "cuda:0", "cuda_ipc"),
+        ("cuda", "cuda", "cuda_ipc"),  # where there is one GPU, or none
     ],
 )
 def test_auto_knows_all_devices_of_a_cluster(
-    prefill: str, decode: str, two_ranks: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+    prefill: str, decode: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1" if two_ranks else "")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     cluster = ClusterSettings(
         mode="disagg", prefill=WorkerSettings(device=prefill), decode=WorkerSettings(device=decode), decode_workers=2
     )
@@ -264,7 +264,7 @@ def test_auto_knows_all_devices_of_a_cluster(
 
 
 def test_kinds_that_cannot_be_are_refused_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="unknown link 'rdma'; known: auto, gloo, nccl, shm, tcp, unix"):
+    with pytest.raises(ValueError, match="unknown link 'rdma'; known: auto, cuda_ipc, gloo, nccl, shm, tcp, unix"):
         resolve_kind("rdma", "cpu")
     with pytest.raises(ValueError, match="'nccl' needs caches on cuda, not cpu, cuda"):
         resolve_kind("nccl", "cpu", "cuda")

@@ -54,6 +54,7 @@ class Network:
         self.asked: list[tuple[str, asyncio.Future[FakeChannel]]] = []
         monkeypatch.setattr(module, "connect", self.connect)
         config = WorkerConfig(
+            index=0,
             name="w", epoch=1, role=Role.BOTH, model=ModelSettings(), settings=WorkerSettings(),
             cluster=ClusterSettings(), run=RunSettings(), run_dir=str(run_dir),
         )  # fmt: skip
@@ -232,9 +233,13 @@ def test_a_note_says_what_the_worker_was_reading_when_it_failed(
         monkeypatch.setattr(net.worker.core, "on", lambda *_: 1 // 0)
         net.hear(KVWait("ill", 2))
         assert read_notes(tmp_path, "w", 1) == {("ill", 2)}
-        net.worker.computing.write([("a", 0), ("b", 1)])
+        note = net.worker.runner._note
+        note.begin(7, [("a", 0), ("b", 1)])
         assert read_notes(tmp_path, "w", 1) == {("ill", 2), ("a", 0), ("b", 1)}
-        net.worker.computing.clear()
+        note.begin(8, [("a", 0)])  # a GPU has two under way
+        note.end(7)
+        assert read_notes(tmp_path, "w", 1) == {("ill", 2), ("a", 0)}
+        note.end(8)
         assert read_notes(tmp_path, "w", 1) == {("ill", 2)} and read_notes(tmp_path, "w", 2) == set()
 
     play(scenario)

@@ -59,6 +59,7 @@ class Supervisor:
         self._configs = {
             name: WorkerConfig(
                 name=name,
+                index=index,
                 epoch=0,
                 role=role,
                 model=model,
@@ -67,7 +68,9 @@ class Supervisor:
                 run=run,
                 run_dir=str(run_dir),
             )
-            for (name, _, _), (role, settings) in zip(cluster.roles(), _pinned(cluster), strict=True)
+            for index, ((name, _, _), (role, settings)) in enumerate(
+                zip(cluster.roles(), _pinned(cluster), strict=True)
+            )
         }
         self.processes: dict[str, Child] = {}
         self._forks: ForkServer | None = None

@@ -8,6 +8,7 @@ piece as `PieceDone`, and of a confirmed abort as `AbortConfirmed`, both through
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from minidisagg.config import ClusterSettings
 from minidisagg.core.effects import AbortLink, Send
 from minidisagg.core.inputs import AbortConfirmed, PieceDone
 from minidisagg.core.ledger import EPOCH_BITS
-from minidisagg.core.messages import LinkOpen, LinkReady, LinkStats, PieceSpan
+from minidisagg.core.messages import LinkOpen, LinkReady, LinkStats, PieceSpan, Role
 from minidisagg.core.plan import Piece
 from minidisagg.runtime.load import worker_devices
 from minidisagg.transfer.kinds import make_link, resolve_kind
@@ -254,6 +255,9 @@ def link_kind(cluster: ClusterSettings) -> str:
 
     It knows that NCCL refuses two ranks on one GPU.
     """
-    devices = worker_devices(cluster).values()
+    devices = worker_devices(cluster)
     kind = resolve_kind(cluster.link, *(device.type for device in devices))
-    return "cuda_ipc" if cluster.link == "auto" and kind == "nccl" and len(set(devices)) < len(devices) else kind
+    places = [(role, device) for (_, role, _), device in zip(cluster.roles(), devices, strict=True)]
+    pairs = [(a, b) for a, b in itertools.combinations(places, 2) if a[0] != b[0] or a[0] is Role.BOTH]
+    shared = any(a[1] == b[1] for a, b in pairs)
+    return "cuda_ipc" if cluster.link == "auto" and kind == "nccl" and shared else kind

@@ -20,7 +20,7 @@ def load_device(config: WorkerConfig, model_config: ModelConfig) -> Device:
     Raises `ValueError` for what a user can mend: no GPU, too little memory, a broken model.
     """
     settings = config.settings
-    device = worker_devices(config.cluster)[config.name]
+    device = worker_devices(config.cluster)[config.index]
     if device.type == "cuda":
         there = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if device.index >= there:
@@ -61,14 +61,11 @@ def can_fuse(config: ModelConfig, dtype: torch.dtype, kv_dtype: torch.dtype, dev
     )
 
 
-def worker_devices(cluster: ClusterSettings) -> dict[str, torch.device]:
+def worker_devices(cluster: ClusterSettings) -> list[torch.device]:
     """Where each worker computes: "cuda" alone is one GPU after the other, beginning anew after the last."""
-    found: dict[str, torch.device] = {}
+    devices = [torch.device(settings.device) for _, _, settings in cluster.roles()]
     gpus = itertools.cycle(range(max(torch.cuda.device_count(), 1)))
-    for name, _, settings in cluster.roles():
-        device = torch.device(settings.device)
-        found[name] = torch.device("cuda", next(gpus)) if device.type == "cuda" and device.index is None else device
-    return found
+    return [torch.device("cuda", next(gpus)) if str(device) == "cuda" else device for device in devices]
 
 
 def dtype_of(settings: WorkerSettings, config: ModelConfig) -> torch.dtype:

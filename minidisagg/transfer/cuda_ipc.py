@@ -93,21 +93,19 @@ class CudaIpcLink(GpuLink):
     def _post(self, piece: Piece, arrives: float) -> Finish:
         if not self.codec(piece).in_place:
             raise LinkError(f"link {self.host.kind!r} writes pages as they are, and cannot carry {piece.codec!r}")
-        checksum = Checksum(piece)
+        layers, checksum = slice(*piece.layers), Checksum(piece)
         wanted = self.host.checksums and piece.pages and (piece.send or piece.checksum)
-        mine = self.pages(piece.pages) if piece.pages else None
-        if wanted and mine is not None:
-            rows = self.rows[piece.layers[0] : piece.layers[1]].index_select(2, mine)
-            whole = Block(slice(0, len(rows)), slice(0, 2), slice(0, piece.count))
-            checksum.add(whole, rows)
+        if wanted:
+            rows = self.rows[layers].index_select(2, self.pages(piece.pages)[0])
+            checksum.add(Block(slice(0, len(rows)), slice(0, 2), slice(0, piece.count)), rows)
         if piece.send:
             remote = self._remote
             if remote is None:
                 raise LinkError("the link is not connected")
             if len(piece.remote) != piece.count or not 0 <= min(piece.remote) <= max(piece.remote) < remote.shape[2]:
                 raise LinkError(f"remote pages are not {piece.count} of the peer's {remote.shape[2]}")
-            layers = slice(*piece.layers)
-            copy_rows(planes(self.rows, layers), mine, planes(remote, layers), self.pages(piece.remote), PROGRAMS)
+            mine, theirs = self.pages(piece.pages, piece.remote)
+            copy_rows(planes(self.rows, layers), mine, planes(remote, layers), theirs, PROGRAMS)
 
         def finish() -> Carried:
             value = checksum.value() if wanted else 0
@@ -116,6 +114,12 @@ class CudaIpcLink(GpuLink):
             return Carried(value, arrives)
 
         return finish
+
+    def _rest(self) -> None:
+        if self._flying:
+            self._flying[0].event.synchronize()  # what writes waits for nobody: this ends, even if the peer is dead
+        else:
+            super()._rest()
 
     def _check_peer(self) -> None:
         if self._peer is not None and select.select([self._peer], [], [], 0)[0]:

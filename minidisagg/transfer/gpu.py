@@ -24,6 +24,7 @@ from minidisagg.transfer.kernels import copy_rows
 from minidisagg.transfer.links import Carried, CorruptError, LinkError, LinkSetup, ThreadLink
 
 POLL = 50e-6  # seconds between two looks at the events
+LISTS = 64  # of page numbers that are on their way
 PROGRAMS = 64  # of a copy kernel: half of the multiprocessors keep NVLink busy, and leave room for what computes
 
 Finish = Callable[[], Carried]  # once the event has fired; raises `CorruptError`
@@ -46,6 +47,9 @@ class GpuLink(ThreadLink):
         self.device = setup.host.kv.device
         self.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._flying: deque[Flying] = deque()
+        self._pinned = torch.empty(LISTS, 2 * setup.host.kv.shape[2], dtype=torch.int64).pin_memory()
+        self._there = torch.empty_like(self._pinned, device=self.device)
+        self._lists = 0
         super().__init__(setup)
 
     @abstractmethod
@@ -60,6 +64,10 @@ class GpuLink(ThreadLink):
     def _check_peer(self) -> None:
         """Raise `LinkError` where the peer's end is closed."""
 
+    def _rest(self) -> None:
+        """Until there may be something to see."""
+        time.sleep(POLL)
+
     def _carry(self, piece: Piece, arrives: float) -> Carried:
         raise NotImplementedError  # `_run` overlaps pieces
 
@@ -68,7 +76,7 @@ class GpuLink(ThreadLink):
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
             while not self.closing:
                 try:
-                    if waiting is None:
+                    if waiting is None and len(self._flying) < LISTS // 2:
                         waiting = self._next()
                     if waiting is not None and self._begin(*waiting):
                         waiting = None
@@ -76,7 +84,7 @@ class GpuLink(ThreadLink):
                         self._land(self._flying.popleft())
                     else:
                         self._watch(waiting)
-                        time.sleep(POLL)
+                        self._rest()
                 except CorruptError:
                     raise AssertionError("reported where it was found") from None
                 except Exception as failure:  # the order on the link is lost
@@ -150,9 +158,15 @@ class GpuLink(ThreadLink):
             copy_rows(planes(self.rows[:1]), source, torch.empty_like(planes(self.rows[:1, :, :1])), target, PROGRAMS)
         self.stream.synchronize()
 
-    def pages(self, pages: Sequence[int]) -> Tensor:
-        """Their numbers on the card."""
-        return torch.tensor(pages, dtype=torch.int64).pin_memory().to(self.device, non_blocking=True)
+    def pages(self, *lists: Sequence[int]) -> Tensor:
+        """Their numbers on the card, one row for each (equally long) list, until `LISTS` further pieces are posted."""
+        count, slot = len(lists[0]), self._lists % LISTS
+        if len(lists) * count > self._pinned.shape[1]:
+            raise LinkError(f"a piece of {count} pages is too large")
+        self._lists += 1
+        pinned, there = (x[slot, : len(lists) * count].view(len(lists), count) for x in (self._pinned, self._there))
+        pinned.numpy()[:] = lists
+        return there.copy_(pinned, non_blocking=True)
 
 
 def planes(rows: Tensor, layers: slice = slice(None), kinds: slice = slice(None)) -> Tensor:

@@ -166,7 +166,8 @@ class NcclLink(GpuLink):
         codec, checksum = self.codec(piece), Checksum(piece)
         if not codec.in_place:
             raise LinkError(f"link {self.host.kind!r} cannot carry {piece.codec!r} yet")
-        pages = self.pages(piece.pages) if piece.pages else None
+        pages = self.pages(piece.pages)[0] if piece.pages else None
+        first = self._blocks
         for block in self.blocks(piece, BLOCK_BYTES):
             index = self._blocks % DEPTH
             self._blocks += 1
@@ -184,8 +185,8 @@ class NcclLink(GpuLink):
                 checksum.add(block, wire)
             if not piece.send and part is not None:
                 copy_rows(planes(wire), None, planes(self.rows, layers, block.kinds), part, PROGRAMS)
-        for work in self._works if piece.send else ():
-            if work is not None:
+        for index in range(max(first, self._blocks - DEPTH), self._blocks) if piece.send else ():
+            if (work := self._works[index % DEPTH]) is not None:
                 work.wait()
         if piece.send:
             assert self._peer is not None
