@@ -17,6 +17,7 @@ import statistics
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -108,7 +109,7 @@ def destination(kind: str, device: str, run_dir: str, pipe: Connection) -> None:
     end.link.abort(False)
 
 
-def links_part() -> list[dict[str, Any]]:
+def links_part(_: Sequence[int]) -> list[dict[str, Any]]:
     """Gigabytes per second: one piece at a time, and several in flight, to scattered pages."""
     rows, devices = [], (f"cuda:{0}", f"cuda:{torch.cuda.device_count() - 1}")
     raw = {size: raw_copy(size, *devices) for size in SIZES}
@@ -221,10 +222,10 @@ async def unloaded(settings: ClusterSettings, tokens: int, requests: int) -> dic
     return medians
 
 
-def handoff_part() -> list[dict[str, Any]]:
+def handoff_part(lengths: Sequence[int]) -> list[dict[str, Any]]:
     """8B: what disaggregation adds to the second token, request by request."""
     rows = []
-    for tokens in 2000, 16000:
+    for tokens in lengths:
         base = asyncio.run(unloaded(cluster("colocated"), tokens, 10))
         rows.append({"tokens": tokens, "link": "colocated", "granularity": "", **base, "adds": 0.0})
         say(f"{rows[-1]}")
@@ -250,11 +251,12 @@ PARTS = {"links": links_part, "handoff": handoff_part}
 @click.command(help=__doc__)
 @click.option("--part", type=click.Choice(list(PARTS)), required=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("multi_gpu.json"), show_default=True)
-def main(part: str, out: Path) -> None:
+@click.option("--tokens", type=int, multiple=True, default=(2000, 16000), show_default=True, help="of prompts")
+def main(part: str, out: Path, tokens: tuple[int, ...]) -> None:
     if not torch.cuda.is_available():
         raise click.ClickException("this measures GPUs, and torch sees none")
     began = time.time()
-    rows = PARTS[part]()
+    rows = PARTS[part](tokens)
     seen = json.loads(out.read_text()) if out.exists() else []
     card = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     seen.append({"part": part, "cards": card, "seconds": round(time.time() - began), "rows": rows})

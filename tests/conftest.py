@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The default of `-m`."""
+    """The default of `-m`; and Triton, which looks at the variable when it is imported, interprets where no GPU is."""
     config.option.markexpr = config.option.markexpr or "not slow"
+    if not Path("/dev/nvidia0").exists():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True, scope="session")

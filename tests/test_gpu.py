@@ -1,28 +1,40 @@
 """The engine on a CUDA device: run with `pytest -m gpu`.
 
-Two NCCL ranks on one GPU need NCCL 2.31 or later and NCCL_MULTI_RANK_GPU_ENABLE=1; without them the disaggregated
-tests go over gloo, and the one that is about nccl says why it skips.
+What is about nccl needs two GPUs, since it refuses two ranks on one; `cuda_ipc` and gloo do with one.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
+import functools
 import random
+from dataclasses import replace
 
 import pytest
 import torch
+from msgspec.structs import replace as replace_struct
+from torch import Tensor
 
 from minidisagg.config import ClusterSettings, Mode, ModelSettings, RunSettings, WorkerSettings
 from minidisagg.core.messages import SamplingParams
+from minidisagg.core.plan import NO_TOKEN, PlanItem, SeqInit, StepPlan
 from minidisagg.core.tracked import Emit
+from minidisagg.model.config import ModelConfig
+from minidisagg.model.dummy import SHAPES, parameter_shapes
+from minidisagg.model.sampler import SequenceSampling, resample, sample
+from minidisagg.model.transformer import Transformer
+from minidisagg.runtime.device import Device
 from minidisagg.runtime.frontend import Frontend
+from minidisagg.runtime.kv_cache import KVCache
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-shares_a_gpu = torch.cuda.device_count() > 1 or os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
+if torch.cuda.is_available():  # Triton, which these import, is not everywhere
+    from minidisagg.model.fused import FusedTransformer
+    from minidisagg.runtime.fused_device import FusedDevice, greedy
+needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="nccl takes one rank a GPU: needs two")
 MODEL = ModelSettings(model="dummy:tiny,std=0.15", block_size=16)
 
 
@@ -80,6 +92,12 @@ async def outputs(cluster: ClusterSettings, kill: str = "") -> tuple[list[list[i
         return tokens, sum(link.bytes for one in stats.values() for link in one.links)
 
 
+@functools.cache
+def colocated() -> list[list[int]]:
+    """The oracle."""
+    return asyncio.run(outputs(settings("colocated", "auto", "float64")))[0]
+
+
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_colocated_runs(dtype: str) -> None:
     tokens, moved = asyncio.run(outputs(settings("colocated", "auto", dtype)))
@@ -88,16 +106,164 @@ def test_colocated_runs(dtype: str) -> None:
 
 @pytest.mark.parametrize("granularity", ["request", "layers:1"])
 def test_disaggregated_over_gloo_equals_colocated(granularity: str) -> None:
-    expected, _ = asyncio.run(outputs(settings("colocated", "auto", "float64")))
+    expected = colocated()
     tokens, moved = asyncio.run(outputs(settings("disagg", "gloo", "float64", granularity)))
     assert tokens == expected and moved > 0
 
 
-@pytest.mark.skipif(not shares_a_gpu, reason="needs two GPUs, or NCCL >= 2.31 and NCCL_MULTI_RANK_GPU_ENABLE=1")
+@pytest.mark.parametrize("link", [pytest.param("nccl", marks=needs_two), "cuda_ipc"])
 @pytest.mark.parametrize(
-    ("granularity", "kill"), [("chunk", ""), ("layers:1", ""), ("layers:1", "prefill-0"), ("layers:1", "decode-0")]
+    ("granularity", "kill"),
+    [("request", ""), ("chunk", ""), ("layers:1", ""), ("layers:1", "prefill-0"), ("layers:1", "decode-0")],
 )
-def test_disaggregated_over_nccl_equals_colocated(granularity: str, kill: str) -> None:
-    expected, _ = asyncio.run(outputs(settings("colocated", "auto", "float64")))
-    tokens, moved = asyncio.run(outputs(settings("disagg", "nccl", "float64", granularity), kill))
+def test_disaggregated_between_gpus_equals_colocated(link: str, granularity: str, kill: str) -> None:
+    expected = colocated()
+    tokens, moved = asyncio.run(outputs(settings("disagg", link, "float64", granularity), kill))
     assert tokens == expected and moved > 0
+
+
+# ---------------------------------------------------------------- fused kernels, and graphs of them
+
+SAMPLING = SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True)
+LENGTHS = (5, 64, 65, 300, 1100, 777, 1)  # edges of pages and tiles, and one that comes in two chunks
+CHUNK = 500
+
+
+def shape(head_dim: int, heads: int, kv_heads: int, qk_norm: bool) -> tuple[ModelConfig, dict[str, Tensor]]:
+    config = replace(
+        SHAPES["tiny"], hidden_size=512, intermediate_size=1024, num_layers=3, num_heads=heads, num_kv_heads=kv_heads,
+        head_dim=head_dim, qk_norm=qk_norm, vocab_size=2048, dtype="bfloat16",
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(1)
+    weights = {
+        name: torch.ones(size) if len(size) == 1 else torch.randn(size, generator=generator) * 512**-0.5
+        for name, size in parameter_shapes(config).items()
+    }
+    return config, {name: weight.bfloat16() for name, weight in weights.items()}
+
+
+def fused_device(config: ModelConfig, weights: dict[str, Tensor], page_size: int, pages: int = 200) -> FusedDevice:
+    device = torch.device("cuda", 0)
+    cache = KVCache(config, pages, page_size, torch.bfloat16, device)
+    cache.data.fill_(float("nan"))  # what an earlier owner may have left
+    made = FusedDevice(FusedTransformer(config, weights, torch.bfloat16, device), cache, 16, 2048)
+    made.warm_up()
+    return made
+
+
+def plans(ids: list[list[int]], pages: list[list[int]], step: int) -> StepPlan:
+    """A step that continues every sequence by one token, or by a chunk of its prompt."""
+    new = [SeqInit(str(i), 0, prompt, [], SAMPLING) for i, prompt in enumerate(ids)] if not step else []
+    items = []
+    for i, tokens in enumerate(ids):
+        start = (0, min(len(tokens) - 1, CHUNK))[step > 0] if step < 2 else len(tokens) - 1
+        end = min(len(tokens), start + CHUNK) if step == 0 else len(tokens)
+        items.append(PlanItem(str(i), 0, start, end - start, tokens[start:end], pages[i], end == len(tokens), step))
+    return StepPlan(step, items, new, [])
+
+
+@pytest.mark.parametrize("page_size", [16, 64, 128])
+@pytest.mark.parametrize(
+    ("head_dim", "heads", "kv_heads", "qk_norm"), [(64, 9, 3, False), (128, 8, 2, True), (128, 8, 1, False)]
+)
+def test_fused_steps_equal_portable_ones(
+    head_dim: int, heads: int, kv_heads: int, qk_norm: bool, page_size: int
+) -> None:
+    """Prompts, chunks and decodes: KV within what bfloat16 rounds, the likeliest token of nearly every row, nothing
+    read of pages that the plan does not hold, and zeros behind each sequence's last token."""
+    config, weights = shape(head_dim, heads, kv_heads, qk_norm)
+    device, rng = torch.device("cuda", 0), random.Random(0)
+    exact = Device(
+        Transformer(config, weights, torch.float32, device), KVCache(config, 200, page_size, torch.float32, device)
+    )
+    fused = fused_device(config, weights, page_size)
+    ids = [[rng.randrange(2048) for _ in range(n)] for n in LENGTHS]
+    free = rng.sample(range(200), 200)
+    pages = [[free.pop() for _ in range(-(-(len(prompt) + 20) // page_size))] for prompt in ids]
+    same = count = 0
+    for step in range(14):
+        plan = plans(ids, pages, step)
+        want, got = exact.run(plan).tokens, fused.run(plan).tokens
+        assert NO_TOKEN not in got
+        same, count = same + sum(map(int.__eq__, want, got)), count + len(want)
+        for item, token in zip([item for item in plan.items if item.sample], want, strict=True):
+            ids[int(item.request_id)].append(token)
+        for item in plan.items:
+            end = item.start + item.count
+            for layer in range(config.num_layers):
+                ours, theirs = (
+                    one.cache.data[layer][:, item.pages].transpose(2, 3).reshape(2, -1, kv_heads, head_dim).float()
+                    for one in (fused, exact)
+                )
+                assert (ours - theirs)[:, :end].norm() < 0.02 * theirs[:, :end].norm()
+                assert not ours[:, end : -(-end // page_size) * page_size].any()
+    assert same >= 0.9 * count, f"{same} of {count}"
+
+
+def test_a_replayed_graph_is_the_eager_step() -> None:
+    """With padding, and with the other rows' memory poisoned: tokens, logits and KV are the same, bit for bit."""
+    config, weights = shape(128, 8, 2, True)
+    rng = random.Random(3)
+    tokens: list[list[int]] = []
+    for graphs in True, False:
+        fused = fused_device(config, weights, 64)
+        if not graphs:
+            fused.graphs = {size: Eager(fused, size) for size in fused.sizes}  # type: ignore[misc]
+        rng.seed(4)
+        ids = [[rng.randrange(2048) for _ in range(n)] for n in (30, 64, 200)]
+        pages = [[i * 8 + n for n in range(8)] for i in range(3)]
+        for step in range(20):
+            got = fused.run(plans(ids, pages, step)).tokens
+            for sequence, token in zip(ids, got, strict=True):
+                sequence.append(token)
+        tokens.append([token for sequence in ids for token in sequence])
+    assert tokens[0] == tokens[1] and len(set(tokens[0])) > 30
+
+
+class Eager:
+    """In place of a graph."""
+
+    def __init__(self, device: FusedDevice, size: int) -> None:
+        self.device, self.size = device, size
+
+    @torch.inference_mode()
+    def replay(self) -> None:
+        self.device._decode(self.size)
+
+
+def test_steps_launched_ahead_take_tokens_that_no_host_has_seen() -> None:
+    config, weights = shape(64, 4, 2, False)
+    params = replace_struct(SAMPLING, temperature=0.8, top_p=0.9, seed=5, repetition_penalty=1.2)
+    found = []
+    for ahead in False, True:
+        fused = fused_device(config, weights, 64)
+        prompt = list(range(1, 40))
+        new = [SeqInit("a", 0, prompt, [], SAMPLING), SeqInit("b", 0, prompt, [], params)]
+        first = [PlanItem(name, 0, 0, 39, prompt, [page], True, 0) for page, name in enumerate("ab")]
+        flying, out = [fused.launch(fused.prepare(StepPlan(0, first, new, [])))], list[list[int]]()
+        for step in range(1, 20):
+            if not ahead:
+                out.append(fused.collect(flying.pop()).tokens)
+            known = [[out[-1][i]] if not ahead else [] for i in range(2)]
+            items = [PlanItem(n, 0, 38 + step, 1, known[i], [i], True, step) for i, n in enumerate("ab")]
+            flying.append(fused.launch(fused.prepare(StepPlan(step, items, [], []))))
+            if ahead:
+                out.append(fused.collect(flying.pop(0)).tokens)
+        out.append(fused.collect(flying.pop()).tokens)
+        found.append(out)
+    assert found[0] == found[1] and len({token for step in found[0] for token in step}) > 10
+
+
+def test_what_the_card_samples_is_what_the_host_samples() -> None:
+    torch.manual_seed(1)
+    for trial in range(20):
+        params = [
+            replace_struct(SAMPLING, temperature=t, top_k=k, top_p=p, min_p=m, seed=trial)
+            for t, k, p, m in ((0.0, 0, 1.0, 0.0), (1.0, 50, 0.9, 0.0), (0.7, 0, 0.8, 0.05), (2.0, 0, 1.0, 0.0))
+        ]
+        logits = torch.randn(4, 32_000) * 5
+        want = sample(logits.clone(), [(SequenceSampling(p), 3) for p in params])
+        there = logits.cuda()
+        got = greedy(there)
+        resample([(SequenceSampling(p), 3, there[n]) for n, p in enumerate(params)], got)
+        assert got.tolist() == want

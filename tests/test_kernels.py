@@ -1,5 +1,5 @@
-"""The GPU's kernels under Triton's interpreter, against plain torch: where there is no GPU their logic is tested all
-the same. Where there is one, tests/test_gpu.py runs the real ones."""
+"""The GPU's kernels under Triton's interpreter (tests/conftest.py), against plain torch: where there is no GPU their
+logic is tested all the same. Where there is one, tests/test_gpu.py runs the real ones."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import importlib.util
 import math
 import random
 from collections import Counter
-from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -25,12 +24,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim
 EPS = 1e-5
 
 
-@pytest.fixture(scope="module")
-def kernels() -> Iterator[ModuleType]:
-    """Triton looks at the variable where a kernel is defined, and where it is called."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        yield importlib.import_module("minidisagg.model.kernels")
+@pytest.fixture
+def kernels() -> ModuleType:
+    """Imported here, as Triton is not everywhere."""
+    return importlib.import_module("minidisagg.model.kernels")
 
 
 def norm(x: Tensor, weight: Tensor) -> Tensor:

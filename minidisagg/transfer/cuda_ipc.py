@@ -93,9 +93,9 @@ class CudaIpcLink(GpuLink):
     def _post(self, piece: Piece, arrives: float) -> Finish:
         if not self.codec(piece).in_place:
             raise LinkError(f"link {self.host.kind!r} writes pages as they are, and cannot carry {piece.codec!r}")
-        layers, checksum = slice(*piece.layers), Checksum(piece)
-        wanted = self.host.checksums and piece.pages and (piece.send or piece.checksum)
-        if wanted:
+        layers, checksum = slice(*piece.layers), None
+        if self.host.checksums and piece.pages and (piece.send or piece.checksum):
+            checksum = Checksum(piece)
             rows = self.rows[layers].index_select(2, self.pages(piece.pages)[0])
             checksum.add(Block(slice(0, len(rows)), slice(0, 2), slice(0, piece.count)), rows)
         if piece.send:
@@ -108,8 +108,8 @@ class CudaIpcLink(GpuLink):
             copy_rows(planes(self.rows, layers), mine, planes(remote, layers), theirs, PROGRAMS)
 
         def finish() -> Carried:
-            value = checksum.value() if wanted else 0
-            if not piece.send and value != (piece.checksum if wanted else 0):
+            value = 0 if checksum is None else checksum.value()
+            if checksum is not None and not piece.send and value != piece.checksum:
                 raise CorruptError(f"checksum mismatch in piece {piece.seq}")
             return Carried(value, arrives)
 
