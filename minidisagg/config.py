@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Literal
 
 import msgspec
@@ -36,7 +37,9 @@ class WorkerSettings(Struct, frozen=True, kw_only=True):
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 2048
     chunk: int = 0
-    kv_cache_memory: int = 512 << 20  # bytes
+    kv_cache_memory: int = 0  # bytes; 0: 512 MiB on a CPU, on a GPU what is left of the worker's share of its memory
+    gpu_memory_utilization: float = 0.9  # of a GPU's memory, for all workers on it together
+    sms: str = ""  # "60%": of a GPU's multiprocessors, where an MPS daemon runs
 
     def options(self) -> WorkerOptions:
         """The part that the scheduler sees."""
@@ -130,7 +133,7 @@ def parse_cpus(text: str) -> list[int]:
 def parse_worker(text: str, base: WorkerSettings) -> WorkerSettings:
     """`KEY=VAL,KEY=VAL` over `base`; raises `ValueError` naming the key that is unknown or out of range."""
     known = {field.name: field.type for field in msgspec.structs.fields(WorkerSettings)}
-    changes: dict[str, str | int] = {}
+    changes: dict[str, str | int | float] = {}
     for part in filter(None, text.split(",")):
         key, equals, value = part.partition("=")
         key = key.strip().replace("-", "_")
@@ -142,6 +145,11 @@ def parse_worker(text: str, base: WorkerSettings) -> WorkerSettings:
             if not value.isdigit():
                 raise ValueError(f"{part!r}: expected a whole number")
             changes[key] = int(value)
+        elif known[key] is float:
+            try:
+                changes[key] = float(value)
+            except ValueError:
+                raise ValueError(f"{part!r}: expected a number") from None
         else:
             changes[key] = value
     return check_worker(msgspec.structs.replace(base, **changes))
@@ -157,6 +165,10 @@ def check_worker(settings: WorkerSettings) -> WorkerSettings:
         raise ValueError(f"dtype {settings.dtype!r} is not one of auto, float32, bfloat16, float16, float64")
     if settings.device != "cpu" and not settings.device.startswith("cuda"):
         raise ValueError(f"device {settings.device!r} is neither cpu nor cuda[:N]")
+    if not 0 < settings.gpu_memory_utilization <= 1:
+        raise ValueError(f"gpu_memory_utilization must be a share of 1, not {settings.gpu_memory_utilization:g}")
+    if settings.sms and not re.fullmatch(r"(100|[1-9]\d?)%", settings.sms):
+        raise ValueError(f"sms={settings.sms}: write a percentage, as in sms=60%")
     return settings
 
 

@@ -68,11 +68,16 @@ engine_options = stack(
         click.option("--decode-workers", type=click.IntRange(min=0), metavar="N",
                      help="Workers that decode. In colocated mode the two numbers add up, and each worker does both."),
         click.option("--dtype", type=click.Choice(DTYPES), default=WORKER.dtype, show_default=True),
-        click.option("--device", default=WORKER.device, show_default=True, help="cpu, cuda or cuda:N."),
+        click.option("--device", default=WORKER.device, show_default=True,
+                     help="cpu, cuda or cuda:N; cuda alone is one GPU after the other."),
         click.option("--max-model-len", type=positive, help="Tokens of prompt and output.  [default: the model's]"),
         click.option("--block-size", type=positive, default=MODEL.block_size, show_default=True,
                      help="Tokens of a KV page."),
-        click.option("--kv-cache-memory", default="512M", show_default=True, metavar="SIZE", help="Of each worker."),
+        click.option("--kv-cache-memory", metavar="SIZE",
+                     help="Of each worker.  [default: 512M, on a GPU what --gpu-memory-utilization leaves]"),
+        click.option("--gpu-memory-utilization", type=click.FloatRange(0, 1, min_open=True), show_default=True,
+                     default=WORKER.gpu_memory_utilization, metavar="SHARE",
+                     help="Of a GPU, for weights, steps and caches of all workers on it."),
         click.option("--max-num-seqs", type=positive, default=WORKER.max_num_seqs, show_default=True,
                      help="Requests in a step."),
         click.option("--max-num-batched-tokens", type=positive, default=WORKER.max_num_batched_tokens,
@@ -112,7 +117,7 @@ def read_engine(model: str, flags: dict[str, Any], mode: str, one_worker: bool =
     numbers = {key: flags.pop(key) for key in ("prefill_workers", "decode_workers")}
     if one_worker and mode == "colocated" and set(numbers.values()) == {None}:
         numbers = {"prefill_workers": 1, "decode_workers": 0}
-    flags["kv_cache_memory"] = parse_size(flags["kv_cache_memory"])
+    flags["kv_cache_memory"] = parse_size(flags["kv_cache_memory"]) if flags["kv_cache_memory"] else 0
     of_worker = {key: flags.pop(key) for key in WORKER.__struct_fields__ if key in flags}
     worker = check_worker(WorkerSettings(**of_worker))
     interconnect = parse_interconnect(flags["emulate_link"])

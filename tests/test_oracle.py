@@ -383,7 +383,7 @@ def test_many_kills_change_no_token(link: str, colocated: Run, monkeypatch: pyte
 # ---------------------------------------------------------------- the oracle can fail
 
 ZERO_PAGE = """
-import sys
+from pathlib import Path
 from minidisagg import Policy
 from minidisagg.runtime.device import Device
 
@@ -400,7 +400,7 @@ def prepare(self, plan):
     return original(self, plan)
 
 
-if any('"decode-0"' in argument for argument in sys.argv):
+if Path("/proc/self/comm").read_text().strip() == "decode-0":
     original, Device.prepare = Device.prepare, prepare
 """
 

@@ -172,7 +172,8 @@ def memory_on_gpus(model: ModelSettings, cluster: ClusterSettings) -> Counter[st
             dtype = config.dtype if settings.dtype == "auto" else settings.dtype
             weights = config.num_parameters * ITEM_BYTES.get(dtype, 2)
             device = settings.device if ":" in settings.device else f"{settings.device}:0"
-            need[device] += weights + settings.kv_cache_memory + OVERHEAD
+            cache = settings.kv_cache_memory or _memory_of(device)  # all that is left
+            need[device] += weights + cache + OVERHEAD
     return need
 
 

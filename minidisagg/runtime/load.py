@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import os
+from pathlib import Path
 
 import torch
 
 from minidisagg.config import ClusterSettings, WorkerConfig, WorkerSettings
+from minidisagg.core.messages import Role
 from minidisagg.model.config import ModelConfig
 from minidisagg.model.loader import load_weights
 from minidisagg.model.transformer import Transformer
 from minidisagg.runtime.device import Device
 from minidisagg.runtime.kv_cache import KVCache, num_pages_for, page_bytes
+
+CPU_CACHE = 512 << 20  # bytes, of a worker that was not told
+CONTEXT = 1 << 30  # bytes of a GPU that CUDA, its libraries and the captured graphs take
+PAIR_BYTES = 650 << 20  # and an open pair of nccl
 
 
 def load_device(config: WorkerConfig, model_config: ModelConfig) -> Device:
@@ -25,28 +32,59 @@ def load_device(config: WorkerConfig, model_config: ModelConfig) -> Device:
         there = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if device.index >= there:
             raise ValueError(f"device {str(device)!r} is asked for, but torch {torch.__version__} sees {there} GPUs")
+        daemon = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")) / "control"
+        if settings.sms and not daemon.exists():
+            raise ValueError(f"sms={settings.sms} needs an MPS daemon, and none runs: nvidia-cuda-mps-control -d")
         torch.cuda.set_device(device)  # of this thread: Triton launches where it is
     dtype = dtype_of(settings, model_config)
     # Roles may compute in different dtypes; what they hand over is in the narrower one.
     dtypes = [dtype_of(worker, model_config) for _, _, worker in config.cluster.roles()]
     kv_dtype = min(dtypes, key=lambda dtype: dtype.itemsize)
     weights = load_weights(config.model.model, model_config)
-    size = config.model.block_size
-    num_pages = num_pages_for(settings.kv_cache_memory, model_config, size, kv_dtype)
-    if num_pages < 1:
-        need = page_bytes(model_config, size, kv_dtype)
-        raise ValueError(f"a KV cache of {settings.kv_cache_memory} bytes holds no page; one needs {need} bytes")
     if can_fuse(model_config, dtype, kv_dtype, device):
         from minidisagg.model.fused import FusedTransformer  # Triton is not everywhere
         from minidisagg.runtime.fused_device import FusedDevice
 
         fused = FusedTransformer(model_config, weights, dtype, device)
-        cache = KVCache(model_config, num_pages, size, kv_dtype, device)
+        del weights
+        cache = _make_cache(config, model_config, kv_dtype, device)
         fused_device = FusedDevice(fused, cache, settings.max_num_seqs, max_model_len(config, model_config, cache))
         fused_device.warm_up()
         return fused_device
     model = Transformer(model_config, weights, dtype, device)
-    return Device(model, KVCache(model_config, num_pages, size, kv_dtype, device))
+    return Device(model, _make_cache(config, model_config, kv_dtype, device))
+
+
+def _make_cache(config: WorkerConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> KVCache:
+    """After the weights, which it leaves room for."""
+    memory, size = config.settings.kv_cache_memory, config.model.block_size
+    if not memory and device.type == "cuda":
+        memory = _left_on(device, config, model)
+    memory = memory or CPU_CACHE
+    if (num_pages := num_pages_for(memory, model, size, dtype)) < 1:
+        need = page_bytes(model, size, dtype)
+        raise ValueError(f"a KV cache of {memory} bytes holds no page; one needs {need} bytes")
+    return KVCache(model, num_pages, size, dtype, device)
+
+
+def _left_on(device: torch.device, config: WorkerConfig, model: ModelConfig) -> int:
+    """Bytes of this worker's share of a GPU beside its weights, which are there already, its steps and its links."""
+    settings, cluster = config.settings, config.cluster
+    free, total = torch.cuda.mem_get_info(device)
+    share = settings.gpu_memory_utilization * total / worker_devices(cluster).count(device)
+    # Of a row of a step: its vectors, with those of the feed-forward layer twice, and of a sequence its logits twice.
+    row = 2 * (8 * model.hidden_size + 3 * model.intermediate_size)
+    step = settings.max_num_batched_tokens * row + settings.max_num_seqs * 12 * model.vocab_size
+    pairs = cluster.decode_workers if config.role is Role.PREFILL else cluster.prefill_workers
+    other = CONTEXT + step + PAIR_BYTES * pairs
+    left = int(min(share - torch.cuda.memory_reserved(device), free) - other)
+    if left <= 0:
+        gib = 2**30
+        raise ValueError(
+            f"gpu_memory_utilization {settings.gpu_memory_utilization:g} leaves nothing for a KV cache on {device}: "
+            f"{free / gib:.1f} of {total / gib:.1f} GiB are free, and steps and links take {other / gib:.1f}"
+        )
+    return left
 
 
 def can_fuse(config: ModelConfig, dtype: torch.dtype, kv_dtype: torch.dtype, device: torch.device) -> bool:
@@ -90,7 +128,7 @@ def max_model_len(config: WorkerConfig, model: ModelConfig, cache: KVCache) -> i
     if asked > held:
         need = -(-asked // cache.page_size) * cache.bytes_per_page
         raise ValueError(
-            f"the KV cache of {config.settings.kv_cache_memory} bytes holds {held} tokens; max_model_len {asked} "
+            f"the KV cache of {cache.nbytes} bytes holds {held} tokens; max_model_len {asked} "
             f"needs {need} bytes"
         )
     return asked or min(model.max_model_len, held)

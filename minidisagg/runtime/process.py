@@ -31,6 +31,8 @@ def main(text: str, parent: int) -> NoReturn:
         torch.set_num_threads(len(cpus))
     else:
         torch.set_num_threads(CUDA_HOST_THREADS)
+        if config.settings.sms:  # CUDA reads it when it is first used
+            os.environ["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] = config.settings.sms.removesuffix("%")
     runner: contextlib.AbstractContextManager[asyncio.Runner]
     try:
         import uvloop

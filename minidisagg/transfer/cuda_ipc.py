@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from minidisagg.core.plan import Piece
-from minidisagg.transfer.gpu import PROGRAMS, Finish, GpuLink, planes
+from minidisagg.transfer.gpu import PROGRAMS, Finish, GpuLink, Waiting, planes
 from minidisagg.transfer.kernels import copy_rows
 from minidisagg.transfer.links import Carried, CorruptError, LinkError, LinkSetup
 from minidisagg.transfer.rows import Block, Checksum, cache_rows
@@ -87,14 +87,14 @@ class CudaIpcLink(GpuLink):
         stride = torch.empty(theirs.shape, device="meta").stride()
         return cache_rows(remote.set_(storage, 0, theirs.shape, stride))
 
-    def _ready(self, piece: Piece) -> bool:
-        return True
+    def _ready(self, waiting: Waiting) -> int:
+        return self.together(waiting) if self.setup.source else 1
 
-    def _post(self, piece: Piece, arrives: float) -> Finish:
+    def _post(self, piece: Piece, together: int, arrives: float) -> Finish:
         if not self.codec(piece).in_place:
             raise LinkError(f"link {self.host.kind!r} writes pages as they are, and cannot carry {piece.codec!r}")
         layers, checksum = slice(*piece.layers), None
-        if self.host.checksums and piece.pages and (piece.send or piece.checksum):
+        if self.host.checksums and min(piece.pages) >= 0 and (piece.send or piece.checksum):
             checksum = Checksum(piece)
             rows = self.rows[layers].index_select(2, self.pages(piece.pages)[0])
             checksum.add(Block(slice(0, len(rows)), slice(0, 2), slice(0, piece.count)), rows)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from minidisagg.core.plan import Piece
@@ -25,16 +26,18 @@ from minidisagg.transfer.links import Carried, CorruptError, LinkError, LinkSetu
 
 POLL = 50e-6  # seconds between two looks at the events
 LISTS = 64  # of page numbers that are on their way
+TOGETHER = 32  # pieces that go as one where they wait together; each costs its host a tenth of a millisecond
+TOGETHER_BYTES = 64 << 20  # from here on a link is busy with one alone
 PROGRAMS = 64  # of a copy kernel: half of the multiprocessors keep NVLink busy, and leave room for what computes
 
+Waiting = list[tuple[Piece, Slot]]
 Finish = Callable[[], Carried]  # once the event has fired; raises `CorruptError`
 
 
 class Flying(NamedTuple):
-    """A piece that the card has been given."""
+    """Pieces that the card has been given as one."""
 
-    piece: Piece
-    slot: Slot
+    pieces: Waiting
     began: float
     event: torch.cuda.Event
     finish: Finish
@@ -53,12 +56,14 @@ class GpuLink(ThreadLink):
         super().__init__(setup)
 
     @abstractmethod
-    def _post(self, piece: Piece, arrives: float) -> Finish:
-        """Give it to the card, on the current stream; returns before it has begun. `arrives`: see `_carry`."""
+    def _post(self, piece: Piece, together: int, arrives: float) -> Finish:
+        """Give it, which may be several as one, to the card, on the current stream; returns before it has begun.
+        `arrives`: see `_carry`."""
 
     @abstractmethod
-    def _ready(self, piece: Piece) -> bool:
-        """Whether it may be posted: nothing on this card may wait for a peer that has not begun. Never blocks."""
+    def _ready(self, waiting: Waiting) -> int:
+        """How many of those that wait are to be posted as one now. 0: not yet, since nothing on this card may wait for
+        a peer that has not begun. Never blocks."""
 
     @abstractmethod
     def _check_peer(self) -> None:
@@ -72,60 +77,70 @@ class GpuLink(ThreadLink):
         raise NotImplementedError  # `_run` overlaps pieces
 
     def _run(self) -> None:
-        waiting: tuple[Piece, Slot] | None = None
+        waiting: Waiting = []
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
             while not self.closing:
                 try:
-                    if waiting is None and len(self._flying) < LISTS // 2:
-                        waiting = self._next()
-                    if waiting is not None and self._begin(*waiting):
-                        waiting = None
+                    if len(self._flying) < LISTS // 2:
+                        self._take(waiting)
+                    if waiting and (count := self._begin(waiting)):
+                        del waiting[:count]
                     elif self._flying and self._flying[0].event.query():  # type: ignore[no-untyped-call]
                         self._land(self._flying.popleft())
                     else:
                         self._watch(waiting)
                         self._rest()
-                except CorruptError:
-                    raise AssertionError("reported where it was found") from None
                 except Exception as failure:  # the order on the link is lost
                     self._broken = str(failure).partition("\n")[0] or repr(failure)
                     self._fail_flying()
-        if waiting is not None:
-            self._report_failure(*waiting)
         self._broken = self._broken or "the link was aborted"
         self._fail_flying()
+        self._fail(waiting)
         while (op := self._ops.get()) is not None:
-            self._report_failure(*op)
+            self._fail([op])
         if self._line is not None:
             self._line.finish()
 
-    def _next(self) -> tuple[Piece, Slot] | None:
-        """The next piece; waits where nothing is in flight. None at the end, and where there is none."""
-        try:
-            op = self._ops.get(block=not self._flying)
-        except queue.Empty:
-            return None
-        if op is None:
-            self._ops.put(None)  # for the end of `_run`
-        else:
+    def _take(self, waiting: Waiting) -> None:
+        """What has been started; waits where there is nothing else to do."""
+        while len(waiting) < TOGETHER:
+            try:
+                op = self._ops.get(block=not (waiting or self._flying))
+            except queue.Empty:
+                return
+            if op is None:
+                return self._ops.put(None)  # for the end of `_run`
+            waiting.append(op)
             self._since = time.monotonic()
-        return op
 
-    def _begin(self, piece: Piece, slot: Slot) -> bool:
-        """Post it if that can be done."""
+    def together(self, waiting: Waiting) -> int:
+        """How many of them, from the first on, a source can send as one: of the same layers, and not too large."""
+        if self.host.nic is not None or self.host.checksums:  # each has a time, or a sum, of its own
+            return 1
+        first, size = waiting[0][0], 0
+        for count, (piece, _) in enumerate(waiting):
+            size += self.wire_bytes(piece)
+            if count and (piece.layers != first.layers or piece.codec != first.codec or size > TOGETHER_BYTES):
+                return count
+        return len(waiting)
+
+    def _begin(self, waiting: Waiting) -> int:
+        """Post what can be posted, or report that nothing can be any more; returns of how many that was."""
         # the peer's first piece can be announced before this end's `connect` has returned
         if not self._met.wait(self.host.timeout):
             self._broken = "the peer did not connect in time"
         if self._broken or self.closing:
-            self._report_failure(piece, slot)
-            return True
-        if not self._ready(piece):
-            return False
-        self._check(piece)
-        finish = self._post(piece, slot.arrives)
+            self._fail(waiting)
+            return len(waiting)
+        if not (count := self._ready(waiting)):
+            return 0
+        pieces = waiting[:count]
+        for piece, _ in pieces:
+            self._check(piece)
+        finish = self._post(_as_one([piece for piece, _ in pieces]), count, pieces[0][1].arrives)
         event: torch.cuda.Event = self.stream.record_event()
-        self._flying.append(Flying(piece, slot, time.monotonic(), event, finish))
-        return True
+        self._flying.append(Flying(pieces, time.monotonic(), event, finish))
+        return count
 
     def _land(self, flying: Flying) -> None:
         carried, error = Carried(), ""
@@ -133,10 +148,10 @@ class GpuLink(ThreadLink):
             carried = flying.finish()
         except CorruptError as failure:
             error = str(failure)
-        began = max(flying.began, flying.slot.begins)
-        self._complete(self._ended(flying.piece, error, began, carried), carried.arrives)
+        for piece, slot in flying.pieces:
+            self._complete(self._ended(piece, error, max(flying.began, slot.begins), carried), carried.arrives)
 
-    def _watch(self, waiting: tuple[Piece, Slot] | None) -> None:
+    def _watch(self, waiting: Waiting) -> None:
         self._check_peer()
         began = self._flying[0].began if self._flying else self._since
         if (self._flying or waiting) and time.monotonic() > began + self.host.timeout:
@@ -144,12 +159,12 @@ class GpuLink(ThreadLink):
 
     def _fail_flying(self) -> None:
         while self._flying:
-            flying = self._flying.popleft()
-            self._report_failure(flying.piece, flying.slot)
+            self._fail(self._flying.popleft().pieces)
 
-    def _report_failure(self, piece: Piece, slot: Slot) -> None:
+    def _fail(self, pieces: Waiting) -> None:
         why = self._broken or "the link was aborted"
-        self._complete(self._ended(piece, why, time.monotonic(), Carried()), 0.0)
+        for piece, _ in pieces:
+            self._complete(self._ended(piece, why, time.monotonic(), Carried()), 0.0)
 
     def warm_up(self) -> None:
         """Compile and load the copy kernel: its first use would wait for whatever spins on the card."""
@@ -167,6 +182,13 @@ class GpuLink(ThreadLink):
         pinned, there = (x[slot, : len(lists) * count].view(len(lists), count) for x in (self._pinned, self._there))
         pinned.numpy()[:] = lists
         return there.copy_(pinned, non_blocking=True)
+
+
+def _as_one(pieces: list[Piece]) -> Piece:
+    """All of their pages. Those that nobody wants any more are -1, which `copy_rows` leaves out."""
+    mine = [page for piece in pieces for page in piece.pages or [-1] * piece.count]
+    remote = [page for piece in pieces for page in piece.remote]
+    return replace(pieces[0], pages=mine, remote=remote, count=len(mine))
 
 
 def planes(rows: Tensor, layers: slice = slice(None), kinds: slice = slice(None)) -> Tensor:

@@ -25,7 +25,7 @@ def _copy_rows(
         source_page = tl.load(source_pages + n) if FROM_PAGES else n
         target_page = tl.load(target_pages + n) if TO_PAGES else n
         at = task % parts * WORDS + tl.arange(0, WORDS)
-        inside = at < words
+        inside = (at < words) & (source_page >= 0) & (target_page >= 0)
         value = tl.load(source + (plane * source_total + source_page) * words + at, mask=inside)
         tl.store(target + (plane * target_total + target_page) * words + at, value, mask=inside)
 
@@ -34,7 +34,7 @@ def copy_rows(
     source: Tensor, source_pages: Tensor | None, target: Tensor, target_pages: Tensor | None, programs: int
 ) -> None:
     """target[:, target_pages] = source[:, source_pages], of [planes, pages, words] each, both contiguous; no pages:
-    all of them, in order."""
+    all of them, in order. A page -1 is left out."""
     pages = source_pages if source_pages is not None else target_pages
     count = source.shape[1] if pages is None else len(pages)
     planes, _, words = source.shape

@@ -30,7 +30,7 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore, Work
 
 from minidisagg.core.plan import Piece
 from minidisagg.transfer.codec import Staging
-from minidisagg.transfer.gpu import POLL, PROGRAMS, Finish, GpuLink, planes
+from minidisagg.transfer.gpu import POLL, PROGRAMS, TOGETHER, Finish, GpuLink, Waiting, planes
 from minidisagg.transfer.kernels import copy_rows
 from minidisagg.transfer.links import Carried, LinkError, LinkSetup, Trailer
 from minidisagg.transfer.rows import Checksum
@@ -39,16 +39,19 @@ from minidisagg.transfer.stream import UnixListener, shut_down
 BLOCK_BYTES = 64 << 20  # from 16 MB on NVLink is busy; each block costs both hosts 100 µs
 DEPTH = 4  # blocks in flight: gathering, sending and scattering overlap
 SOURCE, DEST = 0, 1
+WORD = Trailer.SIZE + 1  # what "launched" is: the trailer of what goes as one, and of how many pieces that is
 # NCCL's defaults take 650 MiB of the card a pair; so 500 MiB, and faster: larger chunks for fewer channels.
 ENVIRONMENT = {
     "NCCL_MAX_P2P_NCHANNELS": "16",
     "NCCL_P2P_NVL_CHUNKSIZE": "524288",
     # torch's watchdog would dump and kill; here every wait has a deadline and the caller decides
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "TORCH_FR_BUFFER_SIZE": "0",  # nor write down each call, with its stack
+    "TORCH_NCCL_TRACE_BUFFER_SIZE": "0",
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
     "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "0",  # else dropping a group waits a minute for a dump
 }
-PAIR_BYTES = 500 << 20  # of a card, which an open pair takes
 _one_at_a_time = threading.Lock()  # opening and aborting pairs, in this process and so on its card
 
 
@@ -143,14 +146,18 @@ class NcclLink(GpuLink):
         work: Work = self._group.send([tensor], DEST, 0) if self.setup.source else self._group.recv([tensor], SOURCE, 0)
         return work
 
-    def _ready(self, piece: Piece) -> bool:
-        """A source goes ahead: its peer answers at once. A destination waits for the word."""
+    def _ready(self, waiting: Waiting) -> int:
+        """A source goes ahead: its peer answers at once. A destination waits for the word, and what it names."""
         if self._group is None:
             raise LinkError("the link is not connected")
         if self.setup.source:
-            return True
-        self._heard += self._read(Trailer.SIZE - len(self._heard))
-        return len(self._heard) == Trailer.SIZE
+            return self.together(waiting)
+        self._hear()
+        named = self._heard[-1] if len(self._heard) == WORD else TOGETHER + 1
+        return named if named <= len(waiting) else 0
+
+    def _hear(self) -> None:
+        self._heard += self._read(WORD - len(self._heard))
 
     def _read(self, size: int) -> bytes:
         """What has come of it by now."""
@@ -162,20 +169,20 @@ class NcclLink(GpuLink):
             raise LinkError("the peer closed its end")
         return data
 
-    def _post(self, piece: Piece, arrives: float) -> Finish:
+    def _post(self, piece: Piece, together: int, arrives: float) -> Finish:
         codec, checksum = self.codec(piece), Checksum(piece)
         if not codec.in_place:
             raise LinkError(f"link {self.host.kind!r} cannot carry {piece.codec!r} yet")
-        word = Trailer.pack(piece, self.wire_bytes(piece), Carried(0, arrives))
+        word = Trailer.pack(piece, self.wire_bytes(piece), Carried(0, arrives)) + bytes([together])
         if not self.setup.source:
-            _, arrives = Trailer.verify(self._heard, piece, self.wire_bytes(piece), 0)
+            _, arrives = Trailer.verify(self._heard[: Trailer.SIZE], piece, self.wire_bytes(piece), 0)
             self._heard = b""
-        pages = self.pages(piece.pages)[0] if piece.pages else None
+        (pages,) = self.pages(piece.pages)
         for block in self.blocks(piece, BLOCK_BYTES):
             index, self._blocks = self._blocks % DEPTH, self._blocks + 1
             wire = self._staging[index].rows(codec, block)
             layers = slice(piece.layers[0] + block.layers.start, piece.layers[0] + block.layers.stop)
-            cache, part = planes(self.rows, layers, block.kinds), None if pages is None else pages[block.pages]
+            cache, part = planes(self.rows, layers, block.kinds), pages[block.pages]
             if piece.send:
                 self._send(index, cache, part, wire)
                 self._say(word)
@@ -189,20 +196,19 @@ class NcclLink(GpuLink):
                 work.wait()  # on the stream, so that the piece's event comes after its sends
         return lambda: Carried(checksum.value() if self.host.checksums else 0, arrives)
 
-    def _send(self, index: int, cache: Tensor, pages: Tensor | None, wire: Tensor) -> None:
+    def _send(self, index: int, cache: Tensor, pages: Tensor, wire: Tensor) -> None:
         if (work := self._sent[index]) is not None:
             work.wait()  # on the stream: this thread goes on
         copy_rows(cache, pages, planes(wire), None, PROGRAMS)
         self._sent[index] = self._transfer(wire)
 
-    def _receive(self, index: int, cache: Tensor, pages: Tensor | None, wire: Tensor) -> None:
+    def _receive(self, index: int, cache: Tensor, pages: Tensor, wire: Tensor) -> None:
         if (scattered := self._scattered[index]) is not None:
             self._receiving.wait_event(scattered)
         with torch.cuda.stream(self._receiving):
             work = self._transfer(wire)
         work.wait()
-        if pages is not None:
-            copy_rows(planes(wire), None, cache, pages, PROGRAMS)
+        copy_rows(planes(wire), None, cache, pages, PROGRAMS)
         self._scattered[index] = self.stream.record_event()
 
     def _say(self, word: bytes) -> None:
@@ -214,7 +220,7 @@ class NcclLink(GpuLink):
         if self._peer is not None and self.setup.source and select.select([self._peer], [], [], 0)[0]:
             raise LinkError("the peer closed its end")
         if self._peer is not None and self._flying and not self.setup.source:
-            self._heard += self._read(Trailer.SIZE - len(self._heard))
+            self._hear()
 
     def _interrupt(self) -> None:
         if self._listener is not None:
