@@ -9,7 +9,9 @@ For each bandwidth and granularity it starts a prefill and a decode worker over 
 over the real link alone. For each length of prompts: requests one at a time, whose medians are TTFT and time to the
 second token (the handoff is between the two); then Poisson arrivals at half of what the prefill worker does, for the
 goodput: requests per second whose second token came within the SLO, three times its time over the real link alone.
-The hidden share is 1 - (second token - second token over the real link alone) / (bytes / bandwidth + latency).
+The hidden share is 1 - (gap - gap over the real link alone) / (bytes / bandwidth + latency), of the gap between first
+and second token: clusters are started one after another, and on a shared machine their prefills differ by more than a
+transfer takes. What a transfer does to the prefill beside it shows in TTFT.
 Arrivals and prompts are the same for all points of a length.
 
 Writes OUT.html (one figure, in SVG, that needs nothing to open) and OUT.json. Faded points are those that the real link
@@ -77,6 +79,7 @@ class Point:
     goodput: float = 0.0
     attained: float = 0.0  # share of the loaded requests within the SLO
     wire: float = 0.0  # seconds that the interconnect takes for a request's KV, with nothing else on it
+    gap: float = 0.0  # median of the time between the two
     hidden: float = 0.0  # share of that which the second token does not wait for
     late: float = 0.0  # share of the pieces that the real link brought later than the interconnect would have
 
@@ -153,6 +156,7 @@ class Sweep:
         before = await pieces(frontend)
         alone = [await ask(frontend, self._prompt(rng, frontend, length), 2) for _ in range(self.plan.alone)]
         point = Point(wire, grain, length, *(statistics.median(column) for column in zip(*alone, strict=True)))
+        point.gap = statistics.median(second - first for first, second in alone)
         self._hide(frontend, point)
         await self._load(frontend, point, rng)
         after = await pieces(frontend)
@@ -178,7 +182,7 @@ class Sweep:
             for p in self.points
             if (p.interconnect, p.granularity, p.length) == (NONE, point.granularity, point.length)
         )
-        point.hidden = 1.0 - (point.second - alone.second) / point.wire
+        point.hidden = 1.0 - (point.gap - alone.gap) / point.wire
 
     async def _load(self, frontend: Frontend, point: Point, rng: random.Random) -> None:
         """Poisson arrivals at a share of the capacity that the real link's point has shown."""

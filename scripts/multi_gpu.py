@@ -2,7 +2,11 @@
 
     scripts/multi_gpu.py --part links                       nccl and cuda_ipc by size, against one raw copy
     scripts/multi_gpu.py --part handoff                     what it adds to the second token, unloaded
-    scripts/multi_gpu.py --part load --out multi.json       two colocated workers against 1P1D
+    scripts/multi_gpu.py --part load --out multi.json       two colocated workers against 1P1D at 10 requests/s
+    scripts/multi_gpu.py --part goodput                     the rate at which 90 % meet two pairs of SLOs
+    scripts/multi_gpu.py --part kills --link nccl           60 s of traffic, every 10 s a SIGKILL: is a request lost?
+    scripts/multi_gpu.py --part four                        2P2D and 3P1D against four colocated workers
+    scripts/multi_gpu.py --part eight --dry-run             4P4D and 6P2D against eight: what would be run
 
 Each part takes less than nine minutes, appends what it saw to one JSON, and ends with a short table.
 """
@@ -14,9 +18,11 @@ import json
 import multiprocessing
 import random
 import statistics
+import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -109,7 +115,16 @@ def destination(kind: str, device: str, run_dir: str, pipe: Connection) -> None:
     end.link.abort(False)
 
 
-def links_part(_: Sequence[int]) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Asked:
+    """The command line."""
+
+    tokens: tuple[int, ...]
+    link: str
+    dry_run: bool
+
+
+def links_part(_: Asked) -> list[dict[str, Any]]:
     """Gigabytes per second: one piece at a time, and several in flight, to scattered pages."""
     rows, devices = [], (f"cuda:{0}", f"cuda:{torch.cuda.device_count() - 1}")
     raw = {size: raw_copy(size, *devices) for size in SIZES}
@@ -222,10 +237,10 @@ async def unloaded(settings: ClusterSettings, tokens: int, requests: int) -> dic
     return medians
 
 
-def handoff_part(lengths: Sequence[int]) -> list[dict[str, Any]]:
+def handoff_part(asked: Asked) -> list[dict[str, Any]]:
     """8B: what disaggregation adds to the second token, request by request."""
     rows = []
-    for tokens in lengths:
+    for tokens in asked.tokens:
         base = asyncio.run(unloaded(cluster("colocated"), tokens, 10))
         rows.append({"tokens": tokens, "link": "colocated", "granularity": "", **base, "adds": 0.0})
         say(f"{rows[-1]}")
@@ -245,18 +260,143 @@ def handoff_part(lengths: Sequence[int]) -> list[dict[str, Any]]:
     return rows
 
 
-PARTS = {"links": links_part, "handoff": handoff_part}
+# ---------------------------------------------------------------- load
+
+FLAGS = (
+    "--device", "cuda", "--dtype", "bfloat16", "--block-size", str(PAGE), "--kv-cache-memory", "24G",
+    "--max-num-seqs", "64", "--max-num-batched-tokens", "8192", "--max-model-len", "4096", "--no-prefix-caching",
+    "--random-input-len", "2000", "--random-output-len", "128", "--transfer-granularity", "layers:8",
+)  # fmt: skip
+RATIOS = {"mean_ttft": "TTFT", "mean_ttst": "2nd token", "mean_tpot": "TPOT", "p99_itl": "p99 ITL", "mean_e2el": "E2E"}
+
+
+def bench(asked: Asked, *flags: str) -> dict[str, Any] | None:
+    """What `minidisagg bench` found; None where it was only shown."""
+    command = [sys.executable, "-m", "minidisagg", "bench", f"dummy:{SHAPE}", *FLAGS, "--link", asked.link, *flags]
+    say(" ".join(["minidisagg", *command[3:]]))
+    if asked.dry_run:
+        return None
+    with TemporaryDirectory() as folder:
+        subprocess.run([*command, "--result-dir", folder], check=True)
+        (found,) = Path(folder).glob("*/result.json")
+        result: dict[str, Any] = json.loads(found.read_text())
+    return result
+
+
+def compared(asked: Asked, shapes: Sequence[tuple[str, ...]], rate: float, repeats: int) -> list[dict[str, Any]]:
+    """Each shape against as many colocated workers."""
+    rows = []
+    for flags in shapes:
+        load = "--request-rate", str(rate), "--num-prompts", "300", "--repeats", str(repeats)
+        result = bench(asked, *flags, *load)
+        if result is not None:
+            rows.append({"flags": flags, "rate": rate, "verdict": result["verdict"], "ratios": result["ratios"]})
+    if not rows:
+        return rows
+    table = Table("", "requests/s", *RATIOS.values())
+    for r in rows:
+        cells = [
+            f"{x['a'] * 1e3:.1f} → {x['b'] * 1e3:.1f} ms, {x['ratio']:.2f}x [{x['low']:.2f}, {x['high']:.2f}]"
+            for x in (r["ratios"][name] for name in RATIOS)
+        ]
+        table.add_row(" ".join(r["flags"]), f"{rate:g}", *cells)
+    Console(width=200).print(table)
+    return rows
+
+
+def load_part(asked: Asked) -> list[dict[str, Any]]:
+    """1P1D against two colocated workers; then against Sarathi."""
+    sarathi = "--mode", "disagg", "--against", "colocated:sarathi:chunk=512"
+    return compared(asked, [("--mode", "both")], 10, 3) + compared(asked, [sarathi], 10, 1)
+
+
+def goodput_part(asked: Asked) -> list[dict[str, Any]]:
+    """The highest rate at which 90 % are within the SLOs, for a tight and a loose pair."""
+    rows = []
+    for slos in ("ttft:400", "tpot:15"), ("ttft:1000", "tpot:40"):
+        goals = [word for slo in slos for word in ("--goodput", slo)]
+        result = bench(asked, "--mode", "both", "--find-goodput", "--preset", "quick", *goals)
+        if result is not None:
+            rows.append({"slos": slos, "verdict": result["verdict"], "ratios": result.get("ratios")})
+            say(f"{', '.join(slos)}: {result['verdict']}")
+    return rows
+
+
+def shape_flags(prefill: int, decode: int) -> tuple[str, ...]:
+    return "--mode", "both", "--prefill-workers", str(prefill), "--decode-workers", str(decode)
+
+
+def four_part(asked: Asked) -> list[dict[str, Any]]:
+    """Four cards."""
+    return compared(asked, [shape_flags(2, 2), shape_flags(3, 1)], 20, 2)
+
+
+def eight_part(asked: Asked) -> list[dict[str, Any]]:
+    """Eight cards."""
+    return compared(asked, [shape_flags(4, 4), shape_flags(6, 2)], 40, 1)
+
+
+async def with_kills(asked: Asked, seconds: float = 60.0, every: float = 10.0) -> dict[str, Any]:
+    """Open-loop traffic over as many cards as there are, half of them for each phase, and a SIGKILL now and then."""
+    rng, half = random.Random(2), max(1, torch.cuda.device_count() // 2)
+    model = ModelSettings(model="dummy:qwen3-0.6b", block_size=PAGE, max_model_len=4096)
+    ends, gaps, sent = Counter[str](), list[float](), 0
+    async with await Frontend.start(model, cluster("disagg", asked.link, workers=half), RunSettings()) as frontend:
+        ended = asyncio.Event()
+
+        def listen(emit: Emit, now: float) -> None:
+            if emit.finish:
+                ends[emit.finish if emit.finish == "length" else f"{emit.finish}: {emit.error}"] += 1
+                ended.set()
+
+        began, killed = time.monotonic(), 0
+        while time.monotonic() < began + seconds:
+            prompt = [rng.randrange(1000) for _ in range(rng.randint(100, 2000))]
+            frontend.submit(prompt, SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True), listen)
+            sent += 1
+            if time.monotonic() > began + (killed + 1) * every and len(frontend.hellos) == 2 * half:
+                name = rng.choice(list(frontend.hellos))
+                frontend.supervisor.kill(name, frontend.router.epochs[name], wanted=True)
+                say(f"{time.monotonic() - began:5.1f} s: killed {name}; {ends.total()} of {sent} have ended")
+                killed += 1
+            await asyncio.sleep(rng.expovariate(8.0))
+        try:
+            async with asyncio.timeout(120):
+                while ends.total() < sent:
+                    ended.clear()
+                    await ended.wait()
+        except TimeoutError:
+            say(f"{sent - ends.total()} requests hang")
+        gaps += [at - began for at, _ in frontend.restarted]
+    return {"link": asked.link, "sent": sent, "ends": dict(ends), "kills": killed, "deaths": len(gaps)}
+
+
+def kills_part(asked: Asked) -> list[dict[str, Any]]:
+    """No request may be lost, and none hang."""
+    found = asyncio.run(with_kills(asked))
+    say(", ".join(f"{name} {value}" for name, value in found.items()))
+    return [found]
+
+
+PARTS = {
+    "links": links_part, "handoff": handoff_part, "load": load_part, "goodput": goodput_part, "kills": kills_part,
+    "four": four_part, "eight": eight_part,
+}  # fmt: skip
 
 
 @click.command(help=__doc__)
 @click.option("--part", type=click.Choice(list(PARTS)), required=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("multi_gpu.json"), show_default=True)
 @click.option("--tokens", type=int, multiple=True, default=(2000, 16000), show_default=True, help="of prompts")
-def main(part: str, out: Path, tokens: tuple[int, ...]) -> None:
-    if not torch.cuda.is_available():
+@click.option("--link", default="cuda_ipc", show_default=True, type=click.Choice(KINDS))
+@click.option("--dry-run", is_flag=True, help="of load, goodput, four, eight: say what would be run")
+def main(part: str, out: Path, tokens: tuple[int, ...], link: str, dry_run: bool) -> None:
+    if not torch.cuda.is_available() and not dry_run:
         raise click.ClickException("this measures GPUs, and torch sees none")
     began = time.time()
-    rows = PARTS[part](tokens)
+    rows = PARTS[part](Asked(tokens, link, dry_run))
+    if dry_run:
+        return
     seen = json.loads(out.read_text()) if out.exists() else []
     card = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     seen.append({"part": part, "cards": card, "seconds": round(time.time() - began), "rows": rows})

@@ -28,8 +28,9 @@ check "size and forbidden calls" python scripts/check_size.py
 check "ruff" ruff check .
 check "mypy" mypy
 check "import contracts" lint-imports
-# Two processes: one computes while the other waits for a cluster. A file stays in one, for what its tests share.
-check "tests" python -m pytest -n 2 --dist loadfile -m "$marks" "$@"
+# Two processes: one computes while the other waits for a cluster. A file stays in one, for what its tests share; not
+# the ones with most tests first, since those with few, on clusters, take longest.
+check "tests" python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "$marks" "$@"
 
 if ((${#failed[@]})); then
     printf '\nfailed: %s\n' "$(IFS=,; echo "${failed[*]}")" >&2

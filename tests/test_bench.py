@@ -263,11 +263,16 @@ def test_who_shares_workers_and_who_has_room_beside_whom(monkeypatch: pytest.Mon
 
     gib = 1 << 30
     one, two = cluster(device="cuda", kv_cache_memory=8 * gib), cluster(device="cuda:0", kv_cache_memory=9 * gib)
-    need = sides.memory_on_gpus(model, one) + sides.memory_on_gpus(model, two)
-    assert set(need) == {"cuda:0"} and 34 * gib + 4 * sides.OVERHEAD < need["cuda:0"] < 35 * gib + 4 * sides.OVERHEAD
-    for memory, how in ((need["cuda:0"], "side by side"), (need["cuda:0"] - 1, "in turn")):
-        monkeypatch.setattr(sides, "_memory_of", lambda _, memory=memory: memory)
+    need = (sides.memory_on_gpus(model, one, [80 * gib]) + sides.memory_on_gpus(model, two, [80 * gib]))[0]
+    assert 34 * gib + 4 * sides.OVERHEAD < need < 35 * gib + 4 * sides.OVERHEAD
+    for memory, how in ((need, "side by side"), (need - 1, "in turn")):
+        monkeypatch.setattr(sides, "gpu_sizes", lambda memory=memory: [memory])
         assert sides.arrangement(model, [one, two]) == how
+    assert set(sides.memory_on_gpus(model, one, [80 * gib] * 4)) == {0, 1}  # one GPU after the other
+    monkeypatch.setattr(sides, "gpu_sizes", lambda: [80 * gib] * 2)
+    assert sides.arrangement(model, [one, cluster(device="cuda")]) == "in turn"  # who is not told takes all
+    with pytest.raises(ValueError, match="'cuda:3' is asked for, and torch sees 2 GPUs"):
+        sides.arrangement(model, [one, cluster(device="cuda:3")])
     workers, _ = sides.make_workers(model, [one, two])
     assert workers[0].rivals == [workers[1]] and workers[1].rivals == [workers[0]]
     assert sides.labels([one, two]) == [

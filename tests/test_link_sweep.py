@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -52,3 +53,16 @@ def test_a_row_of_panels_per_length_and_a_curve_per_granularity(sweep: ModuleTyp
     ]
     assert {s.label for s in second.series} == {"", "request", "chunk"}
     assert all(svg(panel, figure.columns).startswith("<svg") for panel in figure.panels)
+
+
+def test_what_several_gpus_would_run_can_be_seen_without_one() -> None:
+    """scripts/multi_gpu.py --dry-run: the commands that it would measure."""
+    script = Path(__file__).parents[1] / "scripts" / "multi_gpu.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--part", "eight", "--dry-run"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.strip().splitlines()
+    assert "--prefill-workers 4 --decode-workers 4" in first and "--prefill-workers 6 --decode-workers 2" in second
+    done = subprocess.run([sys.executable, str(script), "--part", "four"], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr.strip()) == (1, "Error: this measures GPUs, and torch sees none")

@@ -7,6 +7,7 @@ one that is not measured sleeps, or where one device cannot hold both is not the
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from collections import Counter
@@ -37,7 +38,7 @@ TOLD: dict[Arrangement, str] = {  # what it means where there are two sides
 OVERHEAD = 2 << 30  # bytes that a worker takes on a GPU beside weights and cache: its context, a step's temporaries
 ITEM_BYTES = {"float64": 8, "float32": 4}  # else 2
 # In another process, since whoever asks CUDA keeps some hundred MB of the device.
-ASK_DEVICE = "import sys, torch; print(torch.cuda.get_device_properties(sys.argv[1]).total_memory)"
+ASK_DEVICES = "from torch.cuda import *; print(*(get_device_properties(i).total_memory for i in range(device_count())))"
 
 
 class Workers:
@@ -160,30 +161,34 @@ def arrangement(model: ModelSettings, clusters: Sequence[ClusterSettings]) -> Ar
     """How the sides come by their workers."""
     if len(clusters) < 2 or built_alike(clusters[0], clusters[1]):
         return "one set"
-    need = sum((memory_on_gpus(model, cluster) for cluster in clusters), Counter[str]())
-    return "side by side" if all(size <= _memory_of(device) for device, size in need.items()) else "in turn"
+    if not any(settings.device != "cpu" for cluster in clusters for _, _, settings in cluster.roles()):
+        return "side by side"
+    sizes = gpu_sizes()
+    need = sum((memory_on_gpus(model, cluster, sizes) for cluster in clusters), Counter[int]())
+    return "side by side" if all(size <= sizes[gpu] for gpu, size in need.items()) else "in turn"
 
 
-def memory_on_gpus(model: ModelSettings, cluster: ClusterSettings) -> Counter[str]:
+def memory_on_gpus(model: ModelSettings, cluster: ClusterSettings, sizes: Sequence[int]) -> Counter[int]:
     """Bytes that a cluster's workers take, by GPU: about, and none for those on CPUs, which share what there is."""
-    config, need = load_config(model.model), Counter[str]()
+    config, need, free = load_config(model.model), Counter[int](), itertools.cycle(range(len(sizes)))
     for _, _, settings in cluster.roles():
         if settings.device != "cpu":
             dtype = config.dtype if settings.dtype == "auto" else settings.dtype
             weights = config.num_parameters * ITEM_BYTES.get(dtype, 2)
-            device = settings.device if ":" in settings.device else f"{settings.device}:0"
-            cache = settings.kv_cache_memory or _memory_of(device)  # all that is left
-            need[device] += weights + cache + OVERHEAD
+            gpu = int(settings.device.partition(":")[2] or next(free))
+            if gpu >= len(sizes):
+                raise ValueError(f"device {settings.device!r} is asked for, and torch sees {len(sizes)} GPUs")
+            need[gpu] += weights + (settings.kv_cache_memory or sizes[gpu]) + OVERHEAD  # not told: all that is left
     return need
 
 
-def _memory_of(device: str) -> int:
-    """Bytes of a GPU; raises ValueError where there is none."""
-    command = [sys.executable, "-c", ASK_DEVICE, device]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ValueError(f"device {device!r} is asked for, but cannot be had: {done.stderr.strip().splitlines()[-1]}")
-    return int(done.stdout)
+def gpu_sizes() -> list[int]:
+    """Bytes of each GPU; raises ValueError where there is none."""
+    done = subprocess.run([sys.executable, "-c", ASK_DEVICES], capture_output=True, text=True, check=False)
+    if not (sizes := done.stdout.split()):
+        why = done.stderr.strip().splitlines()[-1:] or ["torch sees none"]
+        raise ValueError(f"a GPU is asked for, but cannot be had: {why[0]}")
+    return list(map(int, sizes))
 
 
 # ---------------------------------------------------------------- names

@@ -88,8 +88,8 @@ class Device:
             "vocab_size": config.vocab_size,
         }
 
-    def forget(self) -> None:
-        """No sequence is known, as at the beginning."""
+    def begin(self, max_num_seqs: int) -> None:
+        """No sequence is known, as after a start; a step may have so many from now on."""
         self.sequences.clear()
         self.last_token.clear()
 

@@ -17,6 +17,7 @@ import os
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import replace
 from typing import Protocol
@@ -133,6 +134,7 @@ class Frontend(Operations):
         except BaseException:
             await frontend.stop()
             raise
+        frontend._warn_of_shared_gpus()
         task = frontend.loop.create_task(frontend._tick())
         frontend._tasks.add(task)
         task.add_done_callback(frontend._on_tick_end)
@@ -279,6 +281,17 @@ class Frontend(Operations):
         return dict(self.stats)
 
     # ------------------------------------------------------------ inside
+
+    def _warn_of_shared_gpus(self) -> None:
+        devices = Counter(str(hello.info.get("device", "")) for hello in self.greetings.values())
+        for device, count in devices.items():
+            if count > 1 and device.startswith("cuda"):
+                logger.warning(
+                    "%d workers share %s: without an MPS daemon their kernels take turns, and each is as slow as the "
+                    "other is busy",
+                    count,
+                    device,
+                )
 
     def _make_router(self) -> Router:
         options = {Role.PREFILL: self.cluster.prefill.options(), Role.DECODE: self.cluster.decode.options()}

@@ -56,10 +56,15 @@ class FusedDevice(Device):
         super().__init__(model, cache)
         self.fused = model
         model.attach(list(cache.data))
-        device, size = model.device, cache.page_size
-        self.rows, self.width = max_num_seqs, -(-max_len // size)
-        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.width = -(-max_len // cache.page_size)
+        self.stream = torch.cuda.Stream(model.device)  # type: ignore[no-untyped-call]
         self.steps = 0
+        self.last_end = 0.0
+        self._allocate(max_num_seqs)
+
+    def _allocate(self, rows: int) -> None:
+        """What graphs read and write, which stays where it is."""
+        self.rows, model, device = rows, self.model, self.model.device
         self.recent = torch.zeros(RING * self.rows + 1, dtype=torch.int32, device=device)  # the last is nobody's
         self.places: dict[SeqKey, int] = {}  # where in `recent` a sequence's last token is
         length = HEAD + 4 * self.rows + self.rows * self.width
@@ -72,7 +77,6 @@ class FusedDevice(Device):
         self.x_BE = torch.empty(self.rows, model.config.hidden_size, dtype=model.dtype, device=device)
         self.sizes = graph_sizes(self.rows)
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self.last_end = 0.0
 
     # ------------------------------------------------------------ graphs
 
@@ -275,9 +279,12 @@ class FusedDevice(Device):
         seconds, self.last_end = ended - max(step.began, self.last_end), ended
         return StepResult(step.tokens, seconds, flops, bytes_read, step.logprobs)
 
-    def forget(self) -> None:
-        """No sequence is known, as at the beginning."""
-        super().forget()
+    def begin(self, max_num_seqs: int) -> None:
+        """As after a start, with graphs for larger steps where they are wanted."""
+        super().begin(max_num_seqs)
+        if max_num_seqs > self.rows:
+            self._allocate(max_num_seqs)
+            self.warm_up()
         self.places.clear()
         self.known = [None] * self.rows
 

@@ -48,7 +48,8 @@ def load_device(config: WorkerConfig, model_config: ModelConfig) -> Device:
         fused = FusedTransformer(model_config, weights, dtype, device)
         del weights
         cache = _make_cache(config, model_config, kv_dtype, device)
-        fused_device = FusedDevice(fused, cache, settings.max_num_seqs, max_model_len(config, model_config, cache))
+        longest = max_model_len(config, model_config, cache)
+        fused_device = FusedDevice(fused, cache, most_seqs(config.cluster), longest)
         fused_device.warm_up()
         return fused_device
     model = Transformer(model_config, weights, dtype, device)
@@ -97,6 +98,11 @@ def can_fuse(config: ModelConfig, dtype: torch.dtype, kv_dtype: torch.dtype, dev
         and not config.windowed_layers
         and torch.cuda.get_device_capability(device) >= (8, 0)
     )
+
+
+def most_seqs(cluster: ClusterSettings) -> int:
+    """Of a step, whichever role a worker has by then."""
+    return max(settings.max_num_seqs for settings in (cluster.prefill, cluster.decode))
 
 
 def worker_devices(cluster: ClusterSettings) -> list[torch.device]:

@@ -57,7 +57,7 @@ from minidisagg.runtime.ceilings import measure_ceilings
 from minidisagg.runtime.channel import Channel, ChannelError, connect, listen
 from minidisagg.runtime.device import Step, StepResult
 from minidisagg.runtime.linkset import LinkHooks, LinkSet, link_kind
-from minidisagg.runtime.load import max_model_len
+from minidisagg.runtime.load import max_model_len, most_seqs
 from minidisagg.runtime.runner import Runner
 from minidisagg.transfer.emulate import make_nic
 from minidisagg.transfer.kinds import ONE_SIDED, efficient_bytes
@@ -197,7 +197,7 @@ class Worker:
         """
         self.core.check_integrity()
         await self.links.close()
-        await self.runner.on_device(self.runner.device.forget)
+        await self.runner.on_device(self.runner.device.begin, most_seqs(config.cluster))
         self.config, self.checked = config, 0
         self._make_core()
         self._make_links()
