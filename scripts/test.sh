@@ -26,11 +26,21 @@ check() { # check NAME COMMAND...: a header, the command, its seconds; goes on w
 
 check "size and forbidden calls" python scripts/check_size.py
 check "ruff" ruff check .
-check "mypy" mypy
 check "import contracts" lint-imports
-# Two processes: one computes while the other waits for a cluster. A file stays in one, for what its tests share; not
-# the ones with most tests first, since those with few, on clusters, take longest.
-check "tests" python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "$marks" "$@"
+# Beside the tests, which leave a core idle now and then.
+types=$(mktemp)
+trap 'rm -f "$types"' EXIT
+nice mypy >"$types" 2>&1 &
+mypy=$!
+types_checked() {
+    local status=0
+    wait "$mypy" || status=$?
+    cat "$types"
+    return "$status"
+}
+# Two processes: one computes while the other waits for a cluster. A file stays in one, for what its tests share.
+check "tests" python -m pytest -n 2 --dist loadfile -m "$marks" "$@"
+check "mypy" types_checked
 
 if ((${#failed[@]})); then
     printf '\nfailed: %s\n' "$(IFS=,; echo "${failed[*]}")" >&2

@@ -271,8 +271,10 @@ def test_who_shares_workers_and_who_has_room_beside_whom(monkeypatch: pytest.Mon
     assert set(sides.memory_on_gpus(model, one, [80 * gib] * 4)) == {0, 1}  # one GPU after the other
     monkeypatch.setattr(sides, "gpu_sizes", lambda: [80 * gib] * 2)
     assert sides.arrangement(model, [one, cluster(device="cuda")]) == "in turn"  # who is not told takes all
-    with pytest.raises(ValueError, match="'cuda:3' is asked for, and torch sees 2 GPUs"):
-        sides.arrangement(model, [one, cluster(device="cuda:3")])
+    monkeypatch.setattr(sides, "gpu_sizes", lambda: [])
+    with pytest.raises(ValueError, match="'cuda:0' is asked for, and torch sees 0 GPUs"):
+        sides.arrangement(model, [two, cluster(device="cuda:0", dtype="float32")])
+    monkeypatch.setattr(sides, "gpu_sizes", lambda: [need - 1])
     workers, _ = sides.make_workers(model, [one, two])
     assert workers[0].rivals == [workers[1]] and workers[1].rivals == [workers[0]]
     assert sides.labels([one, two]) == [
