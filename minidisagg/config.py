@@ -57,6 +57,7 @@ class ClusterSettings(Struct, frozen=True, kw_only=True):
     policy: str = "fcfs"
     link: str = "auto"
     transfer_granularity: str = "auto"
+    gpu_checksums: bool = False  # of what crosses between GPUs, where all bytes would be read once more at either end
     emulate_link: str = "none"  # an interconnect of `transfer/emulate.py` that the link is made to be as slow as
 
     def roles(self) -> list[tuple[str, Role, WorkerSettings]]:
@@ -184,7 +185,7 @@ def _built_from(cluster: ClusterSettings) -> tuple[object, ...]:
     free = msgspec.structs.asdict(WorkerSettings())
     free = {key: free[key] for key in (*WorkerOptions.__dataclass_fields__, "cpus")}
     workers = [msgspec.structs.replace(settings, **free) for _, _, settings in cluster.roles()]
-    return workers, assign_cpus(cluster), cluster.link, cluster.emulate_link
+    return workers, assign_cpus(cluster), cluster.link, cluster.emulate_link, cluster.gpu_checksums
 
 
 def assign_cpus(cluster: ClusterSettings) -> list[list[int]]:

@@ -89,6 +89,8 @@ engine_options = stack(
         click.option("--transfer-granularity", default=CLUSTER.transfer_granularity, show_default=True,
                      metavar="request|chunk|layers:N|auto",
                      help="What of a request's KV leaves at once: all, each chunk, or N layers as they are computed."),
+        click.option("--gpu-checksums", is_flag=True,
+                     help="Check what crosses between GPUs, as is always done elsewhere."),
         click.option("--emulate-link", default=CLUSTER.emulate_link, show_default=True,
                      metavar="NAME | BANDWIDTH,LATENCY[,JITTER]",
                      help="Let KV arrive as if over another interconnect, which a worker's links share: "
@@ -127,7 +129,7 @@ def read_engine(model: str, flags: dict[str, Any], mode: str, one_worker: bool =
         mode=mode,  # type: ignore[arg-type]
         prefill=parse_worker(flags.pop("prefill"), worker),
         decode=parse_worker(flags.pop("decode"), worker),
-        **{key: flags.pop(key) for key in ("policy", "link", "transfer_granularity", "emulate_link")},
+        **{key: flags.pop(key) for key in ("policy", "link", "transfer_granularity", "gpu_checksums", "emulate_link")},
         **{key: number for key, number in numbers.items() if number is not None},
     )
     parse_granularity(cluster.transfer_granularity, 1)

@@ -122,6 +122,13 @@ def test_disaggregated_between_gpus_equals_colocated(link: str, granularity: str
     assert tokens == expected and moved > 0
 
 
+@pytest.mark.parametrize("link", [pytest.param("nccl", marks=needs_two), "cuda_ipc"])
+def test_what_crosses_can_be_checked(link: str) -> None:
+    shape = replace_struct(settings("disagg", link, "float64", "layers:1"), gpu_checksums=True)
+    tokens, moved = asyncio.run(outputs(shape))
+    assert tokens == colocated() and moved > 0
+
+
 # ---------------------------------------------------------------- fused kernels, and graphs of them
 
 SAMPLING = SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True)

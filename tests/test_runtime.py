@@ -72,7 +72,8 @@ async def check_delays(patterns: list[dict[str, float]]) -> None:
         times = await stage_times(delays)
         moved = {stage: getattr(times, stage) - getattr(base, stage) for stage in STAGES}
         figures.info("delays %s moved %s from %s", delays, moved, base)
-        assert all(abs(moved[stage] - delays.get(stage, 0.0)) < 0.02 for stage in STAGES), (delays, moved, base)
+        # Less than half of the smallest delay; a busy machine makes the steps of a stage 20 ms longer.
+        assert all(abs(moved[stage] - delays.get(stage, 0.0)) < 0.05 for stage in STAGES), (delays, moved, base)
 
 
 @needs_two_cores

@@ -184,7 +184,8 @@ class Worker:
     def _make_links(self) -> None:
         config, cache = self.config, self.runner.device.cache
         run_dir, timeout = Path(config.run_dir), config.run.link_timeout
-        host = LinkHost(self.link_kind, cache.data, cache.fd, run_dir, timeout, self.nic)
+        checked = config.cluster.gpu_checksums
+        host = LinkHost(self.link_kind, cache.data, cache.fd, run_dir, timeout, self.nic, checked)
         clock = self.now if config.run.trace else None
         hooks = LinkHooks(self._carry_out, self._on_news, self._on_failure, clock)
         self.links = self.make_links(config.name, host, hooks)

@@ -20,7 +20,7 @@ from minidisagg.core.plan import Piece
 from minidisagg.transfer.gpu import PROGRAMS, Finish, GpuLink, Waiting, planes
 from minidisagg.transfer.kernels import copy_rows
 from minidisagg.transfer.links import Carried, CorruptError, LinkError, LinkSetup
-from minidisagg.transfer.rows import Block, Checksum, cache_rows
+from minidisagg.transfer.rows import cache_rows
 from minidisagg.transfer.stream import UnixListener, shut_down
 
 DESCRIPTION_BYTES = 4096
@@ -93,11 +93,7 @@ class CudaIpcLink(GpuLink):
     def _post(self, piece: Piece, together: int, arrives: float) -> Finish:
         if not self.codec(piece).in_place:
             raise LinkError(f"link {self.host.kind!r} writes pages as they are, and cannot carry {piece.codec!r}")
-        layers, checksum = slice(*piece.layers), None
-        if self.host.checksums and min(piece.pages) >= 0 and (piece.send or piece.checksum):
-            checksum = Checksum(piece)
-            rows = self.rows[layers].index_select(2, self.pages(piece.pages)[0])
-            checksum.add(Block(slice(0, len(rows)), slice(0, 2), slice(0, piece.count)), rows)
+        layers, checksum = slice(*piece.layers), self.checksum(piece)
         if piece.send:
             remote = self._remote
             if remote is None:

@@ -23,6 +23,7 @@ from minidisagg.core.plan import Piece
 from minidisagg.transfer.emulate import Slot
 from minidisagg.transfer.kernels import copy_rows
 from minidisagg.transfer.links import Carried, CorruptError, LinkError, LinkSetup, ThreadLink
+from minidisagg.transfer.rows import Block, Checksum
 
 POLL = 50e-6  # seconds between two looks at the events
 LISTS = 64  # of page numbers that are on their way
@@ -165,6 +166,15 @@ class GpuLink(ThreadLink):
         why = self._broken or "the link was aborted"
         for piece, _ in pieces:
             self._complete(self._ended(piece, why, time.monotonic(), Carried()), 0.0)
+
+    def checksum(self, piece: Piece) -> Checksum | None:
+        """Over the piece's pages as they are when the card gets there; None where nobody asks for it."""
+        if not self.host.checksums or min(piece.pages) < 0:
+            return None
+        checksum = Checksum(piece)
+        rows = self.rows[slice(*piece.layers)].index_select(2, self.pages(piece.pages)[0])
+        checksum.add(Block(slice(0, len(rows)), slice(0, 2), slice(0, piece.count)), rows)
+        return checksum
 
     def warm_up(self) -> None:
         """Compile and load the copy kernel: its first use would wait for whatever spins on the card."""

@@ -314,6 +314,12 @@ class Trailer:
         return cls._FORMAT.pack(piece.seq, int.from_bytes(request, "little"), nbytes, *carried)
 
     @classmethod
+    def read(cls, data: bytes) -> Carried:
+        """What the source says came of the piece."""
+        *_, checksum, arrives = cls._FORMAT.unpack(data)
+        return Carried(checksum, arrives)
+
+    @classmethod
     def verify(cls, data: bytes, piece: Piece, nbytes: int, checksum: int) -> Carried:
         """Raise `LinkError` if it belongs to another piece, `CorruptError` if only the checksum differs."""
         seq, _, size, _, arrives = cls._FORMAT.unpack(data)

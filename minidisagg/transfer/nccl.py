@@ -32,8 +32,7 @@ from minidisagg.core.plan import Piece
 from minidisagg.transfer.codec import Staging
 from minidisagg.transfer.gpu import POLL, PROGRAMS, TOGETHER, Finish, GpuLink, Waiting, planes
 from minidisagg.transfer.kernels import copy_rows
-from minidisagg.transfer.links import Carried, LinkError, LinkSetup, Trailer
-from minidisagg.transfer.rows import Checksum
+from minidisagg.transfer.links import Carried, CorruptError, LinkError, LinkSetup, Trailer
 from minidisagg.transfer.stream import UnixListener, shut_down
 
 BLOCK_BYTES = 64 << 20  # from 16 MB on NVLink is busy; each block costs both hosts 100 µs
@@ -170,12 +169,17 @@ class NcclLink(GpuLink):
         return data
 
     def _post(self, piece: Piece, together: int, arrives: float) -> Finish:
-        codec, checksum = self.codec(piece), Checksum(piece)
+        codec = self.codec(piece)
         if not codec.in_place:
             raise LinkError(f"link {self.host.kind!r} cannot carry {piece.codec!r} yet")
-        word = Trailer.pack(piece, self.wire_bytes(piece), Carried(0, arrives)) + bytes([together])
-        if not self.setup.source:
-            _, arrives = Trailer.verify(self._heard[: Trailer.SIZE], piece, self.wire_bytes(piece), 0)
+        said, word = Carried(0, arrives), b""
+        if piece.send:
+            if (checksum := self.checksum(piece)) is not None:
+                said = Carried(checksum.value(), arrives)  # waits for the card: the word goes out before the last block
+            word = Trailer.pack(piece, self.wire_bytes(piece), said) + bytes([together])
+        else:
+            said = Trailer.read(self._heard[: Trailer.SIZE])
+            Trailer.verify(self._heard[: Trailer.SIZE], piece, self.wire_bytes(piece), said.checksum)
             self._heard = b""
         (pages,) = self.pages(piece.pages)
         for block in self.blocks(piece, BLOCK_BYTES):
@@ -189,12 +193,17 @@ class NcclLink(GpuLink):
                 word = b""
             else:
                 self._receive(index, cache, part, wire)
-            if self.host.checksums:
-                checksum.add(block, wire)
         for work in self._sent:
             if work is not None:
                 work.wait()  # on the stream, so that the piece's event comes after its sends
-        return lambda: Carried(checksum.value() if self.host.checksums else 0, arrives)
+        landed = None if piece.send else self.checksum(piece)
+
+        def finish() -> Carried:
+            if landed is not None and landed.value() != said.checksum:
+                raise CorruptError(f"checksum mismatch in piece {piece.seq}")
+            return said
+
+        return finish
 
     def _send(self, index: int, cache: Tensor, pages: Tensor, wire: Tensor) -> None:
         if (work := self._sent[index]) is not None:
