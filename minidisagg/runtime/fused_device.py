@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,12 +81,12 @@ class FusedDevice(Device):
     # ------------------------------------------------------------ graphs
 
     @torch.inference_mode()
-    def warm_up(self, on_progress: Callable[[int, int], None] = lambda done, of: None) -> None:
+    def warm_up(self) -> None:
         """Bring up every kernel, and capture the decode step of each size, the largest first: they share one pool."""
         pool = torch.cuda.graph_pool_handle()
         with torch.cuda.stream(self.stream):
             self._warm_prompt()
-            for done, size in enumerate(reversed(self.sizes)):
+            for size in reversed(self.sizes):
                 self._decode(size)  # kernels are compiled, and libraries loaded, outside of the capture
                 self.stream.synchronize()
                 graph = torch.cuda.CUDAGraph()
@@ -94,7 +94,6 @@ class FusedDevice(Device):
                 with torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"):
                     self._decode(size)
                 self.graphs[size] = graph
-                on_progress(done + 1, len(self.sizes))
         self.stream.synchronize()
 
     def _decode(self, size: int) -> None:

@@ -3,7 +3,7 @@
 A piece is given to the card and forgotten until its event has fired; the thread looks at the events, and sleeps in
 between, so that it takes no time from the interpreter. A wait for the peer that runs out ends the link, as everywhere.
 
-Checksums would read all bytes once more, and are off here unless asked for (`LinkHost.checksums`).
+Checksums would read all bytes once more, and are off here unless asked for (`--gpu-checksums`).
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class GpuLink(ThreadLink):
         time.sleep(POLL)
 
     def _carry(self, piece: Piece, arrives: float) -> Carried:
-        raise NotImplementedError  # `_run` overlaps pieces
+        raise NotImplementedError  # `_run` posts several before one has ended
 
     def _run(self) -> None:
         waiting: Waiting = []
