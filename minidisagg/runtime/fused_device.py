@@ -49,12 +49,12 @@ class FusedStep(Step):
 class FusedDevice(Device):
     """`max_num_seqs` bounds the sequences of a step, `max_len` the tokens of each."""
 
+    model: FusedTransformer
     kernels = "fused"
     overlaps = True
 
     def __init__(self, model: FusedTransformer, cache: KVCache, max_num_seqs: int, max_len: int) -> None:
         super().__init__(model, cache)
-        self.fused = model
         model.attach(list(cache.data))
         self.width = -(-max_len // cache.page_size)
         self.stream = torch.cuda.Stream(model.device)  # type: ignore[no-untyped-call]
@@ -103,7 +103,7 @@ class FusedDevice(Device):
 
         given, sources, targets, contexts = map(column, range(4))
         rows = DecodeRows(given, sources, contexts, self.staged[HEAD + 4 * self.rows :], self.staged[:1])
-        x_BE = self.fused.decode(rows, self.recent)
+        x_BE = self.model.decode(rows, self.recent)
         self.x_BE[:size].copy_(x_BE)
         self.logits_BV[:size].copy_(self.model.logits(x_BE))
         self.recent.index_copy_(0, targets.long(), greedy(self.logits_BV[:size]))
@@ -116,7 +116,7 @@ class FusedDevice(Device):
         item = Prompt(0, length, 0)
         positions = torch.arange(length, device=device, dtype=torch.int32)
         step = Prompts(number, positions, number - 1, number, [item], 1, starts)
-        logits = self.model.logits(self.fused.prefill(step)[-1:])
+        logits = self.model.logits(self.model.prefill(step)[-1:])
         greedy(logits)
 
     # ------------------------------------------------------------ a step
@@ -254,7 +254,7 @@ class FusedDevice(Device):
 
         for row, place in step.late_rows:
             prompts.tokens_N[row : row + 1] = self.recent[place : place + 1].clamp(min=0)
-        step.x_NE = self.fused.prefill(prompts, on_layer)
+        step.x_NE = self.model.prefill(prompts, on_layer)
         of_item = dict(zip(step.prompts, prompts.items, strict=True))
         wanted = [i for i in sampled if i in of_item]
         if not wanted:

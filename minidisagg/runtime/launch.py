@@ -1,6 +1,6 @@
 """Starts worker processes, waits for them, and starts a dead one again under the next epoch.
 
-Only the supervisor knows for certain that a process is dead, because its parent, the fork server, has waited for it.
+Only the supervisor knows for certain that a process is dead, from the fork server, which has waited for it.
 That knowledge is what frees pages that a dead peer might have written to.
 """
 

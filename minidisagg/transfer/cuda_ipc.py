@@ -20,8 +20,7 @@ from minidisagg.core.plan import Piece
 from minidisagg.transfer.gpu import PROGRAMS, Finish, GpuLink, Waiting, planes
 from minidisagg.transfer.kernels import copy_rows
 from minidisagg.transfer.links import Carried, CorruptError, LinkError, LinkSetup
-from minidisagg.transfer.rows import cache_rows
-from minidisagg.transfer.stream import UnixListener, shut_down
+from minidisagg.transfer.rows import alike, cache_rows
 
 DESCRIPTION_BYTES = 4096
 
@@ -42,8 +41,6 @@ class CudaIpcLink(GpuLink):
 
     def __init__(self, setup: LinkSetup) -> None:
         self._remote: Tensor | None = None  # the destination's rows [layers, 2, pages, words]
-        self._peer: socket.socket | None = None  # open as long as the peer lives
-        self._listener = None if setup.source else UnixListener(setup)
         super().__init__(setup)
 
     def endpoint(self) -> str:
@@ -74,12 +71,7 @@ class CudaIpcLink(GpuLink):
 
     def _map(self, theirs: CacheHandle) -> Tensor:
         kv = self.host.kv
-        alike = (theirs.shape[:2], theirs.shape[3:], theirs.dtype) == (
-            tuple(kv.shape[:2]),
-            tuple(kv.shape[3:]),
-            str(kv.dtype),
-        )
-        if not alike or theirs.link_epoch != self.setup.link_epoch:
+        if not alike(kv, theirs.shape, theirs.dtype) or theirs.link_epoch != self.setup.link_epoch:
             raise LinkError(f"the destination's cache is {theirs.shape} {theirs.dtype}, not like this one")
         _, *rest = theirs.shared
         storage = torch.UntypedStorage._new_shared_cuda(self.device.index, *rest)
@@ -121,19 +113,10 @@ class CudaIpcLink(GpuLink):
         if self._peer is not None and select.select([self._peer], [], [], 0)[0]:
             raise LinkError("the peer closed its end")
 
-    def _interrupt(self) -> None:
-        if self._listener is not None:
-            self._listener.release()
-        if self._peer is not None:
-            shut_down(self._peer)
-
     def _drop(self) -> None:
         self.stream.synchronize()
         self._remote = None  # the last reference: this unmaps
-        if self._peer is not None:
-            self._peer.close()
-        if self._listener is not None:
-            self._listener.close()
+        super()._drop()
 
     def _fenced(self, peer_dead: bool) -> bool:
         return self.setup.source or peer_dead

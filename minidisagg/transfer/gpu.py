@@ -9,6 +9,7 @@ Checksums would read all bytes once more, and are off here unless asked for (`--
 from __future__ import annotations
 
 import queue
+import socket
 import time
 from abc import abstractmethod
 from collections import deque
@@ -24,6 +25,7 @@ from minidisagg.transfer.emulate import Slot
 from minidisagg.transfer.kernels import copy_rows
 from minidisagg.transfer.links import Carried, CorruptError, LinkError, LinkSetup, ThreadLink
 from minidisagg.transfer.rows import Block, Checksum
+from minidisagg.transfer.stream import UnixListener, shut_down
 
 POLL = 50e-6  # seconds between two looks at the events
 LISTS = 64  # of page numbers that are on their way
@@ -54,6 +56,8 @@ class GpuLink(ThreadLink):
         self._pinned = torch.empty(LISTS, 2 * setup.host.kv.shape[2], dtype=torch.int64).pin_memory()
         self._there = torch.empty_like(self._pinned, device=self.device)
         self._lists = 0
+        self._listener = None if setup.source else UnixListener(setup)
+        self._peer: socket.socket | None = None  # open as long as the peer lives
         super().__init__(setup)
 
     @abstractmethod
@@ -175,6 +179,18 @@ class GpuLink(ThreadLink):
         rows = self.rows[slice(*piece.layers)].index_select(2, self.pages(piece.pages)[0])
         checksum.add(Block(slice(0, len(rows)), slice(0, 2), slice(0, piece.count)), rows)
         return checksum
+
+    def _interrupt(self) -> None:
+        if self._listener is not None:
+            self._listener.release()
+        if self._peer is not None:
+            shut_down(self._peer)
+
+    def _drop(self) -> None:
+        if self._peer is not None:
+            self._peer.close()
+        if self._listener is not None:
+            self._listener.close()
 
     def warm_up(self) -> None:
         """Compile and load the copy kernel: its first use would wait for whatever spins on the card."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from minidisagg.core.plan import Piece
 from minidisagg.transfer.links import Carried, CorruptError, LinkError, LinkSetup, ThreadLink
-from minidisagg.transfer.rows import Checksum, cache_rows, run_views
+from minidisagg.transfer.rows import Checksum, alike, cache_rows, run_views
 from minidisagg.transfer.stream import UnixListener
 
 BLOCK_BYTES = 4 << 20  # what was summed is still in the last-level cache when it is copied
@@ -122,12 +122,7 @@ class ShmLink(MappedLink):
         try:
             theirs = msgspec.msgpack.decode(data, type=CacheDescription)
             kv = self.host.kv
-            alike = (theirs.shape[:2], theirs.shape[3:], theirs.dtype) == (
-                tuple(kv.shape[:2]),
-                tuple(kv.shape[3:]),
-                str(kv.dtype),
-            )
-            if not alike or theirs.link_epoch != self.setup.link_epoch or len(fds) != 1:
+            if not alike(kv, theirs.shape, theirs.dtype) or theirs.link_epoch != self.setup.link_epoch or len(fds) != 1:
                 raise LinkError(f"the destination's cache is {theirs.shape} {theirs.dtype}, not like this one")
             nbytes = kv[:, :, :1].nbytes * theirs.shape[2]
             populate = getattr(mmap, "MAP_POPULATE", 0)

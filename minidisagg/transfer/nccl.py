@@ -33,7 +33,6 @@ from minidisagg.transfer.codec import Staging
 from minidisagg.transfer.gpu import POLL, PROGRAMS, TOGETHER, Finish, GpuLink, Waiting, planes
 from minidisagg.transfer.kernels import copy_rows
 from minidisagg.transfer.links import Carried, CorruptError, LinkError, LinkSetup, Trailer
-from minidisagg.transfer.stream import UnixListener, shut_down
 
 BLOCK_BYTES = 64 << 20  # from 16 MB on NVLink is busy; each block costs both hosts 100 µs
 DEPTH = 4  # blocks in flight: gathering, sending and scattering overlap
@@ -59,9 +58,7 @@ class NcclLink(GpuLink):
 
     def __init__(self, setup: LinkSetup) -> None:
         self._group: Any = None
-        self._peer: socket.socket | None = None
         self._heard = b""  # of the next "launched"
-        self._listener: UnixListener | None = None
         self._store: Any = None
         self._staging = [Staging(setup.host.kv.device) for _ in range(DEPTH)]
         self._sent: list[Work | None] = [None] * DEPTH  # the last from each
@@ -70,7 +67,6 @@ class NcclLink(GpuLink):
         self._receiving = torch.cuda.Stream(setup.host.kv.device)  # type: ignore[no-untyped-call]
         self._blocks = 0
         if not setup.source:
-            self._listener = UnixListener(setup)
             listener = socket.create_server(("127.0.0.1", 0))
             self._port = listener.getsockname()[1]
             self._store = self._make_store(self._port, setup.host.timeout, listener.detach())
@@ -231,12 +227,6 @@ class NcclLink(GpuLink):
         if self._peer is not None and self._flying and not self.setup.source:
             self._hear()
 
-    def _interrupt(self) -> None:
-        if self._listener is not None:
-            self._listener.release()
-        if self._peer is not None:
-            shut_down(self._peer)
-
     def _drop(self) -> None:
         with _one_at_a_time:
             if self._group is not None:
@@ -245,8 +235,5 @@ class NcclLink(GpuLink):
             self.stream.synchronize()
         self._group = self._store = None
         self._staging, self._sent = [], []
-        if self._peer is not None:
-            self._peer.close()
-        if self._listener is not None:
-            self._listener.close()
+        super()._drop()
 

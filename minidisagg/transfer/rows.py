@@ -81,6 +81,12 @@ def cache_rows(kv: Tensor) -> Tensor:
     return rows.view(torch.int64) if rows.shape[-1] % 8 == 0 else rows
 
 
+def alike(kv: Tensor, shape: tuple[int, ...], dtype: str) -> bool:
+    """Whether a cache of this shape and dtype differs from `kv` in its number of pages at most."""
+    ours = tuple(kv.shape[:2]), tuple(kv.shape[3:]), str(kv.dtype)
+    return (shape[:2], shape[3:], dtype) == ours
+
+
 def window(rows: Tensor, layers: slice, kinds: slice, first_page: int, num_pages: int) -> Tensor:
     """`rows[layers, kinds, first_page : first_page + num_pages]` in one call; the caller checked the bounds."""
     by_layer, by_kind, by_page, _ = rows.stride()
