@@ -78,7 +78,8 @@ def _left_on(device: torch.device, config: WorkerConfig, model: ModelConfig) -> 
     step = settings.max_num_batched_tokens * row + settings.max_num_seqs * 12 * model.vocab_size
     pairs = cluster.decode_workers if config.role is Role.PREFILL else cluster.prefill_workers
     other = CONTEXT + step + PAIR_BYTES * pairs
-    left = int(min(share - torch.cuda.memory_reserved(device), free) - other)
+    # Whatever is free just now: a dead worker's memory is taken until its peers let go, and the next one is as large.
+    left = int(share - torch.cuda.memory_reserved(device) - other)
     if left <= 0:
         gib = 2**30
         raise ValueError(
