@@ -162,6 +162,9 @@ def test_copy_rows(kernels: ModuleType) -> None:
     copy_rows(staged, None, by_staging, theirs, 4)
     copy_rows(source, mine, target, theirs, 4)
     assert torch.equal(target, want) and torch.equal(by_staging, want)
+    copy_rows(source + 1, mine, target, torch.tensor([-1, 4, -1]), 4)  # pages that nobody wants any more
+    want[:, 4] = source[:, 0] + 1
+    assert torch.equal(target, want)
 
 
 def test_what_is_sampled_on_the_card_is_what_the_host_would_sample() -> None:

@@ -263,6 +263,14 @@ def test_auto_knows_all_devices_of_a_cluster(
     assert link_kind(cluster) == expected
 
 
+def test_colocated_workers_may_be_either_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = WorkerSettings(device="cuda")
+    cluster = ClusterSettings(prefill=worker, decode=worker)
+    for gpus, expected in ((1, "cuda_ipc"), (2, "nccl")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        assert link_kind(cluster) == expected
+
+
 def test_kinds_that_cannot_be_are_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown link 'rdma'; known: auto, cuda_ipc, gloo, nccl, shm, tcp, unix"):
         resolve_kind("rdma", "cpu")
