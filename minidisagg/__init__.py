@@ -9,13 +9,48 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from minidisagg.core.messages import SamplingParams
-from minidisagg.core.policy import Policy
+from minidisagg.core.costs import StepCosts
+from minidisagg.core.messages import Role, SamplingParams
+from minidisagg.core.policy import (
+    Batch,
+    ClusterView,
+    Hits,
+    Placement,
+    Policy,
+    Reject,
+    RequestView,
+    RoleChange,
+    Stage,
+    Victim,
+    Work,
+    WorkerOptions,
+    WorkerStatus,
+    WorkerView,
+)
 
 if TYPE_CHECKING:
     from minidisagg.runtime.llm import LLM
 
-__all__ = ["LLM", "Policy", "SamplingParams"]
+__all__ = [
+    "LLM",
+    "Batch",
+    "ClusterView",
+    "Hits",
+    "Placement",
+    "Policy",
+    "Reject",
+    "RequestView",
+    "Role",
+    "RoleChange",
+    "SamplingParams",
+    "Stage",
+    "StepCosts",
+    "Victim",
+    "Work",
+    "WorkerOptions",
+    "WorkerStatus",
+    "WorkerView",
+]
 __version__ = "0.1.0"
 
 

@@ -13,12 +13,11 @@ from typing import Any, ClassVar
 
 from minidisagg.core.granularity import Granularity
 from minidisagg.core.messages import Role, SamplingParams
-from minidisagg.core.policy import ClusterView, Placement, Policy, Reject, RequestView, RoleChange, WorkerOptions
-from minidisagg.core.request import Request
+from minidisagg.core.policy import ClusterView, Placement, Policy, Reject, RequestView, RoleChange, Work, WorkerOptions
 from minidisagg.core.router import RouterSpec
 from minidisagg.core.scheduler import BatchBuilder, View
 from minidisagg.core.spec import EngineSpec
-from minidisagg.core.tracked import StageTimes, Tracked
+from minidisagg.core.tracked import StageTimes
 from minidisagg.policies.prefill_first import PrefillFirst
 from minidisagg.policies.sarathi import Sarathi
 from minidisagg.sim.cost_model import Chaos, LinearCost
@@ -52,8 +51,8 @@ class Asked(Policy):
     """The defaults, and that each hook is given what it is promised."""
 
     PROMISED: ClassVar[dict[str, tuple[type, ...]]] = {
-        "admit": (Tracked, ClusterView), "place": (Tracked, ClusterView), "rebalance": (ClusterView,),
-        "accept": (Request, View), "order": (Request, str, View), "compose": (BatchBuilder, View),
+        "admit": (RequestView, ClusterView), "place": (RequestView, ClusterView), "rebalance": (ClusterView,),
+        "accept": (Work, View), "order": (Work, str, View), "compose": (BatchBuilder, View),
         "evict": (View, list),
     }  # fmt: skip
     STAGES = "prefill", "transfer", "decode"

@@ -16,9 +16,9 @@ import msgspec
 from cluster import needs_two_cores
 
 from minidisagg.config import RunSettings
-from minidisagg.core.messages import KVOffer, RequestSpec, Role, SamplingParams
-from minidisagg.core.policy import ClusterView, Policy, Reject, WorkerOptions, WorkerStatus
-from minidisagg.core.request import Request
+from minidisagg.core.costs import StepCosts
+from minidisagg.core.messages import Role
+from minidisagg.core.policy import ClusterView, Hits, Policy, Reject, WorkerOptions, WorkerStatus
 from minidisagg.policies import load_policy
 
 Line = dict[str, Any]
@@ -42,7 +42,8 @@ class Curious(Policy):
         workers = cluster.candidates(Role.DECODE if request.prefill else Role.PREFILL)
         if not workers:
             return Reject(1.0, "all of them flip")
-        found = cluster.rng.choice(workers)
+        hits = cluster.hits(request)
+        found = max(workers, key=lambda w: (hits[w.name].device, cluster.rng.random()))
         if request.prefill:
             return Placement(request.prefill, found.name)
         return Placement(found.name, found.name if found.role == Role.BOTH and request.prefill_len % 2 else None)
@@ -56,7 +57,7 @@ class Curious(Policy):
         return [stage, request.remaining if worker.free_pages % 2 else request.prefill_len, request.arrival]
 
     def accept(self, offer, worker):
-        return worker.expected < 3 + offer.sampling.max_tokens % 2 and len(offer.prompt) < 10_000
+        return worker.expected < 3 + offer.max_tokens % 2 and offer.prompt_len < 10_000
 
     def compose(self, batch, worker):
         for request in batch.running:
@@ -67,7 +68,7 @@ class Curious(Policy):
             batch.add(request, 10 + worker.options.max_num_seqs)
 
     def evict(self, worker, candidates):
-        return Victim(max(candidates, key=lambda r: (len(r.pages), len(r.output), r.arrival))) if candidates else None
+        return Victim(max(candidates, key=lambda r: (r.num_pages, r.num_output, r.arrival))) if candidates else None
 """
 
 
@@ -75,20 +76,23 @@ class Curious(Policy):
 
 
 def work(seen: Line) -> Any:
-    """A request on a worker, as the log has it."""
-    sizes = {"pages": [0] * seen["pages"], "output": [0] * seen["output"]}
-    return SimpleNamespace(**{**seen, **sizes}, sampling=SamplingParams(max_tokens=seen["max_tokens"]))
+    """A request, as the log has it."""
+    return SimpleNamespace(**seen)
 
 
 def worker_of(line: Line) -> Any:
     seen = line["worker"]
     lists = {name: [work(one) for one in seen.get(name, ())] for name in ("running", "waiting")}
-    return SimpleNamespace(**{**seen, **lists, "options": WorkerOptions(**seen["options"]), "now": line["clock"]})
+    costs = msgspec.convert(seen["costs"], StepCosts)
+    options = WorkerOptions(**seen["options"])
+    return SimpleNamespace(**{**seen, **lists, "options": options, "costs": costs, "now": line["clock"]})
 
 
 def cluster_of(line: Line) -> ClusterView:
     seen = dict(line["cluster"])
-    view = ClusterView(line["clock"], msgspec.convert(seen.pop("workers"), dict[str, WorkerStatus]), **seen)
+    hits = {name: Hits(*one) for name, one in line.get("hits", {}).items()}
+    workers = msgspec.convert(seen.pop("workers"), dict[str, WorkerStatus])
+    view = ClusterView(line["clock"], workers, **seen, hits=lambda _: hits)
     if "rng" in line:
         version, state, gauss = line["rng"]
         view.rng.setstate((version, tuple(state), gauss))
@@ -128,12 +132,7 @@ def again(line: Line, policy: Policy) -> Any:
         return ({"verdict": "reject"} if isinstance(answer, Reject) else {}) | msgspec.to_builtins(answer)
     worker = worker_of(line)
     if hook == "accept":
-        seen = line["request"]
-        sampling = SamplingParams(max_tokens=seen["max_tokens"])
-        prompt = [0] * seen["prefill_len"]
-        spec = RequestSpec(prompt=prompt, sampling=sampling, arrival=seen["arrival"], priority=seen["priority"])
-        offer = Request(KVOffer(seen["request_id"], 0, spec, "", 0), "", 0.0)
-        return policy.accept(offer, worker)
+        return policy.accept(work(line["request"]), worker)
     if hook == "order":
         return json.loads(json.dumps(policy.order(work(line["request"]), line["stage"], worker)))
     if hook == "evict":
@@ -177,7 +176,7 @@ def test_every_decision_is_written_and_can_be_asked_again(tmp_path: Path) -> Non
     hooks = {"admit", "place", "rebalance", "accept", "order", "compose", "evict"}
     assert {line["hook"] for line in every if line["policy"] == curious} == hooks
     for line in every:
-        assert next(iter(line.items())) == ("version", 1)
+        assert next(iter(line.items())) == ("version", 2)
         assert again(line, load_policy(line["policy"])) == line["answer"], line
 
     def asked(who: str, hook: str, *policies: str) -> list[Line]:
@@ -193,6 +192,7 @@ def test_every_decision_is_written_and_can_be_asked_again(tmp_path: Path) -> Non
     assert 0 < max(chunks[0]) <= 24 < max(chunks[1]), "sarathi's chunks first, whole prompts after the change"
     assert all(line["answer"] in line["candidates"] for line in asked("decode-0", "evict", curious) if line["answer"])
     assert any("rng" in line for line in asked("router", "place", curious))
+    assert any(hit for line in asked("router", "place", curious) for one in line["hits"].values() for hit in one)
     # Of many ticks, those that changed something, and after each of those the first that did not.
     wanted = [line["answer"] for line in asked("router", "rebalance", curious)]
     both, decode = [{"worker": "decode-0", "role": 3}], [{"worker": "decode-0", "role": 2}]

@@ -88,9 +88,9 @@ def cluster(**roles: Role) -> ClusterView:
 
 def test_placement_takes_the_least_loaded() -> None:
     view = cluster(p0=Role.PREFILL, p1=Role.PREFILL, d0=Role.DECODE, d1=Role.DECODE)
-    view.workers["p0"].queued_tokens = 10
-    view.workers["d0"].decoding = 1
-    request = Tracked("a", RequestSpec(prompt=[1], sampling=SamplingParams()), 0.0)
+    view.workers["p0"].changed(queued_tokens=10)
+    view.workers["d0"].changed(decoding=1)
+    request = Tracked("a", RequestSpec(prompt=[1], sampling=SamplingParams()), 0.0).view
     assert Policy().place(request, view) == Placement("p1", "d1")
     assert Policy().place(request, cluster(w=Role.BOTH)) == Placement("w", "w")
     assert isinstance(Policy().place(request, cluster(p=Role.PREFILL)), Reject)

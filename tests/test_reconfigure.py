@@ -23,6 +23,7 @@ from cluster import (
 from msgspec.structs import replace
 
 from minidisagg.config import ClusterSettings, Mode, RunSettings
+from minidisagg.core.costs import StepCosts
 from minidisagg.core.inputlog import read_entries, replay
 from minidisagg.core.messages import Role
 from minidisagg.policies import load_policy
@@ -48,7 +49,7 @@ async def assert_as_after_a_start(frontend: Frontend) -> None:
         assert one.steps == one.prefix_queries == one.preemptions == 0
     assert not frontend.requests and frontend.view.waiting == 0
     for status in frontend.view.workers.values():
-        assert status.t_prefill_token == status.t_decode_step == 0.0
+        assert status.costs == StepCosts()
         assert status.queued_tokens == status.decoding == status.context_tokens == 0
 
 
@@ -74,7 +75,8 @@ def test_nothing_is_left_and_each_log_replays_by_itself(link: str, tmp_path: Pat
                 assert frontend.router.policy.asks is not before.asks and frontend.view.rng is not dice
                 await assert_as_after_a_start(frontend)
                 answers.append(await run_to_end(frontend, SHARED, greedy(6)))
-                assert all(status.t_prefill_token > 0 for status in frontend.view.workers.values() if status.role & 1)
+                await frontend.fresh_stats()
+                assert all(status.costs.predict(100) > 0 for status in frontend.view.workers.values())
                 await assert_clean(frontend)
                 assert sum(one.prefix_hits for one in frontend.stats.values()) > 0 or side == "A"
                 expected = [Role.BOTH, Role.BOTH] if side == "A" else [Role.PREFILL, Role.DECODE]

@@ -99,7 +99,7 @@ def test_a_policy_that_breaks_what_it_is_shown_is_told_so() -> None:
         cluster.workers.clear()
         return []
 
-    with pytest.raises(PolicyError, match="policy Spy: a rehearsal ends in KeyError"):
+    with pytest.raises(PolicyError, match="policy Spy: rebalance raised AttributeError"):
         rehearse(partial(Spy, Counter(), rebalance=tamper), workers("pd"))
 
 

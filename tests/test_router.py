@@ -16,6 +16,7 @@ from minidisagg.core.messages import (
     Failed,
     Fatal,
     Hello,
+    LinkStats,
     Logprobs,
     Migrate,
     Released,
@@ -497,14 +498,19 @@ def test_logprobs_come_with_the_tokens_they_belong_to() -> None:
     assert (third.prompt_logprobs, third.logprobs) == ((), ())
 
 
-def test_a_workers_figures_are_smoothed_and_kept_apart_by_phase() -> None:
+def test_the_view_has_what_workers_tell_of_their_costs_links_and_pages() -> None:
     hand = Hand({"w": Role.BOTH})
     status = hand.router.view.workers["w"]
-    for seconds, prefill, decode in ((1.0, 10, 0), (2.0, 10, 0), (9.0, 10, 10), (0.5, 0, 3), (1.0, 0, 3)):
-        hand.say("w", StepOutput(1, [], seconds, prefill, decode))
-    assert (status.t_prefill_token, status.t_decode_step) == (pytest.approx(0.12), pytest.approx(0.6))
-    hand.say("w", Stats(Role.BOTH, 5, 0, 0, 0, 0, 0, 40, 0, 20, 4, 0))
-    assert status.pages_free == 60
+    for prefill, decode in ((10, 0), (20, 0), (0, 3), (0, 6), (0, 6)):
+        hand.say("w", StepOutput(1, [], 1.0 + 0.1 * prefill + 0.5 * decode, prefill, decode))
+    links = [LinkStats("x", "unix", bytes=2000, seconds=4.0), LinkStats("y", "unix", bytes=2000, seconds=2.0)]
+    hand.say("w", Stats(Role.BOTH, 5, 0, 0, 0, 0, 0, 40, 0, 20, 4, 0, links=links))
+    assert status.pages_free == 60 and status.t_kv_token == 1.5e-3  # a token has a byte
+    assert status.costs.predict(30) == pytest.approx(4.0) and status.costs.predict(0, 2) == pytest.approx(2.0)
+    hand.request("a", length=10)
+    view = hand.router.view
+    assert view.t_prefill(20, status) == pytest.approx(4.0), "behind the ten that are queued"
+    assert view.t_decode(status, more=1) == pytest.approx(2.0) and view.t_transfer(200, status) == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize("answer", [Reject(1.0, "later"), Placement("p", None)])

@@ -43,6 +43,19 @@ def page_hash(parent: bytes, tokens: Sequence[int]) -> bytes:
     return hashlib.sha256(parent + array("q", tokens).tobytes()).digest()
 
 
+def page_hashes(parent: bytes, tokens: Sequence[int], page_size: int) -> list[bytes]:
+    """Of all full pages, the first of them after `parent`."""
+    hashes = [parent]
+    for end in range(page_size, len(tokens) + 1, page_size):
+        hashes.append(page_hash(hashes[-1], tokens[end - page_size : end]))
+    return hashes[1:]
+
+
+def short(digest: bytes) -> bytes:
+    """What the router knows a page by: a wrong guess there costs time only, so that eight bytes will do."""
+    return digest[:8]
+
+
 class BlockPool:
     """Accounts for `num_pages` pages of one worker's KV cache; knows nothing of requests or tensors."""
 
@@ -58,6 +71,8 @@ class BlockPool:
         # A heap hands out the lowest page first: a prompt's pages then mostly form one run, which moves faster.
         self._free = list(range(num_pages))
         self._lru: OrderedDict[int, None] = OrderedDict()
+        self.stored: list[bytes] = []  # what the prefix cache has gained since somebody took the list, and lost
+        self.removed: list[bytes] = []
 
     @property
     def available(self) -> int:
@@ -129,6 +144,16 @@ class BlockPool:
         if self._hash_of[page] is None and digest not in self._by_hash:
             self._hash_of[page] = digest
             self._by_hash[digest] = page
+            self.stored.append(digest)
+
+    def news(self) -> tuple[list[bytes], list[bytes]]:
+        """What the prefix cache has gained and lost since the last time, in `short` hashes; nothing that is in both."""
+        lost = dict.fromkeys(self.removed)
+        stored = [short(digest) for digest in self.stored if digest in self._by_hash]
+        removed = [short(digest) for digest in lost if digest not in self._by_hash]
+        self.stored.clear()
+        self.removed.clear()
+        return stored, removed
 
     def match(self, hashes: Iterable[bytes]) -> list[int]:
         """The pages of the longest cached prefix; takes no reference, so `hold` them before any allocation."""
@@ -170,6 +195,7 @@ class BlockPool:
             assert digest is not None
             del self._by_hash[digest]
             self._hash_of[page] = None
+            self.removed.append(digest)
             self._move(page, PageState.CACHED, PageState.FREE)
             heapq.heappush(self._free, page)
         pages = [heapq.heappop(self._free) for _ in range(count)]

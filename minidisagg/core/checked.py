@@ -48,6 +48,11 @@ class Checked(Policy):
         """Of the policy itself, which may change its mind."""
         return bool(self.asks.dynamic_order)
 
+    @property
+    def equal_steps(self) -> bool:  # type: ignore[override]
+        """A batch that is fed all that runs, in an order that stays, is fed the same again."""
+        return bool(self.asks.equal_steps) and not self.dynamic_order
+
     def admit(self, request: RequestView, cluster: ClusterView) -> Reject | None:
         answer = self._ask("admit", lambda: self.asks.admit(request, cluster))
         return None if answer is None else self._rejection("admit", answer, "Reject or None")

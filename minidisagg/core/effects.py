@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import TypeVar
+
 from msgspec import Struct
 
 from minidisagg.core.messages import AnyMessage
@@ -38,3 +41,13 @@ class AbortLink(Struct, frozen=True, array_like=True):
 
 
 Effect = Send | OpenLink | StartPiece | AbortLink
+
+E = TypeVar("E")
+
+
+def drain(outbox: list[E]) -> Iterator[E]:
+    """Take the effects out, those that carrying them out adds included."""
+    while outbox:
+        effects = outbox[:]
+        outbox.clear()  # the list itself is what its owners emit into
+        yield from effects

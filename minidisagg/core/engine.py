@@ -16,7 +16,7 @@ and never added up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from minidisagg.core.accounts import Accounts
@@ -51,7 +51,7 @@ from minidisagg.core.messages import (
     Submit,
     TokenOut,
 )
-from minidisagg.core.plan import NO_TOKEN, SeqKey, StepPlan
+from minidisagg.core.plan import NO_TOKEN, SeqKey, StepPlan, advanced
 from minidisagg.core.policy import Policy
 from minidisagg.core.request import Request, State
 from minidisagg.core.requests import Requests
@@ -137,7 +137,7 @@ class EngineCore(Accounts):
             return
         self._messages[type(envelope.body)](envelope.source, envelope.body, self._lived)
 
-    def _on_schedule(self, _: Schedule) -> StepPlan | None:
+    def _on_schedule(self, what: Schedule) -> StepPlan | None:
         self._grant_offers()
         batch = self.scheduler.compose()
         if batch is None:
@@ -147,7 +147,9 @@ class EngineCore(Accounts):
             if request.decode:
                 self.sender.offer(request, request.decode, self._lived)
         self.steps += 1
-        plan = StepPlan(self.steps, batch.items, batch.new, self._dropped, self.sender.reports(batch.items))
+        repeat = self.scheduler.equal_steps(batch, what.most) if what.most > 1 and not self.plans else 1
+        reports = self.sender.reports(batch.items)
+        plan = StepPlan(self.steps, batch.items, batch.new, self._dropped, reports, repeat)
         self._dropped = []
         if not self.plans:
             self._step_since = self._lived
@@ -160,15 +162,26 @@ class EngineCore(Accounts):
     def _on_step_done(self, done: StepDone) -> None:
         self._step_since = self._lived
         plan = self.plans.pop(done.step_id)
-        sampled = iter(done.tokens)
+        self.steps += done.steps - 1
+        if goes_on := done.steps < plan.repeat:
+            self.steps += 1
+            self.plans[self.steps] = advanced(plan, done.steps)
+        if done.steps:
+            self._on_computed(plan, done, goes_on)
+
+    def _on_computed(self, plan: StepPlan, done: StepDone, goes_on: bool) -> None:
+        """`goes_on`: an equal step with the same requests is under way."""
+        sampling, place = sum(item.sample for item in plan.items), 0
         out: list[TokenOut] = []
         prefill = decode = context = 0
         for item in plan.items:
-            token = next(sampled) if item.sample else -1
+            end, tokens = item.start + item.count + done.steps - 1, list[int]()
+            if item.sample:
+                tokens, place = done.tokens[place::sampling], place + 1
             request = self.requests[item.request_id, item.incarnation]
-            request.inflight -= 1
-            context += item.start + item.count
-            if item.start + item.count <= request.prefill_len:
+            request.inflight -= not goes_on
+            context += end
+            if end <= request.prefill_len:
                 prefill += item.count
             else:
                 decode += item.count
@@ -176,17 +189,25 @@ class EngineCore(Accounts):
             if request.state is not State.RUNNING:
                 self._retire_if_settled(request)
                 continue
-            request.num_computed = item.start + item.count
-            self.scheduler.publish(request)  # before the token: a last one takes the pages away
-            if item.sample:
-                request.pending -= 1
-                if token == NO_TOKEN:
-                    self._fail(request, "the logits of its next token are not finite, or forbid every token")
-                else:
-                    out.append(self._on_token(request, token))
+            request.num_computed = end
+            if plan.repeat > 1:
+                request.num_scheduled = end + goes_on
+            request.pending -= item.sample and not goes_on
+            broken = NO_TOKEN in tokens
+            told = request.take(tokens, self.now) if tokens and not broken else None
+            self.scheduler.publish(request)  # before a last token takes the pages away
+            if broken:
+                self._fail(request, "the logits of its next token are not finite, or forbid every token")
+            elif told is not None:
+                out.append(told)
+                self._on_token(request, told)
             if request.state is State.RUNNING and request.key in self.sender.transfers:
                 self.sender.advance(request, self._lived)
-        self._send(ROUTER, StepOutput(done.step_id, out, done.seconds, prefill, decode, context, self.now))
+        clock = done.ends[-1] if done.ends else self.now
+        figures = done.seconds, prefill, decode, context, clock
+        output = StepOutput(done.step_id, out, *figures, done.ends, *self.pool.news())
+        self.scheduler.learner.learn(output)
+        self._send(ROUTER, output)
 
     def _on_piece_done(self, done: PieceDone) -> None:
         (self.outgoing if done.send else self.incoming).on_piece_done(done, self._lived)
@@ -307,33 +328,15 @@ class EngineCore(Accounts):
 
     # ------------------------------------------------------------ tokens
 
-    def _on_token(self, request: Request, token: int) -> TokenOut:
-        first = len(request.output) == request.prefill_len - len(request.prompt)
-        request.output.append(token)
-        finish = request.finish_reason()
-        now = self.now
-        out = TokenOut(
-            request.request_id,
-            request.incarnation,
-            len(request.output) - 1,
-            token,
-            finish,
-            queue_s=request.first_scheduled_at - request.queued_at if first else 0.0,
-            prefill_s=now - request.first_scheduled_at if first else 0.0,
-            wait_s=max(0.0, request.first_scheduled_at - request.ready_at) if request.ready_at >= 0 else 0.0,
-            step_s=now - request.first_scheduled_at if request.ready_at >= 0 else 0.0,
-            cached_tokens=request.cached_tokens if first else 0,
-        )
-        request.ready_at = -1.0
-        if finish:
+    def _on_token(self, request: Request, told: TokenOut) -> None:
+        if told.finish:
             self._end(request)
-        elif first and request.leaves:
+        elif request.leaves and told.index == request.prefill_len - len(request.prompt):
             self.scheduler.remove(request)
             request.state = State.HELD
-            request.ready_at = now
+            request.ready_at = self.now
             if request.decode:
-                self.sender.finish_prefill(request, token, self._lived)
-        return out
+                self.sender.finish_prefill(request, told.token, self._lived)
 
     # ------------------------------------------------------------ handoffs
 
@@ -440,11 +443,3 @@ class EngineCore(Accounts):
 
     def _send(self, dest: str, body: AnyMessage) -> None:
         self.outbox.append(Send(dest, body))
-
-
-def drain(core: EngineCore) -> Iterator[Effect]:
-    """Take the effects out, those that carrying them out adds included."""
-    while core.outbox:
-        effects = core.outbox[:]
-        core.outbox.clear()  # the list itself is what sender and receiver emit into
-        yield from effects

@@ -18,15 +18,26 @@ class Received(Struct, frozen=True, tag=True, array_like=True):
 
 
 class Schedule(Struct, frozen=True, tag=True, array_like=True):
-    """The device has room for a step: `on` answers with its plan, or None if there is nothing to compute."""
+    """The device has room for a step: `on` answers with its plan, or None if there is nothing to compute.
+
+    A driver that can be stopped between steps may take up to `most` equal ones at once.
+    """
+
+    most: int = 1
 
 
 class StepDone(Struct, frozen=True, tag=True, array_like=True):
-    """A step has ended. `tokens`: one per sampling item of its plan, in the order of the items, or `NO_TOKEN`."""
+    """A step has ended. `tokens`: one per sampling item of its plan, in the order of the items, or `NO_TOKEN`.
+
+    Of equal steps so many have ended (`steps`, their tokens one step after the other; `ends`: when each did). If that
+    is fewer than were planned, the next one is under way, and no other follows it.
+    """
 
     step_id: int
     tokens: list[int]
     seconds: float
+    steps: int = 1
+    ends: list[float] = []
 
 
 class LayersDone(Struct, frozen=True, tag=True, array_like=True):

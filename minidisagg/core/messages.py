@@ -8,6 +8,7 @@ every restart. Times are seconds; workers send durations only, so that every ins
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Annotated
@@ -64,15 +65,26 @@ class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True, forb
 
 
 class RequestSpec(Struct, frozen=True, array_like=True, kw_only=True):
-    """What a request is, wherever it goes: all that a worker needs to begin it or to go on with it."""
+    """What a request is, wherever it goes: all that a worker needs to begin it or to go on with it.
 
-    prompt: list[TokenId]
+    Where nobody has the tokens of its prompt (a simulated trace), `prompt` is a range of the right length, and `hashes`
+    name its full pages.
+    """
+
+    prompt: Sequence[TokenId]
     emitted: list[TokenId] = []  # tokens that the client has; apart, since penalties, limits and usage need the split
     sampling: SamplingParams
     arrival: float = 0.0  # seconds on the router's clock; orders requests, never compared with a worker's clock
     salt: str = ""  # separates prefix caches of different tenants
     priority: int = 0
     cohort: int = 0  # suspects of a crash: a step holds requests of one cohort only
+    slo_ttft: float | None = None  # seconds, if its client has such a limit
+    slo_tpot: float | None = None
+    predicted_len: int | None = None  # output tokens that a predictor expects
+    session: str = ""  # of several requests of one conversation
+    hints: dict[str, str | int | float] = {}  # what `place` wants the hooks of workers to know
+    hashes: list[bytes] = []
+    ends_after: int = 0  # output tokens at which a benchmark's request ends, whatever its limit; no view shows it
 
     @property
     def prefill_len(self) -> int:
@@ -84,27 +96,29 @@ class Message(Struct, frozen=True, tag=True, array_like=True):
     """Base of all messages; the class name is the tag on the wire."""
 
 
+class OfRequest(Message, frozen=True):
+    """About one incarnation of one request."""
+
+    request_id: str
+    incarnation: int
+
+
 # ---------------------------------------------------------------- front end -> worker
 
 
-class Submit(Message, frozen=True):
+class Submit(OfRequest, frozen=True):
     """Compute this request: prefill what is known of it, then hand over to `decode`, or stay where that is empty.
 
     With `hold`, the worker keeps the blocks after prefill until a `Migrate` names the decode worker (late binding).
     """
 
-    request_id: str
-    incarnation: int
     spec: RequestSpec
     decode: str = ""
     hold: bool = False
 
 
-class Abort(Message, frozen=True):
+class Abort(OfRequest, frozen=True):
     """Forget every incarnation of the request up to this one; it may overtake the offer, so it leaves a tombstone."""
-
-    request_id: str
-    incarnation: int
 
 
 class SetRole(Message, frozen=True):
@@ -132,11 +146,9 @@ class Reconfigure(Message, frozen=True):
     config: str
 
 
-class Migrate(Message, frozen=True):
+class Migrate(OfRequest, frozen=True):
     """Hand the request's KV over to the worker `dest`."""
 
-    request_id: str
-    incarnation: int
     dest: str
 
 
@@ -190,6 +202,7 @@ class TokenOut(Struct, frozen=True, array_like=True, gc=False):
     wait_s: float = 0.0
     step_s: float = 0.0
     cached_tokens: int = 0  # with the first token: how many prompt tokens were prefix hits
+    more: tuple[int, ...] = ()  # those after it, of equal steps that were computed at once
 
 
 class TokenLogprob(Struct, frozen=True, array_like=True):
@@ -199,11 +212,9 @@ class TokenLogprob(Struct, frozen=True, array_like=True):
     top: list[tuple[int, float]]
 
 
-class Logprobs(Message, frozen=True):
+class Logprobs(OfRequest, frozen=True):
     """Of the tokens at positions `first`, `first` + 1, … of prompt and output; precedes the step's `StepOutput`."""
 
-    request_id: str
-    incarnation: int
     first: int
     values: list[TokenLogprob]
 
@@ -218,6 +229,9 @@ class StepOutput(Message, frozen=True):
     decode_tokens: int = 0
     context_tokens: int = 0  # KV tokens read by the step's sequences
     clock: float = 0.0  # the worker's, at the step's end
+    ends: list[float] = []  # of equal steps that were computed at once: the same of each; `seconds` is of all of them
+    stored: list[bytes] = []  # pages that its prefix cache has gained since the last step's message, by `short` hash
+    removed: list[bytes] = []  # and lost
 
 
 class PieceSpan(Struct, frozen=True, array_like=True):
@@ -241,23 +255,19 @@ class PieceSpans(Message, frozen=True):
     spans: list[PieceSpan]
 
 
-class Released(Message, frozen=True):
+class Released(OfRequest, frozen=True):
     """The worker gave the request's blocks up without finishing it; the router places it anew.
 
     `failure` is False for a preemption: only failures count towards the limit that stops a poison request.
     """
 
-    request_id: str
-    incarnation: int
     reason: str
     failure: bool = False
 
 
-class Failed(Message, frozen=True):
+class Failed(OfRequest, frozen=True):
     """The request cannot go on, here or on any other worker: it ends with this reason."""
 
-    request_id: str
-    incarnation: int
     reason: str
 
 
@@ -317,51 +327,39 @@ class Fatal(Message, frozen=True):
 # ---------------------------------------------------------------- worker <-> worker
 
 
-class KVOffer(Message, frozen=True):
+class KVOffer(OfRequest, frozen=True):
     """Source to destination: I am computing these tokens; give me pages for their KV."""
 
-    request_id: str
-    incarnation: int
     spec: RequestSpec
     fingerprint: str
     link_epoch: int  # that will carry it: giving a link up touches exactly its own handoffs
 
 
-class KVGrant(Message, frozen=True):
+class KVGrant(OfRequest, frozen=True):
     """Destination to source: write into these pages. The first `skip` pages of the request are held already.
 
     The handle (worker, epoch, request, incarnation, pages) is checked at every boundary; the worker and its epoch
     are the envelope's.
     """
 
-    request_id: str
-    incarnation: int
     pages: list[int]
     skip: int
 
 
-class KVWait(Message, frozen=True):
+class KVWait(OfRequest, frozen=True):
     """Destination to source: no room yet, but what runs here will make some; keep your pages."""
 
-    request_id: str
-    incarnation: int
 
-
-class KVBusy(Message, frozen=True):
+class KVBusy(OfRequest, frozen=True):
     """Source to destination: the step that computes the next piece is still running; keep the pages."""
 
-    request_id: str
-    incarnation: int
 
-
-class KVPiece(Message, frozen=True):
+class KVPiece(OfRequest, frozen=True):
     """Source to destination: piece `seq` of the link carries these pages of the request.
 
     Two-sided links announce a piece before its bytes, one-sided links after them (`checksum` is then set).
     """
 
-    request_id: str
-    incarnation: int
     link_epoch: int
     seq: int
     first: int  # index of the first page in the request's block table
@@ -370,35 +368,26 @@ class KVPiece(Message, frozen=True):
     checksum: int = 0
 
 
-class KVDone(Message, frozen=True):
+class KVDone(OfRequest, frozen=True):
     """Source to destination: all is sent, in `pieces` pieces; the request goes on with `first_token`."""
 
-    request_id: str
-    incarnation: int
     pieces: int
     first_token: int
 
 
-class KVAck(Message, frozen=True):
+class KVAck(OfRequest, frozen=True):
     """Destination to source: the KV is complete and mine; release yours."""
 
-    request_id: str
-    incarnation: int
 
-
-class KVCancel(Message, frozen=True):
+class KVCancel(OfRequest, frozen=True):
     """Source to destination: I have stopped, after `pieces` pieces; nothing more will be written."""
 
-    request_id: str
-    incarnation: int
     pieces: int
 
 
-class KVFailed(Message, frozen=True):
+class KVFailed(OfRequest, frozen=True):
     """Destination to source: stop; answer with `KVCancel` so that I may reuse the pages."""
 
-    request_id: str
-    incarnation: int
     reason: str
 
 

@@ -6,7 +6,10 @@ behaviour, so a recorded run can be compared with its replay value by value.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from msgspec import Struct
+from msgspec.structs import replace
 
 from minidisagg.core.messages import SamplingParams
 
@@ -19,7 +22,7 @@ class SeqInit(Struct, frozen=True, array_like=True):
 
     request_id: str
     incarnation: int
-    prompt: list[int]
+    prompt: Sequence[int]
     output: list[int]  # tokens emitted before, elsewhere or by an earlier incarnation
     sampling: SamplingParams
 
@@ -37,7 +40,7 @@ class PlanItem(Struct, frozen=True, array_like=True, gc=False):
     incarnation: int
     start: int
     count: int
-    tokens: list[int]
+    tokens: Sequence[int]
     pages: list[int]
     sample: bool
     index: int
@@ -46,7 +49,8 @@ class PlanItem(Struct, frozen=True, array_like=True, gc=False):
 class StepPlan(Struct, frozen=True, array_like=True):
     """One device step. `new` precedes the first item of a sequence, `dropped` names sequences to forget.
 
-    The device says `LayersDone` as soon as the KV of all layers before each of `reports` is in the cache.
+    The device says `LayersDone` as soon as the KV of all layers before each of `reports` is in the cache. It computes
+    the step `repeat` times, each time a token further on, unless it is stopped before (`StepDone`).
     """
 
     step_id: int
@@ -54,6 +58,13 @@ class StepPlan(Struct, frozen=True, array_like=True):
     new: list[SeqInit]
     dropped: list[SeqKey]
     reports: list[int] = []
+    repeat: int = 1
+
+
+def advanced(plan: StepPlan, steps: int) -> StepPlan:
+    """The one that is under way when `steps` equal ones have ended: a decode, whose device knows its last token."""
+    items = [replace(item, start=item.start + steps, index=item.index + steps, tokens=[]) for item in plan.items]
+    return StepPlan(plan.step_id + steps, items if steps else plan.items, plan.new, plan.dropped)
 
 
 class Piece(Struct, frozen=True, array_like=True):

@@ -8,15 +8,18 @@ instance of their own: what `place` sets cannot be read in `compose` except thro
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
-from minidisagg.core.messages import Role, StepOutput
+from minidisagg.core.costs import StepCosts
+from minidisagg.core.messages import Role
 from minidisagg.core.messages import WorkerOptions as WorkerOptions  # policies know it from here
+from minidisagg.core.request import Work as Work
+from minidisagg.core.tracked import RequestView as RequestView
+from minidisagg.core.views import AnyRequest as AnyRequest
 
 Stage = Literal["prefill", "transfer", "decode"]
-SMOOTHING = 0.2  # weight of the newest step in the running means
 
 
 @dataclass(frozen=True)
@@ -50,35 +53,13 @@ class RoleChange:
     role: Role
 
 
-class AnyRequest(Protocol):
-    """What every hook sees of a request."""
+class Hits(NamedTuple):
+    """Prompt tokens whose KV a worker holds already, on its device."""
 
-    @property
-    def request_id(self) -> str: ...
-    @property
-    def arrival(self) -> float: ...
-    @property
-    def priority(self) -> int: ...
-    @property
-    def prefill_len(self) -> int: ...
-    @property
-    def max_tokens(self) -> int: ...
+    device: int
 
 
-class RequestView(AnyRequest, Protocol):
-    """What `admit` and `place` see of a request."""
-
-    @property
-    def prefill(self) -> str:
-        """The worker that holds its KV, where `place` is asked again because it left `decode` open; else empty."""
-        ...
-
-
-def _smooth(mean: float, value: float) -> float:
-    return value if mean == 0.0 else mean + SMOOTHING * (value - mean)
-
-
-@dataclass
+@dataclass(frozen=True)
 class WorkerStatus:
     """The router's picture of one worker. What it placed itself it knows at once, the rest is as old as `stats_at`."""
 
@@ -93,72 +74,68 @@ class WorkerStatus:
     pages_free: int = 0  # FREE or CACHED, by its last Stats
     transfer_backlog: int = 0  # pieces on its outgoing links, by its last Stats
     stats_at: float = 0.0
-    t_prefill_token: float = 0.0  # seconds per prompt token, smoothed over its steps; 0 until it was seen
-    t_decode_step: float = 0.0  # seconds per pure decode step, smoothed
+    costs: StepCosts = StepCosts()  # noqa: RUF009 - it is frozen
+    t_kv_token: float = 0.0  # seconds on a link per token of KV that it sent; 0 until it has
     flipping: Role | None = None  # takes nothing new until it has taken this role
     draining: bool = False  # takes nothing new until it is started again
 
-    def learn(self, step: StepOutput) -> None:
-        """Steps of one phase alone say what a token of it costs."""
-        if step.prefill_tokens and not step.decode_tokens:
-            self.t_prefill_token = _smooth(self.t_prefill_token, step.seconds / step.prefill_tokens)
-        elif step.decode_tokens and not step.prefill_tokens:
-            self.t_decode_step = _smooth(self.t_decode_step, step.seconds)
+    def changed(self, **values: Any) -> None:
+        """For the router alone: policies look on."""
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
     def takes(self, role: Role) -> bool:
         """The router may send it work of this role."""
         return self.flipping is None and not self.draining and bool(self.role & role)
 
 
-@dataclass
+@dataclass(frozen=True)
 class ClusterView:
     """What the router's hooks see."""
 
     now: float
-    workers: dict[str, WorkerStatus]
+    workers: Mapping[str, WorkerStatus]
     waiting: int = 0  # requests without a first token
     waiting_tokens: int = 0  # and their prompt tokens
     max_waiting: int = 1024
     max_waiting_tokens: int = 1 << 20
     rng: random.Random = field(default_factory=lambda: random.Random(0))
+    # What each worker has of a request's prompt, by what it last told of its prefix cache.
+    hits: Callable[[RequestView], Mapping[str, Hits]] = lambda _: {}
+
+    def changed(self, **values: Any) -> None:
+        """For the router alone: policies look on."""
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
     def candidates(self, role: Role) -> list[WorkerStatus]:
         """Live workers that take work of this role."""
         return [worker for worker in self.workers.values() if worker.takes(role)]
 
     def t_prefill(self, tokens: int, worker: WorkerStatus) -> float:
-        """Estimated seconds to prefill `tokens` behind what is queued there."""
-        return (worker.queued_tokens + tokens) * worker.t_prefill_token
+        """Estimated seconds until `tokens` of a prompt are computed there, behind what is queued."""
+        return worker.costs.predict(worker.queued_tokens + tokens)
 
+    def t_decode(self, worker: WorkerStatus, more: int = 0, tokens: int = 0) -> float:
+        """Estimated seconds of a decode step there, with `more` requests of together `tokens` of context."""
+        return worker.costs.predict(0, worker.decoding + more, worker.context_tokens + tokens)
 
-class Work(AnyRequest, Protocol):
-    """What a worker's hooks see of a request there: what is done, and what remains."""
-
-    @property
-    def prompt(self) -> Sequence[int]: ...
-    @property
-    def output(self) -> Sequence[int]: ...
-    @property
-    def pages(self) -> Sequence[int]: ...
-    @property
-    def num_scheduled(self) -> int: ...
-    @property
-    def remaining(self) -> int: ...
-    @property
-    def is_prefill(self) -> bool: ...
+    def t_transfer(self, tokens: int, source: WorkerStatus) -> float:
+        """Estimated seconds that the KV of `tokens` takes from there on an idle link."""
+        return tokens * source.t_kv_token
 
 
 class Batch(Protocol):
     """One step under construction, as `compose` fills it."""
 
     @property
-    def running(self) -> Sequence[Any]:
-        """`Work` that may be added, in the policy's order."""
+    def running(self) -> Sequence[Work]:
+        """Those that may be added, in the policy's order."""
         ...
 
     @property
-    def waiting(self) -> Sequence[Any]:
-        """`Work` that may be added, in the policy's order."""
+    def waiting(self) -> Sequence[Work]:
+        """Those that may be added, in the policy's order."""
         ...
 
     @property
@@ -167,7 +144,7 @@ class Batch(Protocol):
     def seqs_left(self) -> int: ...
     @property
     def empty(self) -> bool: ...
-    def add(self, request: Any, limit: int | None = None) -> int:
+    def add(self, work: Work, limit: int | None = None) -> int:
         """Put up to `limit` tokens of the request (default: all that remain) into the step; how many went in."""
         ...
 
@@ -198,12 +175,25 @@ class WorkerView(Protocol):
         """Requests whose KV is on its way here."""
         ...
 
+    @property
+    def costs(self) -> StepCosts:
+        """What its steps have taken: `costs.predict` says what one will."""
+        ...
+
 
 class Policy:
     """First come, first served. Subclass it and override what you study."""
 
     asks: Policy | None = None  # of one that only hands questions on (it logs or checks): to whom
     dynamic_order = False  # True: sort keys change over time and are computed anew for each step
+
+    equal_steps = True  # `compose` does alike while nothing comes, ends or needs a page: a simulator then asks once
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        """What another `compose` does, only its author can say."""
+        super().__init_subclass__(**more)
+        if "compose" in vars(cls) and "equal_steps" not in vars(cls):
+            cls.equal_steps = False
 
     def __init__(self, **settings: Any) -> None:
         """`settings` come from the command line (`--policy sarathi:chunk=64`)."""

@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping
 
 from minidisagg.core.accounts import StalledError
 from minidisagg.core.checked import PolicyError, policy_name
-from minidisagg.core.effects import AbortLink, Effect, Send, StartPiece
-from minidisagg.core.engine import EngineCore, drain
+from minidisagg.core.effects import AbortLink, Effect, Send, StartPiece, drain
+from minidisagg.core.engine import EngineCore
 from minidisagg.core.inputs import AbortConfirmed, PieceDone, Received, Schedule, StepDone, Tick
 from minidisagg.core.messages import ROUTER, Envelope, Hello, RequestSpec, Role, SamplingParams
 from minidisagg.core.policy import Policy, WorkerOptions
-from minidisagg.core.router import Router, RouterSpec, drain_outbox
+from minidisagg.core.router import Router, RouterSpec
 from minidisagg.core.spec import EngineSpec
 from minidisagg.core.tracked import Emit
 
@@ -75,13 +75,13 @@ class _Stage:
     def _settle(self) -> None:
         """Deliver until nobody has anything to say."""
         while self.router.outbox or any(core.outbox for core in self.cores.values()):
-            for effect in drain_outbox(self.router):
+            for effect in drain(self.router.outbox):
                 if isinstance(effect, Send):
                     self.cores[effect.dest].on(Received(Envelope(ROUTER, 0, effect.body)), self.now)
                 elif isinstance(effect, Emit) and effect.finish == "error":
                     raise PolicyError(effect.error)
             for core in self.cores.values():
-                for wanted in drain(core):
+                for wanted in drain(core.outbox):
                     self._carry_out(core, wanted)
 
     def _carry_out(self, core: EngineCore, effect: Effect) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum, auto
 from typing import Any
 
 from minidisagg.core.blocks import page_hash, prefix_root
-from minidisagg.core.messages import KVOffer, RequestSpec, SamplingParams, Submit
+from minidisagg.core.messages import KVOffer, RequestSpec, SamplingParams, Submit, TokenOut
 from minidisagg.core.plan import SeqKey
+from minidisagg.core.views import AnyRequest
 
 
 class State(Enum):
@@ -33,7 +35,7 @@ class OfSpec:
     spec: RequestSpec
 
     @property
-    def prompt(self) -> list[int]:
+    def prompt(self) -> Sequence[int]:
         """What the client sent."""
         return self.spec.prompt
 
@@ -84,6 +86,7 @@ class Request(OfSpec):
         "sort_key",
         "spec",
         "state",
+        "view",
     )
 
     def __init__(self, source: Submit | KVOffer, fingerprint: str, now: float) -> None:
@@ -111,6 +114,7 @@ class Request(OfSpec):
         self.first_scheduled_at = -1.0
         self.ready_at = -1.0  # KV complete after a handoff, until its first token here
         self.sort_key: dict[str, Any] = {}  # by stage
+        self.view = Work(self)  # what a policy gets of it
 
     @property
     def key(self) -> SeqKey:
@@ -121,6 +125,11 @@ class Request(OfSpec):
     def sampling(self) -> SamplingParams:
         """How its tokens are chosen."""
         return self.spec.sampling
+
+    @property
+    def last_index(self) -> int:
+        """Output tokens at which it ends, if no stop token comes before."""
+        return min(self.spec.ends_after or self.max_tokens, self.max_tokens)
 
     @property
     def num_tokens(self) -> int:
@@ -137,18 +146,41 @@ class Request(OfSpec):
         """Still computing tokens that it did not sample here."""
         return self.num_scheduled < self.prefill_len
 
-    def tokens(self, start: int, end: int) -> list[int]:
+    def take(self, tokens: Sequence[int], now: float) -> TokenOut:
+        """What was sampled for it, in its place."""
+        first = len(self.output) == self.prefill_len - len(self.prompt)
+        self.output.extend(tokens)
+        back = self.ready_at >= 0
+        out = TokenOut(
+            self.request_id,
+            self.incarnation,
+            len(self.output) - len(tokens),
+            tokens[0],
+            self.finish_reason(),
+            queue_s=self.first_scheduled_at - self.queued_at if first else 0.0,
+            prefill_s=now - self.first_scheduled_at if first else 0.0,
+            wait_s=max(0.0, self.first_scheduled_at - self.ready_at) if back else 0.0,
+            step_s=now - self.first_scheduled_at if back else 0.0,
+            cached_tokens=self.cached_tokens if first else 0,
+            more=tuple(tokens[1:]),
+        )
+        self.ready_at = -1.0
+        return out
+
+    def tokens(self, start: int, end: int) -> Sequence[int]:
         """Known token ids of positions [start, end); shorter than asked where the last one is in flight."""
         split = len(self.prompt)
         if end <= split:
             return self.prompt[start:end]
         if start >= split:
             return self.output[start - split : end - split]
-        return self.prompt[start:] + self.output[: end - split]
+        return [*self.prompt[start:], *self.output[: end - split]]
 
     def extend_hashes(self, page_size: int) -> list[bytes]:
         """Chained hashes of all full pages of known tokens; appends what has become full."""
         known = len(self.prompt) + len(self.output)
+        if self.spec.hashes and not self.hashes:
+            self.hashes = list(self.spec.hashes)
         while (len(self.hashes) + 1) * page_size <= known:
             start = len(self.hashes) * page_size
             parent = self.hashes[-1] if self.hashes else self.root
@@ -160,4 +192,51 @@ class Request(OfSpec):
         sampling = self.sampling
         if len(self.output) > sampling.min_tokens and self.output[-1] in sampling.stop_token_ids:
             return "stop"
-        return "length" if len(self.output) >= sampling.max_tokens else ""
+        return "length" if len(self.output) >= self.last_index else ""
+
+
+class Work(AnyRequest):
+    """What the hooks of a worker see of a request there: what is done, and what remains."""
+
+    __slots__ = ()
+    _of: Request
+
+    @property
+    def queued_at(self) -> float:
+        """When it came to this worker, on its clock."""
+        return self._of.queued_at
+
+    @property
+    def num_output(self) -> int:
+        """Tokens that were sampled, here or before."""
+        return len(self._of.output)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages that it holds here."""
+        return len(self._of.pages)
+
+    @property
+    def num_cached(self) -> int:
+        """Prompt tokens that were found in the prefix cache when it was admitted."""
+        return self._of.cached_tokens
+
+    @property
+    def num_scheduled(self) -> int:
+        """Positions whose KV is computed, or being computed."""
+        return self._of.num_scheduled
+
+    @property
+    def remaining(self) -> int:
+        """Positions still to schedule: a prompt's rest, or 1 for a decode step."""
+        return self._of.remaining
+
+    @property
+    def is_prefill(self) -> bool:
+        """Still computing tokens that it did not sample here."""
+        return self._of.is_prefill
+
+
+def request_of(view: Work) -> Request:
+    """The mechanism's way back."""
+    return view._of

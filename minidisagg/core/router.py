@@ -16,14 +16,14 @@ Sans-IO like the engine: effects go out through `outbox`.
 
 from __future__ import annotations
 
-import random
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from msgspec import Struct
 from msgspec.structs import replace
 
 from minidisagg.core.checked import Checked, PolicyError
+from minidisagg.core.cluster import Cluster
 from minidisagg.core.effects import Send
 from minidisagg.core.lived import Heartbeat, LivedTime
 from minidisagg.core.messages import (
@@ -48,7 +48,8 @@ from minidisagg.core.messages import (
     WorkerOptions,
 )
 from minidisagg.core.plan import SeqKey
-from minidisagg.core.policy import ClusterView, Placement, Policy, Reject, RoleChange, WorkerStatus
+from minidisagg.core.policy import Placement, Policy, Reject, RoleChange, WorkerStatus
+from minidisagg.core.predictor import LengthPredictor, Predictor
 from minidisagg.core.tracked import Emit, Stage, Tracked
 
 MAX_FAILURES = 3  # a request that is charged with this many ends in an error
@@ -76,6 +77,7 @@ class RouterSpec:
     lost_after: float = 10.0  # seconds without a word from a worker
     stuck_after: float = 120.0  # seconds that one step may take
     seed: int = 0
+    predictor: Predictor = "none"  # of output lengths
     options: Mapping[Role, WorkerOptions] = field(default_factory=dict)  # that a worker takes with a role; else its own
 
 
@@ -99,8 +101,9 @@ class Router:
         self._cohorts = 0  # of suspects that there have been
         self._clock = LivedTime()
         self._lived = 0.0
-        limits = spec.max_waiting, spec.max_waiting_tokens
-        self.view = ClusterView(0.0, {}, 0, 0, *limits, random.Random(spec.seed))
+        self.predictor = LengthPredictor(spec.predictor)
+        self.cluster = Cluster(spec.max_waiting, spec.max_waiting_tokens, spec.seed)
+        self.view = self.cluster.view
 
     # ------------------------------------------------------------ clients
 
@@ -110,9 +113,11 @@ class Router:
         if request_id in self.requests:
             self.outbox.append(Emit(request_id, finish="error", error="a request of this id is running"))
             return
+        expected = self.predictor.predict(spec)
+        spec = replace(spec, hints=dict(spec.hints), predicted_len=expected)
         request = Tracked(request_id, spec, now + self.spec.request_timeout)
         try:
-            verdict = self.policy.admit(request, self.view)
+            verdict = self.policy.admit(request.view, self.view)
         except PolicyError as error:
             self.outbox.append(Emit(request_id, finish="error", error=str(error)))
             return
@@ -120,8 +125,7 @@ class Router:
             self._reject(request_id, verdict)
             return
         self.requests[request_id] = request
-        self.view.waiting += 1
-        self.view.waiting_tokens += len(spec.prompt)
+        self.cluster.arrived(request)
         self._place(request, new=True)
 
     def on_abort(self, request_id: str, now: float, reason: str = "") -> None:
@@ -173,7 +177,8 @@ class Router:
         status = self.view.workers.get(name)
         if status is None or status.epoch != epoch:
             return
-        del self.view.workers[name], self.hellos[name], self.heartbeats[name]
+        self.cluster.remove(name)
+        del self.hellos[name], self.heartbeats[name]
         self.stats.pop(name, None)
         for other in self.view.workers:
             self._send(other, PeerDown(name, epoch))
@@ -210,7 +215,7 @@ class Router:
         self.roles[change.worker] = change.role
         status = self.view.workers.get(change.worker)
         if status is not None:
-            status.flipping = change.role if change.role != status.role else None
+            status.changed(flipping=change.role if change.role != status.role else None)
 
     def stands_still(self, name: str, seconds: float) -> bool:
         """The live worker's step takes longer than this."""
@@ -238,14 +243,7 @@ class Router:
 
     def check_integrity(self) -> None:
         """The counters that hooks see equal what the log says."""
-        waiting = [r for r in self.requests.values() if not r.emitted]
-        assert self.view.waiting == len(waiting), (self.view.waiting, len(waiting))
-        assert self.view.waiting_tokens == sum(len(r.prompt) for r in waiting)
-        for name, status in self.view.workers.items():
-            queued = sum(r.charged for r in self.requests.values() if r.prefill == name and r.stage is Stage.PREFILL)
-            assert status.queued_tokens == queued, (name, status.queued_tokens, queued)
-            decoding = sum(r.decode == name for r in self.requests.values())
-            assert status.decoding == decoding, (name, status.decoding, decoding)
+        self.cluster.check_integrity(self.requests.values())
 
     # ------------------------------------------------------------ placing
 
@@ -260,14 +258,13 @@ class Router:
         if isinstance(placement, Reject):
             if new:
                 del self.requests[request.request_id]
-                self._forget_waiting(request)
+                self.cluster.arrived(request, -1)
                 self._reject(request.request_id, placement)
             else:  # accepted once: it is not turned away any more
                 self.parked.append(request.request_id)
             return
         request.prefill, request.stage = placement.prefill, Stage.PREFILL
-        request.charged = request.prefill_len
-        view.workers[placement.prefill].queued_tokens += request.charged
+        self.cluster.charge(request)
         self._bind(request, placement.decode or "")
         request.workers.append(placement.prefill)
         spec = replace(request.spec, emitted=list(request.emitted), cohort=request.cohort)
@@ -278,17 +275,14 @@ class Router:
     def _ask_place(self, request: Tracked) -> Placement | Reject | None:
         """None: the policy has no answer, and the request has failed."""
         try:
-            return self.policy.place(request, self.view)
+            return self.policy.place(request.view, self.view)
         except PolicyError as error:
             self._fail(request, str(error))
             return None
 
     def _bind(self, request: Tracked, decode: str) -> None:
         request.decode = decode
-        if decode:
-            status = self.view.workers[decode]
-            status.decoding += 1
-            status.context_tokens += request.charged
+        self.cluster.decodes(request)
 
     def _bind_late(self, request: Tracked) -> None:
         placement = self._ask_place(request)
@@ -301,22 +295,12 @@ class Router:
         request.stage = Stage.TRANSFER if placement.decode != request.prefill else Stage.DECODE
         self._send(request.prefill, Migrate(request.request_id, request.incarnation, placement.decode))
 
-    def _unplace(self, request: Tracked) -> None:
-        """Take the request off the workers' accounts."""
-        prefill, decode = self.view.workers.get(request.prefill), self.view.workers.get(request.decode)
-        if prefill is not None and request.stage is Stage.PREFILL:
-            prefill.queued_tokens -= request.charged
-        if decode is not None:
-            decode.decoding -= 1
-            decode.context_tokens -= request.charged
-        request.prefill = request.decode = ""
-
     def _abandon(self, request: Tracked) -> None:
         """Abort this incarnation wherever it may be."""
         for name in dict.fromkeys((request.prefill, request.decode)):  # a set's order differs from run to run
             if name in self.view.workers:
                 self._send(name, Abort(request.request_id, request.incarnation))
-        self._unplace(request)
+        self.cluster.release(request)
 
     def _accuse(self, suspects: list[Tracked]) -> None:
         """Halve them, or charge the one that is left. It has failed twice then, if it had been a suspect before."""
@@ -355,15 +339,7 @@ class Router:
         for other, peer in self.hellos.items():
             self._send(other, PeerUp(name, epoch, hello.address))
             self._send(name, PeerUp(other, self.view.workers[other].epoch, peer.address))
-        self.view.workers[name] = WorkerStatus(
-            name,
-            epoch,
-            hello.role,
-            hello.num_pages,
-            hello.page_size,
-            pages_free=hello.num_pages,
-            stats_at=self.view.now,
-        )
+        self.cluster.add(name, epoch, hello)
         if self.policy_spec:
             self._send(name, SetPolicy(self.policy_spec))
         if name in self.roles:
@@ -377,31 +353,27 @@ class Router:
         self.reports[status.name] = self.reports.get(status.name, 0) + 1
         self.heartbeats[status.name].on_stats(stats, self._lived)
         if stats.role == status.flipping:
-            status.role, status.flipping = stats.role, None
+            status.changed(role=stats.role, flipping=None)
         elif stats.role != status.role and status.flipping is None:  # a late copy of an earlier order won
             self._send(status.name, SetRole(status.role, self.spec.options.get(status.role)))
-        status.pages_free = stats.pages_free + stats.pages_cached
-        status.transfer_backlog = sum(link.backlog for link in stats.links)
-        status.stats_at = self.view.now
+        self.cluster.on_stats(status, stats)
 
     def _on_step(self, status: WorkerStatus, step: StepOutput) -> None:
-        status.learn(step)
+        self.cluster.on_step(status.name, step)
         for out in step.tokens:
             request = self.requests.get(out.request_id)
             if request is None or request.incarnation != out.incarnation or out.index < len(request.emitted):
                 continue
             request.early[out.index] = out
             while (next_out := request.early.pop(len(request.emitted), None)) is not None:
-                self._on_token(request, next_out)
+                self._on_token(request, next_out, step.ends)
 
-    def _on_token(self, request: Tracked, out: TokenOut) -> None:
+    def _on_token(self, request: Tracked, out: TokenOut, ends: Sequence[float]) -> None:
         if not request.emitted:
-            self._forget_waiting(request)
+            self.cluster.arrived(request, -1)
         if first := request.stage is Stage.PREFILL:
-            status = self.view.workers.get(request.prefill)
-            if status is not None:
-                status.queued_tokens -= request.charged
-        emit = request.news(out, request.take(out, self.view.now))
+            self.cluster.computed(request)
+        emit = request.news(out, request.take(out, self.view.now), ends)
         if out.finish:
             self._finish(request, replace(emit, finish=out.finish))
             return
@@ -414,30 +386,22 @@ class Router:
     def _finish(self, request: Tracked, last: Emit) -> None:
         """The request is over; `last` tells the client, with the stage times."""
         if not request.emitted:
-            self._forget_waiting(request)
+            self.cluster.arrived(request, -1)
+        if last.finish in ("stop", "length"):
+            self.predictor.learn(request.spec, len(request.emitted))
         if request.stage is Stage.TRANSFER and request.decode in self.view.workers:
             # The end came with the token that prefill sampled: the decode worker may still hold an offer or a grant.
             self._send(request.decode, Abort(request.request_id, request.incarnation))
-        self._unplace(request)
+        self.cluster.release(request)
         del self.requests[request.request_id]
         self.outbox.append(replace(last, times=request.times(self.view.now)))
-
-    def _forget_waiting(self, request: Tracked) -> None:
-        self.view.waiting -= 1
-        self.view.waiting_tokens -= len(request.prompt)
 
     def _reject(self, request_id: str, verdict: Reject) -> None:
         self.outbox.append(Emit(request_id, finish="reject", error=verdict.reason, retry_after=verdict.retry_after))
 
     def _set(self, now: float) -> None:
-        self.view.now, self._lived = now, self._clock.at(now)
+        self.view.changed(now=now)
+        self._lived = self._clock.at(now)
 
     def _send(self, dest: str, body: PeerUp | PeerDown | Submit | Abort | Migrate | SetRole | SetPolicy) -> None:
         self.outbox.append(Send(dest, body))
-
-
-def drain_outbox(router: Router) -> Iterable[RouterEffect]:
-    """Take the effects out, those that handling them adds included."""
-    while router.outbox:
-        effects, router.outbox = router.outbox, []
-        yield from effects

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import bisect
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import NamedTuple
 
 from minidisagg.core.blocks import BlockPool
 from minidisagg.core.checked import Checked, PolicyError
+from minidisagg.core.costs import StepCosts, StepLearner
 from minidisagg.core.messages import KVOffer, Role
 from minidisagg.core.plan import PlanItem, SeqInit
 from minidisagg.core.policy import Policy, Stage, WorkerOptions
-from minidisagg.core.request import Request, State
+from minidisagg.core.request import Request, State, Work, request_of
 from minidisagg.core.spec import EngineSpec
 
 
@@ -58,19 +59,24 @@ class View:
         return self._scheduler.pool.available
 
     @property
-    def running(self) -> Sequence[Request]:
+    def running(self) -> Sequence[Work]:
         """In the policy's order."""
-        return tuple(self._scheduler.running)
+        return tuple(request.view for request in self._scheduler.running)
 
     @property
-    def waiting(self) -> Sequence[Request]:
+    def waiting(self) -> Sequence[Work]:
         """In the policy's order."""
-        return tuple(self._scheduler.waiting)
+        return tuple(request.view for request in self._scheduler.waiting)
 
     @property
     def expected(self) -> int:
         """Requests whose KV is on its way here."""
         return self._scheduler.expected()
+
+    @property
+    def costs(self) -> StepCosts:
+        """What its steps have taken."""
+        return self._scheduler.learner.costs
 
 
 class Scheduler:
@@ -103,8 +109,10 @@ class Scheduler:
         self.preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
+        self.learner = StepLearner()
         self.view = View(self)
         self._cohort = 0  # whose turn the last step was
+        self._decoded: list[Request] = []  # all of the last step, if it was one of decode alone
 
     # ------------------------------------------------------------ queues
 
@@ -136,7 +144,7 @@ class Scheduler:
     def _insert(self, queue: list[Request], request: Request, stage: Stage) -> None:
         """A request that has no place in the order fails."""
         try:
-            request.sort_key[stage] = self.policy.order(request, stage, self.view)
+            request.sort_key[stage] = self.policy.order(request.view, stage, self.view)
             bisect.insort(queue, request, key=lambda r: r.sort_key[stage])
         except (PolicyError, TypeError) as error:
             queue.append(request)  # where the end of it looks
@@ -145,7 +153,7 @@ class Scheduler:
     def _reorder(self, queue: list[Request], stage: Stage) -> None:
         for request in queue[:]:
             try:
-                request.sort_key[stage] = self.policy.order(request, stage, self.view)
+                request.sort_key[stage] = self.policy.order(request.view, stage, self.view)
             except PolicyError as error:
                 self._failed(request, str(error))
         try:
@@ -162,7 +170,7 @@ class Scheduler:
         """A handoff that waits for pages. One that has no place in the order fails."""
         request = offer.request
         try:
-            request.sort_key["transfer"] = self.policy.order(request, "transfer", self.view)
+            request.sort_key["transfer"] = self.policy.order(request.view, "transfer", self.view)
             bisect.insort(self.offers, offer, key=lambda o: o.request.sort_key["transfer"])
         except (PolicyError, TypeError) as error:
             self._failed(request, self._said(error))
@@ -192,7 +200,7 @@ class Scheduler:
         """Whether the policy takes the first offer; one that it cannot answer for is no offer any more."""
         while self.offers:
             try:
-                return self.policy.accept(self.offers[0].request, self.view)
+                return self.policy.accept(self.offers[0].request.view, self.view)
             except PolicyError as error:
                 self._failed(self.offers.pop(0).request, str(error))
         return False
@@ -237,13 +245,13 @@ class Scheduler:
         self.run(request)
         return request.state is State.RUNNING
 
-    def evict(self, keep: set[Request]) -> Request | None:
+    def evict(self, keep: Container[Request]) -> Request | None:
         """Preempt one of the running requests that are neither in flight nor to `keep`, as the policy says."""
-        candidates = [r for r in self.running if not r.inflight and r not in keep]
+        candidates = [r.view for r in self.running if not r.inflight and r not in keep]
         victim = self.policy.evict(self.view, candidates)
         if victim is None:
             return None
-        request = next(r for r in candidates if r is victim.request)
+        request = request_of(victim.request)
         self.preemptions += 1
         self._preempted(request)
         return request
@@ -271,6 +279,23 @@ class Scheduler:
                 self._cohort = cohort
                 return batch
         return None
+
+    def equal_steps(self, batch: BatchBuilder, most: int) -> int:
+        """How often the step can be computed in a row, if nothing comes in: nobody ends or needs a page before.
+
+        Only once it has been computed alone, so that what a change of the batch brings is told at once.
+        """
+        decodes = [r for r, item in batch.members.items() if item.count == 1 and item.start >= r.prefill_len]
+        again = decodes == self._decoded and len(decodes) == len(batch.members) == len(self.running)
+        self._decoded = decodes if len(decodes) == len(batch.members) else []
+        if not again or self.waiting or self.offers or self.cohorts or not self.policy.equal_steps:
+            return 1
+        size = self.spec.page_size
+        for request, item in batch.members.items():
+            if request.sampling.stop_token_ids:
+                return 1
+            most = min(most, request.last_index - item.index, len(request.pages) * size - item.start)
+        return most
 
     # ------------------------------------------------------------ suspects
 
@@ -304,29 +329,30 @@ class BatchBuilder:
         self.tokens_left = scheduler.options.max_num_batched_tokens
         self.seqs_left = scheduler.options.max_num_seqs
         # stable while requests are added and preempted
-        self.running: Sequence[Request] = self._mine(scheduler.running)
-        self.waiting: Sequence[Request] = self._mine(scheduler.waiting)
+        self.running = self._mine(scheduler.running)
+        self.waiting = self._mine(scheduler.waiting)
         self.items: list[PlanItem] = []
         self.new: list[SeqInit] = []
         self.begun: list[Request] = []  # whose first tokens are in this step
-        self.members: set[Request] = set()
+        self.members: dict[Request, PlanItem] = {}
         self._pending = False  # pages of a victim are still being read by a link
 
-    def _mine(self, queue: list[Request]) -> Sequence[Request]:
+    def _mine(self, queue: list[Request]) -> Sequence[Work]:
         if not self._scheduler.cohorts:
-            return tuple(queue)
-        return tuple(request for request in queue if request.cohort == self._cohort)
+            return tuple(request.view for request in queue)
+        return tuple(request.view for request in queue if request.cohort == self._cohort)
 
     @property
     def empty(self) -> bool:
         """Nothing is in the step yet."""
         return not self.items
 
-    def add(self, request: Request, limit: int | None = None) -> int:
+    def add(self, work: Work, limit: int | None = None) -> int:
         """Put up to `limit` tokens of the request (default: all that remain) into the step.
 
         Returns how many went in: 0 where it does not fit, has nothing to compute, or is in the step already.
         """
+        request = request_of(work)
         if not self.seqs_left or not self.tokens_left or request in self.members or (limit is not None and limit <= 0):
             return 0
         if request.cohort != self._cohort:
@@ -341,7 +367,7 @@ class BatchBuilder:
             count = min(request.prefill_len - start, self.tokens_left, limit or self.tokens_left)
             if self._scheduler.options.chunk:
                 count = min(count, self._scheduler.options.chunk)
-        elif index >= request.max_tokens or request.leaves:
+        elif index >= request.last_index or request.leaves:
             return 0  # all that is to come from here is in flight
         end = start + count
         if end > len(request.pages) * self._scheduler.spec.page_size and not self._room(request, end):
@@ -376,10 +402,9 @@ class BatchBuilder:
             )
         samples = end == len(request.prompt) + index
         tokens = request.tokens(start, end)
-        self.items.append(
-            PlanItem(request.request_id, request.incarnation, start, count, tokens, request.pages, samples, index)
-        )
-        self.members.add(request)
+        item = PlanItem(request.request_id, request.incarnation, start, count, tokens, request.pages, samples, index)
+        self.items.append(item)
+        self.members[request] = item
         self.tokens_left -= count
         self.seqs_left -= 1
         request.num_scheduled += count

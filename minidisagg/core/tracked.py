@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from msgspec import Struct
 
+from minidisagg.core.blocks import page_hashes, prefix_root
 from minidisagg.core.messages import RequestSpec, TokenLogprob, TokenOut
 from minidisagg.core.request import OfSpec
+from minidisagg.core.views import AnyRequest
 
 
 class StageTimes(Struct, frozen=True):
@@ -39,6 +42,7 @@ class Emit(Struct, frozen=True):
     error: str = ""
     retry_after: float = 0.0
     times: StageTimes | None = None
+    ends: tuple[float, ...] = ()  # of tokens of equal steps: when each step ended, on the worker's clock
     handoff: bool = False  # the gap before these tokens holds a handoff or a resubmission
     cached_tokens: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()  # of `tokens`, where the request asks for them
@@ -78,11 +82,24 @@ class Tracked(OfSpec):
     first_at: float = -1.0
     second_at: float = -1.0
     workers: list[str] = field(default_factory=list)  # where it was, in order
+    _hashes: list[bytes] = field(default_factory=list)
+
+    @property
+    def view(self) -> RequestView:
+        """What a policy gets of it."""
+        return RequestView(self)
 
     @property
     def prefill_len(self) -> int:
         """Tokens that the next prefill computes."""
         return len(self.spec.prompt) + len(self.emitted)
+
+    def hashes(self, fingerprint: str, page_size: int) -> list[bytes]:
+        """Of the prompt's full pages, computed when they are first asked for."""
+        if not self._hashes:
+            root = prefix_root(fingerprint, self.spec.salt)
+            self._hashes = self.spec.hashes or page_hashes(root, self.prompt, page_size)
+        return self._hashes
 
     @property
     def computing(self) -> bool:
@@ -108,11 +125,11 @@ class Tracked(OfSpec):
             self.stage = Stage.DECODE
             if self.workers[-1] != self.decode:
                 self.workers.append(self.decode)
-        self.emitted.append(out.token)
+        self.emitted += (out.token, *out.more)
         return gap
 
-    def news(self, out: TokenOut, gap: bool) -> Emit:
-        """This token for the client, with the log-probabilities that have come ahead of it."""
+    def news(self, out: TokenOut, gap: bool, ends: Sequence[float] = ()) -> Emit:
+        """These tokens for the client, with the log-probabilities that have come ahead of it."""
         values, size = self.logprobs, len(self.prompt)
         own: tuple[TokenLogprob, ...] = ()
         prompt: tuple[TokenLogprob, ...] = ()
@@ -122,7 +139,8 @@ class Tracked(OfSpec):
         return Emit(
             self.request_id,
             out.index,
-            (out.token,),
+            (out.token, *out.more),
+            ends=tuple(ends),
             handoff=gap,
             cached_tokens=self.cached_tokens,
             logprobs=own,
@@ -141,3 +159,25 @@ class Tracked(OfSpec):
             wait = min(self.wait_s, self.second_at - self.first_at)
             transfer = max(0.0, self.second_at - self.first_at - wait - self.step_s)
         return StageTimes(queue, prefill, transfer, wait, now - self.first_at - transfer - wait, e2e)
+
+
+class RequestView(AnyRequest):
+    """What the router's hooks see."""
+
+    __slots__ = ()
+    _of: Tracked
+
+    @property
+    def num_output(self) -> int:
+        """Tokens that the client has."""
+        return len(self._of.emitted)
+
+    @property
+    def prefill(self) -> str:
+        """The worker that holds its KV, where `place` is asked again because it left `decode` open; else empty."""
+        return self._of.prefill
+
+
+def tracked_of(view: RequestView) -> Tracked:
+    """The mechanism's way back."""
+    return view._of

@@ -91,9 +91,9 @@ class FusedTransformer(Transformer):
 
         def attend(layer: int, qkv_BCD: Tensor) -> Tensor:
             out = qkv_BCD.new_empty(B, self.H, self.D)
-            return paged_decode(
-                qkv_BCD, self.cache[layer], rows.tables, rows.width, rows.contexts, out, splits
-            ).view(B, -1)
+            return paged_decode(qkv_BCD, self.cache[layer], rows.tables, rows.width, rows.contexts, out, splits).view(
+                B, -1
+            )
 
         return self._layers(tokens_B, positions_B, slots_B, None, attend, lambda layer: None)
 

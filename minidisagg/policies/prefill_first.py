@@ -8,6 +8,8 @@ from minidisagg.core.policy import Batch, Policy, WorkerView
 class PrefillFirst(Policy):
     """Whole prompts by themselves as long as there are any with room; otherwise all decodes."""
 
+    equal_steps = True
+
     def compose(self, batch: Batch, worker: WorkerView) -> None:
         """A step is either prompts or decodes."""
         for request in (*batch.running, *batch.waiting):

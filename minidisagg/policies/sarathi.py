@@ -8,6 +8,8 @@ from minidisagg.core.policy import Batch, Policy, WorkerView
 class Sarathi(Policy):
     """All decodes first, then prompts in order, in chunks, until the step holds `chunk` tokens."""
 
+    equal_steps = True
+
     def __init__(self, chunk: int = 64) -> None:
         """`chunk`: tokens of one step, the decodes among them (the paper's token budget)."""
         super().__init__()

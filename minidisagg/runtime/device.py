@@ -187,7 +187,7 @@ class Device:
             raise ValueError(f"request {item.request_id}, incarnation {item.incarnation}: in no earlier plan's `new`")
         return sequence
 
-    def _tokens(self, item: PlanItem) -> list[int]:
+    def _tokens(self, item: PlanItem) -> Sequence[int]:
         last = self.last_token.get((item.request_id, item.incarnation))
         if len(item.tokens) == item.count - 1 and last is not None:
             return [*item.tokens, last]

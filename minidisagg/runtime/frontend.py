@@ -26,7 +26,7 @@ import msgspec
 
 from minidisagg.config import ClusterSettings, ModelSettings, RunSettings, built_alike
 from minidisagg.core.checked import PolicyError
-from minidisagg.core.effects import Send
+from minidisagg.core.effects import Send, drain
 from minidisagg.core.messages import (
     ROUTER,
     Envelope,
@@ -40,7 +40,7 @@ from minidisagg.core.messages import (
     TokenId,
 )
 from minidisagg.core.plan import SeqKey
-from minidisagg.core.router import Kill, Router, RouterSpec, drain_outbox
+from minidisagg.core.router import Kill, Router, RouterSpec
 from minidisagg.core.tracked import Emit
 from minidisagg.policies import make_policy, rehearse
 from minidisagg.runtime.channel import Channel, ChannelError, listen
@@ -385,7 +385,7 @@ class Frontend(Operations):
             observer.on_event(text)
 
     def _drain(self) -> None:
-        for effect in drain_outbox(self.router):
+        for effect in drain(self.router.outbox):
             if isinstance(effect, Send):
                 channel = self.channels.get(effect.dest)
                 if channel is not None:  # else its process is dying, and `_on_worker_down` follows

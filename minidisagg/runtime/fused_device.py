@@ -180,7 +180,8 @@ class FusedDevice(Device):
         """Whole prompts first, so that their rows are one piece."""
         size, device = self.cache.page_size, self.model.device
         step.prompts.sort(key=lambda i: items[i].start > 0)
-        tokens, positions, slots, prompts, starts = [], [], [], [], [0]
+        tokens: list[int] = []
+        positions, slots, prompts, starts = [], [], [], [0]
         lasts = np.zeros(sum(items[i].count for i in step.prompts), dtype=np.int32)
         first = 0
         for i in step.prompts:

@@ -135,8 +135,7 @@ def max_model_len(config: WorkerConfig, model: ModelConfig, cache: KVCache) -> i
     if asked > held:
         need = -(-asked // cache.page_size) * cache.bytes_per_page
         raise ValueError(
-            f"the KV cache of {cache.nbytes} bytes holds {held} tokens; max_model_len {asked} "
-            f"needs {need} bytes"
+            f"the KV cache of {cache.nbytes} bytes holds {held} tokens; max_model_len {asked} needs {need} bytes"
         )
     return asked or min(model.max_model_len, held)
 

@@ -124,7 +124,7 @@ class Operations:
 
     def drain(self, worker: str) -> None:
         """The worker takes nothing new, until it is restarted. Raises `KeyError`."""
-        self.router.view.workers[worker].draining = True
+        self.router.view.workers[worker].changed(draining=True)
         self._event(f"{worker} drains")
 
     def kill(self, worker: str) -> None:

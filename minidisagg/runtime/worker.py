@@ -29,8 +29,8 @@ import msgspec
 
 from minidisagg.config import WorkerConfig
 from minidisagg.core.checked import PolicyError
-from minidisagg.core.effects import AbortLink, OpenLink, Send, StartPiece
-from minidisagg.core.engine import EngineCore, drain
+from minidisagg.core.effects import AbortLink, OpenLink, Send, StartPiece, drain
+from minidisagg.core.engine import EngineCore
 from minidisagg.core.granularity import parse_granularity
 from minidisagg.core.inputlog import RecordingCore
 from minidisagg.core.inputs import AbortConfirmed, Input, LayersDone, PieceDone, Received, Schedule, StepDone, Tick
@@ -333,7 +333,7 @@ class Worker:
         self.loop.call_soon_threadsafe(self._on_news, LayersDone(step_id, layer))
 
     def _drain(self) -> None:
-        for effect in drain(self.core):
+        for effect in drain(self.core.outbox):
             if isinstance(effect, Send):
                 self._carry_out(effect)
             elif isinstance(effect, StartPiece):

@@ -19,13 +19,13 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from minidisagg.core.blocks import IntegrityError, PageState
-from minidisagg.core.effects import AbortLink, OpenLink, Send, StartPiece
-from minidisagg.core.engine import EngineCore, drain
+from minidisagg.core.effects import AbortLink, OpenLink, Send, StartPiece, drain
+from minidisagg.core.engine import EngineCore
 from minidisagg.core.inputs import AbortConfirmed, Input, LayersDone, PieceDone, Received, Schedule, StepDone, Tick
 from minidisagg.core.messages import ROUTER, AnyMessage, Envelope, Hello, RequestSpec, SamplingParams
 from minidisagg.core.plan import Piece, SeqKey, StepPlan
 from minidisagg.core.policy import Policy
-from minidisagg.core.router import Kill, Router, RouterSpec, drain_outbox
+from minidisagg.core.router import Kill, Router, RouterSpec
 from minidisagg.core.spec import EngineSpec
 from minidisagg.core.tracked import Emit, StageTimes
 from minidisagg.sim.cost_model import Chaos, LinearCost
@@ -80,9 +80,7 @@ class World:
 class Simulator:
     """A cluster on a virtual clock."""
 
-    def __init__(
-        self, specs: list[EngineSpec], make_policy: Callable[[], Policy], world: World | None = None
-    ) -> None:
+    def __init__(self, specs: list[EngineSpec], make_policy: Callable[[], Policy], world: World | None = None) -> None:
         self.now = 0.0
         self.world = world = world or World()
         self.cost, self.chaos = world.cost, world.chaos
@@ -270,7 +268,7 @@ class Simulator:
 
     def _drain_router(self) -> None:
         self._touched.add(ROUTER)
-        for effect in drain_outbox(self.router):
+        for effect in drain(self.router.outbox):
             if isinstance(effect, Send):
                 self._post(Envelope(ROUTER, 0, effect.body), effect.dest, None)
             elif isinstance(effect, Emit):
@@ -292,7 +290,7 @@ class Simulator:
     # ------------------------------------------------------------ a worker's device and links
 
     def _drain_worker(self, worker: SimWorker) -> None:
-        for effect in drain(worker.core):
+        for effect in drain(worker.core.outbox):
             if isinstance(effect, Send):
                 self._send(worker, effect.dest, effect.body)
             elif isinstance(effect, StartPiece):

@@ -236,4 +236,3 @@ class NcclLink(GpuLink):
         self._group = self._store = None
         self._staging, self._sent = [], []
         super()._drop()
-

@@ -1,0 +1,128 @@
+"""What the router knows of its workers, and shows to policies: what it has placed there, and what they have told.
+
+add, remove                   a worker is up, or gone
+arrived                       a request has come, or needs no first token any more
+charge, decodes, release      where it is
+on_step, on_stats             the workers' messages
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection
+from types import MappingProxyType
+
+from minidisagg.core.blocks import short
+from minidisagg.core.costs import StepLearner
+from minidisagg.core.messages import Hello, Stats, StepOutput
+from minidisagg.core.policy import ClusterView, Hits, RequestView, WorkerStatus
+from minidisagg.core.tracked import Stage, Tracked, tracked_of
+
+
+class Known:
+    """What is learnt of one worker, since its start."""
+
+    def __init__(self, hello: Hello) -> None:
+        self.hello = hello
+        self.learner = StepLearner()
+        self.prefixes: set[bytes] = set()  # `short` hashes of the pages in its prefix cache
+
+
+class Cluster:
+    """The accounts behind a `ClusterView`."""
+
+    def __init__(self, max_waiting: int, max_waiting_tokens: int, seed: int) -> None:
+        self.workers: dict[str, WorkerStatus] = {}  # those that are up
+        self._known: dict[str, Known] = {}
+        workers = MappingProxyType(self.workers)
+        self.view = ClusterView(0.0, workers, 0, 0, max_waiting, max_waiting_tokens, random.Random(seed), self._hits)
+
+    def add(self, name: str, epoch: int, hello: Hello) -> None:
+        """A worker is up."""
+        self._known[name] = Known(hello)
+        self.workers[name] = WorkerStatus(
+            name, epoch, hello.role, hello.num_pages, hello.page_size,
+            pages_free=hello.num_pages, stats_at=self.view.now,
+        )  # fmt: skip
+
+    def remove(self, name: str) -> None:
+        """Its process is gone."""
+        del self.workers[name], self._known[name]
+
+    # ------------------------------------------------------------ requests
+
+    def arrived(self, request: Tracked, one: int = 1) -> None:
+        """It waits for its first token, or with -1 does so no more."""
+        view, tokens = self.view, one * len(request.prompt)
+        view.changed(waiting=view.waiting + one, waiting_tokens=view.waiting_tokens + tokens)
+
+    def charge(self, request: Tracked) -> None:
+        """It is to be prefilled where `request.prefill` says."""
+        request.charged = request.prefill_len
+        self._queued(request, request.charged)
+
+    def computed(self, request: Tracked) -> None:
+        """Its first token has come."""
+        self._queued(request, -request.charged)
+
+    def _queued(self, request: Tracked, tokens: int) -> None:
+        status = self.workers.get(request.prefill)
+        if status is not None:
+            status.changed(queued_tokens=status.queued_tokens + tokens)
+
+    def decodes(self, request: Tracked, one: int = 1) -> None:
+        """It is to decode where `request.decode` says, or with -1 does so no more."""
+        status = self.workers.get(request.decode)
+        if status is not None:
+            tokens = status.context_tokens + one * request.charged
+            status.changed(decoding=status.decoding + one, context_tokens=tokens)
+
+    def release(self, request: Tracked) -> None:
+        """It is on no worker any more."""
+        if request.stage is Stage.PREFILL:
+            self.computed(request)
+        self.decodes(request, -1)
+        request.prefill = request.decode = ""
+
+    # ------------------------------------------------------------ messages
+
+    def on_step(self, name: str, step: StepOutput) -> None:
+        """What its steps cost, and how its prefix cache has changed."""
+        known = self._known[name]
+        known.learner.learn(step)
+        known.prefixes.update(step.stored)
+        known.prefixes.difference_update(step.removed)
+
+    def on_stats(self, status: WorkerStatus, stats: Stats) -> None:
+        """A few times a second."""
+        known, nbytes = self._known[status.name], sum(link.bytes for link in stats.links)
+        seconds = sum(link.seconds for link in stats.links)
+        status.changed(
+            pages_free=stats.pages_free + stats.pages_cached,
+            transfer_backlog=sum(link.backlog for link in stats.links),
+            stats_at=self.view.now,
+            costs=known.learner.costs,
+            t_kv_token=seconds / nbytes * known.hello.kv_bytes_per_token if nbytes else 0.0,
+        )
+
+    def _hits(self, request: RequestView) -> dict[str, Hits]:
+        """What each worker has of its prompt, by the longest run of pages from the first on."""
+        tracked, hits = tracked_of(request), {}
+        for name, known in self._known.items():
+            hashes = tracked.hashes(known.hello.fingerprint, known.hello.page_size)
+            pages = next((n for n, digest in enumerate(hashes) if short(digest) not in known.prefixes), len(hashes))
+            hits[name] = Hits(pages * known.hello.page_size)
+        return hits
+
+    # ------------------------------------------------------------ invariants
+
+    def check_integrity(self, requests: Collection[Tracked]) -> None:
+        """The counters that hooks see equal what the log says."""
+        waiting = [r for r in requests if not r.emitted]
+        assert self.view.waiting == len(waiting), (self.view.waiting, len(waiting))
+        assert self.view.waiting_tokens == sum(len(r.prompt) for r in waiting)
+        for name, status in self.workers.items():
+            queued = sum(r.charged for r in requests if r.prefill == name and r.stage is Stage.PREFILL)
+            assert status.queued_tokens == queued, (name, status.queued_tokens, queued)
+            decoding = sum(r.decode == name for r in requests)
+            assert status.decoding == decoding, (name, status.decoding, decoding)
