@@ -23,8 +23,9 @@ from minidisagg.config import (
 )
 from minidisagg.core.granularity import parse_granularity
 from minidisagg.core.messages import SamplingParams
+from minidisagg.interconnect import PRESETS, parse_interconnect
 from minidisagg.ranges import explained
-from minidisagg.transfer.emulate import PRESETS, announcement, parse_interconnect
+from minidisagg.transfer.emulate import announcement
 from minidisagg.transfer.kinds import KINDS
 
 LINKS = ("auto", *KINDS)

@@ -37,12 +37,12 @@ from minidisagg.config import ClusterSettings, ModelSettings, RunSettings, Worke
 from minidisagg.core.granularity import parse_granularity
 from minidisagg.core.messages import SamplingParams
 from minidisagg.core.router import Emit
+from minidisagg.interconnect import NONE, parse_interconnect
 from minidisagg.measure.machine import command_line, machine
 from minidisagg.measure.page import Content, page
 from minidisagg.measure.plots import Axis, Figure, Panel, Series
 from minidisagg.model.pull import ensure
 from minidisagg.runtime.frontend import Frontend
-from minidisagg.transfer.emulate import NONE, parse_interconnect
 from minidisagg.transfer.kinds import KINDS
 
 GRANULARITIES = "request,chunk,layers:4,layers:1"

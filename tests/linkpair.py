@@ -21,9 +21,10 @@ from msgspec import structs
 
 from minidisagg.core.inputs import PieceDone
 from minidisagg.core.plan import Piece
+from minidisagg.interconnect import Interconnect
 from minidisagg.runtime.faults import Faults, FaultyLink
 from minidisagg.transfer.codec import Codec
-from minidisagg.transfer.emulate import Interconnect, Nic
+from minidisagg.transfer.emulate import Nic
 from minidisagg.transfer.kinds import make_link
 from minidisagg.transfer.links import LinkHost, LinkSetup, ThreadLink
 

@@ -22,7 +22,8 @@ from minidisagg.policies.prefill_first import PrefillFirst
 from minidisagg.policies.sarathi import Sarathi
 from minidisagg.sim.cost_model import Chaos, LinearCost
 from minidisagg.sim.memory import oracle
-from minidisagg.sim.simulator import Simulator, World
+from minidisagg.sim.simulator import Simulator
+from minidisagg.sim.world import World
 
 CLUSTERS = {
     "colocated": [3, 3], "1p1d": [1, 2], "2p1d": [1, 1, 2], "1p2d": [1, 2, 2], "mixed": [1, 2, 3],
@@ -163,7 +164,7 @@ def verdict(sim: Simulator) -> list[str]:
     """What is wrong, if anything: no end, other tokens than the oracle's, stages that do not add up, a leaked page."""
     wrong = []
     for request_id, outcome in sim.outcomes.items():
-        expected = oracle(outcome.prompt, outcome.sampling, sim.world.vocab)
+        expected = oracle(outcome.spec.prompt, outcome.spec.sampling, sim.world.vocab)
         if not outcome.finish:
             wrong.append(f"{request_id} never ended")
         elif outcome.finish not in ENDS:

@@ -10,12 +10,12 @@ from simfuzz import verdict
 
 from minidisagg.core.blocks import BlockPool
 from minidisagg.core.messages import ROUTER, Envelope, Role
-from minidisagg.core.plan import StepPlan
 from minidisagg.core.policy import Policy, WorkerOptions
 from minidisagg.core.router import RouterSpec
 from minidisagg.core.spec import EngineSpec
 from minidisagg.sim.cost_model import Chaos
-from minidisagg.sim.simulator import Simulator, SimWorker, World
+from minidisagg.sim.simulator import Simulator
+from minidisagg.sim.world import SimWorker, Step, World
 
 NEVER = 1e9
 
@@ -42,7 +42,7 @@ class Stepwise(Simulator):
         super().__init__(specs, make_policy, World(router=router, depth=depth))
         self.events.clear()  # the first tick
 
-    def at(self, time: float, action: Callable[[], None]) -> None:
+    def at(self, time: float, action: Callable[[], None], last: bool = True) -> None:
         """It happens when the driver says so."""
         self.events.append(action)
 
@@ -51,10 +51,10 @@ class Stepwise(Simulator):
             target = self.workers[dest]
         self.messages.append((envelope, dest, target))
 
-    def _finish_step(self, worker: SimWorker, plan: StepPlan, seconds: float) -> None:
+    def _finish_step(self, worker: SimWorker, step: Step) -> None:
         """A device computes its steps in order, whichever event comes first."""
         if worker.alive:
-            super()._finish_step(worker, min(worker.core.plans.values(), key=lambda p: p.step_id), seconds)
+            super()._finish_step(worker, worker.steps[0])
 
     def deliver(self, index: int = 0) -> Any:
         """The message at this place of the queue arrives; returns its body."""

@@ -16,16 +16,9 @@ from msgspec.structs import replace
 from minidisagg.core.inputs import PieceDone
 from minidisagg.core.plan import Piece
 from minidisagg.core.tracked import StageTimes
+from minidisagg.interconnect import PRESETS, Interconnect, parse_interconnect
 from minidisagg.transfer import emulate
-from minidisagg.transfer.emulate import (
-    PRESETS,
-    DelayLine,
-    Interconnect,
-    Nic,
-    announcement,
-    make_nic,
-    parse_interconnect,
-)
+from minidisagg.transfer.emulate import DelayLine, Nic, announcement, make_nic
 
 PAGES = [1, 2]
 COUNT = 4

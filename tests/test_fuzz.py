@@ -18,7 +18,8 @@ from minidisagg.core.messages import Abort, Envelope, KVAck, KVCancel, KVDone, K
 from minidisagg.core.plan import StepPlan
 from minidisagg.core.request import Request, State
 from minidisagg.core.scheduler import BatchBuilder
-from minidisagg.sim.simulator import Simulator, SimWorker
+from minidisagg.sim.simulator import Simulator
+from minidisagg.sim.world import SimWorker
 
 SEEDS = 400
 PART = 100  # of them, in one test
@@ -116,7 +117,7 @@ def publish_before_it_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
 def report_layers_before_they_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     def hasty(self: Simulator, worker: SimWorker, plan: StepPlan, layer: int) -> None:
         def report() -> None:
-            if worker.steps and worker.steps[0] is plan:
+            if worker.steps and worker.steps[0].plan is plan:
                 worker.core.on(LayersDone(plan.step_id, layer), self.now)
 
         self._inside(worker, report)

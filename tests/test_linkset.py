@@ -17,10 +17,11 @@ from minidisagg.core.inputs import AbortConfirmed, PieceDone
 from minidisagg.core.ledger import EPOCH_BITS
 from minidisagg.core.messages import LinkOpen, LinkReady
 from minidisagg.core.plan import Piece
+from minidisagg.interconnect import Interconnect
 from minidisagg.runtime import linkset
 from minidisagg.runtime.faults import LateLinks
 from minidisagg.runtime.linkset import LinkHooks, LinkSet
-from minidisagg.transfer.emulate import Interconnect, Nic
+from minidisagg.transfer.emulate import Nic
 from minidisagg.transfer.links import LinkHost, LinkSetup
 
 EPOCH = 7

@@ -17,7 +17,8 @@ from minidisagg.core.plan import Piece
 from minidisagg.core.policy import Policy, WorkerOptions
 from minidisagg.sim.cost_model import LinearCost
 from minidisagg.sim.memory import chain, oracle, sample
-from minidisagg.sim.simulator import Simulator, World
+from minidisagg.sim.simulator import Simulator
+from minidisagg.sim.world import World
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 
@@ -45,7 +46,7 @@ def test_an_undisturbed_run_is_the_oracle(roles: list[int], one_sided: bool) -> 
     sim = run(roles, one_sided_links=one_sided)
     assert not simfuzz.verdict(sim)
     outcome = sim.outcomes["a"]
-    assert outcome.tokens == oracle(PROMPT, outcome.sampling, sim.world.vocab) and outcome.finish == "length"
+    assert outcome.tokens == oracle(PROMPT, outcome.spec.sampling, sim.world.vocab) and outcome.finish == "length"
 
 
 def test_times_are_those_of_the_cost_model() -> None:
@@ -62,7 +63,7 @@ def test_times_are_those_of_the_cost_model() -> None:
 def test_a_damaged_slot_shows() -> None:
     sim = Simulator([spec("w0")], Policy, World(check=False))
     sim.submit("a", PROMPT, SamplingParams(max_tokens=8), 0.0)
-    sim.plan(0.03, lambda: sim.workers["w0"].memory.planes[0][0].__setitem__(1, 0))
+    sim.plan(0.03, lambda: sim.workers["w0"].device.memory.planes[0][0].__setitem__(1, 0))
     sim.run()
     assert len(simfuzz.verdict(sim)) == 1
 

@@ -1,8 +1,9 @@
 """The second driver of the core: a heap, a virtual clock, and workers whose device is a cost model.
 
-It runs the production `Router` and `EngineCore`; only time, messages and bytes are simulated. KV is a hash chain
-(`sim/memory.py`), in which any wrong page shows in the tokens. With `check`, it is an error already when a step or a
-link touches a page that is not its own, and when a request starts from KV that is not its own.
+It runs the production `Router` and `EngineCore`; only time, messages and bytes are simulated. With `tokens`, KV is a
+hash chain (`sim/memory.py`), in which any wrong page shows in the output. Without, only times are true, and decode
+steps that are equal are one event, until something comes to the worker: then the steps that have ended are told, and
+the one that is under way is the last.
 
 Faults are calls, made by whoever drives the run: `kill`, `stall`, `abort`; `Chaos` reorders and duplicates messages,
 breaks transfers and delays the confirmation of an abort; a step that holds a request of `poison` ends its worker.
@@ -10,71 +11,29 @@ breaks transfers and delays the confirmation of an abort; a step that holds a re
 
 from __future__ import annotations
 
+import bisect
 import heapq
 import itertools
 import random
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
-from minidisagg.core.blocks import IntegrityError, PageState
+import msgspec
+
 from minidisagg.core.effects import AbortLink, OpenLink, Send, StartPiece, drain
 from minidisagg.core.engine import EngineCore
 from minidisagg.core.inputs import AbortConfirmed, Input, LayersDone, PieceDone, Received, Schedule, StepDone, Tick
-from minidisagg.core.messages import ROUTER, AnyMessage, Envelope, Hello, RequestSpec, SamplingParams
-from minidisagg.core.plan import Piece, SeqKey, StepPlan
+from minidisagg.core.messages import ROUTER, AnyMessage, Envelope, Hello, LinkStats, RequestSpec, SamplingParams
+from minidisagg.core.plan import Piece, StepPlan, advanced
 from minidisagg.core.policy import Policy
-from minidisagg.core.router import Kill, Router, RouterSpec
+from minidisagg.core.router import Kill, Router
 from minidisagg.core.spec import EngineSpec
-from minidisagg.core.tracked import Emit, StageTimes
-from minidisagg.sim.cost_model import Chaos, LinearCost
-from minidisagg.sim.memory import Memory
+from minidisagg.core.tracked import Emit
+from minidisagg.sim.devices import HashChain, TimingOnly
+from minidisagg.sim.world import Observer, Outcome, SimWorker, Step, World
 
 TICK = 0.25  # seconds between ticks
-
-
-@dataclass
-class Outcome:
-    """What the client saw of one request."""
-
-    prompt: list[int]
-    sampling: SamplingParams
-    arrival: float
-    tokens: list[int] = field(default_factory=list)
-    token_times: list[float] = field(default_factory=list)
-    finish: str = ""
-    error: str = ""
-    times: StageTimes | None = None
-
-
-class SimWorker:
-    """One simulated process: an engine core, its memory, and the step it is computing."""
-
-    def __init__(self, core: EngineCore, planes: int) -> None:
-        self.core = core
-        self.memory = Memory(planes, core.spec.num_pages, core.spec.page_size)
-        self.written = 0  # planes of the step that is being computed
-        self.last: dict[SeqKey, int] = {}  # last sampled token per sequence, as a device keeps it
-        self.stalled_until = 0.0
-        self.backlog: list[Callable[[], None]] = []  # what happens to it while it is stopped
-        self.alive = True
-        self.steps: deque[StepPlan] = deque()  # under way; the device computes the first
-        self.device_free_at = 0.0
-
-
-@dataclass(frozen=True)
-class World:
-    """What a cluster runs in."""
-
-    cost: LinearCost = LinearCost()  # noqa: RUF009 - frozen, as the next two are
-    chaos: Chaos = Chaos()  # noqa: RUF009
-    router: RouterSpec = RouterSpec()  # noqa: RUF009
-    seed: int = 0
-    vocab: int = 1 << 16
-    depth: int = 0  # steps that may be planned ahead
-    check: bool = True  # prove invariants after every event
-    restart_after: float = 0.5  # seconds
 
 
 class Simulator:
@@ -93,7 +52,9 @@ class Simulator:
         self.deaths = 0
         self.one_sided = any(spec.one_sided_links for spec in specs)
         self.planes = max(spec.num_layers if spec.granularity.layered else 1 for spec in specs)
-        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self.on_end: Callable[[str], None] = lambda _: None
+        self.observers: list[Observer] = []
+        self._events: list[tuple[float, bool, int, Callable[[], None]]] = []
         self._count = itertools.count()
         self._outside = 0  # arrivals and faults still to come
         self._last_delivery: dict[tuple[str, str], float] = {}
@@ -117,9 +78,9 @@ class Simulator:
 
         self.at(time, happen)
 
-    def at(self, time: float, action: Callable[[], None]) -> None:
-        """Run `action` at this virtual time."""
-        heapq.heappush(self._events, (max(time, self.now), next(self._count), action))
+    def at(self, time: float, action: Callable[[], None], last: bool = True) -> None:
+        """Run `action` at this virtual time; after whatever is at the same time and not `last`."""
+        heapq.heappush(self._events, (max(time, self.now), last, next(self._count), action))
 
     def submit(
         self,
@@ -132,13 +93,16 @@ class Simulator:
     ) -> None:
         """A client sends this request."""
 
-        def arrive() -> None:
-            self.outcomes[request_id] = Outcome(prompt, sampling, self.now)
-            spec = RequestSpec(prompt=prompt, sampling=sampling, arrival=self.now, salt=salt, priority=priority)
-            self.router.on_request(request_id, spec, self.now)
-            self._drain_router()
+        spec = RequestSpec(prompt=prompt, sampling=sampling, arrival=at, salt=salt, priority=priority)
+        self.plan(at, partial(self.send, request_id, spec))
 
-        self.plan(at, arrive)
+    def send(self, request_id: str, spec: RequestSpec) -> None:
+        """A client's request arrives, now."""
+        outcome = self.outcomes[request_id] = Outcome(spec)
+        self.router.on_request(request_id, spec, self.now)
+        if request_id in self.router.requests:
+            outcome.workers = self.router.requests[request_id].workers  # grows with each move
+        self._drain_router()
 
     def abort(self, request_id: str) -> None:
         """The client of this request leaves, now."""
@@ -149,12 +113,16 @@ class Simulator:
         """SIGKILL: the process is gone at once, its parent notices soon, a new one starts later."""
         worker = self.workers[name]
         if worker.alive:
+            self._tell_equal_steps(worker)
             worker.alive = False
+            if isinstance(worker.device, HashChain):
+                worker.device.alive = False
             self.deaths += 1
             self.at(self.now + 0.005, lambda: self._reaped(worker))
 
     def stall(self, name: str, seconds: float) -> None:
         """SIGSTOP, and SIGCONT after `seconds`: everything it should have done happens then, in order."""
+        self._tell_equal_steps(self.workers[name])
         self.workers[name].stalled_until = max(self.workers[name].stalled_until, self.now + seconds)
 
     def run(self, until: float = 1e9) -> None:
@@ -165,7 +133,7 @@ class Simulator:
                 quiet_since = self.now
             elif self.now > quiet_since + 1.0:
                 return
-            self.now, _, action = heapq.heappop(self._events)
+            self.now, _, _, action = heapq.heappop(self._events)
             action()
             if self.world.check:
                 self.check_integrity()
@@ -187,16 +155,15 @@ class Simulator:
     # ------------------------------------------------------------ processes
 
     def _start(self, spec: EngineSpec) -> None:
-        worker = SimWorker(EngineCore(spec, lambda _: self.make_policy()), self.planes)
-        self.workers[spec.name] = worker
-        self._send(
-            worker,
-            ROUTER,
-            Hello(spec.role, spec.num_pages, spec.page_size, 1 << 20, spec.fingerprint, f"sim:{spec.name}", 0, 1),
-        )
+        core, world = EngineCore(spec, lambda _: self.make_policy()), self.world
+        device = HashChain(core, self.planes, world.vocab, world.check) if world.tokens else TimingOnly()
+        worker = self.workers[spec.name] = SimWorker(core, device)
+        size, kv_bytes = spec.page_size, spec.layer_bytes * spec.num_layers // spec.page_size
+        hello = Hello(spec.role, spec.num_pages, size, 1 << 20, spec.fingerprint, f"sim:{spec.name}", 0, kv_bytes or 1)
+        self._send(worker, ROUTER, hello)
 
     def _reaped(self, worker: SimWorker) -> None:
-        spec, computing = worker.core.spec, worker.steps[0].items if worker.steps else ()
+        spec, computing = worker.core.spec, worker.steps[0].plan.items if worker.steps else []
         suspects = {(item.request_id, item.incarnation) for item in computing} or None
         self.router.on_worker_down(spec.name, spec.epoch, self.now, suspects)
         self._drain_router()
@@ -206,15 +173,18 @@ class Simulator:
         self.router.on_tick(self.now)
         self._drain_router()
         for worker in self.workers.values():
-            self._inside(worker, partial(self._worker_tick, worker))
+            self._inside(worker, partial(self._worker_tick, worker), cuts=False)
         self.at(self.now + TICK, self._tick)
 
     def _worker_tick(self, worker: SimWorker) -> None:
         worker.core.on(Tick(), self.now)
-        self._send(worker, ROUTER, worker.core.stats())
+        self._send(worker, ROUTER, msgspec.structs.replace(worker.core.stats(), links=[*worker.sent.values()]))
 
-    def _inside(self, worker: SimWorker, action: Callable[[], None]) -> None:
-        """Run in the worker's process: never once it is dead, later while it is stopped."""
+    def _inside(self, worker: SimWorker, action: Callable[[], None], cuts: bool = True) -> None:
+        """Run in the worker's process: never once it is dead, later while it is stopped.
+
+        `cuts`: equal steps that are under way end here, since what happens may change the next one.
+        """
         if not worker.alive:
             return
         if self.now < worker.stalled_until or worker.backlog:
@@ -223,6 +193,8 @@ class Simulator:
                 self.at(worker.stalled_until, lambda: self._resume(worker))
             return
         self._touched.add(worker.core.spec.name)
+        if cuts:
+            self._tell_equal_steps(worker)
         action()
         if worker.alive:
             self._drain_worker(worker)
@@ -261,6 +233,8 @@ class Simulator:
 
     def _deliver(self, envelope: Envelope, dest: str, target: SimWorker | None) -> None:
         if dest == ROUTER:
+            for observer in self.observers:
+                observer.on_message(envelope, self.now)
             self.router.on_message(envelope, self.now)
             self._drain_router()
         elif target is not None:
@@ -283,9 +257,17 @@ class Simulator:
             raise AssertionError(f"{emit.request_id} emits after its end")
         if emit.tokens and emit.index != len(outcome.tokens):
             raise AssertionError(f"{emit.request_id} emits index {emit.index} after {len(outcome.tokens)} tokens")
+        if emit.handoff and outcome.tokens:
+            outcome.handoffs.append(len(outcome.tokens) - 1)
         outcome.tokens.extend(emit.tokens)
-        outcome.token_times.extend(self.now for _ in emit.tokens)
+        outcome.cached_tokens = emit.cached_tokens
+        # Of equal steps at once each token came when its step's own message would have.
+        outcome.token_times.extend([end + self.cost.message for end in emit.ends] or [self.now] * len(emit.tokens))
         outcome.finish, outcome.error, outcome.times = emit.finish, emit.error, emit.times
+        for observer in self.observers:
+            observer.on_emit(emit, self.now)
+        if emit.finish:
+            self.on_end(emit.request_id)
 
     # ------------------------------------------------------------ a worker's device and links
 
@@ -301,81 +283,75 @@ class Simulator:
                 self._targets[worker.core.spec.name, effect.link_epoch] = self.workers[effect.peer]
 
     def _schedule(self, worker: SimWorker) -> None:
+        most = worker.device.most if self.world.equal_steps and not self.world.depth else 1
         while len(worker.steps) <= self.world.depth:
-            plan = worker.core.on(Schedule(), self.now)
+            plan = worker.core.on(Schedule(most), self.now)
             self._drain_worker(worker)
             if plan is None:
                 return
-            worker.steps.append(plan)
-            seconds = self.cost.step_seconds(plan)
+            seconds = self.cost.steps(worker.core.spec, plan)
             begins = max(worker.device_free_at, self.now)
             for layer in plan.reports:
                 share = layer / worker.core.spec.num_layers
-                self.at(begins + seconds * share, partial(self._report_layers, worker, plan, layer))
-            worker.device_free_at = begins + seconds
-            self.at(worker.device_free_at, partial(self._finish_step, worker, plan, seconds))
+                self.at(begins + seconds[0] * share, partial(self._report_layers, worker, plan, layer))
+            ends = list(itertools.accumulate(seconds, initial=begins))[1:]
+            self._begin(worker, Step(plan, seconds, ends))
 
-    def _finish_step(self, worker: SimWorker, plan: StepPlan, seconds: float) -> None:
-        def finish() -> None:
-            if any(item.request_id in self.poison for item in plan.items):
-                self.kill(worker.core.spec.name)
-                return
-            self._compute(worker, plan, self.planes)
-            tokens = self._sample(worker, plan)
-            worker.written = 0
-            worker.steps.popleft()
-            worker.core.on(StepDone(plan.step_id, tokens, seconds), self.now)
+    def _begin(self, worker: SimWorker, step: Step) -> None:
+        worker.steps.append(step)
+        worker.device_free_at = step.ends[-1]
+        # Before a message of the same instant, whether it was put there now or as one of many steps long ago.
+        self.at(step.ends[-1], partial(self._finish_step, worker, step), last=self.world.tokens)
 
-        self._inside(worker, finish)
+    def _finish_step(self, worker: SimWorker, step: Step) -> None:
+        if step.plan.repeat > 1 and (not worker.steps or worker.steps[0] is not step):
+            return  # cut short
+        self._inside(worker, partial(self._finish, worker, step), cuts=False)
+
+    def _finish(self, worker: SimWorker, step: Step) -> None:
+        plan = step.plan
+        if any(item.request_id in self.poison for item in plan.items):
+            self.kill(worker.core.spec.name)
+            return
+        tokens = worker.device.finish(plan, plan.repeat)
+        worker.steps.popleft()
+        worker.busy += sum(step.seconds)
+        ends = step.ends if plan.repeat > 1 else []
+        worker.core.on(StepDone(plan.step_id, tokens, sum(step.seconds), plan.repeat, ends), self.now)
+
+    def _tell_equal_steps(self, worker: SimWorker) -> None:
+        """Those of the device's equal steps that have ended; the next one is under way, and no other follows."""
+        if not worker.steps or worker.steps[0].plan.repeat == 1:
+            return
+        plan, seconds, ends = worker.steps.popleft()
+        past = bisect.bisect_right(ends, self.now)
+        took = sum(seconds[:past])
+        worker.busy += took
+        worker.core.on(StepDone(plan.step_id, worker.device.finish(plan, past), took, past, ends[:past]), self.now)
+        self._drain_worker(worker)
+        self._begin(worker, Step(advanced(plan, past), seconds[past : past + 1], ends[past : past + 1]))
 
     def _report_layers(self, worker: SimWorker, plan: StepPlan, layer: int) -> None:
         def report() -> None:
-            if worker.steps and worker.steps[0] is plan and layer > worker.written:
-                self._compute(worker, plan, layer)
+            if worker.steps and worker.steps[0].plan is plan:
+                worker.device.compute(plan, layer)
                 worker.core.on(LayersDone(plan.step_id, layer), self.now)
 
         self._inside(worker, report)
-
-    def _compute(self, worker: SimWorker, plan: StepPlan, planes: int) -> None:
-        """The step's KV, in the planes up to this one that do not have it yet."""
-        new = {(init.request_id, init.incarnation): init for init in plan.new}
-        for item in plan.items:
-            key = item.request_id, item.incarnation
-            if self.world.check:
-                self._expect(worker, item.pages, PageState.LIVE)
-                if key in new and item.start and not worker.written:
-                    tokens = [*new[key].prompt, *new[key].output][: item.start]
-                    if not worker.memory.holds(item.pages, tokens):
-                        name = worker.core.spec.name
-                        raise IntegrityError(f"{item.request_id} starts from KV on {name} that is not its own")
-            known = item.tokens if len(item.tokens) == item.count else [*item.tokens, worker.last[key]]
-            worker.memory.write(range(worker.written, planes), item, known)
-        worker.written = planes
-
-    def _sample(self, worker: SimWorker, plan: StepPlan) -> list[int]:
-        for key in plan.dropped:
-            worker.last.pop(key, None)
-        tokens = []
-        for item in plan.items:
-            if item.sample:
-                token = worker.memory.sample(item, self.world.vocab)
-                worker.last[item.request_id, item.incarnation] = token
-                tokens.append(token)
-        return tokens
 
     def _start_transfer(self, worker: SimWorker, piece: Piece) -> None:
         """Two-sided: the bytes move once both ends have started it. One-sided: when the source has."""
         if self.one_sided:
             receiver = self._targets[worker.core.spec.name, piece.link_epoch] if piece.send else worker
-            seconds = self._transfer_seconds(worker, piece) if piece.send else 0.0
-            self.at(self.now + seconds, lambda: self._finish_transfer(worker, receiver, piece))
+            arrives = self._transfer(worker, worker, piece) if piece.send else self.now
+            self.at(arrives, lambda: self._finish_transfer(worker, receiver, piece))
             return
         where = worker.core.spec.name if piece.send else piece.peer, piece.link_epoch, piece.seq
         posted = self._posted.setdefault(where, {})
         posted[piece.send] = worker, piece
         if len(posted) == 2:
             del self._posted[where]
-            done = self.now + self._transfer_seconds(worker, piece)
+            done = self._transfer(posted[True][0], worker, piece)
             ok = self.rng.random() >= self.chaos.break_transfer
             self.at(done, lambda: self._land(*posted[True], *posted[False], ok))
 
@@ -411,22 +387,22 @@ class Simulator:
     def _tell(self, worker: SimWorker, what: Input) -> None:
         worker.core.on(what, self.now)
 
-    def _transfer_seconds(self, worker: SimWorker, piece: Piece) -> float:
-        first, end = piece.layers
-        return self.cost.transfer_seconds(piece.count * ((end - first) / worker.core.spec.num_layers))
+    def _transfer(self, source: SimWorker, worker: SimWorker, piece: Piece) -> float:
+        """When a piece has arrived that both its ends have started; `piece` is what `worker`, one of them, knows."""
+        dest = piece.peer if worker is source else worker.core.spec.name
+        begins, arrives = self.cost.transfer(source.core.spec, dest, piece, self.now)
+        sent, spec = source.sent.get(dest) or LinkStats(dest, "sim"), source.core.spec
+        source.sent[dest] = msgspec.structs.replace(
+            sent,
+            transfers=sent.transfers + 1,
+            bytes=sent.bytes + spec.layer_bytes * piece.count * (piece.layers[1] - piece.layers[0]),
+            seconds=sent.seconds + arrives - begins,
+            queue_seconds=sent.queue_seconds + begins - self.now,
+        )
+        return arrives
 
     def _copy(self, source: SimWorker, piece: Piece, dest: SimWorker, remote: list[int]) -> None:
-        if self.world.check:
-            self._expect(source, piece.pages, PageState.LIVE)
-            self._expect(dest, remote, PageState.INFLIGHT, PageState.QUARANTINED)
-        planes = range(*piece.layers) if self.planes > 1 else range(1)
-        source.memory.copy(planes, piece.pages, dest.memory, remote)
-
-    def _expect(self, worker: SimWorker, pages: list[int], *states: PageState) -> None:
-        for page in pages:
-            if worker.alive and worker.core.pool.state[page] not in states:
-                state = worker.core.pool.state[page].name
-                raise IntegrityError(f"page {page} of {worker.core.spec.name} is in use while it is {state}")
+        source.device.send(piece, dest.device, remote)
 
     def _abort_link(self, worker: SimWorker, effect: AbortLink) -> None:
         """Confirmed after a while; a one-sided destination only if the source has stopped."""

@@ -26,9 +26,10 @@ from minidisagg.workload.traces import MOONCAKE_BLOCK
 GRID = (0.0, 0.05, 0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9, 0.95, 0.99, 0.999, 1.0)  # where a kind's tables have values
 NORMAL = NormalDist()
 
-# How many requests of its kind ago a turn had its last one: log-normal, by the quantiles of the Mooncake conversation
-# trace (25, 50, 75 %: 229, 422, 901). It is the longest shorter prompt of so many neighbours there, a fitted number.
-TURN_LAG, TURN_LAG_SIGMA, TURN_CANDIDATES = 422.0, 0.95, 10
+# How many requests of its kind lie between a turn and the one before: log-normal, by the quantiles of the Mooncake
+# conversation trace (25, 50, 75 %: 229, 422, 901). Of so many neighbours there it is the longest that is shorter than
+# its turn, by which the shared part of a turn's prompt (median) is as in that trace: 80 %.
+TURN_LAG, TURN_LAG_SIGMA, TURN_CANDIDATES = 422.0, 0.95, 20
 
 
 class Lengths(Struct, frozen=True):
@@ -81,20 +82,17 @@ class Synth(Struct, frozen=True, kw_only=True):
 
 _AZURE = "https://github.com/Azure/AzurePublicDataset: "
 _MOONCAKE = "https://github.com/kvcache-ai/Mooncake: FAST25-release/traces/"
-_REST = "All other quantiles are estimates, such that the published mean and variation come out. "
-_CHAT = Kind((891, 901, 964, 2306, 4993, 6909, 9570, 15367, 27367, 39550, 85400, 121301, 126195),
-             (1, 10, 24, 156, 291, 350, 399, 472, 597, 698, 1119, 2000, 2000), 0.07, system_blocks=1, turns=0.43)  # fmt: skip
-
+_REST = "All other quantiles are estimates, such that what is published comes out. "
 # fmt: off
 SYNTH: dict[str, Synth] = {
     "azure-code-2023": Synth(
-        about="Azure LLM inference 2023, code completion, one hour (Splitwise, ISCA'24). Published, by recomputations of "
-        "the file: means, p50, p90, p95, p99, extremes, rate, CV of gaps. " + _REST + "Pauses are estimated from that CV "
-        "and the 73 % of all seconds that have no request.",
+        about="Azure LLM inference 2023, code completion, one hour (Splitwise, ISCA'24). Published, by recomputations "
+        "of the file: means, p50, p90, p95, p99, maxima, rate, CV of gaps. " + _REST + "Pauses are estimated from that "
+        "CV and from the 73 % of all seconds that have no request.",
         file=_AZURE + "data/AzureLLMInferenceTrace_code.csv", arrivals=Arrivals(2.57, pauses=(0.0063, 0.74)),
         real=Statistics(Lengths(2048, 1469, 5194, 7436), Lengths(27.9, 13, 55, 252), gap_cv=13.15),
         kinds=(Kind((3, 114, 233, 641, 1127, 1469, 1797, 2545, 5194, 7303, 7436, 7437, 7437),
-                    (6, 6, 7, 9, 11, 13, 14, 19, 55, 90, 252, 700, 1899)),)),
+                    (6, 6, 7, 9, 11, 13, 14, 19, 55, 90, 252, 600, 1899)),)),
     "azure-conv-2023": Synth(
         about="Azure LLM inference 2023, conversation, one hour (Splitwise, ISCA'24). Measured on the file.",
         file=_AZURE + "data/AzureLLMInferenceTrace_conv.csv", arrivals=Arrivals(5.53, 0.84),
@@ -102,12 +100,12 @@ SYNTH: dict[str, Synth] = {
         kinds=(Kind((2, 181, 207, 396, 703, 1020, 1071, 1189, 2734, 4083, 4142, 6179, 14050),
                     (7, 41, 54, 85, 103, 129, 177, 395, 424, 451, 601, 954, 1000), 0.07),)),
     "azure-code-2024": Synth(
-        about="Azure LLM inference 2024, code completion, one week (DynamoLLM, HPCA'25). Published, by recomputations of "
-        "the file: means, p50, p90, p99, maxima, output p95, rate, median CV of gaps within five minutes. " + _REST,
+        about="Azure LLM inference 2024, code completion, one week (DynamoLLM, HPCA'25). Published, by recomputations "
+        "of the file: means, p50, p90, p99, maxima, output p95, rate, median CV of gaps within five minutes. " + _REST,
         file=_AZURE + "AzureLLMInferenceTrace_code_1week.csv", arrivals=Arrivals(27.78, 0.76),
         real=Statistics(Lengths(2511, 1930, 6251, 7685), Lengths(22.7, 8, 43, 271), gap_cv=1.15),
         kinds=(Kind((5, 144, 284, 781, 1424, 1930, 2488, 3651, 6251, 6940, 7685, 7743, 7743),
-                    (1, 1, 2, 4, 6, 8, 11, 16, 43, 79, 271, 600, 5000)),)),
+                    (1, 1, 2, 4, 6, 8, 11, 15, 43, 79, 271, 500, 5000)),)),
     "azure-conv-2024": Synth(
         about="Azure LLM inference 2024, conversation, one week (DynamoLLM, HPCA'25). Published, by recomputations of "
         "the file: as for azure-code-2024, and Pearson's correlation, taken for that of the ranks. " + _REST,
@@ -116,19 +114,21 @@ SYNTH: dict[str, Synth] = {
         kinds=(Kind((10, 203, 339, 595, 766, 928, 1338, 2406, 3830, 4826, 6683, 7730, 7999),
                     (1, 3, 5, 17, 30, 41, 55, 101, 342, 455, 694, 1038, 1500), 0.39),)),
     "mooncake-conversation": Synth(
-        about="Mooncake conversation, one hour of Kimi (Qin et al., FAST'25). Measured on the file; the times are written "
-        "in steps of 3 s, which alone makes the CV. `turns` and `TURN_CANDIDATES` are fitted to the hit rate.",
+        about="Mooncake conversation, one hour of Kimi (Qin et al., FAST'25). Measured on the file; its times are "
+        "written in steps of 3 s, which alone makes the CV. The share of turns is fitted to the hit rate.",
         file=_MOONCAKE + "conversation_trace.jsonl", arrivals=Arrivals(3.40, per_tick=10.2),
         real=Statistics(Lengths(12035, 6909, 27367, 85400), Lengths(343, 350, 597, 1119), 3.03, 0.366),
-        kinds=(_CHAT,)),
+        kinds=(Kind((891, 901, 964, 2306, 4993, 6909, 9570, 15367, 27367, 39550, 85400, 121301, 126195),
+                    (1, 10, 24, 156, 291, 350, 399, 472, 597, 698, 1119, 2000, 2000), 0.07, 1.0, 1, turns=0.49),)),
     "mooncake-toolagent": Synth(
-        about="Mooncake tool and agent, one hour of Kimi (Qin et al., FAST'25). Means by its README; p50, p90, p99, rate, "
-        "hit rate, CV and the shares of the three system prompts by recomputations of the file. Estimates: the first "
-        "kind is that of the conversation trace, with which all of these come out; those of the tools are read off "
-        "fifty requests of the technical report's trace, which is of the same load.",
+        about="Mooncake tool and agent, one hour of Kimi (Qin et al., FAST'25). Means by its README; p50, p90, p99, "
+        "rate, hit rate, CV and the shares of the three system prompts by recomputations of the file. Estimates: the "
+        "first kind is the conversation trace's, moved a little so that all of these come out; those of the tools are "
+        "read off fifty requests of the technical report's trace, which is of the same load.",
         file=_MOONCAKE + "toolagent_trace.jsonl", arrivals=Arrivals(6.67, per_tick=20.0),
         real=Statistics(Lengths(8596, 6346, 16810, 61671), Lengths(182, 30, 507, 898), 4.36, 0.553),
-        kinds=(replace(_CHAT, share=0.464),
+        kinds=(Kind((891, 901, 964, 2306, 4993, 6909, 9570, 15000, 26000, 37500, 76000, 121301, 126195),
+                    (1, 10, 40, 230, 330, 375, 415, 480, 590, 680, 1000, 1800, 2000), 0.07, 0.464, 1, turns=0.49),
                Kind((6150, 6166, 6170, 6180, 6440, 6560, 6680, 6820, 7250, 7720, 8300, 9000, 12000),
                     (1, 3, 3, 3, 3, 3, 3, 27, 33, 38, 80, 200, 500), share=0.39, system_blocks=12),
                Kind((2900, 2930, 2960, 3020, 3130, 3175, 3185, 3210, 3900, 4200, 5000, 6000, 8000),
@@ -136,14 +136,14 @@ SYNTH: dict[str, Synth] = {
     "burstgpt": Synth(
         about="BurstGPT, API log of the third file, 96 % of it, failures included (Wang et al., KDD'25). Published, by "
         "recomputations of the file: means, p50, p90, p99, longest prompt, rate, Pearson's correlation (taken for that "
-        "of the ranks), mean CV of gaps within five minutes (median 1.5; of a whole file, with its nights, 13). " + _REST,
+        "of the ranks), mean CV of gaps within five minutes (median 1.5; of a file with its nights, 13). " + _REST,
         file="https://github.com/HPMLL/BurstGPT, release v2.0: BurstGPT_3.csv", arrivals=Arrivals(0.54, 0.155),
         real=Statistics(Lengths(457, 326, 794, 3141), Lengths(68.9, 14, 111, 804), gap_cv=2.54),
         kinds=(Kind((5, 32, 52, 126, 240, 326, 359, 423, 794, 1150, 3141, 6000, 125591),
-                    (1, 4, 7, 10, 12, 14, 20, 45, 111, 275, 804, 1700, 8000), 0.18),)),
+                    (1, 4, 7, 10, 12, 14, 20, 48, 111, 285, 804, 1700, 8000), 0.18),)),
     "sharegpt": Synth(
-        about="ShareGPT V3, first turn and answer, as `vllm bench serve` takes them: up to 1,024 tokens in, 2,048 in all. "
-        "Published, by a recomputation with OPT's tokenizer: means, median and longest prompt. " + _REST,
+        about="ShareGPT V3, first turn and answer, as `vllm bench serve` takes them: at most 1,024 tokens in, 2,048 in "
+        "all. Published, by a recomputation with OPT's tokenizer: means, median and longest prompt. " + _REST,
         file="https://huggingface.co/datasets/anon8231489123/ShareGPT_Vicuna_unfiltered: "
         "ShareGPT_V3_unfiltered_cleaned_split.json", arrivals=Arrivals(math.inf),
         real=Statistics(Lengths(228, 97), Lengths(226, math.nan)),
@@ -218,7 +218,7 @@ def _lengths(kind: Kind, rng: Random) -> tuple[int, int]:
 def _at(table: tuple[int, ...], normal: float) -> int:
     quantile = NORMAL.cdf(normal)
     i = bisect_right(GRID, quantile, hi=len(GRID) - 1) - 1
-    return round(table[i] * (table[i + 1] / table[i]) ** ((quantile - GRID[i]) / (GRID[i + 1] - GRID[i])))
+    return round(table[i] * math.pow(table[i + 1] / table[i], (quantile - GRID[i]) / (GRID[i + 1] - GRID[i])))
 
 
 def _turn_before(kind: Kind, earlier: list[WorkItem], prompt_len: int, rng: Random) -> tuple[int, ...]:
