@@ -542,3 +542,40 @@ def test_a_role_that_a_worker_has_already_is_no_flip() -> None:
     assert hand.router.view.workers["w"].takes(Role.PREFILL)
     hand.router.on_tick(hand.now)
     assert not hand.take()
+
+
+def test_a_request_whose_prefill_has_not_begun_can_go_elsewhere() -> None:
+    class Second(Policy):
+        def place(self, request: RequestView, cluster: ClusterView) -> Placement:
+            return Placement("v", "v")
+
+        def replace(self, request: RequestView, cluster: ClusterView) -> Placement | None:
+            assert (request.prefill, request.decode) == ("v", "v")
+            return Placement("w", None) if request.request_id != "c" else Placement("v", "v")
+
+    hand = Hand({"v": Role.BOTH, "w": Role.BOTH}, Second())
+    for name in "abc":
+        hand.request(name)
+    hand.say("v", StepOutput(1, [], begun=["a"]))
+    hand.take()
+    hand.router.on_tick(hand.now)
+    hand.router.check_integrity()
+    moved = [(dest, type(body), body.incarnation) for dest, body in hand.take()]  # type: ignore[misc, attr-defined]
+    assert moved == [("v", Abort, 0), ("w", Submit, 1)], "a has begun, c is where it should be"
+    hand.token("w", "b", 0, incarnation=1)
+    [emit] = [effect for effect in hand.take() if isinstance(effect, Emit)]
+    assert emit.request_id == "b" and hand.router.requests["b"].failures == 0
+
+
+def test_where_replace_leads_nowhere_that_request_fails() -> None:
+    class Lost(Policy):
+        def replace(self, request: RequestView, cluster: ClusterView) -> Placement | None:
+            return Placement("nowhere", None)
+
+    hand = Hand({"w": Role.BOTH}, Lost())
+    hand.request("a")
+    hand.take()
+    hand.router.on_tick(hand.now)
+    [emit] = [effect for effect in hand.take() if isinstance(effect, Emit)]
+    assert emit.error == "policy Lost: replace named the worker 'nowhere'; there are w"
+    hand.router.check_integrity()

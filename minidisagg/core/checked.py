@@ -61,10 +61,19 @@ class Checked(Policy):
         answer = self._ask("place", lambda: self.asks.place(request, cluster))
         if not isinstance(answer, Placement):
             return self._rejection("place", answer, "Placement or Reject")
-        self._known("place", answer.prefill, cluster.workers)
-        if answer.decode is not None:
-            self._known("place", answer.decode, cluster.workers)
-        return answer
+        return self._placement("place", answer, cluster)
+
+    @property
+    def replaces(self) -> bool:
+        """It has the hook `replace`."""
+        policy: Policy = self.asks
+        while policy.asks is not None:
+            policy = policy.asks
+        return type(policy).replace is not Policy.replace
+
+    def replace(self, request: RequestView, cluster: ClusterView) -> Placement | None:
+        answer = self._ask("replace", lambda: self.asks.replace(request, cluster))
+        return None if answer is None else self._placement("replace", answer, cluster)
 
     def rebalance(self, cluster: ClusterView) -> list[RoleChange]:
         changes = self._ask("rebalance", lambda: list(self.asks.rebalance(cluster)))
@@ -118,6 +127,14 @@ class Checked(Policy):
         wait: Any = answer.retry_after
         if not isinstance(wait, int | float) or not 0 <= wait < math.inf or not isinstance(answer.reason, str):
             self._fail(hook, f"answered {answer!r}: retry_after is seconds, reason a text")
+        return answer
+
+    def _placement(self, hook: str, answer: Placement, cluster: ClusterView) -> Placement:
+        if not isinstance(answer, Placement):
+            self._fail(hook, f"answered {answer!r}, not a Placement or None")
+        self._known(hook, answer.prefill, cluster.workers)
+        if answer.decode is not None:
+            self._known(hook, answer.decode, cluster.workers)
         return answer
 
     def _known(self, hook: str, worker: object, workers: Collection[str]) -> None:

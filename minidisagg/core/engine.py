@@ -205,7 +205,8 @@ class EngineCore(Accounts):
                 self.sender.advance(request, self._lived)
         clock = done.ends[-1] if done.ends else self.now
         figures = done.seconds, prefill, decode, context, clock
-        output = StepOutput(done.step_id, out, *figures, done.ends, *self.pool.news())
+        begun = [new.request_id for new in plan.new] if prefill else []
+        output = StepOutput(done.step_id, out, *figures, done.ends, *self.pool.news(), begun)
         self.scheduler.learner.learn(output)
         self._send(ROUTER, output)
 

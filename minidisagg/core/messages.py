@@ -232,6 +232,7 @@ class StepOutput(Message, frozen=True):
     ends: list[float] = []  # of equal steps that were computed at once: the same of each; `seconds` is of all of them
     stored: list[bytes] = []  # pages that its prefix cache has gained since the last step's message, by `short` hash
     removed: list[bytes] = []  # and lost
+    begun: list[str] = []  # requests whose prefill has begun with this step
 
 
 class PieceSpan(Struct, frozen=True, array_like=True):

@@ -1,4 +1,4 @@
-"""A scheduling policy: seven hooks, each with a working default, over read-only views.
+"""A scheduling policy: eight hooks, each with a working default, over read-only views.
 
 The defaults are first come first served, placed on the least loaded worker. A policy overrides what it wants to
 change; it asks the views and the `Batch`, and never touches the accounting. Each worker and the router have an
@@ -222,6 +222,13 @@ class Policy:
         if not decode:
             return Reject(1.0, "no worker takes decode")
         return Placement(first.name, min(decode, key=lambda w: (w.decoding, w.context_tokens)).name)
+
+    def replace(self, request: RequestView, cluster: ClusterView) -> Placement | None:
+        """Another place for a request whose prefill has not begun, as far as the router knows; None: leave it.
+
+        Asked on every tick of each that waits, the one that came first first, if a policy has this hook.
+        """
+        return None
 
     def rebalance(self, cluster: ClusterView) -> list[RoleChange]:
         """Change roles; called on every tick."""

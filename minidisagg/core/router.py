@@ -200,6 +200,8 @@ class Router:
                 beat.heard_at = beat.stepped_at = self._lived
                 reason = "makes no progress" if stuck else "does not answer"
                 self.outbox.append(Kill(name, self.view.workers[name].epoch, reason))
+        if self.policy.replaces:
+            self._replace_waiting()
         for change in self.policy.rebalance(self.view):
             self.set_role(change, now)
         for status in self.view.workers.values():
@@ -263,6 +265,9 @@ class Router:
             else:  # accepted once: it is not turned away any more
                 self.parked.append(request.request_id)
             return
+        self._send_to(request, placement)
+
+    def _send_to(self, request: Tracked, placement: Placement) -> None:
         request.prefill, request.stage = placement.prefill, Stage.PREFILL
         self.cluster.charge(request)
         self._bind(request, placement.decode or "")
@@ -271,6 +276,19 @@ class Router:
         decode = "" if placement.decode == placement.prefill else placement.decode or ""
         hold = placement.decode is None
         self._send(placement.prefill, Submit(request.request_id, request.incarnation, spec, decode, hold))
+
+    def _replace_waiting(self) -> None:
+        """As a resubmission does, but nothing has been computed yet."""
+        for request in [r for r in self.requests.values() if r.stage is Stage.PREFILL and not r.begun]:
+            try:
+                placement = self.policy.replace(request.view, self.view)
+            except PolicyError as error:
+                self._fail(request, str(error))
+                continue
+            if placement is not None and placement != Placement(request.prefill, request.decode or None):
+                self._abandon(request)
+                request.incarnation += 1
+                self._send_to(request, placement)
 
     def _ask_place(self, request: Tracked) -> Placement | Reject | None:
         """None: the policy has no answer, and the request has failed."""
@@ -325,7 +343,7 @@ class Router:
             return
         request.incarnation += 1
         request.early.clear()
-        request.stage = Stage.PARKED
+        request.begun, request.stage = False, Stage.PARKED
         self._place(request, new=False)
 
     # ------------------------------------------------------------ messages
@@ -360,6 +378,9 @@ class Router:
 
     def _on_step(self, status: WorkerStatus, step: StepOutput) -> None:
         self.cluster.on_step(status.name, step)
+        for request_id in step.begun:
+            if (begun := self.requests.get(request_id)) is not None:
+                begun.begun = True
         for out in step.tokens:
             request = self.requests.get(out.request_id)
             if request is None or request.incarnation != out.incarnation or out.index < len(request.emitted):

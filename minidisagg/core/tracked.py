@@ -73,6 +73,7 @@ class Tracked(OfSpec):
     prefill: str = ""  # worker, unless it is parked
     decode: str = ""  # worker; empty while left open
     charged: int = 0  # tokens counted on the prefill worker
+    begun: bool = False  # its prefill has, by that worker's word
     early: dict[int, TokenOut] = field(default_factory=dict)  # tokens that came before their predecessor
     logprobs: dict[int, TokenLogprob] = field(default_factory=dict)  # by position, until they are emitted
     cached_tokens: int = 0
@@ -174,8 +175,13 @@ class RequestView(AnyRequest):
 
     @property
     def prefill(self) -> str:
-        """The worker that holds its KV, where `place` is asked again because it left `decode` open; else empty."""
+        """Where it is to be computed, or was: `place` is asked again where it left `decode` open. Else empty."""
         return self._of.prefill
+
+    @property
+    def decode(self) -> str:
+        """Where it is to decode; empty where that is open."""
+        return self._of.decode
 
 
 def tracked_of(view: RequestView) -> Tracked:

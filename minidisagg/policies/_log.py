@@ -58,6 +58,13 @@ class Logged(Policy):
     def place(self, request: RequestView, cluster: ClusterView) -> Placement | Reject:
         return self._routed("place", cluster, lambda seen: self.asks.place(request, seen), request=request)
 
+    def replace(self, request: RequestView, cluster: ClusterView) -> Placement | None:
+        answer = self.asks.replace(request, cluster)
+        if answer is not None:  # it is asked of each that waits, four times a second
+            inputs = {"request": _request(request), "cluster": _cluster(cluster)}
+            self._log("replace", cluster.now, answer, **inputs)
+        return answer
+
     def rebalance(self, cluster: ClusterView) -> list[RoleChange]:
         return self._routed("rebalance", cluster, self.asks.rebalance)
 
@@ -103,7 +110,7 @@ class Logged(Policy):
         elif answer is None:
             shown = {"verdict": "accept"}
         inputs: dict[str, Any] = {name: _request(request) for name, request in more.items()}
-        inputs["cluster"] = {**_seen(cluster, *CLUSTER), "workers": dict(cluster.workers)}
+        inputs["cluster"] = _cluster(cluster)
         inputs |= told
         if cluster.rng.getstate() != dice:
             inputs["rng"] = dice
@@ -125,6 +132,10 @@ def _seen(of: object, *names: str) -> dict[str, Any]:
 def _request(view: AnyRequest) -> dict[str, Any]:
     """All that the view shows."""
     return {name: getattr(view, name) for name in SHOWN[type(view)]}
+
+
+def _cluster(cluster: ClusterView) -> dict[str, Any]:
+    return {**_seen(cluster, *CLUSTER), "workers": dict(cluster.workers)}
 
 
 def _worker(worker: WorkerView) -> dict[str, Any]:
