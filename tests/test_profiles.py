@@ -1,5 +1,5 @@
-"""Profiles: tables are hit, costs only grow, decode steps at once cost what they do one by one; what ships predicts what
-was measured."""
+"""Profiles: tables are hit, costs only grow, decode steps at once cost what they do one by one, and what ships predicts
+what was measured."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ SMALL = Profile(
     head=Curve([1, 8], [0.25, 0.5]),
     prefill_attention=Grid([0, 10], [1, 8], [[0.0, 2.0], [1.0, 6.0]]),
     decode_attention=Grid([1, 4], [16, 64], [[0.0, 3.0], [0.0, 12.0]]),
+    num_layers=2,
     kv_bytes_per_token=10,
     weight_bytes=100,
     memory_bytes=1000,

@@ -24,7 +24,20 @@ import msgspec
 from minidisagg.core.effects import AbortLink, OpenLink, Send, StartPiece, drain
 from minidisagg.core.engine import EngineCore
 from minidisagg.core.inputs import AbortConfirmed, Input, LayersDone, PieceDone, Received, Schedule, StepDone, Tick
-from minidisagg.core.messages import ROUTER, AnyMessage, Envelope, Hello, LinkStats, RequestSpec, SamplingParams
+from minidisagg.core.messages import (
+    ROUTER,
+    AnyMessage,
+    Envelope,
+    Hello,
+    KVAck,
+    KVBusy,
+    KVGrant,
+    KVPiece,
+    KVWait,
+    LinkStats,
+    RequestSpec,
+    SamplingParams,
+)
 from minidisagg.core.plan import Piece, StepPlan, advanced
 from minidisagg.core.policy import Policy
 from minidisagg.core.router import Kill, Router
@@ -34,6 +47,8 @@ from minidisagg.sim.devices import HashChain, TimingOnly
 from minidisagg.sim.world import Observer, Outcome, SimWorker, Step, World
 
 TICK = 0.25  # seconds between ticks
+# Messages that change nothing of what is computed next where only decodes run, and that no hook of a policy sees.
+UNHEEDED = KVPiece, KVBusy, KVWait, KVGrant, KVAck
 
 
 class Simulator:
@@ -49,7 +64,9 @@ class Simulator:
         self.workers: dict[str, SimWorker] = {}
         self.outcomes: dict[str, Outcome] = {}
         self.poison: set[str] = set()
+        self.orderly = not world.tokens and self.chaos == type(self.chaos)()
         self.deaths = 0
+        self.events = 0
         self.one_sided = any(spec.one_sided_links for spec in specs)
         self.planes = max(spec.num_layers if spec.granularity.layered else 1 for spec in specs)
         self.on_end: Callable[[str], None] = lambda _: None
@@ -133,11 +150,20 @@ class Simulator:
                 quiet_since = self.now
             elif self.now > quiet_since + 1.0:
                 return
-            self.now, _, _, action = heapq.heappop(self._events)
-            action()
-            if self.world.check:
-                self.check_integrity()
-            self._touched.clear()
+            self._next()
+
+    def run_events(self, most: int) -> None:
+        """So many events; there is always another, since time passes."""
+        for _ in range(most):
+            self._next()
+
+    def _next(self) -> None:
+        self.events += 1
+        self.now, _, _, action = heapq.heappop(self._events)
+        action()
+        if self.world.check:
+            self.check_integrity()
+        self._touched.clear()
 
     def check_integrity(self) -> None:
         """Invariants of the cores that the last event touched: those of the others were proved before it."""
@@ -193,12 +219,13 @@ class Simulator:
                 self.at(worker.stalled_until, lambda: self._resume(worker))
             return
         self._touched.add(worker.core.spec.name)
-        if cuts:
+        if cuts and worker.repeats:
             self._tell_equal_steps(worker)
         action()
         if worker.alive:
             self._drain_worker(worker)
-            self._schedule(worker)
+            if len(worker.steps) <= self.world.depth:
+                self._schedule(worker)
 
     def _resume(self, worker: SimWorker) -> None:
         if self.now < worker.stalled_until:  # it was stopped again
@@ -217,6 +244,9 @@ class Simulator:
         """FIFO per pair, unless chaos has its way. A frame goes to the process to which its channel leads."""
         if target is None and dest != ROUTER:
             target = self.workers[dest]
+        if self.orderly:
+            self.at(self.now + self.cost.message, partial(self._deliver, envelope, dest, target))
+            return
         if ROUTER not in (envelope.source, dest) and self.rng.random() < self.chaos.drop:
             return
         pair = envelope.source, dest
@@ -229,7 +259,7 @@ class Simulator:
         if self.rng.random() < self.chaos.duplicate:
             times.append(when + self.rng.random() * self.chaos.delay)
         for time in times:
-            self.at(time, lambda: self._deliver(envelope, dest, target))
+            self.at(time, partial(self._deliver, envelope, dest, target))
 
     def _deliver(self, envelope: Envelope, dest: str, target: SimWorker | None) -> None:
         if dest == ROUTER:
@@ -238,7 +268,8 @@ class Simulator:
             self.router.on_message(envelope, self.now)
             self._drain_router()
         elif target is not None:
-            self._inside(target, partial(self._tell, target, Received(envelope)))
+            cuts = not isinstance(envelope.body, UNHEEDED)
+            self._inside(target, partial(self._tell, target, Received(envelope)), cuts)
 
     def _drain_router(self) -> None:
         self._touched.add(ROUTER)
@@ -313,15 +344,15 @@ class Simulator:
         if any(item.request_id in self.poison for item in plan.items):
             self.kill(worker.core.spec.name)
             return
-        tokens = worker.device.finish(plan, plan.repeat)
+        tokens, took = worker.device.finish(plan, plan.repeat), sum(step.seconds)
         worker.steps.popleft()
-        worker.busy += sum(step.seconds)
+        worker.busy += took
         ends = step.ends if plan.repeat > 1 else []
-        worker.core.on(StepDone(plan.step_id, tokens, sum(step.seconds), plan.repeat, ends), self.now)
+        worker.core.on(StepDone(plan.step_id, tokens, took, plan.repeat, ends), self.now)
 
     def _tell_equal_steps(self, worker: SimWorker) -> None:
         """Those of the device's equal steps that have ended; the next one is under way, and no other follows."""
-        if not worker.steps or worker.steps[0].plan.repeat == 1:
+        if not worker.repeats:
             return
         plan, seconds, ends = worker.steps.popleft()
         past = bisect.bisect_right(ends, self.now)
@@ -382,7 +413,11 @@ class Simulator:
         for worker, piece, there in ((sender, send, sending), (receiver, receive, receiving)):
             if there:
                 done = PieceDone(piece.peer, piece.link_epoch, piece.seq, piece.send, ok and sending and receiving)
-                self._inside(worker, partial(self._tell, worker, done))
+                self._inside(worker, partial(self._tell, worker, done), not piece.send and self._completes(worker))
+
+    def _completes(self, worker: SimWorker) -> bool:
+        """A piece that lands may be the last of its request, which then decodes."""
+        return any(transfer.expected is not None for transfer in worker.core.receiver.transfers.values())
 
     def _tell(self, worker: SimWorker, what: Input) -> None:
         worker.core.on(what, self.now)

@@ -60,6 +60,11 @@ class SimWorker:
         self.busy = 0.0  # seconds of all steps that have ended
         self.sent: dict[str, LinkStats] = {}  # by peer, since its start
 
+    @property
+    def repeats(self) -> bool:
+        """Its device computes equal steps."""
+        return bool(self.steps) and self.steps[0].plan.repeat > 1
+
 
 @dataclass(frozen=True)
 class World:

@@ -1,0 +1,61 @@
+"""A workload on a simulated cluster, from Python.
+
+    from minidisagg.sim.simulate import simulate
+    result = simulate("sarathi:chunk=512", synth_items("azure-conv-2023", 1000), "prefill=2@h100,decode=2@h100")
+    result.score, result.values["p99_ttft"], result.run.requests[0].token_times
+
+The same arguments give the same result to the last bit, so that a search over policies can call it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from minidisagg.measure.comparison import compare_runs
+from minidisagg.measure.records import RunRecord
+from minidisagg.policies import load_policy
+from minidisagg.sim.machines import ClusterSpec, parse_cluster
+from minidisagg.sim.simulation import MakePolicy, Settings, Simulation, derived_slo
+from minidisagg.sim.world import Observer
+from minidisagg.workload.lengths import WorkItem
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a simulation. `score`: requests per second within the SLO, while the load was steady."""
+
+    score: float
+    values: dict[str, float]  # statistics as in the tables, in seconds and per second
+    run: RunRecord
+    events: int
+    steps: int
+    took: float  # seconds of this process
+
+
+def simulate(
+    policy: str | MakePolicy,
+    workload: Sequence[WorkItem],
+    cluster: str | ClusterSpec,
+    settings: Settings = Settings(),  # noqa: B008 - it is frozen
+    observers: Sequence[Observer] = (),
+    progress: Callable[[int], None] | None = None,
+) -> Result:
+    """`policy`: a name as for `--policy`, or what makes one for the router and each worker. `progress` is told how many
+    requests have ended since it was told before.
+
+    Raises `ValueError` for what cannot be, `TimeoutError`, and `PolicyError` in one line that names the hook.
+    """
+    if isinstance(cluster, str):
+        cluster = ClusterSpec(groups=parse_cluster(cluster))
+    make = partial(load_policy, policy) if isinstance(policy, str) else policy
+    name = policy if isinstance(policy, str) else type(policy()).__name__
+    simulation, began = Simulation(cluster, make, workload, settings), time.monotonic()
+    simulation.sim.observers += observers
+    simulation.play(began + settings.time_limit if settings.time_limit else 0.0, progress)
+    run, sim = simulation.record(name), simulation.sim
+    values = compare_runs([run], slo=settings.slo or derived_slo(simulation.profiles, workload)).a.values
+    steps = sum(worker.core.steps for worker in sim.workers.values())
+    return Result(values.get("request_goodput", 0.0), values, run, sim.events, steps, time.monotonic() - began)

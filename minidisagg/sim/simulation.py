@@ -1,0 +1,197 @@
+"""One run of a workload on a simulated cluster: what is offered when, and the records that come of it.
+
+Needs nothing beyond msgspec, so that it runs in a browser too.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import msgspec
+from msgspec import Struct
+
+from minidisagg.core.granularity import parse_granularity
+from minidisagg.core.messages import RequestSpec, Role, SamplingParams
+from minidisagg.core.policy import Policy
+from minidisagg.core.predictor import Predictor
+from minidisagg.core.router import RouterSpec
+from minidisagg.core.spec import EngineSpec
+from minidisagg.measure.goodput import SLO
+from minidisagg.measure.records import LinkRecord, RequestRecord, RunRecord, WorkerRecord
+from minidisagg.sim.machines import ClusterSpec, MachineCosts, find_profile
+from minidisagg.sim.profile import Profile
+from minidisagg.sim.simulator import Simulator
+from minidisagg.sim.world import World
+from minidisagg.workload.lengths import WorkItem
+
+LOOK = 4096  # events between two looks at the clock
+PIECE_BYTES = 128 << 20  # that `auto` layer groups weigh at least: a millisecond of a fast wire
+TTFT_SLO, TPOT_SLO = 8.0, 2.0  # times the unloaded prefill and decode step, as `bench` derives them
+FOREVER = 1e9  # seconds: a simulated request waits as long as it takes
+UNLIMITED = 1 << 60
+MakePolicy = Callable[[], Policy]
+
+
+class Settings(Struct, frozen=True, kw_only=True):
+    """How a workload is offered, and how it is judged."""
+
+    slo: SLO | None = None  # None: 8 unloaded prefills of the mean prompt, 2 unloaded steps
+    max_concurrency: int | None = None  # closed loop
+    seed: int = 0
+    num_warmups: int = 0
+    predictor: Predictor = "none"
+    equal_steps: bool = True
+    time_limit: float = 0.0  # seconds of this process after which it raises TimeoutError; 0: none
+
+
+class Simulation:
+    """One run under way."""
+
+    def __init__(
+        self, cluster: ClusterSpec, make_policy: MakePolicy, workload: Sequence[WorkItem], settings: Settings
+    ) -> None:
+        if not workload:
+            raise ValueError("the workload has no requests")
+        self.cluster, self.settings = cluster, settings
+        self.items = {str(item.index): item for item in workload}
+        self.profiles = {
+            name: find_profile(group.device, cluster.model, cluster.dtype, group.devices)
+            for name, group in cluster.workers()
+        }
+        specs = [self._spec(name, group.role) for name, group in cluster.workers()]
+        options = {Role.PREFILL: cluster.prefill, Role.DECODE: cluster.decode, Role.BOTH: cluster.decode}
+        router = RouterSpec(
+            UNLIMITED, UNLIMITED, FOREVER, FOREVER, FOREVER, settings.seed, settings.predictor, options
+        )  # fmt: skip
+        costs = MachineCosts(self.profiles, cluster.wire, settings.seed, cluster.spread)
+        world = World(
+            costs, router=router, seed=settings.seed, check=False, tokens=False, equal_steps=settings.equal_steps
+        )  # fmt: skip
+        self.sim = Simulator(specs, make_policy, world)
+        capacity = min(spec.num_pages for spec in specs) * cluster.page_size
+        self._check(workload, capacity)
+        # A user sets one limit for all outputs, and it is no hint: the longest of them, where the cache can hold it.
+        longest = max(item.output_len for item in workload)
+        self._limit = lambda item: max(item.output_len, min(longest, capacity - item.prompt_len))
+        self.sent: dict[str, float] = {}
+        self._waiting = sorted(workload, key=lambda item: item.arrival_s)[::-1]
+        self._left = len(workload)
+        self.sim.on_end = self._on_end
+
+    def _check(self, workload: Sequence[WorkItem], capacity: int) -> None:
+        for item in workload:
+            if item.prompt_len + item.output_len > capacity:
+                raise ValueError(
+                    f"request {item.index} has {item.prompt_len} + {item.output_len} tokens, more than the KV cache of "
+                    f"a worker, {capacity}: clamp the workload, or give the workers more memory"
+                )
+            if item.blocks and item.block_size % self.cluster.page_size:
+                raise ValueError(
+                    f"a page of {self.cluster.page_size} tokens does not divide the trace's blocks of {item.block_size}"
+                )
+
+    def _spec(self, name: str, role: Role) -> EngineSpec:
+        cluster, profile = self.cluster, self.profiles[name]
+        pages = cluster.pages or profile.pages(cluster.page_size, cluster.memory_utilization)
+        return EngineSpec(
+            name, 1, role, pages, cluster.page_size, profile.num_layers, "sim",
+            granularity=parse_granularity(cluster.granularity, PIECE_BYTES),
+            layer_bytes=profile.kv_bytes_per_token * cluster.page_size // profile.num_layers,
+            prefix_caching=cluster.prefix_caching, lease=FOREVER, link_timeout=FOREVER, step_deadline=FOREVER,
+            options=cluster.prefill if role is Role.PREFILL else cluster.decode,
+        )  # fmt: skip
+
+    # ------------------------------------------------------------ the load
+
+    def play(self, deadline: float, progress: Callable[[int], None] | None) -> None:
+        """To the end of the last request, or raises TimeoutError."""
+        if self.settings.max_concurrency is None:
+            for item in self._waiting:
+                self.sim.plan(item.arrival_s, partial(self._send, item))
+            self._waiting.clear()
+        else:
+            for _ in range(min(self.settings.max_concurrency, len(self._waiting))):
+                self._send(self._waiting.pop())
+        told = self._left
+        while self._left:
+            self.sim.run_events(LOOK)
+            if deadline and time.monotonic() > deadline:
+                raise TimeoutError(f"the simulation took more than {self.settings.time_limit:g} s")
+            if progress is not None:
+                progress(told - self._left)
+                told = self._left
+
+    def _send(self, item: WorkItem) -> None:
+        slo, name = self.settings.slo, str(item.index)
+        sampling = SamplingParams(max_tokens=self._limit(item), temperature=0.0, ignore_eos=True)
+        spec = RequestSpec(
+            prompt=range(item.prompt_len), sampling=sampling, arrival=self.sim.now, session=item.session,
+            hashes=page_names(item, self.cluster.page_size) if self.cluster.prefix_caching else [],
+            ends_after=item.output_len,
+            slo_ttft=slo.ttft / 1e3 if slo and slo.ttft else None,
+            slo_tpot=slo.tpot / 1e3 if slo and slo.tpot else None,
+        )  # fmt: skip
+        self.sent[name] = self.sim.now
+        self.sim.send(name, spec)
+
+    def _on_end(self, request_id: str) -> None:
+        self._left -= 1
+        if self._waiting:
+            item = self._waiting.pop()
+            self.sim.plan(self.sim.now, partial(self._send, item))
+
+    # ------------------------------------------------------------ what came of it
+
+    def record(self, policy: str) -> RunRecord:
+        """As a benchmark's."""
+        requests = []
+        for name, at in self.sent.items():
+            item, outcome = self.items[name], self.sim.outcomes[name]
+            stages = msgspec.structs.asdict(outcome.times) if outcome.times else {}
+            stages.pop("e2e", None)
+            requests.append(
+                RequestRecord(
+                    request_id=name, index=item.index, scheduled=at, sent=at, prompt_len=item.prompt_len,
+                    output_len=item.output_len, token_times=outcome.token_times, finish_reason=outcome.finish,
+                    error=outcome.error, rejected=outcome.finish == "reject", stages=stages,
+                    handoffs=outcome.handoffs, cached_tokens=outcome.cached_tokens, workers=outcome.workers,
+                )
+            )  # fmt: skip
+        workers, links = [], []
+        for name, worker in self.sim.workers.items():
+            role = worker.core.scheduler.role.name.lower()
+            workers.append(WorkerRecord(name=name, role=role, busy_s=worker.busy))
+            links += [
+                LinkRecord(
+                    source=name, dest=peer, kind="simulated", bytes=sent.bytes, seconds=sent.seconds,
+                    transfers=sent.transfers,
+                )
+                for peer, sent in worker.sent.items()
+            ]  # fmt: skip
+        return RunRecord(
+            label=self.cluster.mode, mode=self.cluster.mode, policy=policy, model=self.cluster.model,
+            max_concurrency=self.settings.max_concurrency, seed=self.settings.seed,
+            num_warmups=self.settings.num_warmups, requests=requests, workers=workers, links=links,
+            wall_s=self.sim.now, marks=["oracle: policies knew the lengths of outputs"]
+            if self.settings.predictor == "oracle" else [],
+        )  # fmt: skip
+
+
+def page_names(item: WorkItem, page_size: int) -> list[bytes]:
+    """Of the prompt's full pages: equal where the trace names the same block, else of this request alone."""
+    pages = item.prompt_len // page_size
+    if not item.blocks:
+        return [(1 << 63 | item.index << 24 | page).to_bytes(8, "big") for page in range(pages)]
+    each = item.block_size // page_size
+    return [(item.blocks[page // each] * each + page % each).to_bytes(8, "big") for page in range(pages)]
+
+
+def derived_slo(profiles: dict[str, Profile], workload: Sequence[WorkItem]) -> SLO:
+    """Of the mean prompt alone on the slowest worker, as `bench` calibrates it."""
+    prompt = sum(item.prompt_len for item in workload) // len(workload)
+    each = {str(profile): profile for profile in profiles.values()}.values()
+    prefill = max(profile.step_seconds([(0, prompt)], 0, 0) for profile in each)
+    step = max(profile.step_seconds((), 1, prompt) for profile in each)
+    return SLO(ttft=max(1, round(TTFT_SLO * prefill * 1e3)), tpot=max(1, round(TPOT_SLO * step * 1e3)))
