@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -17,28 +16,20 @@ from typing import Any, NoReturn
 
 import click
 from click.core import ParameterSource
-from msgspec.structs import asdict
+from msgspec.structs import asdict, replace
 
 from minidisagg import __version__
 from minidisagg.address import bare
 from minidisagg.bench.settings import (
-    DATASETS,
     PRESETS,
-    TRACES,
-    Arrivals,
     BenchOptions,
-    ReportSettings,
     ServerAddress,
-    Trials,
-    Workload,
-    check_measurable,
     make_sides,
     parse_base_url,
-    parse_concurrencies,
-    parse_rate,
     parse_share,
 )
 from minidisagg.config import DEFAULT_MODEL, MODES, ClusterSettings, ModelSettings, RunSettings
+from minidisagg.load_options import Load, SpreadCommand, load_options, read_load
 from minidisagg.measure.goodput import parse_slo
 from minidisagg.options import (
     engine_options,
@@ -52,8 +43,6 @@ from minidisagg.options import (
 )
 from minidisagg.terminal import show_what_it_can
 
-SLO_PAIR, NUMBER = re.compile(r"(ttft|tpot|itl|e2el?):"), re.compile(r"[\d.]+")
-ARRIVALS, WORKLOAD, TRIALS = Arrivals(), Workload(), Trials()
 # What `bench` takes for one of its two kinds of target only; the seed is the workload's too.
 ENGINE_FLAGS = {str(p.name) for p in engine_options(click.Command("engine")).params} - {"seed"}
 ENGINE_FLAGS |= {"mode", "against", "baseline", "plant_slowdown"}
@@ -178,18 +167,6 @@ def chat(model: str, system: str, mode: str, **flags: Any) -> None:
     from minidisagg.chat import run_chat
 
     run_chat(engine, sampling, system)
-
-
-class SpreadCommand(click.Command):
-    """Takes `--goodput ttft:200 tpot:50` as vLLM does, where click wants one value per flag, and --demo-load alone."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        spread: list[str] = []
-        for arg, after in zip(args, [*args, ""][1:], strict=True):
-            if SLO_PAIR.match(arg) and len(spread) >= 2 and spread[-2] == "--goodput":
-                spread.append("--goodput")
-            spread.append("--demo-load=1" if arg == "--demo-load" and not NUMBER.fullmatch(after) else arg)
-        return super().parse_args(ctx, spread)
 
 
 class FiniteRange(click.FloatRange):
@@ -317,35 +294,7 @@ bench_options = stack(
                      help="Where random prompts get their token ids from.  [default: the server's model]"),
         click.option("--preset", type=click.Choice(list(PRESETS)), is_eager=True, callback=_use_preset,
                      help="quick: a first comparison in two minutes and a half."),
-        click.option("--find-goodput", is_flag=True, help="Search the highest rate at which 90 % meet the SLOs."),
-        click.option("--goodput", multiple=True, metavar="NAME:MS …", 
-                     help="SLOs, as in: --goodput ttft:200 tpot:50  [default: 8 unloaded prefills, 2 steps]"),
-        click.option("--request-rate", metavar="RATE",
-                     help="Requests per second, inf, or 0.5x: half of what one prefill worker was measured to do, "
-                         "one request at a time under fcfs whatever the sides' policies, on the disagg side if there "
-                         f"is one.  [default: {ARRIVALS.request_rate}x, or the trace's own times]"),
-        click.option("--burstiness", type=float, default=ARRIVALS.burstiness, show_default=True,
-                     help="Shape of the gaps between arrivals: 1 is a Poisson process, less is burstier."),
-        click.option("--max-concurrency", default="", metavar="N[,N…]",
-                     help="Closed loop: as many requests at a time. A list is a sweep."),
-        click.option("--num-prompts", type=positive,
-                     help=f"Of each run.  [default: {WORKLOAD.num_prompts}; with --preset quick by the rate]"),
-        click.option("--num-warmups", type=click.IntRange(min=0), default=ARRIVALS.num_warmups, show_default=True),
-        click.option("--repeats", type=positive, default=TRIALS.repeats, show_default=True),
-        click.option("--dataset-name", type=click.Choice(DATASETS), default=WORKLOAD.dataset_name, show_default=True),
-        click.option("--dataset-path", type=click.Path(exists=True, dir_okay=False), default=None, metavar="FILE"),
-        click.option("--random-input-len", type=positive, default=WORKLOAD.input_len, show_default=True),
-        click.option("--random-output-len", type=positive, default=WORKLOAD.output_len, show_default=True),
-        click.option("--random-range-ratio", type=float, default=WORKLOAD.range_ratio, show_default=True,
-                     help="Lengths are uniform in [1 - r, 1 + r] of the above."),
-        click.option("--trace-speedup", type=float, default=WORKLOAD.trace_speedup, show_default=True,
-                     help="Divides the trace's times."),
-        click.option("--trace-scale-len", type=float, default=WORKLOAD.trace_scale_len, show_default=True,
-                     help="Multiplies the trace's lengths."),
-        click.option("--result-dir", default="bench-results", show_default=True, metavar="DIR",
-                     help="Each run gets a directory of its own in it."),
         click.option("--dry-run", is_flag=True, help="Say what would be done, and how long it would take."),
-        click.option("--json", "as_json", is_flag=True, help="The result as JSON on stdout."),
     ]
 )
 # fmt: on
@@ -354,6 +303,7 @@ bench_options = stack(
 @cli.command(cls=SpreadCommand)
 @model_argument
 @bench_options
+@load_options
 @engine_options
 @click.pass_context
 def bench(ctx: click.Context, /, model: str, mode: str, against: str, base_url: str, **flags: Any) -> int:
@@ -377,7 +327,8 @@ def bench(ctx: click.Context, /, model: str, mode: str, against: str, base_url: 
         server = None
     api_key = flags.pop("api_key")
     fit = flags["preset"] == "quick" and not given & {"random_input_len", "random_output_len"}
-    options = _read_bench(model, mode, against, server, {**flags, "fit": fit and server is None})
+    load = read_load(flags, flags["preset"], fit and server is None)
+    options = _read_bench(model, mode, against, server, load, flags)
     from minidisagg.bench.compare import run
 
     return run(options) if server is None else run(options, api_key)
@@ -389,7 +340,7 @@ def _check_given(given: set[str], refused: set[str], why: str) -> None:
 
 
 def _read_bench(
-    model: str, mode: str, against: str, server: ServerAddress | None, flags: dict[str, Any]
+    model: str, mode: str, against: str, server: ServerAddress | None, load: Load, flags: dict[str, Any]
 ) -> BenchOptions:
     sides: tuple[ClusterSettings, ...] = ()
     planted = parse_share(flags["plant_slowdown"])
@@ -400,49 +351,13 @@ def _read_bench(
             raise ValueError("--plant-slowdown slows side B down: it needs --mode both or --against")
     else:
         settings, run = ModelSettings(model=server.model), RunSettings(seed=flags["seed"])
-    if flags["dataset_name"] in TRACES and not flags["dataset_path"]:
-        raise ValueError(f"--dataset-name {flags['dataset_name']} needs --dataset-path FILE")
-    has_times = flags["dataset_name"] in TRACES and flags["dataset_name"] != "sharegpt"
-    default_rate = (0.0, False) if has_times else (ARRIVALS.request_rate, ARRIVALS.relative)
-    rate, relative = parse_rate(flags["request_rate"]) if flags["request_rate"] else default_rate
-    concurrencies = parse_concurrencies(flags["max_concurrency"])
-    if flags["find_goodput"] and (concurrencies or not 0 < rate < math.inf):
-        raise ValueError(
-            "--find-goodput searches for a rate: it starts at a finite --request-rate, which a trace must be given, "
-            "and takes no --max-concurrency"
-        )
-    prompts = flags["num_prompts"] or (0 if flags["preset"] else WORKLOAD.num_prompts)
-    if prompts:
-        check_measurable(prompts, flags["num_warmups"], math.isinf(rate) and not concurrencies)
     return BenchOptions(
         model=settings,
         sides=sides,
         server=server,
         run=run,
-        workload=Workload(
-            dataset_name=flags["dataset_name"],
-            dataset_path=flags["dataset_path"] or "",
-            num_prompts=prompts,
-            input_len=flags["random_input_len"],
-            output_len=flags["random_output_len"],
-            range_ratio=flags["random_range_ratio"],
-            trace_speedup=flags["trace_speedup"],
-            trace_scale_len=flags["trace_scale_len"],
-            fit=flags["fit"] and flags["dataset_name"] == "random",
-        ),
-        arrivals=Arrivals(
-            request_rate=rate,
-            relative=relative,
-            burstiness=flags["burstiness"],
-            max_concurrency=concurrencies,
-            num_warmups=flags["num_warmups"],
-        ),
-        trials=Trials(
-            repeats=flags["repeats"],
-            find_goodput=flags["find_goodput"],
-            preset=flags["preset"],
-            slo=parse_slo(flags["goodput"]) if flags["goodput"] else None,
-            planted=planted,
-        ),
-        report=ReportSettings(directory=flags["result_dir"], json=flags["as_json"], dry_run=flags["dry_run"]),
+        workload=load.workload,
+        arrivals=load.arrivals,
+        trials=replace(load.trials, planted=planted),
+        report=replace(load.report, dry_run=flags["dry_run"]),
     )

@@ -15,12 +15,14 @@ from msgspec.structs import replace
 from minidisagg.bench import runs, sides
 from minidisagg.bench.compare import SEARCH
 from minidisagg.bench.runs import quick_prompts
-from minidisagg.bench.settings import Arrivals, BenchOptions, Trials
+from minidisagg.bench.settings import BenchOptions
 from minidisagg.cli import main
 from minidisagg.config import ClusterSettings, ModelSettings, RunSettings, WorkerSettings
 from minidisagg.core.inputlog import read_entries, replay
+from minidisagg.measure.settings import Trials
 from minidisagg.policies import load_policy
 from minidisagg.runtime.frontend import Frontend
+from minidisagg.workload.settings import Arrivals
 
 pytestmark = needs_two_cores
 FILES = {"options.json", "report.html", "requests.jsonl", "result.json", "trace.json"}

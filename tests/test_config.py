@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
-from minidisagg.bench.settings import make_sides, parse_rate
+from minidisagg.bench.settings import make_sides
 from minidisagg.config import (
     STAGES,
     ClusterSettings,
@@ -35,6 +35,7 @@ from minidisagg.options import (
     read_sampling,
     sampling_options,
 )
+from minidisagg.workload.settings import parse_rate
 
 # ---------------------------------------------------------------- parsing
 

@@ -25,11 +25,15 @@ from minidisagg.measure.goodput import (
     parse_slo,
 )
 from minidisagg.measure.intervals import Ratio, block_weights, compare, resampled, share_error, student_t
-from minidisagg.measure.records import LinkRecord, RequestRecord, RunRecord, WorkerRecord
+from minidisagg.measure.records import TRIM, LinkRecord, RequestRecord, RunRecord, WorkerRecord
 from minidisagg.measure.report import render
 from minidisagg.measure.run_directory import to_dict, write_run_directory
 from minidisagg.measure.stats import Sample, Samples, Window, samples_of, send_lag, summarize, void_reasons, window_of
 from minidisagg.workload.arrivals import arrival_times
+
+
+def summary(run: RunRecord, slo: SLO | None = None, trim: float = TRIM) -> dict[str, object]:
+    return summarize(run, samples_of(run, slo, trim), slo)
 
 
 def record(index: int, scheduled: float, *tokens: float, **more: Any) -> RequestRecord:
@@ -51,7 +55,7 @@ def test_latencies_by_hand() -> None:
             record(4, 0.0, rejected=True),
         ],
     )
-    result = summarize(run, SLO(ttft=2000, tpot=300))
+    result = summary(run, SLO(ttft=2000, tpot=300))
     assert result["mean_ttft_ms"] == pytest.approx(7000 / 3)  # from the scheduled arrival, not from `sent`
     assert result["median_ttft_ms"] == result["p50_ttft_ms"] == pytest.approx(2000)
     assert result["p90_ttft_ms"] == pytest.approx(3600)
@@ -75,7 +79,7 @@ def test_latencies_by_hand() -> None:
 
 def test_result_has_vllms_keys() -> None:
     run = RunRecord(label="x", requests=[record(i, i, i + 0.5, i + 0.6, i + 0.7) for i in range(20)])
-    keys = set(summarize(run, SLO(ttft=600)))
+    keys = set(summary(run, SLO(ttft=600)))
     expected = {"duration", "completed", "failed", "total_input_tokens", "total_output_tokens", "num_prompts"}
     expected |= {"request_throughput", "request_goodput", "output_throughput", "total_token_throughput"}
     expected |= {"request_rate", "burstiness", "max_concurrency", "model_id", "label"}
@@ -83,7 +87,7 @@ def test_result_has_vllms_keys() -> None:
         expected |= {f"{kind}_{metric}_ms" for kind in ("mean", "median", "std", "p50", "p90", "p99")}
     assert expected <= keys
     assert "mean_handoff_ms" not in keys
-    json.dumps(summarize(run))
+    json.dumps(summary(run))
 
 
 def test_window_drops_warm_up_and_drain_by_schedule() -> None:
@@ -91,11 +95,11 @@ def test_window_drops_warm_up_and_drain_by_schedule() -> None:
     window = window_of(RunRecord(label="x", requests=requests[::-1]))  # order of completion does not matter
     assert (window.first, window.last, window.start, window.end) == (2, 38, 2.0, 38.0)
     assert window_of(RunRecord(label="x", requests=requests, num_warmups=10)).first == 10
-    result = summarize(RunRecord(label="x", requests=requests))
+    result = summary(RunRecord(label="x", requests=requests))
     # In [2, 38) every second has one first token and one last token, also of requests that were dropped.
     assert result["measured"] == result["completed"] == 36
     assert result["total_output_tokens"] == 72 and result["output_throughput"] == pytest.approx(2.0)
-    whole = summarize(RunRecord(label="x", requests=requests), trim=0.0)  # vLLM's way: all of it
+    whole = summary(RunRecord(label="x", requests=requests), trim=0.0)  # vLLM's way: all of it
     assert (whole["completed"], whole["duration"]) == (40, pytest.approx(40.75))
     with pytest.raises(ValueError, match="nothing to measure"):
         window_of(RunRecord(label="x", requests=requests, num_warmups=40))

@@ -21,8 +21,8 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from minidisagg.bench.runs import QUICK_PROMPTS, QUICK_SECONDS, Bench, build_items, describe_workload, quick_prompts
-from minidisagg.bench.settings import BenchOptions, check_length, check_measurable
+from minidisagg.bench.runs import QUICK_PROMPTS, QUICK_SECONDS, Bench, quick_prompts
+from minidisagg.bench.settings import BenchOptions
 from minidisagg.bench.sides import describe, labels, make_workers
 from minidisagg.measure.comparison import TIMES, Comparison, marks_of
 from minidisagg.measure.goodput import GoodputResult, find_goodput
@@ -39,12 +39,14 @@ from minidisagg.measure.run_directory import (
     write_options,
     write_run_directory,
 )
+from minidisagg.measure.settings import check_measurable
 from minidisagg.measure.stats import samples_of, void_reasons
 from minidisagg.measure.timeline import write_timeline
 from minidisagg.model.loader import load_config
 from minidisagg.model.pull import ensure
 from minidisagg.policies import load_policy
 from minidisagg.workload.arrivals import arrival_times
+from minidisagg.workload.settings import build_items, check_length, describe_workload
 
 SEARCH = {"": {"max_runs": 16, "tolerance": 0.05}, "quick": {"max_runs": 10, "tolerance": 0.1}}  # by preset
 

@@ -16,7 +16,6 @@ import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from functools import partial
-from pathlib import Path
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -25,15 +24,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from minidisagg.bench.client import worker_records
 from minidisagg.bench.http_client import HttpServer
-from minidisagg.bench.settings import TEXTS, BenchOptions, ServerAddress, Workload, check_length, check_measurable
+from minidisagg.bench.settings import BenchOptions, ServerAddress
 from minidisagg.bench.sides import Arrangement, Side, describe, make_sides
 from minidisagg.measure.comparison import Comparison, compare_runs
 from minidisagg.measure.goodput import SLO
 from minidisagg.measure.records import RequestRecord, RunRecord
+from minidisagg.measure.settings import check_measurable
 from minidisagg.measure.timeline import Timeline
 from minidisagg.workload.arrivals import arrival_times
-from minidisagg.workload.lengths import Encode, WorkItem, random_items, text_items, with_arrivals, with_prompts
-from minidisagg.workload.traces import load_trace
+from minidisagg.workload.lengths import WorkItem, with_arrivals, with_prompts
+from minidisagg.workload.settings import TEXTS, build_items, check_length, describe_workload
 
 CALIBRATION, QUICK_CALIBRATION, LOOK = 6, 4, 2  # requests one at a time; the last for a first look
 CALIBRATION_OUTPUT = 17  # most tokens of such a request
@@ -280,36 +280,6 @@ class Bench:
         return await asyncio.to_thread(
             compare_runs, runs[0], runs[1] if len(runs) > 1 else (), self.slo, seed=self.options.run.seed
         )
-
-
-def build_items(
-    workload: Workload, count: int, seed: int = 0, encode: Encode | None = None, max_model_len: int | None = None
-) -> tuple[list[WorkItem], str]:
-    """The workload's requests, and what was left out of a trace; traces bring their own arrival times."""
-    if workload.dataset_name == "random":
-        return random_items(count, workload.input_len, workload.output_len, workload.range_ratio, seed), ""
-    if workload.dataset_name == "text":
-        return text_items(count, workload.output_len, encode, seed), ""
-    items, report = load_trace(
-        workload.dataset_name,
-        workload.dataset_path,
-        count=count,
-        speedup=workload.trace_speedup,
-        scale_len=workload.trace_scale_len,
-        max_model_len=max_model_len,
-        encode=encode,
-    )
-    return items, str(report)
-
-
-def describe_workload(workload: Workload) -> str:
-    """One line for a person."""
-    if workload.dataset_name == "random":
-        spread = f" ± {workload.range_ratio:.0%}" if workload.range_ratio else ""
-        return f"random {workload.input_len} in, {workload.output_len} out{spread}"
-    if workload.dataset_name == "text":
-        return f"English text, {workload.output_len} out"
-    return f"{workload.dataset_name} trace {Path(workload.dataset_path).name}"
 
 
 def quick_prompts(options: BenchOptions, rate: float) -> int:

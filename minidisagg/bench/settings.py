@@ -2,74 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from typing import Literal
-
 from msgspec import Struct
 from msgspec.structs import replace
 
 from minidisagg.address import parse_server_url
 from minidisagg.config import MODES, ClusterSettings, ModelSettings, RunSettings, parse_worker
 from minidisagg.core.granularity import parse_granularity
-from minidisagg.measure.goodput import SLO
-from minidisagg.measure.records import TRIM
+from minidisagg.measure.settings import ReportSettings, Trials
 from minidisagg.transfer.kinds import KINDS
+from minidisagg.workload.settings import Arrivals, Workload
 
-Dataset = Literal["random", "text", "sharegpt", "azure", "mooncake", "burstgpt"]
-DATASETS: tuple[Dataset, ...] = ("random", "text", "sharegpt", "azure", "mooncake", "burstgpt")
-TEXTS = ("text", "sharegpt")  # data sets whose prompts are texts
 LINK_KEYS = ("link", "transfer_granularity")  # in which, beside its workers' settings, a baseline can differ
-TRACES = ("sharegpt", "azure", "mooncake", "burstgpt")  # data sets that are a file
-
-
-class Workload(Struct, frozen=True, kw_only=True):
-    """What is sent. `trace_*` are for data sets that are a file: times divided by, lengths multiplied by.
-
-    `num_prompts` 0: as many as the quick preset finds right for the rate. `fit`: where the machine is too slow for
-    that preset, it shortens the random lengths.
-    """
-
-    dataset_name: Dataset = "random"
-    dataset_path: str = ""
-    num_prompts: int = 300
-    input_len: int = 256
-    output_len: int = 64
-    range_ratio: float = 0.0
-    fit: bool = False
-    trace_speedup: float = 1.0
-    trace_scale_len: float = 1.0
-
-
-class Arrivals(Struct, frozen=True, kw_only=True):
-    """When it is sent. With `max_concurrency` (one value, or several for a sweep) the loop is closed instead.
-
-    `relative`: `request_rate` counts in capacities of one prefill worker, measured before the runs. A rate of 0 means
-    the times in the trace.
-    """
-
-    request_rate: float = 0.5
-    relative: bool = True
-    burstiness: float = 1.0
-    max_concurrency: tuple[int, ...] = ()
-    num_warmups: int = 8
-
-
-class Trials(Struct, frozen=True, kw_only=True):
-    """How often, and what is looked for. `planted`: each step of side B is slowed down by this share of its time."""
-
-    repeats: int = 3
-    find_goodput: bool = False
-    slo: SLO | None = None
-    preset: str = ""
-    planted: float = 0.0
-
-
-class ReportSettings(Struct, frozen=True, kw_only=True):
-    """Where the results go. A dry run only says what would be done; `json` puts result.json on stdout, not a table."""
-
-    directory: str
-    json: bool = False
-    dry_run: bool = False
 
 
 class ServerAddress(Struct, frozen=True, kw_only=True):
@@ -150,49 +93,9 @@ def parse_share(text: str) -> float:
     return share
 
 
-def check_measurable(prompts: int, warmups: int, at_once: bool) -> None:
-    """Raises ValueError where warm-up and drain leave nothing of a run (see `stats.window_of`)."""
-    cut = 0 if at_once else math.ceil(TRIM * prompts)
-    if max(warmups, cut) >= prompts - cut:
-        drain = f", and {cut} at the end left out" if cut else ""
-        raise ValueError(f"--num-prompts {prompts} with --num-warmups {warmups}{drain}: nothing is left to measure")
-
-
-def check_length(workload: Workload, limit: int) -> None:
-    """Raises ValueError where a random request can be longer than `limit` tokens. Traces are clamped to it."""
-    longest = sum(math.ceil(mean * (1 + workload.range_ratio)) for mean in (workload.input_len, workload.output_len))
-    if workload.dataset_name == "random" and longest > limit:
-        raise ValueError(
-            f"--random-input-len {workload.input_len} and --random-output-len {workload.output_len} make requests of "
-            f"up to {longest} tokens, more than the limit of {limit}"
-        )
-
-
 def parse_base_url(text: str) -> str:
     """What `parse_server_url` makes of --base-url. Raises ValueError."""
     try:
         return parse_server_url(text)
     except ValueError as error:
         raise ValueError(f"--base-url {text!r}: {error}") from None
-
-
-def parse_rate(text: str) -> tuple[float, bool]:
-    """`2.5` and `inf` are requests per second; `0.5x` is half of a prefill worker's capacity. (rate, relative)."""
-    relative = text.endswith("x")
-    try:
-        rate = float(text.removesuffix("x"))
-    except ValueError:
-        rate = 0.0
-    if not rate > 0.0 or (relative and rate == float("inf")):
-        raise ValueError(
-            f"request rate {text!r}: write requests per second, inf, or 0.5x of one prefill worker's capacity"
-        )
-    return rate, relative
-
-
-def parse_concurrencies(text: str) -> tuple[int, ...]:
-    """ "1,4,16" → (1, 4, 16). Raises `ValueError`."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise ValueError(f"--max-concurrency {text!r}: expected a positive number, or several joined by commas")
-    return tuple(map(int, parts))

@@ -18,6 +18,7 @@ from minidisagg.core.messages import StepOutput
 WINDOW = 128  # steps that count
 SCALES = 1.0, 1e-3, 1e-1, 1e-5  # of the four inputs, so that their coefficients are about alike
 RIDGE = 1e-9  # share of the squares that pulls a coefficient to 0 which no step has told apart from the others
+NOTHING = 1e-9  # what is left of a sum, by rounding, when all that was in it has gone
 
 Row = tuple[float, float, float, float]
 
@@ -46,36 +47,43 @@ class StepLearner:
 
     def __init__(self) -> None:
         self._steps: deque[Row] = deque()  # inputs over seconds, so that a relative error is squared
+        self._squares = [[0.0] * 4 for _ in range(4)]  # of these, summed
+        self._sums = [0.0] * 4
         self._last = (-1, -1)
         self._costs: StepCosts | None = StepCosts()  # None: to be fitted again
 
     def learn(self, step: StepOutput) -> None:
         """What one step has taken."""
         composition = step.prefill_tokens, step.decode_tokens
-        if composition == self._last or not any(composition) or step.seconds <= 0:
+        if composition == self._last or composition == (0, 0) or step.seconds <= 0:
             return
         self._last = composition
         inputs = 1, step.prefill_tokens, step.decode_tokens, step.context_tokens
         a, b, c, d = (scale * value / step.seconds for scale, value in zip(SCALES, inputs, strict=True))
+        self._count((a, b, c, d), 1.0)
         self._steps.append((a, b, c, d))
         if len(self._steps) > WINDOW:
-            self._steps.popleft()
+            self._count(self._steps.popleft(), -1.0)
         self._costs = None
+
+    def _count(self, row: Row, sign: float) -> None:
+        for i, value in enumerate(row):
+            self._sums[i] += sign * value
+            squares = self._squares[i]
+            for j, other in enumerate(row):
+                squares[j] += sign * value * other
 
     @property
     def costs(self) -> StepCosts:
         """By the steps up to now."""
         if self._costs is None:
-            self._costs = StepCosts(*_fit(self._steps))
+            self._costs = StepCosts(*_fit(self._squares, self._sums))
         return self._costs
 
 
-def _fit(rows: deque[Row]) -> list[float]:
+def _fit(squares: list[list[float]], sums: list[float]) -> list[float]:
     """Coefficients ≥ 0 with rows · coefficients ≈ 1: what comes out negative is left out, the worst first."""
-    columns = list(zip(*rows, strict=True))
-    squares = [[sum(map(float.__mul__, one, other)) for other in columns] for one in columns]
-    sums = [sum(column) for column in columns]
-    free = [i for i in range(4) if squares[i][i] > 0.0]
+    free = [i for i in range(4) if squares[i][i] > NOTHING]
     while True:
         matrix = [[squares[i][j] * (1.0 + RIDGE * (i == j)) for j in free] + [sums[i]] for i in free]
         found = dict(zip(free, _solve(matrix), strict=True))

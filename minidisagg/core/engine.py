@@ -139,6 +139,8 @@ class EngineCore(Accounts):
 
     def _on_schedule(self, what: Schedule) -> StepPlan | None:
         self._grant_offers()
+        if not (self.scheduler.running or self.scheduler.waiting):
+            return None
         batch = self.scheduler.compose()
         if batch is None:
             self.check_stall()

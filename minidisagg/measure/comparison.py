@@ -73,6 +73,12 @@ def compare_runs(
 
 
 def _side(runs: Sequence[RunRecord], samples: Sequence[Samples], slo: SLO | None, suffix: str) -> Side:
+    results = [summarize(run, one, slo) for run, one in zip(runs, samples, strict=True)]
+    return Side(runs[0].label + suffix, values_of(samples), list(runs), results)
+
+
+def values_of(samples: Sequence[Samples]) -> dict[str, float]:
+    """Each statistic as the center of its repetitions, in seconds and per second."""
     values: dict[str, float] = {}
     for metric in dict.fromkeys(name for one in samples for name in one.metrics):
         plain = metric in RATES or metric == "attainment"
@@ -80,7 +86,7 @@ def _side(runs: Sequence[RunRecord], samples: Sequence[Samples], slo: SLO | None
             seen = [value_of(one.metrics.get(metric), kind) for one in samples]
             if seen := [value for value in seen if not math.isnan(value)]:
                 values[metric if plain else f"{kind}_{metric}"] = center(seen)
-    return Side(runs[0].label + suffix, values, list(runs), [summarize(run, slo) for run in runs])
+    return values
 
 
 def marks_of(runs: Sequence[RunRecord], repeats: int) -> list[str]:

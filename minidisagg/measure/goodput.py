@@ -32,7 +32,9 @@ class SLO(Struct, frozen=True):
         if not record.ok:
             return False
         first, last, n = record.token_times[0], record.token_times[-1], len(record.token_times)
-        gaps = sorted(b - a for a, b in pairwise(record.token_times)) or [0.0]
+        gaps = [0.0]
+        if self.itl is not None and n > 1:
+            gaps = sorted(b - a for a, b in pairwise(record.token_times))
         seen = {
             "ttft": first - record.scheduled,
             "tpot": (last - first) / (n - 1) if n > 1 else 0.0,

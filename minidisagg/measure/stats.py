@@ -166,12 +166,11 @@ def value_of(sample: Sample | None, statistic: str = "mean") -> float:
     return float(np.percentile(sample.values, float(statistic.removeprefix("p"))))
 
 
-def summarize(run: RunRecord, slo: SLO | None = None, trim: float = TRIM) -> dict[str, object]:
+def summarize(run: RunRecord, samples: Samples, slo: SLO | None = None) -> dict[str, object]:
     """The result dictionary of one run, under vLLM's keys where it has them; counts and totals are of the window.
 
     Latencies are in milliseconds. Where a metric has no values (no handoff in colocated mode) its keys are absent.
     """
-    samples = samples_of(run, slo, trim)
     metrics, window = samples.metrics, samples.window
     output = float(metrics["output_throughput"].values.sum())
     result: dict[str, object] = {

@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from minidisagg.measure.comparison import compare_runs
+from minidisagg.measure.comparison import values_of
 from minidisagg.measure.records import RunRecord
+from minidisagg.measure.stats import samples_of
 from minidisagg.policies import load_policy
 from minidisagg.sim.machines import ClusterSpec, parse_cluster
 from minidisagg.sim.simulation import MakePolicy, Settings, Simulation, derived_slo
@@ -56,6 +57,6 @@ def simulate(
     simulation.sim.observers += observers
     simulation.play(began + settings.time_limit if settings.time_limit else 0.0, progress)
     run, sim = simulation.record(name), simulation.sim
-    values = compare_runs([run], slo=settings.slo or derived_slo(simulation.profiles, workload)).a.values
+    values = values_of([samples_of(run, settings.slo or derived_slo(simulation.profiles, workload))])
     steps = sum(worker.core.steps for worker in sim.workers.values())
-    return Result(values.get("request_goodput", 0.0), values, run, sim.events, steps, time.monotonic() - began)
+    return Result(values.get("request_goodput", 0.0), values, run, sim.happened, steps, time.monotonic() - began)

@@ -72,9 +72,7 @@ class Simulation:
         self.sim = Simulator(specs, make_policy, world)
         capacity = min(spec.num_pages for spec in specs) * cluster.page_size
         self._check(workload, capacity)
-        # A user sets one limit for all outputs, and it is no hint: the longest of them, where the cache can hold it.
-        longest = max(item.output_len for item in workload)
-        self._limit = lambda item: max(item.output_len, min(longest, capacity - item.prompt_len))
+        self._capacity, self._longest = capacity, max(item.output_len for item in workload)
         self.sent: dict[str, float] = {}
         self._waiting = sorted(workload, key=lambda item: item.arrival_s)[::-1]
         self._left = len(workload)
@@ -125,7 +123,9 @@ class Simulation:
 
     def _send(self, item: WorkItem) -> None:
         slo, name = self.settings.slo, str(item.index)
-        sampling = SamplingParams(max_tokens=self._limit(item), temperature=0.0, ignore_eos=True)
+        # A user sets one limit for all outputs, and it is no hint: the longest of them, where the cache can hold it.
+        limit = max(item.output_len, min(self._longest, self._capacity - item.prompt_len))
+        sampling = SamplingParams(max_tokens=limit, temperature=0.0, ignore_eos=True)
         spec = RequestSpec(
             prompt=range(item.prompt_len), sampling=sampling, arrival=self.sim.now, session=item.session,
             hashes=page_names(item, self.cluster.page_size) if self.cluster.prefix_caching else [],

@@ -66,7 +66,7 @@ class Simulator:
         self.poison: set[str] = set()
         self.orderly = not world.tokens and self.chaos == type(self.chaos)()
         self.deaths = 0
-        self.events = 0
+        self.happened = 0
         self.one_sided = any(spec.one_sided_links for spec in specs)
         self.planes = max(spec.num_layers if spec.granularity.layered else 1 for spec in specs)
         self.on_end: Callable[[str], None] = lambda _: None
@@ -158,7 +158,7 @@ class Simulator:
             self._next()
 
     def _next(self) -> None:
-        self.events += 1
+        self.happened += 1
         self.now, _, _, action = heapq.heappop(self._events)
         action()
         if self.world.check:
@@ -199,7 +199,9 @@ class Simulator:
         self.router.on_tick(self.now)
         self._drain_router()
         for worker in self.workers.values():
-            self._inside(worker, partial(self._worker_tick, worker), cuts=False)
+            if not worker.silent:
+                self._inside(worker, partial(self._worker_tick, worker), cuts=False)
+                worker.silent = self.orderly and worker.core.idle
         self.at(self.now + TICK, self._tick)
 
     def _worker_tick(self, worker: SimWorker) -> None:
@@ -219,6 +221,7 @@ class Simulator:
                 self.at(worker.stalled_until, lambda: self._resume(worker))
             return
         self._touched.add(worker.core.spec.name)
+        worker.silent = False
         if cuts and worker.repeats:
             self._tell_equal_steps(worker)
         action()

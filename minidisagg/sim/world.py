@@ -55,6 +55,7 @@ class SimWorker:
         self.stalled_until = 0.0
         self.backlog: list[Callable[[], None]] = []  # what happens to it while it is stopped
         self.alive = True
+        self.silent = False  # it is idle, has said so, and nobody waits for a sign of life
         self.steps: deque[Step] = deque()  # under way; the device computes the first
         self.device_free_at = 0.0
         self.busy = 0.0  # seconds of all steps that have ended

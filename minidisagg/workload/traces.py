@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import codecs
 import csv
+import heapq
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -79,46 +80,62 @@ def load_trace(
     """
     if kind not in _READERS:
         raise ValueError(f"unknown trace kind {kind!r}, choose from {', '.join(sorted(_READERS))}")
-    if not (0 < speedup < math.inf and 0 < scale_len < math.inf):
-        raise ValueError(f"trace speedup and length scale must be positive, not {speedup} and {scale_len}")
-    if max_model_len is not None and max_model_len < 2:
-        raise ValueError(f"max model length must be at least 2, not {max_model_len}")
-    rows = list(_READERS[kind](Path(path), encode))
-    usable = sorted((row for row in rows if row.prompt_len > 0 and row.output_len > 0), key=lambda row: row.arrival_s)
-    if not usable:
+    skipped, longest = 0, 0
+
+    def usable() -> Iterator[_Row]:
+        nonlocal skipped, longest
+        for row in _READERS[kind](Path(path), encode):
+            if row.prompt_len > 0 and row.output_len > 0:
+                longest = max(longest, row.prompt_len, row.output_len)
+                yield row
+            else:
+                skipped += 1
+
+    # Of a file of millions of rows no more is kept than is wanted.
+    rows = sorted(usable(), key=_arrival) if count is None else heapq.nsmallest(count, usable(), key=_arrival)
+    if not longest:
         raise ValueError(f"{path}: no requests with prompt and output tokens")
-    skipped = len(rows) - len(usable)
-    if max(max(row.prompt_len, row.output_len) for row in usable) * scale_len > MAX_TOKENS:
+    if longest * scale_len > MAX_TOKENS:
         raise ValueError(f"{path}: a length scale of {scale_len} makes requests of more than {MAX_TOKENS} tokens")
-    if (usable[-1].arrival_s - usable[0].arrival_s) / speedup > MAX_SECONDS:
+    if rows and (rows[-1].arrival_s - rows[0].arrival_s) / speedup > MAX_SECONDS:
         raise ValueError(f"{path}: at a speedup of {speedup} the trace takes more than {MAX_SECONDS:.0e} s")
-    block_size = max(1, round(MOONCAKE_BLOCK * scale_len))
-    items, clamped = [], 0
-    for index, row in enumerate(usable[:count]):
-        item = _item(index, row, (row.arrival_s - usable[0].arrival_s) / speedup, scale_len, block_size)
-        fitted = _clamp(item, max_model_len)
-        clamped += fitted is not item
-        items.append(fitted)
+    items = [
+        WorkItem(
+            index=index, arrival_s=row.arrival_s - rows[0].arrival_s, prompt_len=row.prompt_len,
+            output_len=row.output_len, prompt=row.prompt, prompt_text=row.text, blocks=row.blocks,
+            block_size=MOONCAKE_BLOCK if row.blocks else 0, session=row.session,
+        )
+        for index, row in enumerate(rows)
+    ]  # fmt: skip
+    items, clamped = fitted(items, speedup, scale_len, max_model_len)
     duration = items[-1].arrival_s if items else 0.0
     return items, TraceReport(used=len(items), skipped=skipped, clamped=clamped, duration_s=duration)
 
 
-def _item(index: int, row: _Row, arrival_s: float, scale_len: float, block_size: int) -> WorkItem:
-    item = WorkItem(
-        index=index,
-        arrival_s=arrival_s,
-        prompt_len=row.prompt_len,
-        output_len=row.output_len,
-        prompt=row.prompt,
-        prompt_text=row.text,
-        blocks=row.blocks,
-        block_size=block_size if row.blocks else 0,
-        session=row.session,
-    )
-    prompt_len = max(1, round(row.prompt_len * scale_len))
-    if row.blocks:  # rounding the block size must not leave tokens without a block
-        prompt_len = min(prompt_len, len(row.blocks) * block_size)
-    return _cut(item, prompt_len, max(1, round(row.output_len * scale_len)))
+def fitted(
+    items: Sequence[WorkItem], speedup: float = 1.0, scale_len: float = 1.0, max_model_len: int | None = None
+) -> tuple[list[WorkItem], int]:
+    """The items at another speed, of other lengths, and clamped, as `load_trace` says; and how many were clamped."""
+    if not (0 < speedup < math.inf and 0 < scale_len < math.inf):
+        raise ValueError(f"trace speedup and length scale must be positive, not {speedup} and {scale_len}")
+    if max_model_len is not None and max_model_len < 2:
+        raise ValueError(f"max model length must be at least 2, not {max_model_len}")
+    scaled = [_scaled(item, speedup, scale_len) for item in items]
+    clamped = [_clamp(item, max_model_len) for item in scaled]
+    return clamped, sum(one is not other for one, other in zip(clamped, scaled, strict=True))
+
+
+def _arrival(row: _Row) -> float:
+    return row.arrival_s
+
+
+def _scaled(item: WorkItem, speedup: float, scale_len: float) -> WorkItem:
+    prompt_len = max(1, round(item.prompt_len * scale_len))
+    block_size = max(1, round(item.block_size * scale_len)) if item.blocks else 0
+    if item.blocks:  # rounding the block size must not leave tokens without a block
+        prompt_len = min(prompt_len, len(item.blocks) * block_size)
+    item = replace(item, arrival_s=item.arrival_s / speedup, block_size=block_size)
+    return _cut(item, prompt_len, max(1, round(item.output_len * scale_len)))
 
 
 def _clamp(item: WorkItem, max_model_len: int | None) -> WorkItem:

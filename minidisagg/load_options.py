@@ -1,0 +1,143 @@
+"""Flags that say what load is offered and how it is judged, of `bench` and `simulate` alike."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any, NamedTuple
+
+import click
+
+from minidisagg.measure.goodput import parse_slo
+from minidisagg.measure.settings import ReportSettings, Trials, check_measurable
+from minidisagg.options import positive, stack
+from minidisagg.workload.settings import (
+    DATASETS,
+    SYNTHETIC,
+    TRACES,
+    Arrivals,
+    Workload,
+    parse_concurrencies,
+    parse_rate,
+)
+
+SLO_PAIR, NUMBER = re.compile(r"(ttft|tpot|itl|e2el?):"), re.compile(r"[\d.]+")
+ARRIVALS, WORKLOAD, TRIALS = Arrivals(), Workload(), Trials()
+
+
+class SpreadCommand(click.Command):
+    """Takes `--goodput ttft:200 tpot:50` as vLLM does, where click wants one value per flag, and --demo-load alone."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        spread: list[str] = []
+        for arg, after in zip(args, [*args, ""][1:], strict=True):
+            if SLO_PAIR.match(arg) and len(spread) >= 2 and spread[-2] == "--goodput":
+                spread.append("--goodput")
+            spread.append("--demo-load=1" if arg == "--demo-load" and not NUMBER.fullmatch(after) else arg)
+        return super().parse_args(ctx, spread)
+
+
+class DatasetName(click.types.StringParamType):
+    """A choice; of the synthetic ones only the kind is shown."""
+
+    name = "dataset"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        """Short."""
+        kinds = [name for name in DATASETS if not name.startswith(SYNTHETIC)]
+        return f"[{'|'.join([*kinds, f'{SYNTHETIC}NAME'])}]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """One of `DATASETS`."""
+        if value not in DATASETS:
+            self.fail(f"{value!r} is not one of {', '.join(DATASETS)}.", param, ctx)
+        return str(value)
+
+
+# fmt: off
+load_options = stack(
+    [
+        click.option("--find-goodput", is_flag=True, help="Search the highest rate at which 90 % meet the SLOs."),
+        click.option("--goodput", multiple=True, metavar="NAME:MS …",
+                     help="SLOs, as in: --goodput ttft:200 tpot:50  [default: 8 unloaded prefills, 2 steps]"),
+        click.option("--request-rate", metavar="RATE",
+                     help="Requests per second, inf, or 0.5x: half of what one prefill worker does one request at a "
+                          "time under fcfs, whatever the sides' policies (bench measures it, on the disagg side if "
+                          f"there is one).  [default: {ARRIVALS.request_rate}x, or the trace's own times]"),
+        click.option("--burstiness", type=float, default=ARRIVALS.burstiness, show_default=True,
+                     help="Shape of the gaps between arrivals: 1 is a Poisson process, less is burstier."),
+        click.option("--max-concurrency", default="", metavar="N[,N…]",
+                     help="Closed loop: as many requests at a time. A list is a sweep."),
+        click.option("--num-prompts", type=positive,
+                     help=f"Of each run.  [default: {WORKLOAD.num_prompts}; with --preset quick by the rate]"),
+        click.option("--num-warmups", type=click.IntRange(min=0), default=ARRIVALS.num_warmups, show_default=True),
+        click.option("--repeats", type=positive, default=TRIALS.repeats, show_default=True),
+        click.option("--dataset-name", type=DatasetName(), default=WORKLOAD.dataset_name, show_default=True,
+                     help="A file that --dataset-path names, or synth:NAME with the statistics of one: "
+                          f"{', '.join(name for name in DATASETS if name.startswith(SYNTHETIC))}. "
+                          "docs/workloads.md says where to get the files."),
+        click.option("--dataset-path", type=click.Path(exists=True, dir_okay=False), default=None, metavar="FILE"),
+        click.option("--random-input-len", type=positive, default=WORKLOAD.input_len, show_default=True),
+        click.option("--random-output-len", type=positive, default=WORKLOAD.output_len, show_default=True),
+        click.option("--random-range-ratio", type=float, default=WORKLOAD.range_ratio, show_default=True,
+                     help="Lengths are uniform in [1 - r, 1 + r] of the above."),
+        click.option("--trace-speedup", type=float, default=WORKLOAD.trace_speedup, show_default=True,
+                     help="Divides the trace's times."),
+        click.option("--trace-scale-len", type=float, default=WORKLOAD.trace_scale_len, show_default=True,
+                     help="Multiplies the trace's lengths."),
+        click.option("--result-dir", default="bench-results", show_default=True, metavar="DIR",
+                     help="Each run gets a directory of its own in it."),
+        click.option("--json", "as_json", is_flag=True, help="The result as JSON on stdout."),
+    ]
+)
+# fmt: on
+
+
+class Load(NamedTuple):
+    """What these flags say."""
+
+    workload: Workload
+    arrivals: Arrivals
+    trials: Trials
+    report: ReportSettings
+
+
+def read_load(flags: dict[str, Any], preset: str = "", fit: bool = False) -> Load:
+    """Raises `ValueError`."""
+    if flags["dataset_name"] in TRACES and not flags["dataset_path"]:
+        raise ValueError(f"--dataset-name {flags['dataset_name']} needs --dataset-path FILE")
+    workload = Workload(
+        dataset_name=flags["dataset_name"],
+        dataset_path=flags["dataset_path"] or "",
+        num_prompts=flags["num_prompts"] or (0 if preset else WORKLOAD.num_prompts),
+        input_len=flags["random_input_len"],
+        output_len=flags["random_output_len"],
+        range_ratio=flags["random_range_ratio"],
+        trace_speedup=flags["trace_speedup"],
+        trace_scale_len=flags["trace_scale_len"],
+        fit=fit and flags["dataset_name"] == "random",
+    )
+    default_rate = (0.0, False) if workload.has_times else (ARRIVALS.request_rate, ARRIVALS.relative)
+    rate, relative = parse_rate(flags["request_rate"]) if flags["request_rate"] else default_rate
+    concurrencies = parse_concurrencies(flags["max_concurrency"])
+    if flags["find_goodput"] and (concurrencies or not 0 < rate < math.inf):
+        raise ValueError(
+            "--find-goodput searches for a rate: it starts at a finite --request-rate, which a trace must be given, "
+            "and takes no --max-concurrency"
+        )
+    if workload.num_prompts:
+        check_measurable(workload.num_prompts, flags["num_warmups"], math.isinf(rate) and not concurrencies)
+    arrivals = Arrivals(
+        request_rate=rate,
+        relative=relative,
+        burstiness=flags["burstiness"],
+        max_concurrency=concurrencies,
+        num_warmups=flags["num_warmups"],
+    )
+    trials = Trials(
+        repeats=flags["repeats"],
+        find_goodput=flags["find_goodput"],
+        preset=preset,
+        slo=parse_slo(flags["goodput"]) if flags["goodput"] else None,
+    )
+    return Load(workload, arrivals, trials, ReportSettings(directory=flags["result_dir"], json=flags["as_json"]))
