@@ -21,7 +21,9 @@ from msgspec.structs import asdict, replace
 from minidisagg import __version__
 from minidisagg.address import bare
 from minidisagg.bench.settings import (
-    PRESETS,
+    PRESETS as BENCH_PRESETS,
+)
+from minidisagg.bench.settings import (
     BenchOptions,
     ServerAddress,
     make_sides,
@@ -29,6 +31,8 @@ from minidisagg.bench.settings import (
     parse_share,
 )
 from minidisagg.config import DEFAULT_MODEL, MODES, ClusterSettings, ModelSettings, RunSettings
+from minidisagg.core.predictor import PREDICTORS
+from minidisagg.interconnect import PRESETS
 from minidisagg.load_options import Load, SpreadCommand, load_options, read_load
 from minidisagg.measure.goodput import parse_slo
 from minidisagg.options import (
@@ -271,7 +275,7 @@ def monitor(url: str, **flags: Any) -> None:
 
 def _use_preset(ctx: click.Context, _: click.Parameter, name: str | None) -> str:
     """An eager option: the preset's values become the defaults of the options after it."""
-    ctx.default_map = {**(ctx.default_map or {}), **PRESETS.get(name or "", {})}
+    ctx.default_map = {**(ctx.default_map or {}), **BENCH_PRESETS.get(name or "", {})}
     return name or ""
 
 
@@ -292,7 +296,7 @@ bench_options = stack(
                      help="Of that server."),
         click.option("--tokenizer", default="", metavar="MODEL",
                      help="Where random prompts get their token ids from.  [default: the server's model]"),
-        click.option("--preset", type=click.Choice(list(PRESETS)), is_eager=True, callback=_use_preset,
+        click.option("--preset", type=click.Choice(list(BENCH_PRESETS)), is_eager=True, callback=_use_preset,
                      help="quick: a first comparison in two minutes and a half."),
         click.option("--dry-run", is_flag=True, help="Say what would be done, and how long it would take."),
     ]
@@ -361,3 +365,68 @@ def _read_bench(
         trials=replace(load.trials, planted=planted),
         report=replace(load.report, dry_run=flags["dry_run"]),
     )
+
+
+# ---------------------------------------------------------------- simulate
+
+# A load that means something on the default cluster; a simulation has no noise, so that one repetition says much.
+SIMULATED = {"dataset_name": "synth:azure-conv-2023", "request_rate": "0.5x", "num_prompts": 500, "repeats": 1}
+
+# fmt: off
+simulate_options = stack(
+    [
+        click.option("--cluster", default="prefill=1@h100,decode=1@h100", show_default=True,
+                     metavar="ROLE=N@DEVICE[xM],…",
+                     help="Workers by role (prefill, decode, both), each of M cards (tensor parallel). DEVICE is the "
+                          "beginning of a shipped profile's name (h100, h200, a100, dgx-a100, …) or a profile's file."),
+        click.option("--model", default="llama-8b", show_default=True,
+                     help="qwen3-0.6b, llama-8b, qwen3-32b, llama-70b, qwen3-30b-a3b, or what a profile's file has."),
+        click.option("--dtype", type=click.Choice(["bfloat16", "fp8", "float32"]), default="bfloat16",
+                     show_default=True, help="Of the weights; KV is bfloat16."),
+        click.option("--policy", default="", metavar="NAME[:KEY=VAL]", help="One side: the cluster with this policy."),
+        click.option("--compare", default="", metavar="SIDE,SIDE,…",
+                     help="MODE, POLICY or MODE:POLICY of each side; colocated is the same devices, each doing both. "
+                          "The first is the baseline.  [default: colocated,disagg, or --policy alone]"),
+        click.option("--prefill", default="", metavar="KEY=VAL,…",
+                     help="max_num_seqs, max_num_batched_tokens, chunk of prefill workers."),
+        click.option("--decode", default="", metavar="KEY=VAL,…", help="The same of all others."),
+        click.option("--link", default="400g-ib", show_default=True, metavar="NAME|BANDWIDTH,LATENCY",
+                     help=f"Of each card's wire: {', '.join(PRESETS)}, or 25Gbps,20us."),
+        click.option("--transfer-granularity", default="auto", show_default=True, metavar="WHAT",
+                     help="request, chunk, layers:N or auto."),
+        click.option("--block-size", type=positive, default=64, show_default=True, metavar="TOKENS",
+                     help="Of a KV page; 512, a Mooncake trace's own, is faster to simulate."),
+        click.option("--gpu-memory-utilization", type=click.FloatRange(0, 1, min_open=True), default=0.9,
+                     show_default=True),
+        click.option("--no-prefix-caching", is_flag=True),
+        click.option("--predict-lengths", type=click.Choice(PREDICTORS), default="none", show_default=True,
+                     help="What a policy sees of an output's length; a run with the oracle is marked."),
+        click.option("--seed", type=int, default=0, show_default=True),
+        click.option("--jobs", "-j", type=positive, default=1, show_default=True, metavar="N",
+                     help="Runs at a time, each in a process."),
+        click.option("--time-limit", type=FiniteRange(min=0), default=0.0, metavar="S",
+                     help="Give up when a run has taken so many seconds here."),
+    ]
+)
+# fmt: on
+
+
+@cli.command(cls=SpreadCommand, context_settings={"default_map": SIMULATED})
+@simulate_options
+@load_options
+def simulate(**flags: Any) -> int:
+    """Run the production scheduler on a simulated cluster: seconds for what takes hours of GPUs.
+
+    \b
+    minidisagg simulate
+    minidisagg simulate --cluster prefill=2@h100,decode=2@h100 --compare colocated:sarathi:chunk=512,disagg -j 2
+    minidisagg simulate --compare fcfs,./mine.py:Mine --request-rate 0.8x
+    minidisagg simulate --model llama-70b --dtype fp8 --cluster prefill=1@h100x4,decode=1@h100x4 --find-goodput
+    minidisagg simulate --cluster prefill=8@h100,decode=8@h100 --block-size 512 \\
+        --dataset-name mooncake --dataset-path conversation_trace.jsonl --num-prompts 12031
+    """
+    load = read_load(flags)
+    from minidisagg.sim.study import read_options
+    from minidisagg.sim.study import run as run_study
+
+    return run_study(read_options(flags, load))

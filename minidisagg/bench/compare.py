@@ -19,18 +19,17 @@ from pathlib import Path
 
 import msgspec
 from rich.console import Console
-from rich.table import Table
 
 from minidisagg.bench.runs import QUICK_PROMPTS, QUICK_SECONDS, Bench, quick_prompts
 from minidisagg.bench.settings import BenchOptions
 from minidisagg.bench.sides import describe, labels, make_workers
-from minidisagg.measure.comparison import TIMES, Comparison, marks_of
+from minidisagg.measure.comparison import TIMES, marks_of
 from minidisagg.measure.goodput import GoodputResult, find_goodput
 from minidisagg.measure.html import write_html
 from minidisagg.measure.intervals import share_error
 from minidisagg.measure.machine import command_line, machine
 from minidisagg.measure.records import RunRecord
-from minidisagg.measure.report import goodput_table, marks_text, render
+from minidisagg.measure.report import goodput_table, marks_text, render, sweep_table
 from minidisagg.measure.run_directory import (
     search_to_dict,
     sweep_to_dict,
@@ -104,28 +103,6 @@ async def sweep(bench: Bench, directory: Path) -> dict[str, object]:
         bench.console.print(f"{n} at a time: {one.verdict}", style="bold", highlight=False)
         write_run_directory(directory / f"concurrency-{n}", one)
     return sweep_to_dict(dict(steps))
-
-
-def sweep_table(comparisons: list[tuple[int, Comparison]]) -> Table:
-    """Three lines per concurrency."""
-    table = Table(title="A handful of users (closed loop)", title_justify="left")
-    first = comparisons[0][1]
-    table.add_column("at a time", justify="right")
-    table.add_column("")
-    for side in first.sides:
-        table.add_column(side.label, justify="right")
-    if first.b is not None:
-        table.add_column("B / A [95 %]", justify="right")
-    metrics = ("TTFT p50, ms", "p50_ttft", 1e3), ("TPOT, ms", "mean_tpot", 1e3), ("tok/s", "output_throughput", 1.0)
-    for concurrency, comparison in comparisons:
-        for row, (title, name, scale) in enumerate(metrics):
-            cells = [str(concurrency) if row == 0 else "", title]
-            cells += [f"{side.values.get(name, math.nan) * scale:.1f}" for side in comparison.sides]
-            if comparison.b is not None:
-                ratio = comparison.ratios[name]
-                cells.append(f"{ratio.ratio:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]")
-            table.add_row(*cells, end_section=row == len(metrics) - 1)
-    return table
 
 
 # ---------------------------------------------------------------- entry

@@ -173,6 +173,8 @@ class EngineCore(Accounts):
 
     def _on_computed(self, plan: StepPlan, done: StepDone, goes_on: bool) -> None:
         """`goes_on`: an equal step with the same requests is under way."""
+        if plan.repeat > 1:
+            self.scheduler.grow(plan.items, done.steps + goes_on)
         sampling, place = sum(item.sample for item in plan.items), 0
         out: list[TokenOut] = []
         prefill = decode = context = 0

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Sequence
 from typing import NamedTuple
 
-from minidisagg.core.blocks import BlockPool
+from minidisagg.core.blocks import BlockPool, PageState
 from minidisagg.core.checked import Checked, PolicyError
 from minidisagg.core.costs import StepCosts, StepLearner
 from minidisagg.core.messages import KVOffer, Role
@@ -281,7 +281,7 @@ class Scheduler:
         return None
 
     def equal_steps(self, batch: BatchBuilder, most: int) -> int:
-        """How often the step can be computed in a row, if nothing comes in: nobody ends or needs a page before.
+        """How often the step can be computed in a row, if nothing comes in: nobody ends before, and all have pages.
 
         Only once it has been computed alone, so that what a change of the batch brings is told at once.
         """
@@ -290,12 +290,31 @@ class Scheduler:
         self._decoded = decodes if len(decodes) == len(batch.members) else []
         if not again or self.waiting or self.offers or self.cohorts or not self.policy.equal_steps:
             return 1
-        size = self.spec.page_size
         for request, item in batch.members.items():
             if request.sampling.stop_token_ids:
                 return 1
-            most = min(most, request.last_index - item.index, len(request.pages) * size - item.start)
-        return most
+            most = min(most, request.last_index - item.index)
+        size, free = self.spec.page_size, self.pool.counts[PageState.FREE]
+
+        def too_many(steps: int) -> bool:
+            return sum(-(-(i.start + steps) // size) - len(i.pages) for i in batch.items) > free
+
+        if too_many(most):  # evicting from the prefix cache, or a request, is for a step of its own
+            most = bisect.bisect_left(range(most), True, lo=1, key=too_many) - 1
+        return max(1, most)
+
+    def grow(self, items: Sequence[PlanItem], steps: int) -> None:
+        """The pages of so many equal steps, handed out as they would have been one step after the other."""
+        size = self.spec.page_size
+        needs = [
+            (step, place)
+            for place, item in enumerate(items)
+            for step in range(len(item.pages) * size - item.start + 1, steps + 1, size)
+        ]
+        for _, place in sorted(needs):
+            pages = self.pool.allocate(1)
+            assert pages is not None  # they were counted
+            items[place].pages.extend(pages)
 
     # ------------------------------------------------------------ suspects
 

@@ -16,8 +16,9 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from minidisagg.measure import figures
+from minidisagg.measure import contest, figures
 from minidisagg.measure.comparison import Comparison, number
+from minidisagg.measure.contest import Contest
 from minidisagg.measure.goodput import SLO, parse_slo
 from minidisagg.measure.page import Content, html_table, page, paragraphs
 from minidisagg.measure.report import goodput_table, head_text, link_table, main_table, stage_table, worker_table
@@ -43,6 +44,8 @@ def _write(run_dir: Path, options: dict[str, Any]) -> Path:
     result = read_result(run_dir)
     if isinstance(result, Comparison):
         content = _of_comparison(result)
+    elif isinstance(result, Contest):
+        content = _of_contest(result)
     elif isinstance(result, GoodputSearch):
         content = _of_goodput(result)
     else:
@@ -93,6 +96,13 @@ def _of_comparison(comparison: Comparison) -> Content:
     title = f"{b.label} against {a.label}" if b else a.label
     tail = "".join(html_table(table) for table in tables if table is not None)
     return Content(title, head, [figure for figure in drawn if figure and figure.drawn], tail)
+
+
+def _of_contest(of: Contest) -> Content:
+    top = paragraphs("what", [contest.head(of).plain])
+    top += paragraphs("verdict void" if of.void else "verdict", [of.verdict])
+    top += _notes(of.void, of.marks) + html_table(contest.table(of))
+    return Content(", ".join(side.label for side in of.sides), top, [contest.ratio_figure(of)])
 
 
 def _of_goodput(search: GoodputSearch) -> Content:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -188,6 +188,28 @@ def goodput_table(found: Mapping[str, GoodputResult]) -> Table:
         low, high = map(number, one.sure)
         cells = number(one.rate), number(one.upper), f"[{low}, {high}]", share(one.attainment), str(len(one.trials))
         table.add_row(label, *cells)
+    return table
+
+
+def sweep_table(comparisons: Sequence[tuple[int, Comparison]]) -> Table:
+    """Three lines per concurrency."""
+    table = Table(title="A handful of users (closed loop)", title_justify="left")
+    first = comparisons[0][1]
+    table.add_column("at a time", justify="right")
+    table.add_column("")
+    for side in first.sides:
+        table.add_column(side.label, justify="right")
+    if first.b is not None:
+        table.add_column("B / A [95 %]", justify="right")
+    metrics = ("TTFT p50, ms", "p50_ttft", 1e3), ("TPOT, ms", "mean_tpot", 1e3), ("tok/s", "output_throughput", 1.0)
+    for concurrency, comparison in comparisons:
+        for row, (title, name, scale) in enumerate(metrics):
+            cells = [str(concurrency) if row == 0 else "", title]
+            cells += [f"{side.values.get(name, math.nan) * scale:.1f}" for side in comparison.sides]
+            if comparison.b is not None:
+                ratio = comparison.ratios[name]
+                cells.append(f"{ratio.ratio:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]")
+            table.add_row(*cells, end_section=row == len(metrics) - 1)
     return table
 
 

@@ -1,8 +1,8 @@
 """What a benchmark leaves behind, and how it is read again (docs/formats.md says what is in the files).
 
 options.json      what was asked for, with which command, on which machine
-result.json       what came of it: a comparison, one per concurrency of a sweep, or a search for goodput
-requests.jsonl    of a comparison: a line per request of every run
+result.json       what came of it: a comparison or a contest, one per concurrency of a sweep, or a search for goodput
+requests.jsonl    of a comparison or contest: a line per request of every run
 concurrency-N/    of a sweep: result.json and requests.jsonl of each step
 trace.json        `measure/timeline.py`
 report.html       `measure/html.py`, from the other files alone
@@ -11,7 +11,8 @@ report.html       `measure/html.py`, from the other files alone
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import string
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from msgspec import Struct
 
 from minidisagg.formats import check_version
 from minidisagg.measure.comparison import Comparison, Side, goodput_verdict, worker_usage
+from minidisagg.measure.contest import Contest
 from minidisagg.measure.goodput import SLO, GoodputResult
 from minidisagg.measure.intervals import Ratio, center
 from minidisagg.measure.records import RequestRecord, RunRecord
 
+LETTERS = string.ascii_uppercase  # of the sides: as many can be compared
 VERSION = 1  # of all files of the directory but trace.json, which has its own
 COUNTS = ("num_prompts", "measured", "completed", "failed", "rejected", "total_input_tokens", "total_output_tokens")
 
@@ -124,13 +127,20 @@ def search_to_dict(
     return result
 
 
-def write_run_directory(directory: str | Path, comparison: Comparison) -> Path:
+def contest_to_dict(contest: Contest) -> dict[str, object]:
+    """result.json of more than two sides."""
+    sides = [{"label": side.label, **_side_to_dict(side)} for side in contest.sides]
+    rest = {key: getattr(contest, key) for key in ("verdict", "void", "marks", "ratios", "best")}
+    return {"version": VERSION, "contest": sides, **msgspec.to_builtins(rest)}
+
+
+def write_run_directory(directory: str | Path, result: Comparison | Contest) -> Path:
     """Write result.json and requests.jsonl. Raises `OSError`."""
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
-    write_json(path / "result.json", to_dict(comparison))
+    write_json(path / "result.json", to_dict(result) if isinstance(result, Comparison) else contest_to_dict(result))
     with (path / "requests.jsonl").open("wb") as file:
-        for letter, side in zip("AB", comparison.sides, strict=False):
+        for letter, side in zip(LETTERS, result.sides, strict=False):
             for run in side.runs:
                 head = {"version": VERSION, "side": letter, "label": run.label, "repetition": run.repetition}
                 for request in run.requests:
@@ -148,7 +158,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def read_result(directory: Path) -> Comparison | dict[int, Comparison] | GoodputSearch:
+def read_result(directory: Path) -> Comparison | Contest | dict[int, Comparison] | GoodputSearch:
     """What `directory` holds; the comparisons of a sweep come without their requests.
 
     Raises `OSError`, `VersionError`, and `MsgspecError` or `KeyError` where it is no run directory.
@@ -162,7 +172,13 @@ def read_result(directory: Path) -> Comparison | dict[int, Comparison] | Goodput
             upper = math.inf if one["upper"] is None else one["upper"]  # JSON has no infinity
             found[key.partition(": ")[2]] = {**one, "upper": upper}
         return msgspec.convert({**result, "goodput": found}, GoodputSearch)
-    return _comparison(result, read_requests(directory / "requests.jsonl"))
+    lines = read_requests(directory / "requests.jsonl")
+    if "contest" in result:
+        ratios = [{name: _ratio(one) for name, one in side.items()} for side in result["ratios"]]
+        sides = _sides(((side["label"], side) for side in result["contest"]), lines)
+        best = [_ratio(one) for one in result["best"]]
+        return Contest(sides, ratios, best, result["marks"], result["void"], result["verdict"])
+    return _comparison(result, lines)
 
 
 def read_requests(path: Path) -> list[RequestLine]:
@@ -176,16 +192,25 @@ def read_requests(path: Path) -> list[RequestLine]:
 
 
 def _comparison(result: Mapping[str, Any], lines: Sequence[RequestLine]) -> Comparison:
-    sides = []
-    for letter, (label, written) in zip("AB", result["sides"].items(), strict=False):
-        side = msgspec.convert(written, SideResult)
-        for run in side.runs:
-            run.requests = [line for line in lines if (line.side, line.repetition) == (letter, run.repetition)]
-        sides.append(Side(label, side.values, side.runs, side.repetitions))
-    ratios = {name: msgspec.convert(_known(ratio), Ratio) for name, ratio in result["ratios"].items()}
+    sides = _sides(result["sides"].items(), lines)
+    ratios = {name: _ratio(one) for name, one in result["ratios"].items()}
     b = sides[1] if len(sides) > 1 else None
     return Comparison(sides[0], b, ratios, result["marks"], result["void"], result["verdict"])
 
 
-def _known(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: math.nan if value is None else value for name, value in values.items()}  # JSON has no nan
+def _sides(written: Iterable[tuple[str, Any]], lines: Sequence[RequestLine]) -> list[Side]:
+    by_run: dict[tuple[str, int], list[RequestRecord]] = {}
+    for line in lines:
+        by_run.setdefault((line.side, line.repetition), []).append(line)
+    sides = []
+    for letter, (label, one) in zip(LETTERS, written, strict=False):
+        side = msgspec.convert(one, SideResult)
+        for run in side.runs:
+            run.requests = by_run.get((letter, run.repetition), [])
+        sides.append(Side(label, side.values, side.runs, side.repetitions))
+    return sides
+
+
+def _ratio(values: Mapping[str, Any]) -> Ratio:
+    known = {name: math.nan if value is None else value for name, value in values.items()}  # JSON has no nan
+    return msgspec.convert(known, Ratio)

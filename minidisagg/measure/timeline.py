@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -173,10 +174,12 @@ def trace_document(events: list[Event]) -> dict[str, Any]:
 
 def write_timeline(path: Path, timelines: list[Timeline]) -> None:
     """All of them side by side in one file."""
-    events: list[Event] = []
-    for n, timeline in enumerate(timelines):
-        events += timeline.events(first_pid=1 + 100 * n)
-    path.write_bytes(msgspec.json.encode(trace_document(events)))
+    write_events(path, (e for n, timeline in enumerate(timelines) for e in timeline.events(first_pid=1 + 100 * n)))
+
+
+def write_events(path: Path, events: Iterable[Event]) -> None:
+    """A trace file."""
+    path.write_bytes(msgspec.json.encode(trace_document(list(events))))
 
 
 def read_timeline(path: Path) -> list[Event]:

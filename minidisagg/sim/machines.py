@@ -18,6 +18,7 @@ from minidisagg.interconnect import Interconnect
 from minidisagg.sim.profile import Profile, devices, load_profile
 
 ROLES = {"prefill": Role.PREFILL, "decode": Role.DECODE, "both": Role.BOTH}
+MAX_SEQS, MAX_TOKENS = 256, 8192  # of a step, as engines for such devices have them
 SPREAD = 1021  # draws of a worker's steps, before they come again
 MESSAGE = 100e-6  # seconds of a message between two processes, their event loops included
 
@@ -48,6 +49,17 @@ def parse_cluster(text: str) -> tuple[Group, ...]:
     if not {Role.PREFILL, Role.DECODE} <= roles:
         raise ValueError(f"cluster {text!r} has no worker for {'decode' if Role.PREFILL in roles else 'prefill'}")
     return tuple(groups)
+
+
+def parse_options(role: str, text: str) -> WorkerOptions:
+    """`max_num_seqs=64,chunk=512` over the defaults. Raises `ValueError`."""
+    values = {"max_num_seqs": MAX_SEQS, "max_num_batched_tokens": MAX_TOKENS, "chunk": 0}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        key, _, value = part.replace("-", "_").partition("=")
+        if key not in values or not value.isdigit() or not (int(value) or key == "chunk"):
+            raise ValueError(f"--{role} {part!r}: expected KEY=NUMBER with a key of {', '.join(values)}")
+        values[key] = int(value)
+    return WorkerOptions(**values)
 
 
 def find_profile(device: str, model: str, dtype: str, cards: int) -> Profile:
@@ -115,14 +127,18 @@ class ClusterSpec(Struct, frozen=True, kw_only=True):
     prefix_caching: bool = True
     granularity: str = "auto"
     wire: Interconnect = Interconnect(50e9, 3e-6)  # 400 Gbit/s
-    prefill: WorkerOptions = WorkerOptions(256, 8192, 0)
-    decode: WorkerOptions = WorkerOptions(256, 8192, 0)
+    prefill: WorkerOptions = WorkerOptions(MAX_SEQS, MAX_TOKENS, 0)
+    decode: WorkerOptions = WorkerOptions(MAX_SEQS, MAX_TOKENS, 0)
     spread: bool = True
 
     @property
     def mode(self) -> str:
         """As a benchmark calls it."""
         return "colocated" if all(group.role is Role.BOTH for group in self.groups) else "disagg"
+
+    def options(self, role: Role) -> WorkerOptions:
+        """Of workers of this role."""
+        return self.prefill if role is Role.PREFILL else self.decode
 
     def workers(self) -> list[tuple[str, Group]]:
         """Names as the engine gives them."""

@@ -56,10 +56,7 @@ class Simulation:
             raise ValueError("the workload has no requests")
         self.cluster, self.settings = cluster, settings
         self.items = {str(item.index): item for item in workload}
-        self.profiles = {
-            name: find_profile(group.device, cluster.model, cluster.dtype, group.devices)
-            for name, group in cluster.workers()
-        }
+        self.profiles = profiles_of(cluster)
         specs = [self._spec(name, group.role) for name, group in cluster.workers()]
         options = {Role.PREFILL: cluster.prefill, Role.DECODE: cluster.decode, Role.BOTH: cluster.decode}
         router = RouterSpec(
@@ -74,6 +71,7 @@ class Simulation:
         self._check(workload, capacity)
         self._capacity, self._longest = capacity, max(item.output_len for item in workload)
         self.sent: dict[str, float] = {}
+        self._ended_at = 0.0
         self._waiting = sorted(workload, key=lambda item: item.arrival_s)[::-1]
         self._left = len(workload)
         self.sim.on_end = self._on_end
@@ -138,6 +136,7 @@ class Simulation:
 
     def _on_end(self, request_id: str) -> None:
         self._left -= 1
+        self._ended_at = self.sim.now
         if self._waiting:
             item = self._waiting.pop()
             self.sim.plan(self.sim.now, partial(self._send, item))
@@ -174,7 +173,7 @@ class Simulation:
             label=self.cluster.mode, mode=self.cluster.mode, policy=policy, model=self.cluster.model,
             max_concurrency=self.settings.max_concurrency, seed=self.settings.seed,
             num_warmups=self.settings.num_warmups, requests=requests, workers=workers, links=links,
-            wall_s=self.sim.now, marks=["oracle: policies knew the lengths of outputs"]
+            wall_s=self._ended_at, marks=["oracle: policies knew the lengths of outputs"]
             if self.settings.predictor == "oracle" else [],
         )  # fmt: skip
 
@@ -195,3 +194,19 @@ def derived_slo(profiles: dict[str, Profile], workload: Sequence[WorkItem]) -> S
     prefill = max(profile.step_seconds([(0, prompt)], 0, 0) for profile in each)
     step = max(profile.step_seconds((), 1, prompt) for profile in each)
     return SLO(ttft=max(1, round(TTFT_SLO * prefill * 1e3)), tpot=max(1, round(TPOT_SLO * step * 1e3)))
+
+
+def profiles_of(cluster: ClusterSpec) -> dict[str, Profile]:
+    """Of each worker. Raises `ValueError` where one is not known."""
+    found = {group: find_profile(group.device, cluster.model, cluster.dtype, group.devices) for group in cluster.groups}
+    return {name: found[group] for name, group in cluster.workers()}
+
+
+def pages_of(cluster: ClusterSpec, profile: Profile) -> int:
+    """KV pages of a worker."""
+    return cluster.pages or profile.pages(cluster.page_size, cluster.memory_utilization)
+
+
+def capacity_of(cluster: ClusterSpec) -> int:
+    """Tokens that every worker can hold: no request may be longer."""
+    return cluster.page_size * min(pages_of(cluster, profile) for profile in profiles_of(cluster).values())

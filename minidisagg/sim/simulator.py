@@ -205,6 +205,11 @@ class Simulator:
         self.at(self.now + TICK, self._tick)
 
     def _worker_tick(self, worker: SimWorker) -> None:
+        if worker.repeats:  # what it tells of itself has the pages that the steps up to now have taken
+            plan, _, ends = worker.steps[0]
+            past, size = bisect.bisect_right(ends, self.now), worker.core.spec.page_size
+            if any(item.start + past + 1 > len(item.pages) * size for item in plan.items):
+                self._tell_equal_steps(worker)
         worker.core.on(Tick(), self.now)
         self._send(worker, ROUTER, msgspec.structs.replace(worker.core.stats(), links=[*worker.sent.values()]))
 

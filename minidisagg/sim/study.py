@@ -1,0 +1,404 @@
+"""`minidisagg simulate`: sides on simulated clusters under the same load, and what they leave behind.
+
+Every side gets the same requests at the same times, and its steps the same luck (common random numbers), so that only
+what is compared makes a difference. The same command gives the same results to the last bit, whatever `jobs` is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
+from datetime import datetime
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from minidisagg.core.granularity import parse_granularity
+from minidisagg.core.messages import Role
+from minidisagg.core.predictor import Predictor
+from minidisagg.interconnect import parse_interconnect
+from minidisagg.measure import contest
+from minidisagg.measure.comparison import Comparison, compare_runs
+from minidisagg.measure.goodput import GoodputResult, search_goodput
+from minidisagg.measure.html import write_html
+from minidisagg.measure.intervals import share_error
+from minidisagg.measure.machine import command_line, machine
+from minidisagg.measure.records import RunRecord
+from minidisagg.measure.report import goodput_table, marks_text, render, sweep_table
+from minidisagg.measure.run_directory import (
+    LETTERS,
+    contest_to_dict,
+    search_to_dict,
+    sweep_to_dict,
+    to_dict,
+    write_json,
+    write_options,
+    write_run_directory,
+)
+from minidisagg.measure.settings import ReportSettings, Trials
+from minidisagg.measure.stats import samples_of
+from minidisagg.measure.timeline import Event, Timeline, write_events
+from minidisagg.policies import load_policy, rehearse
+from minidisagg.sim.machines import ClusterSpec, Group, parse_cluster, parse_options
+from minidisagg.sim.simulate import Result, simulate
+from minidisagg.sim.simulation import Settings, capacity_of, derived_slo, profiles_of
+from minidisagg.workload.arrivals import arrival_times
+from minidisagg.workload.lengths import WorkItem, with_arrivals
+from minidisagg.workload.settings import Arrivals, Workload, build_items, describe_workload
+
+REPEAT_SEED = 1_000_003  # repetition r of seed s draws its workload from s + r · this, as `bench` does
+DRAWN = 2000  # requests of a run up to which its timeline is kept
+SEARCH_RUNS, TOLERANCE = 24, 0.02
+
+
+class SimSide(Struct, frozen=True, kw_only=True):
+    """One cluster and its policy."""
+
+    label: str
+    cluster: ClusterSpec
+    policy: str
+
+
+class SimOptions(Struct, frozen=True, kw_only=True):
+    """A whole study."""
+
+    sides: tuple[SimSide, ...]
+    workload: Workload
+    arrivals: Arrivals
+    trials: Trials
+    report: ReportSettings
+    seed: int = 0
+    predictor: Predictor = "none"
+    jobs: int = 1
+    time_limit: float = 0.0
+
+
+# ---------------------------------------------------------------- sides
+
+
+def parse_sides(text: str, cluster: ClusterSpec) -> tuple[SimSide, ...]:
+    """`colocated:sarathi:chunk=512,disagg,./mine.py:Mine`: MODE, POLICY or MODE:POLICY; raises `ValueError`.
+
+    A setting of a policy may follow a comma, too: what looks like KEY=VALUE belongs to the side before it.
+    """
+    parts: list[str] = []
+    for part in text.split(","):
+        key, equals, _ = part.partition("=")
+        if parts and equals and key.strip().isidentifier():
+            parts[-1] += f",{part}"
+        else:
+            parts.append(part.strip())
+    sides = []
+    for part in parts:
+        mode, _, policy = part.partition(":")
+        if mode not in ("colocated", "disagg"):
+            mode, policy = cluster.mode, part
+        of_mode = colocated(cluster) if mode == "colocated" else cluster
+        if mode != of_mode.mode:
+            raise ValueError(f"side {part!r}: the cluster has no workers of prefill or decode alone")
+        policy = policy or "fcfs"
+        label = mode if policy == "fcfs" else f"{mode} {policy}"
+        sides.append(SimSide(label=label, cluster=of_mode, policy=policy))
+    labels = [side.label for side in sides]
+    if len(set(labels)) < len(labels):
+        sides = [replace(side, label=f"{side.label} {number}") for number, side in enumerate(sides, 1)]
+    return tuple(sides)
+
+
+def colocated(cluster: ClusterSpec) -> ClusterSpec:
+    """The same devices, each doing both."""
+    return replace(cluster, groups=tuple(replace(group, role=Role.BOTH) for group in cluster.groups))
+
+
+def describe_cluster(cluster: ClusterSpec) -> str:
+    """One line for a person."""
+
+    def one(group: Group) -> str:
+        return f"{group.count} {group.role.name.lower()} on {group.device}{f' x {group.devices}' * (group.devices > 1)}"
+
+    return " + ".join(map(one, cluster.groups))
+
+
+# ---------------------------------------------------------------- one run
+
+
+class Done(Struct, frozen=True):
+    """What a run has left, as it comes back from another process."""
+
+    record: RunRecord
+    decisions: str  # a hash of what was done for whom, where and when
+    steps: int
+    events: int
+    took: float
+    trace: list[Event] = []
+
+
+class Task(Struct, frozen=True, array_like=True):
+    """One side, once. `told`: what the record is to say of its load."""
+
+    side: SimSide
+    number: int
+    items: list[WorkItem]
+    settings: Settings
+    told: RunRecord
+
+
+def run_once(task: Task, progress: Callable[[int], None] | None = None) -> Done:
+    """The first run of a side has a timeline."""
+    side, told = task.side, task.told
+    drawn = told.repetition == 0 and len(task.items) <= DRAWN
+    timelines = [Timeline(side.label)] if drawn else []
+    result = simulate(side.policy, task.items, side.cluster, task.settings, timelines, progress)
+    own = result.run
+    record = replace(
+        told, label=side.label, mode=own.mode, policy=side.policy, model=own.model, requests=own.requests,
+        workers=own.workers, links=own.links, wall_s=own.wall_s, marks=own.marks,
+    )  # fmt: skip
+    events = [event for timeline in timelines for event in timeline.events(first_pid=1 + 1000 * task.number)]
+    return Done(record, _decisions(result), result.steps, result.events, result.took, events)
+
+
+def _decisions(result: Result) -> str:
+    digest = hashlib.sha256()
+    for request in result.run.requests:
+        digest.update(repr((request.request_id, request.workers, request.token_times)).encode())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------- the study
+
+
+class Study:
+    """One study under way."""
+
+    def __init__(self, options: SimOptions, console: Console) -> None:
+        self.options = options
+        self.console = console
+        self.limit = min(capacity_of(side.cluster) for side in options.sides)
+        self.items = self._items(0)
+        profiles = {str(p): p for side in options.sides for p in profiles_of(side.cluster).values()}
+        derived = derived_slo(profiles, self.items)
+        self.slo = options.trials.slo or derived
+        assert derived.ttft is not None
+        arrivals = options.arrivals
+        self.rate = arrivals.request_rate or math.nan
+        if arrivals.relative:
+            self.rate *= 8e3 / derived.ttft
+        self.totals = [0, 0, 0.0]  # steps, events, seconds
+        self.traces: dict[str, list[Event]] = {}
+
+    def _items(self, repetition: int) -> list[WorkItem]:
+        workload, seed = self.options.workload, self.options.seed + REPEAT_SEED * repetition
+        items, report = build_items(workload, workload.num_prompts, seed, None, self.limit)
+        if not repetition and report:
+            self.console.print(f"{describe_workload(workload)}: {report}", style="dim", highlight=False)
+        return items
+
+    def task(self, number: int, repetition: int, rate: float, concurrency: int | None) -> Task:
+        """One run to be."""
+        options = self.options
+        items = self._items(repetition) if repetition else self.items
+        seed = options.seed + REPEAT_SEED * repetition
+        if not math.isnan(rate) and concurrency is None:
+            items = with_arrivals(items, arrival_times(len(items), rate, options.arrivals.burstiness, seed))
+        settings = Settings(
+            slo=self.slo, max_concurrency=concurrency, seed=seed, num_warmups=options.arrivals.num_warmups,
+            predictor=options.predictor, time_limit=options.time_limit,
+        )  # fmt: skip
+        told = RunRecord(
+            label="", workload=describe_workload(options.workload), burstiness=options.arrivals.burstiness,
+            request_rate="trace" if math.isnan(rate) else "inf" if math.isinf(rate) else round(rate, 4),
+            max_concurrency=concurrency, seed=options.seed, repetition=repetition,
+            num_warmups=options.arrivals.num_warmups,
+        )  # fmt: skip
+        return Task(options.sides[number], number, items, settings, told)
+
+    def runs(self, rate: float, concurrency: int | None, title: str = "") -> list[list[Done]]:
+        """All repetitions of all sides."""
+        repeats = self.options.trials.repeats
+        turns = list(itertools.product(range(len(self.options.sides)), range(repeats)))
+        tasks = (self.task(side, repetition, rate, concurrency) for side, repetition in turns)
+        done = dict(zip(turns, self._carry_out(tasks, len(turns), title), strict=True))
+        return [[done[side, repetition] for repetition in range(repeats)] for side in range(len(self.options.sides))]
+
+    def _carry_out(self, tasks: Iterable[Task], count: int, title: str) -> Iterator[Done]:
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        silent = not self.console.is_terminal
+        with Progress(*columns, console=self.console, transient=True, disable=silent) as progress:
+            if self.options.jobs > 1 and count > 1:
+                yield from self._side_by_side(tasks, count, progress, title)
+                return
+            for task in tasks:
+                bar = progress.add_task(f"{task.side.label}{title}", total=len(task.items))
+                yield self._note(run_once(task, partial(progress.advance, bar)))
+                progress.remove_task(bar)
+
+    def _side_by_side(self, tasks: Iterable[Task], count: int, progress: Progress, title: str) -> Iterator[Done]:
+        bar = progress.add_task(f"{count} runs{title}", total=count)
+        with ProcessPoolExecutor(self.options.jobs, get_context("forkserver")) as pool:
+            futures = [pool.submit(_run_encoded, msgspec.msgpack.encode(task)) for task in tasks]
+            try:
+                for _ in as_completed(futures):
+                    progress.advance(bar)
+                yield from [self._note(msgspec.msgpack.decode(one.result(), type=Done)) for one in futures]
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _note(self, done: Done) -> Done:
+        for index, value in enumerate((done.steps, done.events, done.took)):
+            self.totals[index] += value
+        if done.trace:
+            self.traces.setdefault(done.record.label, done.trace)
+        return done
+
+    # ------------------------------------------------------------ kinds of studies
+
+    def at_rate(self, directory: Path) -> dict[str, object]:
+        """All sides at one load."""
+        runs = self.runs(self.rate, None)
+        result = self.judge(runs)
+        self.console.print(render(result) if isinstance(result, Comparison) else contest.render(result))
+        write_run_directory(directory, result)
+        return to_dict(result) if isinstance(result, Comparison) else contest_to_dict(result)
+
+    def judge(self, runs: list[list[Done]]) -> Comparison | contest.Contest:
+        """What came of each side's repetitions."""
+        records = [[done.record for done in side] for side in runs]
+        decided = [tuple(done.decisions for done in side) for side in runs]
+        labels = [side.label for side in self.options.sides]
+        pairs = itertools.combinations(range(len(runs)), 2)
+        alike = [(labels[a], labels[b]) for a, b in pairs if decided[a] == decided[b]]
+        if len(runs) > 2:
+            return contest.contest(records, self.slo, seed=self.options.seed, run_noise=0.0, alike=alike)
+        result = compare_runs(
+            records[0], records[1] if len(records) > 1 else (), self.slo, run_noise=0.0, seed=self.options.seed
+        )
+        marks = [f"{a} and {b} decided alike throughout: this load does not tell them apart" for a, b in alike]
+        return replace(result, marks=[*result.marks, *marks])
+
+    def sweep(self, directory: Path) -> dict[str, object]:
+        """Closed loop, so many requests at a time."""
+        steps: list[tuple[int, Comparison]] = []
+        for users in self.options.arrivals.max_concurrency:
+            result = self.judge(self.runs(math.nan, users, f", {users} at a time"))
+            assert isinstance(result, Comparison)
+            write_run_directory(directory / f"concurrency-{users}", result)
+            steps.append((users, result))
+        self.console.print(sweep_table(steps))
+        for users, one in steps:
+            self.console.print(f"{users} at a time: {one.verdict}", style="bold", highlight=False)
+        return sweep_to_dict(dict(steps))
+
+    def goodput(self) -> dict[str, object]:
+        """The highest rate at 90 % attainment, of each side."""
+        found: dict[str, GoodputResult] = {}
+        records: list[RunRecord] = []
+        for number, side in enumerate(self.options.sides):
+            search = search_goodput(self.rate, tolerance=TOLERANCE, max_runs=SEARCH_RUNS)
+            rate, run = next(search), itertools.count(1)
+            while side.label not in found:
+                title = f" run {next(run)} of at most {SEARCH_RUNS}, {rate:.2f} req/s"
+                # The same requests and gaps at every rate, stretched: what differs is the rate alone.
+                [done] = self._carry_out([self.task(number, 0, rate, None)], 1, title)
+                met = samples_of(done.record, self.slo).metrics["attainment"].values
+                records.append(replace(done.record, requests=[]))
+                try:
+                    rate = search.send((float(met.mean()), share_error(met)))
+                except StopIteration as stop:
+                    found[side.label] = stop.value
+        marks = list(dict.fromkeys(mark for record in records for mark in record.marks))
+        marks += [f"{label}: the search did not converge" for label, one in found.items() if not one.converged]
+        self.console.print(goodput_table(found), marks_text(marks, []))
+        result = search_to_dict(found, self.slo, [], marks)
+        if "verdict" in result:
+            self.console.print(result["verdict"], style="bold", highlight=False)
+        return result
+
+
+def _run_encoded(data: bytes) -> bytes:
+    return msgspec.msgpack.encode(run_once(msgspec.msgpack.decode(data, type=Task)))
+
+
+def run(options: SimOptions) -> int:
+    """Carry the study out; returns the exit status. Raises `ValueError`, `TimeoutError`, `PolicyError` in one line."""
+    console = Console(stderr=options.report.json)
+    for side in options.sides:
+        load_policy(side.policy)
+        roles = {name: (group.role, side.cluster.options(group.role)) for name, group in side.cluster.workers()}
+        rehearse(side.policy, roles)
+    study = Study(options, console)
+    _announce(study)
+    directory = Path(options.report.directory) / datetime.now().strftime("%Y%m%d-%H%M%S")
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        if options.trials.find_goodput:
+            result = study.goodput()
+        elif options.arrivals.max_concurrency:
+            result = study.sweep(directory)
+        else:
+            result = study.at_rate(directory)
+        write_options(directory, command_line(), machine(), options)
+        write_json(directory / "result.json", result)
+        if study.traces and not options.trials.find_goodput:
+            write_events(directory / "trace.json", itertools.chain.from_iterable(study.traces.values()))
+        write_html(directory)
+    finally:
+        with suppress(OSError):
+            directory.rmdir()  # where nothing came of it it is empty
+    steps, events, took = study.totals
+    console.print(
+        f"{steps:,} steps in {events:,} events, {took:.1f} s of simulation ({events / max(took, 1e-9):,.0f} events/s)",
+        style="dim", highlight=False,
+    )  # fmt: skip
+    console.print(f"report: {directory}", highlight=False)
+    if options.report.json:
+        sys.stdout.buffer.write(msgspec.json.encode(result) + b"\n")
+    return 0
+
+
+def _announce(study: Study) -> None:
+    for side in study.options.sides:
+        profile = next(iter(profiles_of(side.cluster).values()))
+        line = (
+            f"{side.label}: {describe_cluster(side.cluster)}, {profile.model} {profile.dtype}, wire {side.cluster.wire}"
+        )
+        study.console.print(line, style="dim", highlight=False)
+    rate = "the trace's own times" if math.isnan(study.rate) else f"{study.rate:.3g} requests/s"
+    given = "" if study.options.trials.slo else " (derived)"
+    study.console.print(f"{len(study.items)} requests at {rate}; SLO {study.slo}{given}", style="dim", highlight=False)
+
+
+def read_options(flags: Mapping[str, Any], load: tuple[Workload, Arrivals, Trials, ReportSettings]) -> SimOptions:
+    """Of the command line. Raises `ValueError`."""
+    wire = parse_interconnect(flags["link"])
+    if wire is None:
+        raise ValueError(f"--link {flags['link']}: a simulated wire needs a bandwidth")
+    parse_granularity(flags["transfer_granularity"], 1)
+    cluster = ClusterSpec(
+        groups=parse_cluster(flags["cluster"]), model=flags["model"], dtype=flags["dtype"],
+        page_size=flags["block_size"], memory_utilization=flags["gpu_memory_utilization"],
+        prefix_caching=not flags["no_prefix_caching"], granularity=flags["transfer_granularity"], wire=wire,
+        prefill=parse_options("prefill", flags["prefill"]), decode=parse_options("decode", flags["decode"]),
+    )  # fmt: skip
+    if flags["compare"] and flags["policy"]:
+        raise ValueError("--policy is of one side: with --compare, name it in each side's place")
+    asked = flags["compare"] or flags["policy"] or ("colocated,disagg" if cluster.mode == "disagg" else "fcfs")
+    sides = parse_sides(asked, cluster)
+    if len(sides) > len(LETTERS) or (len(sides) > 2 and load[1].max_concurrency):
+        raise ValueError(f"--compare has {len(sides)} sides, but a sweep takes two, and a study {len(LETTERS)}")
+    return SimOptions(
+        sides=sides, workload=load[0], arrivals=load[1], trials=load[2], report=load[3], seed=flags["seed"],
+        predictor=flags["predict_lengths"], jobs=flags["jobs"], time_limit=flags["time_limit"],
+    )  # fmt: skip
