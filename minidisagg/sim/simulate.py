@@ -59,4 +59,4 @@ def simulate(
     run, sim = simulation.record(name), simulation.sim
     values = values_of([samples_of(run, settings.slo or derived_slo(simulation.profiles, workload))])
     steps = sum(worker.core.steps for worker in sim.workers.values())
-    return Result(values.get("request_goodput", 0.0), values, run, sim.happened, steps, time.monotonic() - began)
+    return Result(values.get("request_goodput", 0.0), values, run, simulation.ended[1], steps, time.monotonic() - began)

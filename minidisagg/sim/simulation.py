@@ -71,7 +71,7 @@ class Simulation:
         self._check(workload, capacity)
         self._capacity, self._longest = capacity, max(item.output_len for item in workload)
         self.sent: dict[str, float] = {}
-        self._ended_at = 0.0
+        self.ended = 0.0, 0  # the last request: when, and after how many events
         self._waiting = sorted(workload, key=lambda item: item.arrival_s)[::-1]
         self._left = len(workload)
         self.sim.on_end = self._on_end
@@ -136,7 +136,7 @@ class Simulation:
 
     def _on_end(self, request_id: str) -> None:
         self._left -= 1
-        self._ended_at = self.sim.now
+        self.ended = self.sim.now, self.sim.happened
         if self._waiting:
             item = self._waiting.pop()
             self.sim.plan(self.sim.now, partial(self._send, item))
@@ -173,7 +173,7 @@ class Simulation:
             label=self.cluster.mode, mode=self.cluster.mode, policy=policy, model=self.cluster.model,
             max_concurrency=self.settings.max_concurrency, seed=self.settings.seed,
             num_warmups=self.settings.num_warmups, requests=requests, workers=workers, links=links,
-            wall_s=self._ended_at, marks=["oracle: policies knew the lengths of outputs"]
+            wall_s=self.ended[0], marks=["oracle: policies knew the lengths of outputs"]
             if self.settings.predictor == "oracle" else [],
         )  # fmt: skip
 
