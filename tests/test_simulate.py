@@ -103,7 +103,7 @@ def steps_done(monkeypatch: pytest.MonkeyPatch) -> Done:
         ("prefill=1@h100,decode=2@h200", "sarathi:chunk=300", {"granularity": "layers:8"}),
         ("prefill=2@h100,decode=1@h100", "costs", {"wire": Interconnect(1e9, 1e-3)}),
         ("both=1@h100,prefill=1@a100,decode=1@h100", "prefill_first", {"granularity": "request"}),
-        ("prefill=1@h100,decode=1@h100", "fcfs", {"pages": 60}),  # preemptions, and a prefix cache that is full
+        ("prefill=1@h100,decode=1@h100", "fcfs", {"pages": 40}),  # preemptions, and a prefix cache that is full
     ],
 )
 def test_equal_steps_at_one_event_change_no_plan_no_token_and_no_time(

@@ -29,11 +29,6 @@ from minidisagg.core.messages import (
     AnyMessage,
     Envelope,
     Hello,
-    KVAck,
-    KVBusy,
-    KVGrant,
-    KVPiece,
-    KVWait,
     LinkStats,
     RequestSpec,
     SamplingParams,
@@ -44,11 +39,9 @@ from minidisagg.core.router import Kill, Router
 from minidisagg.core.spec import EngineSpec
 from minidisagg.core.tracked import Emit
 from minidisagg.sim.devices import HashChain, TimingOnly
-from minidisagg.sim.world import Observer, Outcome, SimWorker, Step, World
+from minidisagg.sim.world import UNHEEDED, Observer, Outcome, SimWorker, Step, World
 
 TICK = 0.25  # seconds between ticks
-# Messages that change nothing of what is computed next where only decodes run, and that no hook of a policy sees.
-UNHEEDED = KVPiece, KVBusy, KVWait, KVGrant, KVAck
 
 
 class Simulator:
@@ -100,16 +93,9 @@ class Simulator:
         heapq.heappush(self._events, (max(time, self.now), last, next(self._count), action))
 
     def submit(
-        self,
-        request_id: str,
-        prompt: list[int],
-        sampling: SamplingParams,
-        at: float,
-        salt: str = "",
-        priority: int = 0,
+        self, request_id: str, prompt: list[int], sampling: SamplingParams, at: float, salt: str = "", priority: int = 0
     ) -> None:
-        """A client sends this request."""
-
+        """A client sends this request at that time."""
         spec = RequestSpec(prompt=prompt, sampling=sampling, arrival=at, salt=salt, priority=priority)
         self.plan(at, partial(self.send, request_id, spec))
 

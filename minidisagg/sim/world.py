@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from minidisagg.core.engine import EngineCore
-from minidisagg.core.messages import Envelope, LinkStats, RequestSpec
+from minidisagg.core.messages import Envelope, KVAck, KVBusy, KVGrant, KVPiece, KVWait, LinkStats, RequestSpec
 from minidisagg.core.plan import StepPlan
 from minidisagg.core.router import RouterSpec
 from minidisagg.core.tracked import Emit, StageTimes
 from minidisagg.sim.cost_model import Chaos, Costs, LinearCost
 from minidisagg.sim.devices import TimingOnly
+
+# Messages that change nothing of what is computed next where only decodes run, and that no hook of a policy sees.
+UNHEEDED = KVPiece, KVBusy, KVWait, KVGrant, KVAck
 
 
 @dataclass
