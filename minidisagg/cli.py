@@ -26,6 +26,7 @@ from minidisagg.bench.settings import (
 from minidisagg.bench.settings import (
     BenchOptions,
     ServerAddress,
+    compared_sides,
     make_sides,
     parse_base_url,
     parse_share,
@@ -49,7 +50,7 @@ from minidisagg.terminal import show_what_it_can
 
 # What `bench` takes for one of its two kinds of target only; the seed is the workload's too.
 ENGINE_FLAGS = {str(p.name) for p in engine_options(click.Command("engine")).params} - {"seed"}
-ENGINE_FLAGS |= {"mode", "against", "baseline", "plant_slowdown"}
+ENGINE_FLAGS |= {"mode", "against", "baseline", "compare", "plant_slowdown"}
 SERVER_FLAGS = {"api_key", "tokenizer"}
 
 
@@ -285,6 +286,9 @@ bench_options = stack(
         click.option("--mode", type=click.Choice([*MODES, "both"]), default="both", show_default=True,
                      help="What to measure; both is disagg against colocated, on as many workers."),
         click.option("--against", default="", metavar="MODE[:POLICY]", help="Compare --mode with this baseline."),
+        click.option("--compare", default="", metavar="SIDE,SIDE,…",
+                     help="Any number of sides, in place of --mode and --against: MODE, POLICY or MODE:POLICY each, "
+                          "the baseline first."),
         click.option("--baseline", default="", metavar="KEY=VAL,…",
                      help="In what the baseline differs: keys of --decode, link, transfer_granularity."),
         click.option("--plant-slowdown", default="0", metavar="SHARE",
@@ -316,6 +320,7 @@ def bench(ctx: click.Context, /, model: str, mode: str, against: str, base_url: 
     \b
     minidisagg bench --mode both --preset quick
     minidisagg bench --mode disagg --against colocated:sarathi:chunk=64
+    minidisagg bench --compare colocated,colocated:sarathi:chunk=64,disagg,./mine.py:Mine
     minidisagg bench --mode both --find-goodput --preset quick
     minidisagg bench --mode colocated --request-rate inf --num-prompts 64
     minidisagg bench --dataset-name azure --dataset-path azure_conv.csv --trace-scale-len 0.2
@@ -350,7 +355,11 @@ def _read_bench(
     planted = parse_share(flags["plant_slowdown"])
     if server is None:
         settings, cluster, run = read_engine(model, flags, MODES[1] if mode == "both" else mode)
+        if flags["compare"] and (against or flags["baseline"]):
+            raise ValueError("--compare names all sides: it takes no --against and no --baseline")
         sides = make_sides(mode, against, cluster, flags["baseline"])
+        if flags["compare"]:
+            sides = compared_sides(flags["compare"], cluster)
         if planted and len(sides) < 2:
             raise ValueError("--plant-slowdown slows side B down: it needs --mode both or --against")
     else:

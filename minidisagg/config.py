@@ -11,6 +11,7 @@ from msgspec import Struct
 
 from minidisagg.core.messages import Role
 from minidisagg.core.policy import WorkerOptions
+from minidisagg.core.predictor import Predictor
 
 DEFAULT_MODEL = "smollm2-135m"
 Mode = Literal["colocated", "disagg"]
@@ -90,6 +91,7 @@ class RunSettings(Struct, frozen=True, kw_only=True):
     step_deadline: float = 120.0  # seconds after which a worker's step is taken to hang
     trace: bool = False  # workers report each piece on their links, for a timeline
     clock_offsets: dict[str, float] = {}  # worker → seconds that its clock is ahead: to test what must not depend on it
+    predictor: Predictor = "none"  # of output lengths, for policies
     ceilings: bool = False  # measure each device's read bandwidth and matmul rate at its first start (a second)
 
 

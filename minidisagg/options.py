@@ -23,6 +23,7 @@ from minidisagg.config import (
 )
 from minidisagg.core.granularity import parse_granularity
 from minidisagg.core.messages import SamplingParams
+from minidisagg.core.predictor import PREDICTORS
 from minidisagg.interconnect import PRESETS, parse_interconnect
 from minidisagg.ranges import explained
 from minidisagg.transfer.emulate import announcement
@@ -97,6 +98,8 @@ engine_options = stack(
                      help="Let KV arrive as if over another interconnect, which a worker's links share: "
                           f"{', '.join(PRESETS)}, or as in 25Gbps,20us."),
         click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True),
+        click.option("--predict-lengths", type=click.Choice(PREDICTORS), default="none", show_default=True,
+                     help="What a policy sees of an output's length."),
         click.option("--no-prefix-caching", is_flag=True, help="Compute every prompt in full."),
         click.option("--prefill", default="", metavar="KEY=VAL,…", help="Settings of the prefill workers alone."),
         click.option("--decode", default="", metavar="KEY=VAL,…",
@@ -147,6 +150,7 @@ def read_engine(model: str, flags: dict[str, Any], mode: str, one_worker: bool =
     delays = dict(_delay(text) for text in flags.pop("inject_delay"))
     run = RunSettings(
         seed=flags.pop("seed"),
+        predictor=flags.pop("predict_lengths"),
         record_dir=_made(flags.pop("record")),
         decision_dir=_made(flags.pop("log_decisions")),
         delays=delays,

@@ -303,3 +303,40 @@ def test_the_quick_preset_shortens_what_a_slow_machine_would_take_too_long_for(
     assert "a slow machine for the quick preset: random 64 in, 16 out" in done.flat
     assert (done.options["workload"]["input_len"], done.options["workload"]["output_len"]) == (64, 16)
     assert {(r["prompt_len"], len(r["token_times"])) for r in done.requests()} == {(64, 16)}
+
+
+NOSY = """
+from minidisagg import Policy
+
+class Nosy(Policy):
+    def place(self, request, cluster):
+        seen = request.max_tokens, request.predicted_len, request.slo_ttft, request.slo_tpot
+        if request.slo_ttft is not None:  # else it calibrates or warms up
+            with open(__file__ + ".seen", "a") as file:
+                print(*seen, file=file)
+        return super().place(request, cluster)
+"""
+
+
+def test_any_number_of_sides_and_what_their_policies_see(bench: Bench, tmp_path_factory: Any) -> None:
+    mine = tmp_path_factory.mktemp("mine") / "mine.py"
+    mine.write_text(NOSY)
+    sides = f"colocated,disagg:sarathi:chunk=16,{mine}:Nosy"
+    done = bench(
+        "--compare", sides, "--request-rate", "60", "--num-prompts", "20", "--repeats", "1",
+        "--random-range-ratio", "0.9", "--predict-lengths", "oracle",
+    )  # fmt: skip
+    assert "one set of workers is each side in turn: worker-0, worker-1" in done.flat
+    assert [side["label"] for side in done.result["contest"]] == [
+        "colocated", "disagg sarathi:chunk=16", f"disagg {mine}:Nosy",
+    ]  # fmt: skip
+    assert done.result["verdict"] in done.flat and len(done.result["ratios"]) == 2
+    assert "oracle: the policies knew how long each output would be" in done.flat
+    lines = done.requests()
+    assert [sum(line["side"] == letter for line in lines) for letter in "ABC"] == [20, 20, 20]
+    assert all(line["finish_reason"] == "length" and len(line["token_times"]) == line["output_len"] for line in lines)
+    seen = [line.split() for line in Path(f"{mine}.seen").read_text().splitlines()]
+    lengths = sorted(line["output_len"] for line in lines if line["side"] == "C")
+    measured = [line for line in seen if line[0] == str(max(lengths))]  # one limit for all; warm-up has its own
+    assert sorted(int(predicted) for _, predicted, _, _ in measured) == lengths and len(set(lengths)) > 1
+    assert all(slo == ["2.0", "0.5"] for _, _, *slo in seen)

@@ -14,6 +14,7 @@ import msgspec
 
 from minidisagg.core.messages import Hello, SamplingParams, Stats
 from minidisagg.core.tracked import Emit
+from minidisagg.measure.goodput import SLO
 from minidisagg.measure.records import LinkRecord, RequestRecord, WorkerRecord
 from minidisagg.runtime.frontend import Frontend
 from minidisagg.runtime.launch import role_name
@@ -26,11 +27,15 @@ Progress = Callable[[int], None]
 class LoadGenerator:
     """One run of a workload on one cluster. Prompts are filled in; all outputs have their full length."""
 
-    def __init__(self, frontend: Frontend, items: Sequence[WorkItem], seed: int, on_done: Progress | None) -> None:
+    def __init__(
+        self, frontend: Frontend, items: Sequence[WorkItem], seed: int, on_done: Progress | None, slo: SLO | None = None
+    ) -> None:
         self.frontend = frontend
         self.items = items
         self.seed = seed
         self.on_done = on_done
+        self.slos = {f"slo_{name}": getattr(slo, name, None) for name in ("ttft", "tpot")}  # milliseconds
+        self.longest = max(item.output_len for item in items)
         self.records: list[RequestRecord] = []
         self._left = len(items)
         self._ended = asyncio.Event()
@@ -72,10 +77,16 @@ class LoadGenerator:
             if emit.finish:
                 self._finish(record, emit)
 
+        # A user sets one limit for all outputs; what a policy sees is no hint of where this one will end.
+        limit = max(item.output_len, min(self.longest, self.frontend.max_model_len - len(item.prompt)))
         sampling = SamplingParams(
-            max_tokens=item.output_len, temperature=0.0, ignore_eos=True, seed=(self.seed << 32) + item.index
+            max_tokens=limit, temperature=0.0, ignore_eos=True, seed=(self.seed << 32) + item.index
         )
-        request_id = self.frontend.submit(item.prompt, sampling, on_emit, arrival=scheduled, salt=item.salt)
+        slos = {name: limit / 1e3 for name, limit in self.slos.items() if limit is not None}
+        request_id = self.frontend.submit(
+            item.prompt, sampling, on_emit, arrival=scheduled, salt=item.salt, session=item.session,
+            ends_after=item.output_len, **slos,
+        )  # fmt: skip
         record.workers = self.frontend.workers_of(request_id)  # grows with each move
 
     def _finish(self, record: RequestRecord, emit: Emit) -> None:

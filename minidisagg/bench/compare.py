@@ -23,7 +23,8 @@ from rich.console import Console
 from minidisagg.bench.runs import QUICK_PROMPTS, QUICK_SECONDS, Bench, quick_prompts
 from minidisagg.bench.settings import BenchOptions
 from minidisagg.bench.sides import describe, labels, make_workers
-from minidisagg.measure.comparison import TIMES, marks_of
+from minidisagg.measure import contest
+from minidisagg.measure.comparison import TIMES, Comparison, marks_of
 from minidisagg.measure.goodput import GoodputResult, find_goodput
 from minidisagg.measure.html import write_html
 from minidisagg.measure.intervals import share_error
@@ -31,6 +32,8 @@ from minidisagg.measure.machine import command_line, machine
 from minidisagg.measure.records import RunRecord
 from minidisagg.measure.report import goodput_table, marks_text, render, sweep_table
 from minidisagg.measure.run_directory import (
+    LETTERS,
+    contest_to_dict,
     search_to_dict,
     sweep_to_dict,
     to_dict,
@@ -81,7 +84,7 @@ async def goodput(bench: Bench) -> dict[str, object]:
     results = [await one for one in searches] if bench.arrangement == "in turn" else await asyncio.gather(*searches)
     labels = [target.label for target in bench.targets]
     if len(set(labels)) < len(labels):
-        labels = [f"{label} {letter}" for label, letter in zip(labels, "AB", strict=True)]
+        labels = [f"{label} {letter}" for label, letter in zip(labels, LETTERS, strict=False)]
     found = dict(zip(labels, results, strict=True))
     voids = {run.label: reason for run in runs for reason in void_reasons(run, bench.slo)}  # one per side will do
     void = [f"{label}: {reason}" for label, reason in voids.items()]
@@ -96,7 +99,11 @@ async def goodput(bench: Bench) -> dict[str, object]:
 
 async def sweep(bench: Bench, directory: Path) -> dict[str, object]:
     """A handful of users: closed loop, so many requests at a time."""
-    steps = [(n, await bench.interleaved(math.nan, n)) for n in bench.options.arrivals.max_concurrency]
+    steps: list[tuple[int, Comparison]] = []
+    for n in bench.options.arrivals.max_concurrency:
+        one = await bench.interleaved(math.nan, n)
+        assert isinstance(one, Comparison)  # `run` refuses a sweep of more than two sides
+        steps.append((n, one))
     marks = marks_text([mark for _, one in steps for mark in one.marks], [why for _, one in steps for why in one.void])
     bench.console.print(sweep_table(steps), marks)
     for n, one in steps:
@@ -119,6 +126,8 @@ def run(options: BenchOptions, api_key: str = "") -> int:
     items, _ = build_items(options.workload, options.workload.num_prompts or quick_prompts(options, math.nan))
     at_once = math.isinf(options.arrivals.request_rate) and not options.arrivals.max_concurrency
     check_measurable(len(items), options.arrivals.num_warmups, at_once)  # a trace may hold fewer than were asked for
+    if len(options.sides) > 2 and options.arrivals.max_concurrency:
+        raise ValueError("--max-concurrency compares two sides at most")
     for side in options.sides:
         load_policy(side.policy)
     if options.report.dry_run:
@@ -147,10 +156,10 @@ async def _run(options: BenchOptions, console: Console, api_key: str, directory:
             elif options.arrivals.max_concurrency:
                 result = await sweep(bench, directory)
             else:
-                comparison = await bench.interleaved(bench.rate)
-                console.print(render(comparison))
-                write_run_directory(directory, comparison)
-                result = to_dict(comparison)
+                found = await bench.interleaved(bench.rate)
+                console.print(render(found) if isinstance(found, Comparison) else contest.render(found))
+                write_run_directory(directory, found)
+                result = to_dict(found) if isinstance(found, Comparison) else contest_to_dict(found)
         write_options(directory, command_line(), machine(), bench.options)
         write_json(directory / "result.json", result)
         if bench.timelines:

@@ -27,6 +27,7 @@ from minidisagg.bench.http_client import HttpServer
 from minidisagg.bench.settings import BenchOptions, ServerAddress
 from minidisagg.bench.sides import Arrangement, Side, describe, make_sides
 from minidisagg.measure.comparison import Comparison, compare_runs
+from minidisagg.measure.contest import Contest, contest
 from minidisagg.measure.goodput import SLO
 from minidisagg.measure.records import RequestRecord, RunRecord
 from minidisagg.measure.settings import check_measurable
@@ -101,6 +102,9 @@ class Bench:
             self.options = replace(self.options, workload=replace(self.options.workload, num_prompts=count))
         given, alone = self.options.trials.slo, self.unloaded
         self.slo = given or SLO(ttft=_limit(TTFT_SLO * alone.prefill), tpot=_limit(TPOT_SLO * alone.step))
+        for target in self.targets:
+            if isinstance(target, Side):
+                target.slo = self.slo
         sustains = "one prefill worker sustains" if self.options.sides else "one prefill after another makes"
         self._say(
             f"unloaded, {where}: prefill {alone.prefill * 1e3:.0f} ms, decode step {alone.step * 1e3:.1f} ms, "
@@ -263,8 +267,8 @@ class Bench:
             marks=[*quick, *target.notes(requests)],
         )
 
-    async def interleaved(self, rate: float, concurrency: int | None = None) -> Comparison:
-        """All repetitions of all sides, A B B A …, as one comparison.
+    async def interleaved(self, rate: float, concurrency: int | None = None) -> Comparison | Contest:
+        """All repetitions of all sides, A B B A …, as one comparison, or a contest of more than two.
 
         Where only one side can be there at a time, A A … B B …: each change of sides takes a start.
         """
@@ -277,6 +281,8 @@ class Bench:
         for repetition, side in turns:
             title = f"{repetition + 1}/{repeats}, {what}"
             runs[side].append(await self.one_run(side, repetition, rate, concurrency, title))
+        if len(runs) > 2:
+            return await asyncio.to_thread(contest, runs, self.slo, seed=self.options.run.seed)
         return await asyncio.to_thread(
             compare_runs, runs[0], runs[1] if len(runs) > 1 else (), self.slo, seed=self.options.run.seed
         )

@@ -9,6 +9,7 @@ from minidisagg.address import parse_server_url
 from minidisagg.config import MODES, ClusterSettings, ModelSettings, RunSettings, parse_worker
 from minidisagg.core.granularity import parse_granularity
 from minidisagg.measure.settings import ReportSettings, Trials
+from minidisagg.sides import parse_compare
 from minidisagg.transfer.kinds import KINDS
 from minidisagg.workload.settings import Arrivals, Workload
 
@@ -24,7 +25,7 @@ class ServerAddress(Struct, frozen=True, kw_only=True):
 
 
 class BenchOptions(Struct, frozen=True, kw_only=True):
-    """A whole benchmark. `sides` are one cluster, or two: the baseline A, then B, of as many workers each.
+    """A whole benchmark. `sides`: the baseline A, then B, …, of as many workers each; or one alone.
 
     With `server` there are no sides, no cluster is started, and `model` is without meaning. `workers`, which the bench
     fills in, says how the sides came by theirs (`sides.Arrangement`).
@@ -80,6 +81,11 @@ def make_sides(mode: str, against: str, cluster: ClusterSettings, baseline: str 
         **links,
     )
     return a, b
+
+
+def compared_sides(text: str, cluster: ClusterSettings) -> tuple[ClusterSettings, ...]:
+    """The clusters of `--compare`. Raises ValueError."""
+    return tuple(replace(cluster, mode=mode or cluster.mode, policy=policy) for mode, policy in parse_compare(text))
 
 
 def parse_share(text: str) -> float:

@@ -22,11 +22,14 @@ from minidisagg.bench.client import LoadGenerator, Progress
 from minidisagg.bench.settings import LINK_KEYS, BenchOptions
 from minidisagg.config import ClusterSettings, ModelSettings, RunSettings, built_alike
 from minidisagg.core.messages import ROUTER, Hello, Stats
-from minidisagg.measure.records import RequestRecord
+from minidisagg.measure.goodput import SLO
+from minidisagg.measure.records import ORACLE, RequestRecord
+from minidisagg.measure.run_directory import LETTERS
 from minidisagg.model.loader import load_config
 from minidisagg.model.tokenizer import Tokenizer
 from minidisagg.policies import make_policy
 from minidisagg.runtime.frontend import Frontend
+from minidisagg.sides import numbered
 from minidisagg.workload.lengths import Encode, WorkItem
 
 Arrangement = Literal["one set", "side by side", "in turn"]
@@ -95,7 +98,9 @@ class Side:
         self.max_model_len = workers.model.max_model_len or load_config(self.model).max_model_len
         self.encode: Encode | None = tokenizer.encode
         self.vocab_size = tokenizer.vocab_size
+        self.slo: SLO | None = None  # of each request, which policies see
         self.remarks = [f"B is slowed down by {run.slowdown:.0%} on purpose"] if run.slowdown else []
+        self.remarks += [ORACLE] if run.predictor == "oracle" else []
 
     async def begin(self, policy: str = "") -> None:
         """As after a start: pools empty, policies and estimators new. `policy`: another one than the side's."""
@@ -113,7 +118,7 @@ class Side:
 
     def load(self, items: Sequence[WorkItem], seed: int, on_done: Progress | None) -> LoadGenerator:
         """One run to be."""
-        return LoadGenerator(self.frontend, items, seed, on_done)
+        return LoadGenerator(self.frontend, items, seed, on_done, self.slo)
 
     def notes(self, records: Sequence[RequestRecord]) -> list[str]:
         """What a reader of the numbers must know, one line each."""
@@ -130,7 +135,7 @@ def make_sides(options: BenchOptions, stack: AsyncExitStack) -> tuple[list[Side]
     for index, (label, cluster, workers) in enumerate(zip(labels(clusters), clusters, sets, strict=True)):
         run = replace(options.run, ceilings=True, trace=True, slowdown=options.trials.planted * index)
         if len(clusters) > 1:  # each side's logs apart
-            letter = "AB"[index]
+            letter = LETTERS[index]
             record, decisions = _apart(run.record_dir, letter), _apart(run.decision_dir, letter)
             run = replace(run, record_dir=record, decision_dir=decisions)
         make_policy(cluster.policy, ROUTER, run.decision_dir)  # refuses the decisions of an earlier run
@@ -159,8 +164,10 @@ def describe(sets: Sequence[Workers], how: Arrangement) -> str:
 
 def arrangement(model: ModelSettings, clusters: Sequence[ClusterSettings]) -> Arrangement:
     """How the sides come by their workers."""
-    if len(clusters) < 2 or built_alike(clusters[0], clusters[1]):
+    if all(built_alike(clusters[0], other) for other in clusters[1:]):
         return "one set"
+    if len(clusters) > 2:
+        raise ValueError("more than two sides have to be built alike, but these differ in more than mode and policy")
     if not any(settings.device != "cpu" for cluster in clusters for _, _, settings in cluster.roles()):
         return "side by side"
     sizes = gpu_sizes()
@@ -201,7 +208,7 @@ def labels(clusters: Sequence[ClusterSettings]) -> list[str]:
         words = [cluster.mode] if cluster.policy == "fcfs" else [cluster.mode, cluster.policy]
         others = [other for n, other in enumerate(clusters) if n != index]
         names.append(" ".join([*words, *dict.fromkeys(word for other in others for word in _apart_by(cluster, other))]))
-    return names
+    return names if len(names) < 3 else numbered(names)  # of two, A and B tell them apart
 
 
 def _apart_by(cluster: ClusterSettings, other: ClusterSettings) -> list[str]:

@@ -34,14 +34,14 @@ from minidisagg.measure.report import marks_text
 from minidisagg.measure.stats import Samples, samples_of, summarize, void_reasons
 
 COLUMNS = (  # title, statistic, how it is written
-    ("TTFT p50", "p50_ttft", milliseconds),
-    ("p99", "p99_ttft", milliseconds),
-    ("2nd p50", "p50_ttst", milliseconds),
-    ("TPOT", "mean_tpot", milliseconds),
-    ("ITL p99", "p99_itl", milliseconds),
-    ("tok/s", "output_throughput", number),
-    ("goodput", "request_goodput", number),
-    ("in SLO", "attainment", share),
+    ("TTFT\np50", "p50_ttft", milliseconds),
+    ("\np99", "p99_ttft", milliseconds),
+    ("2nd\np50", "p50_ttst", milliseconds),
+    ("TPOT\nmean", "mean_tpot", milliseconds),
+    ("ITL\np99", "p99_itl", milliseconds),
+    ("\ntok/s", "output_throughput", number),
+    ("good-\nput", "request_goodput", number),
+    ("in\nSLO", "attainment", share),
 )
 DRAWN = (("p90 TTFT", "p90_ttft"), ("TPOT", "mean_tpot"), ("p99 ITL", "p99_itl"), ("goodput", "request_goodput"))
 DECIDES = "request_goodput"

@@ -8,6 +8,7 @@ from __future__ import annotations
 from msgspec import Struct, field
 
 STAGES = ("queue", "prefill", "transfer", "decode_wait", "decode")
+ORACLE = "oracle: the policies knew how long each output would be"  # the mark of a run
 TRIM = 0.05  # of the requests, at each end of a run: they are not measured (see `stats`)
 
 

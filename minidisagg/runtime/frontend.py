@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -201,10 +201,12 @@ class Frontend(Operations):
         arrival: float | None = None,
         salt: str = "",
         priority: int = 0,
+        **more: Any,
     ) -> str:
         """Send a request and return its id; `on_emit(emit, time.monotonic())` is called with its tokens and its end.
 
-        Raises `ValueError`, and `EngineError` once the engine has failed for good.
+        `more`: other fields of `RequestSpec`, which policies see or a benchmark needs. Raises `ValueError`, and
+        `EngineError` once the engine has failed for good.
         """
         if self.failure:
             raise EngineError(self.failure)
@@ -221,6 +223,7 @@ class Frontend(Operations):
             arrival=now if arrival is None else arrival,
             salt=salt,
             priority=priority,
+            **more,
         )
         self.router.on_request(request_id, spec, now)
         self._drain()
@@ -296,7 +299,8 @@ class Frontend(Operations):
     def _make_router(self) -> Router:
         options = {Role.PREFILL: self.cluster.prefill.options(), Role.DECODE: self.cluster.decode.options()}
         limits = self._limits or replace(UNLIMITED, seed=self.run.seed)
-        spec = replace(limits, stuck_after=self.run.step_deadline, options=options)
+        run = self.run
+        spec = replace(limits, stuck_after=run.step_deadline, predictor=run.predictor, options=options)
         return Router(spec, make_policy(self.cluster.policy, ROUTER, self.run.decision_dir))
 
     async def _all_up(self) -> None:

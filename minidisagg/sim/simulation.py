@@ -19,7 +19,7 @@ from minidisagg.core.predictor import Predictor
 from minidisagg.core.router import RouterSpec
 from minidisagg.core.spec import EngineSpec
 from minidisagg.measure.goodput import SLO
-from minidisagg.measure.records import LinkRecord, RequestRecord, RunRecord, WorkerRecord
+from minidisagg.measure.records import ORACLE, LinkRecord, RequestRecord, RunRecord, WorkerRecord
 from minidisagg.sim.machines import ClusterSpec, MachineCosts, find_profile
 from minidisagg.sim.profile import Profile
 from minidisagg.sim.simulator import Simulator
@@ -173,7 +173,7 @@ class Simulation:
             label=self.cluster.mode, mode=self.cluster.mode, policy=policy, model=self.cluster.model,
             max_concurrency=self.settings.max_concurrency, seed=self.settings.seed,
             num_warmups=self.settings.num_warmups, requests=requests, workers=workers, links=links,
-            wall_s=self.ended[0], marks=["oracle: policies knew the lengths of outputs"]
+            wall_s=self.ended[0], marks=[ORACLE]
             if self.settings.predictor == "oracle" else [],
         )  # fmt: skip
 

@@ -51,6 +51,7 @@ from minidisagg.measure.settings import ReportSettings, Trials
 from minidisagg.measure.stats import samples_of
 from minidisagg.measure.timeline import Event, Timeline, write_events
 from minidisagg.policies import load_policy, rehearse
+from minidisagg.sides import numbered, parse_compare
 from minidisagg.sim.machines import ClusterSpec, Group, parse_cluster, parse_options
 from minidisagg.sim.simulate import Result, simulate
 from minidisagg.sim.simulation import Settings, capacity_of, derived_slo, profiles_of
@@ -89,32 +90,16 @@ class SimOptions(Struct, frozen=True, kw_only=True):
 
 
 def parse_sides(text: str, cluster: ClusterSpec) -> tuple[SimSide, ...]:
-    """`colocated:sarathi:chunk=512,disagg,./mine.py:Mine`: MODE, POLICY or MODE:POLICY; raises `ValueError`.
-
-    A setting of a policy may follow a comma, too: what looks like KEY=VALUE belongs to the side before it.
-    """
-    parts: list[str] = []
-    for part in text.split(","):
-        key, equals, _ = part.partition("=")
-        if parts and equals and key.strip().isidentifier():
-            parts[-1] += f",{part}"
-        else:
-            parts.append(part.strip())
+    """As `parse_compare` reads them; raises `ValueError`."""
     sides = []
-    for part in parts:
-        mode, _, policy = part.partition(":")
-        if mode not in ("colocated", "disagg"):
-            mode, policy = cluster.mode, part
+    for mode, policy in parse_compare(text):
         of_mode = colocated(cluster) if mode == "colocated" else cluster
-        if mode != of_mode.mode:
-            raise ValueError(f"side {part!r}: the cluster has no workers of prefill or decode alone")
-        policy = policy or "fcfs"
-        label = mode if policy == "fcfs" else f"{mode} {policy}"
+        if mode and mode != of_mode.mode:
+            raise ValueError(f"side {mode}: the cluster has no workers of prefill or decode alone")
+        label = of_mode.mode if policy == "fcfs" else f"{of_mode.mode} {policy}"
         sides.append(SimSide(label=label, cluster=of_mode, policy=policy))
-    labels = [side.label for side in sides]
-    if len(set(labels)) < len(labels):
-        sides = [replace(side, label=f"{side.label} {number}") for number, side in enumerate(sides, 1)]
-    return tuple(sides)
+    labels = numbered([side.label for side in sides])
+    return tuple(replace(side, label=label) for side, label in zip(sides, labels, strict=True))
 
 
 def colocated(cluster: ClusterSpec) -> ClusterSpec:
