@@ -6,7 +6,6 @@ stderr, exit code 2 for what the user can mend in the command and 1 for the rest
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import sys
@@ -32,11 +31,10 @@ from minidisagg.bench.settings import (
     parse_share,
 )
 from minidisagg.config import DEFAULT_MODEL, MODES, ClusterSettings, ModelSettings, RunSettings
-from minidisagg.core.predictor import PREDICTORS
-from minidisagg.interconnect import PRESETS
 from minidisagg.load_options import Load, SpreadCommand, load_options, read_load
 from minidisagg.measure.goodput import parse_slo
 from minidisagg.options import (
+    FiniteRange,
     engine_options,
     mode_option,
     model_argument,
@@ -46,6 +44,7 @@ from minidisagg.options import (
     sampling_options,
     stack,
 )
+from minidisagg.simulate_options import SIMULATED, simulate_options
 from minidisagg.terminal import show_what_it_can
 
 # What `bench` takes for one of its two kinds of target only; the seed is the workload's too.
@@ -172,16 +171,6 @@ def chat(model: str, system: str, mode: str, **flags: Any) -> None:
     from minidisagg.chat import run_chat
 
     run_chat(engine, sampling, system)
-
-
-class FiniteRange(click.FloatRange):
-    """A number to count or to wait with; click takes nan for one in any range."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        number = float(super().convert(value, param, ctx))
-        if not math.isfinite(number):
-            self.fail(f"{value} is not finite.", param, ctx)
-        return number
 
 
 watch_options = [
@@ -378,47 +367,6 @@ def _read_bench(
 
 # ---------------------------------------------------------------- simulate
 
-# A load that means something on the default cluster; a simulation has no noise, so that one repetition says much.
-SIMULATED = {"dataset_name": "synth:azure-conv-2023", "request_rate": "0.5x", "num_prompts": 500, "repeats": 1}
-
-# fmt: off
-simulate_options = stack(
-    [
-        click.option("--cluster", default="prefill=1@h100,decode=1@h100", show_default=True,
-                     metavar="ROLE=N@DEVICE[xM],…",
-                     help="Workers by role (prefill, decode, both), each of M cards (tensor parallel). DEVICE is the "
-                          "beginning of a shipped profile's name (h100, h200, a100, dgx-a100, …) or a profile's file."),
-        click.option("--model", default="llama-8b", show_default=True,
-                     help="qwen3-0.6b, llama-8b, qwen3-32b, llama-70b, qwen3-30b-a3b, or what a profile's file has."),
-        click.option("--dtype", type=click.Choice(["bfloat16", "fp8", "float32"]), default="bfloat16",
-                     show_default=True, help="Of the weights; KV is bfloat16."),
-        click.option("--policy", default="", metavar="NAME[:KEY=VAL]", help="One side: the cluster with this policy."),
-        click.option("--compare", default="", metavar="SIDE,SIDE,…",
-                     help="MODE, POLICY or MODE:POLICY of each side; colocated is the same devices, each doing both. "
-                          "The first is the baseline.  [default: colocated,disagg, or --policy alone]"),
-        click.option("--prefill", default="", metavar="KEY=VAL,…",
-                     help="max_num_seqs, max_num_batched_tokens, chunk of prefill workers."),
-        click.option("--decode", default="", metavar="KEY=VAL,…", help="The same of all others."),
-        click.option("--link", default="400g-ib", show_default=True, metavar="NAME|BANDWIDTH,LATENCY",
-                     help=f"Of each card's wire: {', '.join(PRESETS)}, or 25Gbps,20us."),
-        click.option("--transfer-granularity", default="auto", show_default=True, metavar="WHAT",
-                     help="request, chunk, layers:N or auto."),
-        click.option("--block-size", type=positive, default=64, show_default=True, metavar="TOKENS",
-                     help="Of a KV page; 512, a Mooncake trace's own, is faster to simulate."),
-        click.option("--gpu-memory-utilization", type=click.FloatRange(0, 1, min_open=True), default=0.9,
-                     show_default=True),
-        click.option("--no-prefix-caching", is_flag=True),
-        click.option("--predict-lengths", type=click.Choice(PREDICTORS), default="none", show_default=True,
-                     help="What a policy sees of an output's length; a run with the oracle is marked."),
-        click.option("--seed", type=int, default=0, show_default=True),
-        click.option("--jobs", "-j", type=positive, default=1, show_default=True, metavar="N",
-                     help="Runs at a time, each in a process."),
-        click.option("--time-limit", type=FiniteRange(min=0), default=0.0, metavar="S",
-                     help="Give up when a run has taken so many seconds here."),
-    ]
-)
-# fmt: on
-
 
 @cli.command(cls=SpreadCommand, context_settings={"default_map": SIMULATED})
 @simulate_options
@@ -439,3 +387,27 @@ def simulate(**flags: Any) -> int:
     from minidisagg.sim.study import run as run_study
 
     return run_study(read_options(flags, load))
+
+
+@cli.command()
+@model_argument
+@click.option("--out", type=click.Path(dir_okay=False, writable=True, path_type=Path), default=Path("profile.json"),
+              show_default=True, metavar="FILE")  # fmt: skip
+@click.option("--name", default="here", show_default=True, help="Of the device.")
+@click.option("--seconds", type=FiniteRange(min=1), default=120.0, show_default=True,
+              help="Long contexts are left out when so much time has passed.")  # fmt: skip
+@engine_options
+def profile(model: str, out: Path, name: str, seconds: float, **flags: Any) -> int:
+    """Measure what steps cost on this machine, for `simulate`, and say how far the fit is off.
+
+    \b
+    minidisagg profile --out laptop.json
+    minidisagg profile dummy:llama-8b --device cuda --dtype bfloat16 --block-size 64 --max-num-seqs 64 --name my-h100
+    minidisagg simulate --cluster prefill=1@./laptop.json,decode=1@./laptop.json --model smollm2-135m --dtype float32
+    """
+    engine = read_engine(model, {**flags, "no_prefix_caching": True}, "colocated", one_worker=True)
+    if len(engine.cluster.roles()) != 1:
+        raise ValueError("profile measures one worker: give no numbers of workers")
+    from minidisagg.bench.profiler import run as run_profiler
+
+    return run_profiler(engine.model, engine.cluster, engine.run, name, out, seconds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -175,6 +176,16 @@ def _made(directory: Path | None) -> str:
         return ""
     directory.mkdir(parents=True, exist_ok=True)
     return str(directory.resolve())
+
+
+class FiniteRange(click.FloatRange):
+    """A number to count or to wait with; click takes nan for one in any range."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is not finite.", param, ctx)
+        return number
 
 
 # ---------------------------------------------------------------- sampling

@@ -30,7 +30,7 @@ from minidisagg.measure.goodput import SLO
 from minidisagg.model.dummy import SHAPES, dummy_weights, parse_dummy
 
 torch.set_num_threads(1)
-COMMANDS = ("pull", "generate", "chat", "serve", "monitor", "bench", "simulate")
+COMMANDS = ("pull", "generate", "chat", "serve", "monitor", "bench", "simulate", "profile")
 TINY = ["dummy:tiny", "--prompt", "hello"]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection
+from math import fsum
 from types import MappingProxyType
 
 from minidisagg.core.blocks import short
@@ -96,7 +97,7 @@ class Cluster:
     def on_stats(self, status: WorkerStatus, stats: Stats) -> None:
         """A few times a second."""
         known, nbytes = self._known[status.name], sum(link.bytes for link in stats.links)
-        seconds = sum(link.seconds for link in stats.links)
+        seconds = fsum(link.seconds for link in stats.links)
         status.changed(
             pages_free=stats.pages_free + stats.pages_cached,
             transfer_backlog=sum(link.backlog for link in stats.links),

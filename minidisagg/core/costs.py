@@ -10,6 +10,7 @@ would else drown all that is known of prompts, and a driver that computes equal 
 from __future__ import annotations
 
 from collections import deque
+from math import fsum
 
 from msgspec import Struct
 
@@ -102,6 +103,6 @@ def _solve(matrix: list[list[float]]) -> list[float]:
             for j in range(i, size + 1):
                 other[j] -= factor * matrix[i][j]
     for i in reversed(range(size)):
-        known = sum(matrix[i][j] * matrix[j][size] for j in range(i + 1, size))
+        known = fsum(matrix[i][j] * matrix[j][size] for j in range(i + 1, size))
         matrix[i][size] = (matrix[i][size] - known) / matrix[i][i]
     return [row[size] for row in matrix]

@@ -17,6 +17,7 @@ import gzip
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property
+from math import fsum
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -101,7 +102,7 @@ class Profile(Key, frozen=True, kw_only=True, dict=True):
             attention = offsets[i] + slopes[i] * decode_context
         if prefill:
             seconds = self._dense(decode_seqs + sum(new for _, new in prefill), decode_seqs + len(prefill))
-            seconds += sum(self.prefill_attention.at(past, new) for past, new in prefill)
+            seconds += fsum(self.prefill_attention.at(past, new) for past, new in prefill)
         return seconds + attention
 
     def decode_seconds(self, seqs: int, context: int, steps: int) -> list[float]:

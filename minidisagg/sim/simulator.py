@@ -18,6 +18,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from math import fsum
 
 import msgspec
 
@@ -338,7 +339,7 @@ class Simulator:
         if any(item.request_id in self.poison for item in plan.items):
             self.kill(worker.core.spec.name)
             return
-        tokens, took = worker.device.finish(plan, plan.repeat), sum(step.seconds)
+        tokens, took = worker.device.finish(plan, plan.repeat), fsum(step.seconds)
         worker.steps.popleft()
         worker.busy += took
         ends = step.ends if plan.repeat > 1 else []
@@ -350,7 +351,7 @@ class Simulator:
             return
         plan, seconds, ends = worker.steps.popleft()
         past = bisect.bisect_right(ends, self.now)
-        took = sum(seconds[:past])
+        took = fsum(seconds[:past])
         worker.busy += took
         worker.core.on(StepDone(plan.step_id, worker.device.finish(plan, past), took, past, ends[:past]), self.now)
         self._drain_worker(worker)

@@ -38,4 +38,5 @@ def arrival_times(count: int, request_rate: float, burstiness: float = 1.0, seed
         now += 1.0 if math.isinf(burstiness) else rng.gammavariate(burstiness, 1.0 / burstiness)
         times.append(now)
     # An extremely bursty draw can underflow to all zeros: then all requests come at once, at the end.
-    return [count / request_rate * (t / now if now else 1.0) for t in times]
+    # In twelve digits: a logarithm's last ones differ between mathematical libraries.
+    return [float(f"{count / request_rate * (t / now if now else 1.0):.12g}") for t in times]

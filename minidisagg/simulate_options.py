@@ -1,0 +1,50 @@
+"""The flags of `minidisagg simulate` beside those of its load."""
+
+from __future__ import annotations
+
+import click
+
+from minidisagg.core.predictor import PREDICTORS
+from minidisagg.interconnect import PRESETS
+from minidisagg.options import FiniteRange, positive, stack
+
+# A load that means something on the default cluster; a simulation has no noise, so that one repetition says much.
+SIMULATED = {"dataset_name": "synth:azure-conv-2023", "request_rate": "0.5x", "num_prompts": 500, "repeats": 1}
+
+# fmt: off
+simulate_options = stack(
+    [
+        click.option("--cluster", default="prefill=1@h100,decode=1@h100", show_default=True,
+                     metavar="ROLE=N@DEVICE[xM],…",
+                     help="Workers by role (prefill, decode, both), each of M cards (tensor parallel). DEVICE is the "
+                          "beginning of a shipped profile's name (h100, h200, a100, dgx-a100, …) or a profile's file."),
+        click.option("--model", default="llama-8b", show_default=True,
+                     help="qwen3-0.6b, llama-8b, qwen3-32b, llama-70b, qwen3-30b-a3b, or what a profile's file has."),
+        click.option("--dtype", type=click.Choice(["bfloat16", "fp8", "float32"]), default="bfloat16",
+                     show_default=True, help="Of the weights; KV is bfloat16."),
+        click.option("--policy", default="", metavar="NAME[:KEY=VAL]", help="One side: the cluster with this policy."),
+        click.option("--compare", default="", metavar="SIDE,SIDE,…",
+                     help="MODE, POLICY or MODE:POLICY of each side; colocated is the same devices, each doing both. "
+                          "The first is the baseline.  [default: colocated,disagg, or --policy alone]"),
+        click.option("--prefill", default="", metavar="KEY=VAL,…",
+                     help="max_num_seqs, max_num_batched_tokens, chunk of prefill workers."),
+        click.option("--decode", default="", metavar="KEY=VAL,…", help="The same of all others."),
+        click.option("--link", default="400g-ib", show_default=True, metavar="NAME|BANDWIDTH,LATENCY",
+                     help=f"Of each card's wire: {', '.join(PRESETS)}, or 25Gbps,20us."),
+        click.option("--transfer-granularity", default="auto", show_default=True, metavar="WHAT",
+                     help="request, chunk, layers:N or auto."),
+        click.option("--block-size", type=positive, default=64, show_default=True, metavar="TOKENS",
+                     help="Of a KV page; 512, a Mooncake trace's own, is faster to simulate."),
+        click.option("--gpu-memory-utilization", type=click.FloatRange(0, 1, min_open=True), default=0.9,
+                     show_default=True),
+        click.option("--no-prefix-caching", is_flag=True),
+        click.option("--predict-lengths", type=click.Choice(PREDICTORS), default="none", show_default=True,
+                     help="What a policy sees of an output's length; a run with the oracle is marked."),
+        click.option("--seed", type=int, default=0, show_default=True),
+        click.option("--jobs", "-j", type=positive, default=1, show_default=True, metavar="N",
+                     help="Runs at a time, each in a process."),
+        click.option("--time-limit", type=FiniteRange(min=0), default=0.0, metavar="S",
+                     help="Give up when a run has taken so many seconds here."),
+    ]
+)
+# fmt: on

@@ -1,0 +1,91 @@
+"""`minidisagg profile`: a known machine is found again in noisy steps, and the engine gives steps of every kind."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from msgspec.structs import replace
+
+from minidisagg.bench.profiler import CHUNK, Decode, Prompt, error_table, errors, fit, grouped
+from minidisagg.cli import cli
+from minidisagg.sim.profile import Curve, Grid, Profile, load_profile
+from minidisagg.sim.simulate import simulate
+from minidisagg.workload.lengths import random_items
+
+ABOUT = Profile(
+    version=1, name="here", model="m", dtype="float32", tensor_parallel=1, source="", licence="", constant=0.0,
+    linear=Curve([1], [0.0]), head=Curve([1], [0.0]), prefill_attention=Grid([1], [1], [[0.0]]),
+    decode_attention=Grid([1], [1], [[0.0]]), num_layers=1, kv_bytes_per_token=1, weight_bytes=1, memory_bytes=9,
+)  # fmt: skip
+OVERHEAD, FIXED, TOKEN, PAIR, READ = 1e-3, 20e-3, 2e-3, 1e-6, 5e-6  # seconds
+
+
+def steps(noise: float) -> tuple[list[Decode], list[Prompt]]:
+    rng = random.Random(0)
+
+    def noisy(seconds: float) -> float:
+        return seconds * rng.gauss(1.0, noise) + (seconds if rng.random() < 0.05 else 0.0)  # some are held up
+
+    decodes = []
+    for seqs in (1, 2, 4, 8):
+        for context in (64, 256, 1024):
+            for n in range(20):
+                read = seqs * (context + n)
+                seconds = noisy(FIXED + TOKEN * seqs + READ * read)
+                decodes.append(Decode(seqs, read, seconds + OVERHEAD, OVERHEAD))
+    prompts = [(0, new) for new in (16, 64, 128, 512, 2048) for _ in range(3)]
+    prompts += [(past, CHUNK) for past in range(CHUNK, 1024, CHUNK) for _ in range(3)]
+    return decodes, [Prompt(p, n, noisy(FIXED + TOKEN * n + PAIR * n * (p + n / 2))) for p, n in prompts]
+
+
+def test_a_known_machine_is_found_again() -> None:
+    decodes, prompts = steps(0.02)
+    profile = fit(decodes, prompts, ABOUT)
+    for seqs, context in ((1, 100), (3, 1500), (8, 8000)):
+        truth = OVERHEAD + FIXED + TOKEN * seqs + READ * context
+        assert profile.step_seconds((), seqs, context) == pytest.approx(truth, rel=0.06)
+    for past, new in ((0, 100), (0, 1024), (512, CHUNK), (900, 100)):
+        truth = OVERHEAD + FIXED + TOKEN * new + PAIR * new * (past + new / 2)
+        assert profile.step_seconds([(past, new)], 0, 0) == pytest.approx(truth, rel=0.1), (past, new)
+    assert 0.98 < sorted(profile.residuals)[len(profile.residuals) // 2] < 1.02 and max(profile.residuals) > 1.8
+    assert error_table(profile, decodes, prompts).row_count == len(grouped(errors(profile, decodes, prompts)))
+
+
+def test_a_machine_that_is_all_noise_still_gives_costs_that_grow() -> None:
+    decodes, prompts = steps(0.6)
+    profile = fit([replace_seconds(one) for one in decodes], prompts, ABOUT)
+    costs = [profile.step_seconds([(0, n)], 0, 0) for n in (1, 10, 100, 1000)]
+    assert costs == sorted(costs) and min(costs) >= 0.0
+    assert min(profile.decode_seconds(8, 800, 50)) >= 0.0
+
+
+def replace_seconds(one: Decode) -> Decode:
+    return one._replace(seconds=abs(one.seconds), overhead=0.0)
+
+
+def test_the_engine_is_measured_and_simulated(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.json"
+    args = ["profile", "dummy:tiny", "--out", str(path), "--seconds", "1", "--max-num-seqs", "4"]
+    done = CliRunner().invoke(cli, args, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    said = " ".join(done.output.split())
+    assert "decode 1 sequences" in said and "chunk after 128 tokens" in said and f"--cluster both=1@{path}" in said
+    profile = load_profile(str(path), "dummy:tiny", "float32")
+    assert profile.num_layers == 2 and len(profile.residuals) > 50 and profile.constant >= 0.0
+    assert replace(profile, residuals=[]).pages(128) * 128 * profile.kv_bytes_per_token == 512 << 20
+    result = simulate("fcfs", random_items(10, 100, 10), _cluster(str(path)))
+    assert all(len(request.token_times) == 10 for request in result.run.requests)
+
+
+def _cluster(path: str):  # type: ignore[no-untyped-def]
+    from minidisagg.sim.machines import ClusterSpec, parse_cluster
+
+    return ClusterSpec(groups=parse_cluster(f"both=1@{path}"), model="dummy:tiny", dtype="float32")
+
+
+def test_profile_measures_one_worker() -> None:
+    with pytest.raises(ValueError, match="measures one worker"):
+        cli.main(["profile", "dummy:tiny", "--prefill-workers", "2"], standalone_mode=False)
