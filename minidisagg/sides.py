@@ -35,6 +35,11 @@ def parse_compare(text: str) -> list[SideName]:
     return sides
 
 
+def short(policy: str) -> str:
+    """A policy's name in tables: of one in a file, its class and settings."""
+    return policy.partition(".py:")[2] or policy
+
+
 def numbered(labels: list[str]) -> list[str]:
     """The same, told apart where some are alike."""
     return [f"{label} {n}" if labels.count(label) > 1 else label for n, label in enumerate(labels, 1)]

@@ -328,7 +328,7 @@ def test_any_number_of_sides_and_what_their_policies_see(bench: Bench, tmp_path_
     )  # fmt: skip
     assert "one set of workers is each side in turn: worker-0, worker-1" in done.flat
     assert [side["label"] for side in done.result["contest"]] == [
-        "colocated", "disagg sarathi:chunk=16", f"disagg {mine}:Nosy",
+        "colocated", "disagg sarathi:chunk=16", "disagg Nosy",
     ]  # fmt: skip
     assert done.result["verdict"] in done.flat and len(done.result["ratios"]) == 2
     assert "oracle: the policies knew how long each output would be" in done.flat

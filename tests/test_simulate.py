@@ -276,10 +276,11 @@ def test_clusters_and_sides_are_read() -> None:
     sides = parse_sides("colocated:sarathi:chunk=5,x=2,./mine.py:Mine:depth=3,fcfs", cluster)
     assert sides == (
         SimSide(label="colocated sarathi:chunk=5,x=2", cluster=colocated(cluster), policy="sarathi:chunk=5,x=2"),
-        SimSide(label="disagg ./mine.py:Mine:depth=3", cluster=cluster, policy="./mine.py:Mine:depth=3"),
+        SimSide(label="disagg Mine:depth=3", cluster=cluster, policy="./mine.py:Mine:depth=3"),
         SimSide(label="disagg", cluster=cluster, policy="fcfs"),
     )
-    assert [side.label for side in parse_sides("fcfs,disagg", cluster)] == ["disagg 1", "disagg 2"]
+    assert [side.label for side in parse_sides("fcfs,disagg", cluster)] == ["fcfs 1", "fcfs 2"]
+    assert [side.label for side in parse_sides("fcfs,./a.py:Mine", cluster)] == ["fcfs", "Mine"]
     with pytest.raises(ValueError, match="no workers of prefill or decode alone"):
         parse_sides("disagg", colocated(cluster))
     assert parse_options("decode", "max_num_seqs=8,chunk=0").max_num_seqs == 8

@@ -29,7 +29,7 @@ from minidisagg.model.loader import load_config
 from minidisagg.model.tokenizer import Tokenizer
 from minidisagg.policies import make_policy
 from minidisagg.runtime.frontend import Frontend
-from minidisagg.sides import numbered
+from minidisagg.sides import numbered, short
 from minidisagg.workload.lengths import Encode, WorkItem
 
 Arrangement = Literal["one set", "side by side", "in turn"]
@@ -205,7 +205,7 @@ def labels(clusters: Sequence[ClusterSettings]) -> list[str]:
     """The sides' names in tables: mode, policy where it is not fcfs, and the settings in which they differ."""
     names = []
     for index, cluster in enumerate(clusters):
-        words = [cluster.mode] if cluster.policy == "fcfs" else [cluster.mode, cluster.policy]
+        words = [cluster.mode] if cluster.policy == "fcfs" else [cluster.mode, short(cluster.policy)]
         others = [other for n, other in enumerate(clusters) if n != index]
         names.append(" ".join([*words, *dict.fromkeys(word for other in others for word in _apart_by(cluster, other))]))
     return names if len(names) < 3 else numbered(names)  # of two, A and B tell them apart

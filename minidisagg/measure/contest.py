@@ -109,10 +109,10 @@ def _verdict(sides: Sequence[Side], first: int, best: Sequence[Ratio]) -> str:
 
 
 def table(of: Contest) -> Table:
-    """A row per side; what is clearly better than the baseline is green, what is worse red."""
+    """A row per side, with what is clearly better or worse than the baseline."""
     drawn = Table(
         title="Latency (ms), tokens and requests per second",
-        caption=f"green, red: clearly better, worse than {of.sides[0].label}",
+        caption=f"+, -: clearly better, worse than {of.sides[0].label}",
         box=box.SIMPLE_HEAD, title_style="bold", title_justify="left", caption_justify="left", caption_style="dim",
         pad_edge=False, show_edge=False, header_style="bold",
     )  # fmt: skip
@@ -124,10 +124,10 @@ def table(of: Contest) -> Table:
         cells = [Text(side.label)]
         for _, statistic, write in shown:
             ratio = ratios.get(statistic)
-            style = ""
+            text, style = write(side.values.get(statistic)), ""
             if ratio is not None and ratio.clear:
-                style = "green" if better(statistic, ratio) == "b" else "red"
-            cells.append(Text(write(side.values.get(statistic)), style=style))
+                text, style = (f"{text}+", "green") if better(statistic, ratio) == "b" else (f"{text}-", "red")
+            cells.append(Text(text, style=style))
         drawn.add_row(*cells)
     return drawn
 

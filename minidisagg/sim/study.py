@@ -51,7 +51,7 @@ from minidisagg.measure.settings import ReportSettings, Trials
 from minidisagg.measure.stats import samples_of
 from minidisagg.measure.timeline import Event, Timeline, write_events
 from minidisagg.policies import load_policy, rehearse
-from minidisagg.sides import numbered, parse_compare
+from minidisagg.sides import numbered, parse_compare, short
 from minidisagg.sim.machines import ClusterSpec, Group, parse_cluster, parse_options
 from minidisagg.sim.simulate import Result, simulate
 from minidisagg.sim.simulation import Settings, capacity_of, derived_slo, profiles_of
@@ -91,12 +91,14 @@ class SimOptions(Struct, frozen=True, kw_only=True):
 
 def parse_sides(text: str, cluster: ClusterSpec) -> tuple[SimSide, ...]:
     """As `parse_compare` reads them; raises `ValueError`."""
-    sides = []
-    for mode, policy in parse_compare(text):
+    sides, names = [], parse_compare(text)
+    one_mode = len({mode or cluster.mode for mode, _ in names}) == 1 < len(names)
+    for mode, policy in names:
         of_mode = colocated(cluster) if mode == "colocated" else cluster
         if mode and mode != of_mode.mode:
             raise ValueError(f"side {mode}: the cluster has no workers of prefill or decode alone")
-        label = of_mode.mode if policy == "fcfs" else f"{of_mode.mode} {policy}"
+        label = of_mode.mode if policy == "fcfs" else f"{of_mode.mode} {short(policy)}"
+        label = short(policy) if one_mode else label
         sides.append(SimSide(label=label, cluster=of_mode, policy=policy))
     labels = numbered([side.label for side in sides])
     return tuple(replace(side, label=label) for side, label in zip(sides, labels, strict=True))
