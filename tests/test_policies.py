@@ -118,7 +118,7 @@ def test_settings_and_names() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nope", "unknown policy 'nope'; there are fcfs, prefill_first, sarathi"),
+        ("nope", f"unknown policy 'nope'; there are {', '.join(names())}, or FILE.py:CLASS"),
         ("./nope.py:Mine", "policy file nope.py does not exist"),
         ("sarathi:chunk=0", "chunk must be a number of tokens, at least 1, not 0"),
         ("sarathi:chunk=big", "chunk must be a number of tokens, at least 1, not big"),

@@ -13,6 +13,7 @@ import pytest
 from msgspec.structs import replace
 
 from minidisagg.cli import cli
+from minidisagg.core.checked import PolicyError
 from minidisagg.core.messages import Role
 from minidisagg.core.plan import Piece, PlanItem, StepPlan
 from minidisagg.core.policy import ClusterView, Placement, Policy, Reject, RequestView
@@ -394,3 +395,19 @@ def test_profiles_are_found_by_the_beginning_of_a_name() -> None:
     assert find_profile("h100", "llama-8b", "bfloat16", 1).name == "h100_sxm"
     found: Profile = find_profile("dgx-h100", "llama2-70b", "bfloat16", 8)
     assert found.name == "dgx-h100"
+
+
+def test_a_policy_that_leaves_requests_waiting_for_ever_is_told_so() -> None:
+    class Refuses(Policy):
+        def accept(self, offer: Any, worker: Any) -> bool:
+            return False
+
+    result = simulate(Refuses, load(3, 1.0), "prefill=1@h100,decode=1@h100")
+    assert all("accept refuses it though worker decode-0 is empty" in r.error for r in result.run.requests)
+
+    class Forgets(Policy):
+        def place(self, request: RequestView, cluster: ClusterView) -> Placement | Reject:
+            return Reject(1.0, "later") if request.num_output else Placement("prefill-0", None)
+
+    with pytest.raises(PolicyError, match="policy Forgets: 3 requests would wait for ever"):
+        simulate(Forgets, load(3, 1.0), "prefill=1@h100,decode=1@h100")

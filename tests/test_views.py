@@ -16,9 +16,9 @@ from test_router import Hand
 
 import minidisagg
 from minidisagg.core.blocks import page_hashes, prefix_root, short
-from minidisagg.core.costs import StepLearner
+from minidisagg.core.costs import StepCosts, StepLearner
 from minidisagg.core.messages import RequestSpec, Role, SamplingParams, StepOutput, Submit
-from minidisagg.core.policy import Hits, Policy, RequestView
+from minidisagg.core.policy import ClusterView, Hits, Policy, RequestView, WorkerStatus
 from minidisagg.core.predictor import LengthPredictor
 
 
@@ -99,6 +99,23 @@ def test_equal_steps_teach_once_and_one_kind_alone_is_still_predicted() -> None:
     learner.learn(StepOutput(1, [], 0.0, 7, 0))
     learner.learn(StepOutput(1, [], 0.3))
     assert learner.costs.predict(100, 0, 100) == pytest.approx(0.5)
+
+
+def test_what_a_worker_has_never_done_costs_what_it_does_elsewhere() -> None:
+    workers = {
+        name: WorkerStatus(name, 1, Role.BOTH, 9, 4, costs=costs)
+        for name, costs in (
+            ("p", StepCosts(1.0, 2.0)),
+            ("q", StepCosts(1.0, 4.0)),
+            ("d", StepCosts(5.0, 0.0, 6.0, 7.0)),
+        )
+    }
+    view = ClusterView(0.0, workers)
+    assert view.costs_of(workers["p"]) == StepCosts(1.0, 2.0, 6.0, 7.0)
+    assert view.costs_of(workers["d"]) == StepCosts(5.0, 3.0, 6.0, 7.0)
+    assert view.t_prefill(1000, workers["d"]) == pytest.approx(8.0) and view.t_decode(workers["p"], 10) > 6.0
+    alone = WorkerStatus("x", 1, Role.BOTH, 9, 4)
+    assert ClusterView(0.0, {"x": alone}).t_prefill(9, alone) == 0.0
 
 
 def test_a_worker_forgets_what_its_steps_took_long_ago() -> None:

@@ -240,7 +240,7 @@ def run(
     """Measure, fit, write, and say how good it is. Raises `ValueError`, `OSError`, `StartError`."""
     console = Console()
     ensure(model.model, lambda text: console.print(text, style="dim", highlight=False))
-    profile, decodes, prompts = asyncio.run(_measure(model, cluster, settings, name, budget, console))
+    profile, decodes, prompts = asyncio.run(measure(model, cluster, settings, name, budget, console))
     out.write_bytes(msgspec.json.format(msgspec.json.encode([profile]), indent=1))
     console.print(error_table(profile, decodes, prompts))
     one, prompt = profile.step_seconds((), 1, 256), profile.step_seconds([(0, 256)], 0, 0)
@@ -255,7 +255,7 @@ def run(
     return 0
 
 
-async def _measure(
+async def measure(
     model: ModelSettings, cluster: ClusterSettings, settings: RunSettings, name: str, budget: float, console: Console
 ) -> tuple[Profile, list[Decode], list[Prompt]]:
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()

@@ -10,7 +10,10 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import fsum
 from typing import Any, Literal, NamedTuple, Protocol
+
+from msgspec.structs import replace
 
 from minidisagg.core.costs import StepCosts
 from minidisagg.core.messages import Role
@@ -112,13 +115,28 @@ class ClusterView:
         """Live workers that take work of this role."""
         return [worker for worker in self.workers.values() if worker.takes(role)]
 
+    def costs_of(self, worker: WorkerStatus) -> StepCosts:
+        """Its own; of what it has not done yet (a decode worker no prompt), the mean of those that have."""
+        own = worker.costs
+        if own.prefill_tokens and (own.decode_seqs or own.context_tokens):
+            return own
+        every = [other.costs for other in self.workers.values()]
+        if not own.prefill_tokens and (prefill := [c.prefill_tokens for c in every if c.prefill_tokens]):
+            own = replace(own, prefill_tokens=fsum(prefill) / len(prefill))
+        if not (own.decode_seqs or own.context_tokens):
+            decode = [c for c in every if c.decode_seqs or c.context_tokens]
+            if decode:
+                seqs, context = (fsum(getattr(c, n) for c in decode) for n in ("decode_seqs", "context_tokens"))
+                own = replace(own, decode_seqs=seqs / len(decode), context_tokens=context / len(decode))
+        return own
+
     def t_prefill(self, tokens: int, worker: WorkerStatus) -> float:
         """Estimated seconds until `tokens` of a prompt are computed there, behind what is queued."""
-        return worker.costs.predict(worker.queued_tokens + tokens)
+        return self.costs_of(worker).predict(worker.queued_tokens + tokens)
 
     def t_decode(self, worker: WorkerStatus, more: int = 0, tokens: int = 0) -> float:
         """Estimated seconds of a decode step there, with `more` requests of together `tokens` of context."""
-        return worker.costs.predict(0, worker.decoding + more, worker.context_tokens + tokens)
+        return self.costs_of(worker).predict(0, worker.decoding + more, worker.context_tokens + tokens)
 
     def t_transfer(self, tokens: int, source: WorkerStatus) -> float:
         """Estimated seconds that the KV of `tokens` takes from there on an idle link."""

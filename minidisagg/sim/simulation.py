@@ -6,12 +6,13 @@ Needs nothing beyond msgspec, so that it runs in a browser too.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import msgspec
 from msgspec import Struct
 
+from minidisagg.core.checked import PolicyError
 from minidisagg.core.granularity import parse_granularity
 from minidisagg.core.messages import RequestSpec, Role, SamplingParams
 from minidisagg.core.policy import Policy
@@ -29,6 +30,8 @@ from minidisagg.workload.lengths import WorkItem
 LOOK = 4096  # events between two looks at the clock
 PIECE_BYTES = 128 << 20  # that `auto` layer groups weigh at least: a millisecond of a fast wire
 TTFT_SLO, TPOT_SLO = 8.0, 2.0  # times the unloaded prefill and decode step, as `bench` derives them
+LEASE = 600.0  # seconds that a side of a handoff waits for the other: a policy may leave them waiting for ever
+STANDSTILL = 3600.0  # seconds without a step after which nobody will ever do one
 FOREVER = 1e9  # seconds: a simulated request waits as long as it takes
 UNLIMITED = 1 << 60
 MakePolicy = Callable[[], Policy]
@@ -50,13 +53,19 @@ class Simulation:
     """One run under way."""
 
     def __init__(
-        self, cluster: ClusterSpec, make_policy: MakePolicy, workload: Sequence[WorkItem], settings: Settings
+        self,
+        cluster: ClusterSpec,
+        make_policy: MakePolicy,
+        workload: Sequence[WorkItem],
+        settings: Settings,
+        profiles: Mapping[str, Profile] | None = None,
     ) -> None:
+        """`profiles`: by a group's device, those that are not to be looked up."""
         if not workload:
             raise ValueError("the workload has no requests")
         self.cluster, self.settings = cluster, settings
         self.items = {str(item.index): item for item in workload}
-        self.profiles = profiles_of(cluster)
+        self.profiles = profiles_of(cluster, profiles)
         specs = [self._spec(name, group.role) for name, group in cluster.workers()]
         options = {Role.PREFILL: cluster.prefill, Role.DECODE: cluster.decode, Role.BOTH: cluster.decode}
         router = RouterSpec(
@@ -67,6 +76,7 @@ class Simulation:
             costs, router=router, seed=settings.seed, check=False, tokens=False, equal_steps=settings.equal_steps
         )  # fmt: skip
         self.sim = Simulator(specs, make_policy, world)
+        self.sim.run_events(len(specs))  # all have said hello when the first request comes
         capacity = min(spec.num_pages for spec in specs) * cluster.page_size
         self._check(workload, capacity)
         self._capacity, self._longest = capacity, max(item.output_len for item in workload)
@@ -90,19 +100,18 @@ class Simulation:
 
     def _spec(self, name: str, role: Role) -> EngineSpec:
         cluster, profile = self.cluster, self.profiles[name]
-        pages = cluster.pages or profile.pages(cluster.page_size, cluster.memory_utilization)
         return EngineSpec(
-            name, 1, role, pages, cluster.page_size, profile.num_layers, "sim",
+            name, 1, role, pages_of(cluster, profile), cluster.page_size, profile.num_layers, "sim",
             granularity=parse_granularity(cluster.granularity, PIECE_BYTES),
             layer_bytes=profile.kv_bytes_per_token * cluster.page_size // profile.num_layers,
-            prefix_caching=cluster.prefix_caching, lease=FOREVER, link_timeout=FOREVER, step_deadline=FOREVER,
-            options=cluster.prefill if role is Role.PREFILL else cluster.decode,
+            prefix_caching=cluster.prefix_caching, lease=LEASE, link_timeout=FOREVER, step_deadline=FOREVER,
+            options=cluster.options(role),
         )  # fmt: skip
 
     # ------------------------------------------------------------ the load
 
     def play(self, deadline: float, progress: Callable[[int], None] | None) -> None:
-        """To the end of the last request, or raises TimeoutError."""
+        """To the end of the last request. Raises TimeoutError, and PolicyError where that never comes."""
         if self.settings.max_concurrency is None:
             for item in self._waiting:
                 self.sim.plan(item.arrival_s, partial(self._send, item))
@@ -110,9 +119,15 @@ class Simulation:
         else:
             for _ in range(min(self.settings.max_concurrency, len(self._waiting))):
                 self._send(self._waiting.pop())
-        told = self._left
+        told, steps, since = self._left, 0, self.sim.now
         while self._left:
             self.sim.run_events(LOOK)
+            if steps != (steps := sum(worker.core.steps for worker in self.sim.workers.values())) or len(
+                self.sent
+            ) < len(self.items):
+                since = self.sim.now
+            elif self.sim.now > since + STANDSTILL:
+                raise PolicyError(f"policy {self.sim.router.policy.name}: {self._left} requests would wait for ever")
             if deadline and time.monotonic() > deadline:
                 raise TimeoutError(f"the simulation took more than {self.settings.time_limit:g} s")
             if progress is not None:
@@ -173,8 +188,7 @@ class Simulation:
             label=self.cluster.mode, mode=self.cluster.mode, policy=policy, model=self.cluster.model,
             max_concurrency=self.settings.max_concurrency, seed=self.settings.seed,
             num_warmups=self.settings.num_warmups, requests=requests, workers=workers, links=links,
-            wall_s=self.ended[0], marks=[ORACLE]
-            if self.settings.predictor == "oracle" else [],
+            wall_s=self.ended[0], marks=[ORACLE] if self.settings.predictor == "oracle" else [],
         )  # fmt: skip
 
 
@@ -196,9 +210,13 @@ def derived_slo(profiles: dict[str, Profile], workload: Sequence[WorkItem]) -> S
     return SLO(ttft=max(1, round(TTFT_SLO * prefill * 1e3)), tpot=max(1, round(TPOT_SLO * step * 1e3)))
 
 
-def profiles_of(cluster: ClusterSpec) -> dict[str, Profile]:
+def profiles_of(cluster: ClusterSpec, given: Mapping[str, Profile] | None = None) -> dict[str, Profile]:
     """Of each worker. Raises `ValueError` where one is not known."""
-    found = {group: find_profile(group.device, cluster.model, cluster.dtype, group.devices) for group in cluster.groups}
+    found = {
+        group: (given or {}).get(group.device)
+        or find_profile(group.device, cluster.model, cluster.dtype, group.devices)
+        for group in cluster.groups
+    }
     return {name: found[group] for name, group in cluster.workers()}
 
 

@@ -1,0 +1,252 @@
+"""Is the simulator right about this machine? The engine measured, the same loads simulated, and the error of each
+quantile beside what two runs of the engine differ by: no simulator can be closer than that.
+
+    python scripts/validate_sim.py --seed 7 [--cases 10] [--model dummy:smollm2-135m] [--out validation.json]
+
+1. One worker alone is measured (`minidisagg profile`).
+2. Two fixed loads are run on the engine, colocated and disaggregated, and their steps scale the profile: beside a
+   neighbour, in mixed steps and with messages to answer, steps take longer than alone. The wire is what the links did.
+3. Loads are drawn from the seed: lengths, rate, policy. Each is run twice on the engine, colocated and disaggregated,
+   and simulated with nothing else fitted.
+
+An idle machine with two cores or more; about 3 minutes a case.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import statistics
+import sys
+import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from contextlib import AsyncExitStack
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from msgspec.structs import replace
+from rich.console import Console
+from rich.table import Table
+
+from minidisagg.bench.client import LoadGenerator, worker_records
+from minidisagg.bench.profiler import KEPT, Watch, measure
+from minidisagg.bench.sides import Workers
+from minidisagg.config import ClusterSettings, ModelSettings, RunSettings, WorkerSettings
+from minidisagg.core.messages import Role, StepOutput, WorkerOptions
+from minidisagg.interconnect import Interconnect
+from minidisagg.measure.goodput import SLO, attainment
+from minidisagg.measure.records import RequestRecord, RunRecord
+from minidisagg.measure.stats import by_schedule, window_of
+from minidisagg.model.pull import ensure
+from minidisagg.policies import load_policy
+from minidisagg.sim.machines import ClusterSpec, Group
+from minidisagg.sim.profile import Curve, Grid, Profile
+from minidisagg.sim.simulation import Settings, Simulation
+from minidisagg.workload.arrivals import arrival_times
+from minidisagg.workload.lengths import WorkItem, random_items, with_arrivals, with_prompts
+
+MODES = ("colocated", "disagg")
+POLICIES = ("fcfs", "sarathi:chunk=64", "prefill_first")
+REQUESTS, SEQS, BUDGET, PAGE = 80, 16, 1024, 128
+FIT = (11, 0.6), (12, 0.3)  # seeds and rates of the fixed loads
+QUANTILES = (("ttft", 50), ("ttft", 90), ("ttft", 99), ("tpot", 50), ("tpot", 90))
+
+
+class Case(NamedTuple):
+    """A load; `rate` in prefills of its mean prompt."""
+
+    seed: int
+    prompt: int
+    output: int
+    spread: float
+    rate: float
+    policy: str
+
+    def items(self, prefill: float) -> list[WorkItem]:
+        """Its requests, where one prefill takes so many seconds."""
+        items = random_items(REQUESTS, self.prompt, self.output, self.spread, self.seed)
+        return with_arrivals(items, arrival_times(REQUESTS, self.rate / prefill, 1.0, self.seed))
+
+
+def draw(seed: int, number: int) -> Case:
+    """The number-th case of a seed."""
+    rng = random.Random(f"{seed} {number}")
+    return Case(
+        seed * 1000 + number, rng.choice((64, 128, 256)), rng.choice((16, 32, 64)), rng.choice((0.0, 0.5)),
+        rng.uniform(0.3, 0.7), rng.choice(POLICIES),
+    )  # fmt: skip
+
+
+class Engine:
+    """Two workers of one core each."""
+
+    def __init__(self, model: ModelSettings, workers: Workers) -> None:
+        self.model = model
+        self.workers = workers
+
+    async def run(self, mode: str, policy: str, items: list[WorkItem]) -> tuple[list[RequestRecord], Watch, float]:
+        """One run: its requests, its steps, and bytes per second on its links (0: none)."""
+        cluster = replace(self.workers.shape, mode=mode, policy=policy)
+        frontend = await self.workers.become(cluster, RunSettings())
+        vocab, watch = frontend.vocab_size, Watch()
+        warm = with_prompts([WorkItem(index=n, prompt_len=32, output_len=4, salt="warm") for n in range(4)], vocab)
+        await LoadGenerator(frontend, warm, 0, None).run(4)
+        before = await frontend.fresh_stats()
+        frontend.observers.append(watch)
+        records = await LoadGenerator(frontend, with_prompts(items, vocab), 0, None).run(None)
+        frontend.observers.clear()
+        _, links = worker_records(dict(frontend.hellos), before, await frontend.fresh_stats())
+        seconds = sum(link.seconds for link in links)
+        return records, watch, sum(link.bytes for link in links) / seconds if seconds else 0.0
+
+
+# ---------------------------------------------------------------- fitting
+
+
+def scaled(profile: Profile, watches: list[Watch]) -> Profile:
+    """The profile with the steps of loaded workers: prompts and decodes each by their median ratio to it."""
+    ratios: dict[str, list[float]] = {"decode": [], "prefill": [], "mixed": []}
+    for watch in watches:
+        for step in watch.steps:
+            if not step.prefill_tokens and not step.decode_tokens:
+                continue
+            kind = "decode" if not step.prefill_tokens else "mixed" if step.decode_tokens else "prefill"
+            ratios[kind].append(step.seconds / predicted(profile, step))
+    decode, prefill = (statistics.median(ratios[kind] or [1.0]) for kind in ("decode", "prefill"))
+    most = profile.decode_attention.rows[-1]
+    table = profile.linear
+    linear = [s * (decode if t <= most else prefill) for t, s in zip(table.points, table.seconds, strict=True)]
+    for i in range(1, len(linear)):
+        linear[i] = max(linear[i], linear[i - 1])
+    fitted = replace(
+        profile,
+        linear=Curve(table.points, linear),
+        decode_attention=by(profile.decode_attention, decode),
+        prefill_attention=by(profile.prefill_attention, prefill),
+    )
+    left = [
+        step.seconds / predicted(fitted, step)
+        for watch in watches for step in watch.steps if step.prefill_tokens or step.decode_tokens
+    ]  # fmt: skip
+    return replace(fitted, residuals=random.Random(0).sample(left, min(KEPT, len(left))))
+
+
+def predicted(profile: Profile, step: StepOutput) -> float:
+    """Of a step as its worker tells of it, its prompts taken for one that begins."""
+    prompts = [(0, step.prefill_tokens)] if step.prefill_tokens else []
+    context = max(0, step.context_tokens - step.prefill_tokens)
+    return profile.step_seconds(prompts, step.decode_tokens, context) - profile.constant
+
+
+def by(grid: Grid, factor: float) -> Grid:
+    """Of so many times the seconds."""
+    return Grid(grid.rows, grid.columns, [[factor * s for s in row] for row in grid.seconds])
+
+
+# ---------------------------------------------------------------- comparing
+
+
+def figures(records: list[RequestRecord], slo: SLO) -> dict[str, float]:
+    """What is compared; of the measured window, as everywhere."""
+    run = RunRecord(label="", requests=records)
+    window = window_of(run)
+    kept = [r for r in by_schedule(run)[window.first : window.last] if r.ok]
+    values = {
+        "ttft": [r.token_times[0] - r.scheduled for r in kept],
+        "tpot": [(r.token_times[-1] - r.token_times[0]) / max(1, len(r.token_times) - 1) for r in kept],
+    }
+    found = {f"p{q} {name}": float(np.percentile(values[name], q)) for name, q in QUANTILES}
+    return found | {"attainment": attainment(kept, slo)}
+
+
+def simulated(
+    profile: Profile, wire: Interconnect, mode: str, case: Case, items: list[WorkItem]
+) -> list[RequestRecord]:
+    """The same load on the same cluster, in no time."""
+    roles = [Role.BOTH] * 2 if mode == "colocated" else [Role.PREFILL, Role.DECODE]
+    options = WorkerOptions(SEQS, BUDGET, 0)
+    cluster = ClusterSpec(
+        groups=tuple(Group(role, 1, "here") for role in roles), model=profile.model, dtype=profile.dtype,
+        page_size=PAGE, wire=wire, prefill=options, decode=options,
+    )  # fmt: skip
+    settings = Settings(seed=case.seed)
+    simulation = Simulation(cluster, partial(load_policy, case.policy), items, settings, {"here": profile})
+    simulation.play(0.0, None)
+    return simulation.record(case.policy).requests
+
+
+async def validate(model: ModelSettings, seed: int, cases: int, console: Console) -> dict[str, object]:
+    """All of it."""
+    began = time.monotonic()
+    worker = WorkerSettings(max_num_seqs=SEQS, max_num_batched_tokens=BUDGET)
+    one = replace(worker, cpus="0")
+    alone = ClusterSettings(prefill_workers=1, decode_workers=0, prefill=one, decode=one)
+    without = replace(model, prefix_caching=False)
+    profile, _, _ = await measure(without, alone, RunSettings(), "here", 60.0, console)
+    shape = ClusterSettings(mode="colocated", prefill=worker, decode=worker)
+    rows: list[dict[str, object]] = []
+    async with AsyncExitStack() as stack:
+        engine = Engine(model, Workers(model, shape))
+        stack.push_async_callback(engine.workers.stop)
+        watches, rates = [], []
+        for fit_seed, rate in FIT:
+            case = Case(fit_seed, 128, 32, 0.5, rate, "fcfs")
+            for mode in MODES:
+                items = case.items(profile.step_seconds([(0, case.prompt)], 0, 0))
+                _, watch, bandwidth = await engine.run(mode, "fcfs", items)
+                watches.append(watch)
+                rates += [bandwidth] if bandwidth else []
+        loaded, wire = scaled(profile, watches), Interconnect(statistics.median(rates), 200e-6)
+        console.print(f"{time.monotonic() - began:4.0f} s  fitted: wire {wire}", style="dim")
+        for number in range(cases):
+            case = draw(seed, number)
+            prefill = loaded.step_seconds([(0, case.prompt)], 0, 0)
+            slo = SLO(ttft=8e3 * prefill, tpot=2e3 * loaded.step_seconds((), 1, case.prompt))
+            items = case.items(prefill)
+            for mode in MODES:
+                runs = [(await engine.run(mode, case.policy, items))[0] for _ in range(2)]
+                one, two = (figures(records, slo) for records in runs)
+                guess = figures(simulated(loaded, wire, mode, case, items), slo)
+                rows.append({"case": case._asdict(), "mode": mode, "engine": [one, two], "simulated": guess})
+            console.print(f"{time.monotonic() - began:4.0f} s  case {number + 1} of {cases}: {case}", style="dim")
+    console.print(summary(rows))
+    return {"seed": seed, "model": model.model, "rows": rows}
+
+
+def summary(rows: list[dict[str, object]]) -> Table:
+    """Median and worst error of each figure, beside the floor."""
+    table = Table(title="Simulated against the engine")
+    for head in ("", "|error| median", "90 %", "engine against itself, median", "90 %"):
+        table.add_column(head, justify="right" if head else "left")
+    for name in [f"p{q} {name}" for name, q in QUANTILES] + ["attainment"]:
+        errors, floor = [], []
+        for row in rows:
+            one, two = (run[name] for run in row["engine"])  # type: ignore[index, union-attr]
+            guess, mean = row["simulated"][name], (one + two) / 2  # type: ignore[index]
+            scale = 1.0 if name == "attainment" else mean
+            errors.append(abs(guess - mean) / scale)
+            floor.append(abs(one - two) / scale)
+        cells = [f"{np.percentile(values, q):.1%}" for values in (errors, floor) for q in (50, 90)]
+        table.add_row(name, *cells)
+    return table
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--cases", type=int, default=10)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    console = Console(stderr=True)
+    ensure(args.model, lambda text: console.print(text))
+    result = asyncio.run(validate(ModelSettings(model=args.model), args.seed, args.cases, console))
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
