@@ -150,7 +150,7 @@ def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         (["generate", "--frob"], "(see minidisagg generate --help)"),
         (["generate", "nope", "-p", "x"], "unknown model 'nope'"),
         (["generate", "dummy:nope", "-p", "x"], "unknown shape 'nope'"),
-        (["generate", *TINY, "--policy", "lifo"], "unknown policy 'lifo'; there are fcfs"),
+        (["generate", *TINY, "--policy", "lifo"], "unknown policy 'lifo'; there are arrow, "),
         (["generate", *TINY, "--policy", "sarathi:speed=1"], "sarathi:speed=1"),
         (["generate", *TINY, "--policy", "./nowhere.py:Mine"], "nowhere.py does not exist"),
         (["generate", *TINY, "--link", "pigeon"], "'pigeon' is not one of 'auto', 'cuda_ipc'"),

@@ -453,13 +453,13 @@ def test_when_to_come_again_goes_by_the_queue(gap: float, seconds: int) -> None:
     async def work() -> None:
         async with site(router=RouterSpec(max_waiting=8)) as at:
             at.server.history.ends.extend(ends(100, time.monotonic(), gap))
-            at.frontend.router.view.waiting = 8
+            at.frontend.router.view.changed(waiting=8)
             status, _, headers = await at.post(TEXT, {"prompt": "a"})
             assert status == 429 and abs(int(headers["Retry-After"]) - seconds) <= (seconds == 4)
-            at.frontend.router.view.waiting = 7  # the router itself refuses the second choice
+            at.frontend.router.view.changed(waiting=7)  # the router itself refuses the second choice
             status, _, headers = await at.post(TEXT, {"prompt": "a", "n": 2})
             assert status == 429 and abs(int(headers["Retry-After"]) - seconds) <= (seconds == 4)
-            at.frontend.router.view.waiting = 0
+            at.frontend.router.view.changed(waiting=0)
 
     run(work)
 
@@ -511,7 +511,7 @@ def test_health_knows_whether_anything_can_be_served(monkeypatch: pytest.MonkeyP
             assert (await at.call("GET", "/health"))[0] == 503
             at.frontend.kill("worker-0")
             await until(lambda: not at.server.unhealthy())
-            at.frontend.router.view.workers["worker-0"].role = Role.PREFILL
+            at.frontend.router.view.workers["worker-0"].changed(role=Role.PREFILL)
             await until(lambda: at.server.unhealthy() == "no worker takes decode")
 
     run(work)
