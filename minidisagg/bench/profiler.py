@@ -249,9 +249,9 @@ def run(
         f"{profile.constant * 1e3:.2f} ms of each step beside the device",
         highlight=False,
     )
-    console.print(
-        f"profile: {out}: simulate with --cluster both=1@{out} --model {profile.model} --dtype {profile.dtype}"
-    )
+    device = out if len(out.parts) > 1 else f"./{out}"
+    command = f"minidisagg simulate --cluster both=1@{device} --model {profile.model} --dtype {profile.dtype}"
+    console.print(f"profile: {out}\n{command}", highlight=False, soft_wrap=True)
     return 0
 
 
