@@ -1,68 +1,65 @@
-"""Arrow (arXiv 2505.11916): placed by predicted TTFT and TPOT; decode workers prefill, and prefill workers turn decode.
+"""Arrow (Wu et al., arXiv 2505.11916): requests go by predicted times, and workers change sides when one side is late.
 
-By the authors' source as summarised; not checked again. Simplified: estimates are those of the views; roles
-change one at a time, by the TPOT limit of the latest request, when it was out of reach for `patience` ticks, and back
-when all keep half of it for as long.
+Checked against xLLM-AI/xllm-service xllm_service/scheduler/managers/instance_mgr.cpp (`select_instance_pair_on_slo`).
+There a worker changes sides when a request has been placed, or its last decode has ended; here on a tick, one at a
+time, and an idle decode worker does so only while prompts wait and the others are on time, or it would change back.
 """
 
 from __future__ import annotations
 
-from math import inf
+import math
 
 from minidisagg.core.messages import Role
 from minidisagg.core.policy import ClusterView, Placement, Policy, Reject, RequestView, RoleChange
 
 
 class Arrow(Policy):
-    """D: the first that attains, else the fastest. P: the least backlog, or a D with slack where that is too long."""
+    """Decode workers are filled one after the other, as far as the time per token allows."""
 
-    def __init__(self, ttft: float = 0.0, tpot: float = 0.0, patience: int = 4) -> None:
-        """Limits, in seconds, of requests that have none of their own; 0: no limit. `patience`: ticks."""
+    def __init__(self, ttft: float = 1.0, tpot: float = 0.05) -> None:
+        """`ttft`, `tpot`: seconds that requests without a limit of their own, and `rebalance`, go by."""
         super().__init__()
         for name, value in (("ttft", ttft), ("tpot", tpot)):
-            if not isinstance(value, int | float) or not 0 <= value < inf:
-                raise ValueError(f"arrow: {name} must be seconds, at least 0, not {value}")
-        if not isinstance(patience, int) or patience < 1:
-            raise ValueError(f"arrow: patience must be a number of ticks, at least 1, not {patience}")
-        self.ttft, self.tpot, self.patience = ttft, tpot, patience
-        self._slo, self._late, self._early, self._lent = tpot or inf, 0, 0, list[str]()
+            if not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"arrow: {name} must be seconds, above 0, not {value}")
+        self.ttft, self.tpot = ttft, tpot
 
     def place(self, request: RequestView, cluster: ClusterView) -> Placement | Reject:
-        """A worker without estimates, and any where there is no limit, attains nothing: the least loaded is taken."""
+        """The first decode worker that is in time, else the fastest; the prefill worker that has least to do.
+
+        Where that is late and the fastest decode worker is neither needed nor busy, it computes the prompt.
+        """
         prefill, decode = cluster.candidates(Role.PREFILL), cluster.candidates(Role.DECODE)
         if not prefill or not decode:
-            return super().place(request, cluster)
-        ttft, tokens = request.slo_ttft or self.ttft or inf, request.prefill_len
-        self._slo = tpot = request.slo_tpot or self.tpot or inf
-        steps = {w.name: cluster.t_decode(w, 1, tokens) for w in decode}
-        waits = {w.name: cluster.t_prefill(tokens, w) for w in (*prefill, *decode)}
-        attains = [w for w in decode if 0 < steps[w.name] <= tpot < inf]
-        last = attains[0] if attains else min(decode, key=lambda w: (steps[w.name], w.decoding))
-        first = min(prefill, key=lambda w: (waits[w.name], w.queued_tokens, w.decoding))
-        if waits[first.name] > ttft:
-            sooner = [w for w in attains if waits[w.name] < waits[first.name]]
-            first = min(sooner, key=lambda w: waits[w.name], default=first)
-        return Placement(first.name, first.name if first.takes(Role.DECODE) else last.name)
+            return Reject(1.0, "no worker takes prefill, or none takes decode")
+        first = min(prefill, key=lambda w: (cluster.t_prefill(0, w), w.queued_tokens))
+        if first.takes(Role.DECODE):
+            return Placement(first.name, first.name)
+        limit = request.slo_tpot or self.tpot
+        tpot = {w.name: cluster.t_decode(w, 1, request.prefill_len) for w in decode}
+        fastest = min(decode, key=lambda w: tpot[w.name])
+        second = next((w for w in decode if tpot[w.name] <= limit), fastest)
+        late = cluster.t_prefill(0, first) > (request.slo_ttft or self.ttft)
+        slack = tpot[fastest.name] < limit * (1 - 1 / len(decode))
+        if late and slack and second is not fastest and cluster.t_prefill(0, fastest) < cluster.t_prefill(0, first):
+            first = fastest
+        return Placement(first.name, second.name)
 
     def rebalance(self, cluster: ClusterView) -> list[RoleChange]:
-        """Patience, a margin, and one change at a time keep roles from flapping; one worker of each role stays."""
-        steps = [cluster.t_decode(worker) for worker in cluster.candidates(Role.DECODE)]
-        self._late = self._late + 1 if steps and min(steps) > self._slo else 0
-        self._early = self._early + 1 if steps and max(steps) < self._slo / 2 else 0
-        if max(self._late, self._early) < self.patience or any(w.flipping for w in cluster.workers.values()):
+        """A prefill worker becomes a decode worker when all of these are late, and the others can do without it."""
+        if any(worker.flipping for worker in cluster.workers.values()):
             return []
-        prefill = [w for w in cluster.candidates(Role.PREFILL) if w.role is Role.PREFILL]
-        lent = [w for w in cluster.candidates(Role.DECODE) if w.name in self._lent and w.role is Role.DECODE]
-        if self._late and len(cluster.candidates(Role.PREFILL)) > 1 and prefill:
-            worker, role = min(prefill, key=lambda w: w.queued_tokens), Role.DECODE
-            self._lent.append(worker.name)
-        elif self._early and len(steps) > 1 and lent:
-            worker, role = min(lent, key=lambda w: w.decoding), Role.PREFILL
-            self._lent.remove(worker.name)
-        else:
-            return []
-        self._late = self._early = 0
-        return [RoleChange(worker.name, role)]
+        prefill = [w for w in cluster.candidates(Role.PREFILL) if w.role == Role.PREFILL]
+        decode = [w for w in cluster.candidates(Role.DECODE) if w.role == Role.DECODE]
+        late = [w for w in decode if cluster.t_decode(w) > self.tpot]
+        if len(prefill) > 1 and decode and len(late) == len(decode):
+            backlog = math.fsum(cluster.t_prefill(0, w) for w in prefill) / len(prefill)
+            if backlog < self.ttft * (1 - 1 / len(prefill)) or len(decode) < len(prefill):
+                return [RoleChange(min(prefill, key=lambda w: w.queued_tokens).name, Role.DECODE)]
+        idle = [w for w in decode if not w.decoding and not w.queued_tokens]
+        if len(decode) > 1 and idle and not late and any(w.queued_tokens for w in prefill):
+            return [RoleChange(idle[0].name, Role.PREFILL)]
+        return []
 
 
 POLICY = Arrow

@@ -1,68 +1,75 @@
-"""Prefill deflection (arXiv 2607.02043): a queued prompt moves to a decode worker that would have it done sooner.
+"""Kairos ("Towards Load-Aware Prefill Deflection for Disaggregated LLM Serving", arXiv 2607.02043): prompts that wait
+for a prefill worker are computed in chunks beside the decodes of a decode worker, where that is sooner.
 
-By the paper as summarised; not checked against the authors' source. Simplified: the wait at the prefill worker is that
-of its whole queue, those behind the request included; a chunk is the same in each step; nobody moves twice.
+Checked against the paper's abstract only: for each queued request the TTFT on the prefill worker is compared with that
+of the largest chunks that keep the decodes of a decode worker in time. Simplified: the whole queue of the prefill
+worker counts, not only what is ahead of the request; the chunk is found in closed form, since a step's time is linear
+in it, and stays as it was. As in the paper the transfer counts, though here it delays the second token only.
 """
 
 from __future__ import annotations
 
-from math import ceil, inf
+import math
 
 from minidisagg.core.messages import Role
 from minidisagg.core.policy import Batch, ClusterView, Placement, Policy, Reject, RequestView, WorkerStatus, WorkerView
 
 
 class Deflection(Policy):
-    """Placed on the least loaded; on every tick, what waits may leave in chunks that keep the decodes' TPOT."""
+    """Placed by default; `replace` deflects, and notes the chunk for `compose`."""
 
     equal_steps = True
 
-    def __init__(self, tpot: float = 0.0) -> None:
-        """`tpot`: seconds per token, of requests that have no limit of their own; 0: none, prompts move whole."""
+    def __init__(self, tbt: float = 0.1, least: int = 16) -> None:
+        """`tbt`: seconds that a step with decodes may take. `least`: tokens of a chunk that it is worth it for."""
         super().__init__()
-        if not isinstance(tpot, int | float) or not 0 <= tpot < inf:
-            raise ValueError(f"deflection: tpot must be seconds, at least 0, not {tpot}")
-        self.tpot = tpot
+        if not isinstance(tbt, int | float) or not 0 < tbt < math.inf:
+            raise ValueError(f"deflection: tbt must be seconds, above 0, not {tbt}")
+        if not isinstance(least, int) or least < 1:
+            raise ValueError(f"deflection: least must be a number of tokens, at least 1, not {least}")
+        self.tbt, self.least = tbt, least
 
     def place(self, request: RequestView, cluster: ClusterView) -> Placement | Reject:
-        """The default; a request that comes again is no longer cut."""
+        """By default; what was deflected before a failure is in nobody's way any more."""
         request.hints.pop("chunk", None)
         return super().place(request, cluster)
 
     def replace(self, request: RequestView, cluster: ClusterView) -> Placement | None:
-        """Its own tokens are in the queue of its prefill worker already."""
+        """To the decode worker that is soonest done with it, if that is sooner than where it waits."""
         source = cluster.workers.get(request.prefill)
-        if source is None or source.role is not Role.PREFILL:
+        if source is None or request.prefill == request.decode:
             return None
-        tpot = request.slo_tpot or self.tpot or inf
-        plans = {w.name: self._plan(request.prefill_len, w, cluster, tpot) for w in cluster.candidates(Role.DECODE)}
-        best = min(plans, key=lambda name: plans[name][0], default="")
-        if not best or plans[best][0] >= cluster.t_prefill(0, source):
-            return None
-        request.hints["chunk"] = plans[best][1]
-        return Placement(best, best)
+        best = cluster.t_prefill(0, source) + cluster.t_transfer(request.prefill_len, source)
+        placement = None
+        for worker in cluster.candidates(Role.DECODE):
+            chunk = self._chunk(worker, cluster)
+            tokens = worker.queued_tokens + request.prefill_len
+            if chunk >= self.least and request.prefill_len <= worker.pages_free * worker.page_size:
+                seconds = math.ceil(tokens / chunk) * self.tbt
+                if seconds < best:
+                    best, placement = seconds, Placement(worker.name, worker.name)
+                    request.hints["chunk"] = chunk
+        return placement
 
-    def _plan(self, tokens: int, worker: WorkerStatus, cluster: ClusterView, tpot: float) -> tuple[float, int]:
-        """Seconds until the first token there, and the largest chunk whose steps take at most `tpot`."""
-        costs, tokens = cluster.costs_of(worker), tokens + worker.queued_tokens
-        decodes = costs.predict(0, worker.decoding, worker.context_tokens)
-        token = costs.predict(1) - costs.predict()
-        if token <= 0 or tpot - decodes < token:
-            return inf, 0  # unknown, or no room
-        chunk = int(min(tokens, (tpot - decodes) / token))
-        return ceil(tokens / chunk) * decodes + tokens * token, chunk
+    def _chunk(self, worker: WorkerStatus, cluster: ClusterView) -> int:
+        """The most prompt tokens that a step there may have beside its decodes: each reads itself too."""
+        costs = cluster.costs_of(worker)
+        token = costs.predict(1, 0, 1) - costs.predict()
+        return int(max(0.0, self.tbt - cluster.t_decode(worker)) / token) if token > 0 else 0
 
     def compose(self, batch: Batch, worker: WorkerView) -> None:
-        """First come, first served; prompts that were deflected here share one chunk per step."""
-        used = 0
+        """All decodes, then prompts: what was deflected here takes no more than its chunk of the step."""
+        for request in batch.running:
+            if not request.is_prefill:
+                batch.add(request)
+        spent = 0
         for request in (*batch.running, *batch.waiting):
-            chunk = int(request.hints.get("chunk", 0)) if request.is_prefill else 0
-            if chunk and chunk <= used:
-                continue
-            added = batch.add(request, chunk - used if chunk else None)
-            used += added if chunk else 0
-            if not added and not request.num_scheduled:
-                break  # no room: none of those behind it goes before it
+            if request.is_prefill:
+                chunk = request.hints.get("chunk")
+                taken = batch.add(request, None if chunk is None else int(chunk) - spent)
+                if not taken:
+                    break
+                spent += taken
 
 
 POLICY = Deflection

@@ -1,56 +1,70 @@
-"""The KV router of NVIDIA Dynamo: where the fewest blocks are to be computed and read.
+"""NVIDIA Dynamo's KV router: a worker's cost is the prompt blocks that it has to compute and the blocks that it holds.
 
-By its documentation (potential prefill blocks, less the overlap, and active decode blocks); simplified to the caches of
-the devices, without credits for host and disk. A decode worker that is not the prefill worker is chosen alike, without
-the part for prefill.
+Checked against ai-dynamo/dynamo lib/kv-router/src/scheduling/selector/default.rs (`worker_logit`,
+`softmax_sample_index`); the defaults are its own. Left out: tiers other than the device, taints, pinned workers, and
+that blocks which running requests share count once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from math import exp
-from random import Random
+import math
+from collections.abc import Callable, Sequence
 
 from minidisagg.core.messages import Role
-from minidisagg.core.policy import ClusterView, Placement, Policy, Reject, RequestView, WorkerStatus
+from minidisagg.core.policy import ClusterView, Hits, Placement, Policy, Reject, RequestView, WorkerStatus
 
 
 class Dynamo(Policy):
-    """Cost = weight · max(0, queued + prompt - overlap) / page size + decode blocks, prompt included."""
+    """Prompts go where the cost is least; a decode worker of its own is chosen by its load alone."""
 
-    def __init__(self, weight: float = 1.0, temperature: float = 0.0) -> None:
-        """`weight`: of prefill against decode. `temperature` 0: the cheapest; above: softmax of the scaled costs."""
+    def __init__(
+        self,
+        overlap: float = 1.0,
+        decay: float = 0.0,
+        scale: float = 1.0,
+        active: float = 0.0,
+        temperature: float = 0.0,
+    ) -> None:
+        """`overlap`: what a cached block takes off the blocks to compute, 0 to 1; with `decay`, less where more prompts
+        wait than elsewhere. `scale`: of computed against held blocks. `active`: blocks that a running request counts
+        for. `temperature`: 0 takes the cheapest, ties at random; above, a softmax over the costs."""
         super().__init__()
-        for name, value in (("weight", weight), ("temperature", temperature)):
-            if not isinstance(value, int | float) or not 0 <= value < float("inf"):
-                raise ValueError(f"dynamo: {name} must be a number, at least 0, not {value}")
-        self.weight, self.temperature = weight, temperature
+        given = {"overlap": overlap, "decay": decay, "scale": scale, "active": active, "temperature": temperature}
+        for name, value in given.items():
+            if not isinstance(value, int | float) or not 0 <= value < math.inf or (name == "overlap" and value > 1):
+                wanted = "from 0 to 1" if name == "overlap" else "at least 0"
+                raise ValueError(f"dynamo: {name} must be a number, {wanted}, not {value}")
+        self.overlap, self.decay, self.scale, self.active, self.temperature = given.values()
 
     def place(self, request: RequestView, cluster: ClusterView) -> Placement | Reject:
-        """Twice by one rule, unless the first worker decodes too."""
+        """One worker for both where it takes both."""
         prefill, decode = cluster.candidates(Role.PREFILL), cluster.candidates(Role.DECODE)
         if not prefill or not decode:
-            return super().place(request, cluster)
-        hits = cluster.hits(request)
+            return Reject(1.0, "no worker takes prefill, or none takes decode")
+        hits, length = cluster.hits(request), request.prefill_len
+        least = min(worker.queued_tokens for worker in prefill)
 
-        def blocks(worker: WorkerStatus) -> float:
-            return (worker.context_tokens + request.prefill_len) / worker.page_size
+        def load(worker: WorkerStatus) -> float:
+            return (worker.context_tokens + length) / worker.page_size + self.active * worker.decoding
 
         def cost(worker: WorkerStatus) -> float:
-            tokens = worker.queued_tokens + request.prefill_len - hits[worker.name].device
-            return self.weight * max(0, tokens) / worker.page_size + blocks(worker)
+            credit = self.overlap / (1.0 + self.decay * (worker.queued_tokens - least) / length)
+            tokens = worker.queued_tokens + length - credit * hits.get(worker.name, Hits(0)).device
+            return self.scale * max(0.0, tokens / worker.page_size) + load(worker)
 
-        first = self._pick({w.name: cost(w) for w in prefill}, cluster.rng)
-        if cluster.workers[first].takes(Role.DECODE):
-            return Placement(first, first)
-        return Placement(first, self._pick({w.name: blocks(w) for w in decode}, cluster.rng))
+        first = self._pick(prefill, cost, cluster)
+        second = first if first.takes(Role.DECODE) else self._pick(decode, load, cluster)
+        return Placement(first.name, second.name)
 
-    def _pick(self, costs: Mapping[str, float], rng: Random) -> str:
-        low, high = min(costs.values()), max(costs.values())
-        if not self.temperature or low == high:
-            return rng.choice([name for name, cost in costs.items() if cost == low])
-        weights = [exp((low - cost) / ((high - low) * self.temperature)) for cost in costs.values()]
-        return rng.choices(list(costs), weights)[0]
+    def _pick(
+        self, workers: Sequence[WorkerStatus], cost: Callable[[WorkerStatus], float], cluster: ClusterView
+    ) -> WorkerStatus:
+        costs = [cost(worker) for worker in workers]
+        least, span = min(costs), max(costs) - min(costs)
+        if not self.temperature:
+            return cluster.rng.choice([w for w, its in zip(workers, costs, strict=True) if its == least])
+        weights = [math.exp((least - its) / ((span or 1.0) * self.temperature)) for its in costs]
+        return cluster.rng.choices(workers, weights)[0]
 
 
 POLICY = Dynamo

@@ -1,45 +1,51 @@
-"""Conditional disaggregation of NVIDIA Dynamo: a prompt that is short, or mostly cached, is computed where it decodes.
+"""NVIDIA Dynamo's conditional disaggregation: a prompt that its decode worker has mostly cached is not sent elsewhere.
 
-By the rule as summarised; not checked against the authors' source. Simplified: the limit of the prefill queue is a
-number of tokens (there: a multiple of the worker's budget, which the router's view does not have), and what goes to the
-prefill workers goes to the least loaded.
+Checked against ai-dynamo/dynamo lib/kv-router/src/conditional_disagg.rs (`IslOrLoadPolicy`). There each of the two
+conditions and the veto can be had alone; the veto is off by default, and `queue` has been 4, 16 and off. The worker
+that prefills is the least loaded one here (there: as `dynamo` chooses it). Its budget is a setting: the router's views
+do not show a worker's options.
 """
 
 from __future__ import annotations
 
+import math
+
 from minidisagg.core.messages import Role
-from minidisagg.core.policy import ClusterView, Placement, Policy, Reject, RequestView
+from minidisagg.core.policy import ClusterView, Hits, Placement, Policy, Reject, RequestView, WorkerStatus
 
 
 class DynamoConditional(Policy):
-    """Local prefill where little is left of the prompt, or where the prefill workers are behind."""
+    """Prefill on the decode worker if little is left to compute, or if prefill workers are behind, and it has room."""
 
-    def __init__(self, max_local: int = 2048, ratio: float = 0.7, max_queued: int = 16384, full: float = 0.9) -> None:
-        """Local: fewer than `max_local` uncached tokens, and less than `ratio` of the prompt; or `max_queued` tokens
-        wait at the best prefill worker. Never where contexts fill the share `full` of the decode worker's pool."""
+    def __init__(
+        self, tokens: int = 2048, share: float = 0.7, queue: float = 16.0, budget: int = 2048, busy: float = 0.9
+    ) -> None:
+        """`tokens`, `share`: the rest of the prompt is less than both, in tokens and of its length. `queue`: prefill is
+        behind if it has more than so many steps of `budget` tokens. `busy`: share of the decode worker's pages above
+        which it computes no prompt."""
         super().__init__()
-        for name, value in (("max_local", max_local), ("max_queued", max_queued)):
-            if not isinstance(value, int) or value < 0:
-                raise ValueError(f"dynamo_conditional: {name} must be a number of tokens, at least 0, not {value}")
-        for name, share in (("ratio", ratio), ("full", full)):
-            if not isinstance(share, int | float) or not 0 <= share <= 1:
-                raise ValueError(f"dynamo_conditional: {name} must be a share, from 0 to 1, not {share}")
-        self.max_local, self.ratio, self.max_queued, self.full = max_local, ratio, max_queued, full
+        given = {"tokens": tokens, "share": share, "queue": queue, "budget": budget, "busy": busy}
+        for name, value in given.items():
+            if not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise ValueError(f"dynamo_conditional: {name} must be a number, at least 0, not {value}")
+        self.tokens, self.share, self.behind, self.busy = tokens, share, queue * budget, busy
 
     def place(self, request: RequestView, cluster: ClusterView) -> Placement | Reject:
-        """The decode worker with the hottest cache is asked first."""
+        """The decode worker with the fewest blocks after this one, what it has cached taken off."""
         prefill, decode = cluster.candidates(Role.PREFILL), cluster.candidates(Role.DECODE)
         if not prefill or not decode:
-            return super().place(request, cluster)
-        hits = cluster.hits(request)
-        hottest = max(decode, key=lambda w: (hits[w.name].device, -w.decoding, -w.context_tokens))
-        left = request.prefill_len - hits[hottest.name].device
-        cheap = left < self.max_local and left < self.ratio * request.prefill_len
-        behind = min(w.queued_tokens for w in prefill) > self.max_queued
-        full = hottest.context_tokens + request.prefill_len > self.full * hottest.num_pages * hottest.page_size
-        if (cheap or behind) and not full:
-            return Placement(hottest.name, hottest.name)
-        return super().place(request, cluster)
+            return Reject(1.0, "no worker takes prefill, or none takes decode")
+        hits, length = cluster.hits(request), request.prefill_len
+
+        def uncached(worker: WorkerStatus) -> int:
+            return length - hits.get(worker.name, Hits(0)).device
+
+        second = min(decode, key=lambda w: (w.context_tokens + uncached(w)) / w.page_size)
+        first, rest = min(prefill, key=lambda w: w.queued_tokens), uncached(second)
+        wanted = (rest < self.tokens and rest < self.share * length) or first.queued_tokens > self.behind
+        room = second.context_tokens + length <= self.busy * second.num_pages * second.page_size
+        here = second.takes(Role.PREFILL) or (wanted and room)
+        return Placement((second if here else first).name, second.name)
 
 
 POLICY = DynamoConditional

@@ -1,61 +1,70 @@
-"""Early rejection of Mooncake (Qin et al., FAST'25, Algorithm 1): who would miss a limit is turned away at once.
+"""Mooncake's Conductor (Qin et al., FAST'25, Algorithm 1): the place with the soonest first token, and early rejection.
 
-By the paper as summarised; not checked against the authors' source. Simplified: no prefix is fetched from another
-worker and none is replicated, so that the transfer in the estimate is that of the prompt's KV to the decode worker; an
-estimate is 0 until steps were seen, and nobody is turned away for it.
+From memory of the paper, the default limits too. Left out: fetching a longer prefix from another worker and
+replicating hot ones, so that the time of a transfer is that of the handoff; predicting the load at the time at which
+decode begins. A request is turned away when it comes, or not at all.
 """
 
 from __future__ import annotations
 
-from math import inf
+import math
+from typing import NamedTuple
 
 from minidisagg.core.messages import Role
-from minidisagg.core.policy import ClusterView, Placement, Policy, Reject, RequestView, WorkerStatus
+from minidisagg.core.policy import ClusterView, Hits, Placement, Policy, Reject, RequestView, WorkerStatus
+
+
+class Plan(NamedTuple):
+    """What is expected of a place, in seconds."""
+
+    ttft: float
+    tpot: float
+    placement: Placement
 
 
 class EarlyRejection(Policy):
-    """Places by predicted time to first token, and admits by it."""
+    """What would be late wherever it went is turned away before it costs others their time."""
 
-    def __init__(self, ttft: float = 0.0, tpot: float = 0.0) -> None:
-        """Limits, in seconds, of requests that have none of their own; 0: no limit."""
+    def __init__(self, ttft: float = 30.0, tpot: float = 0.1) -> None:
+        """`ttft`, `tpot`: seconds that a request without a limit of its own allows."""
         super().__init__()
         for name, value in (("ttft", ttft), ("tpot", tpot)):
-            if not isinstance(value, int | float) or not 0 <= value < inf:
-                raise ValueError(f"early_rejection: {name} must be seconds, at least 0, not {value}")
+            if not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"early_rejection: {name} must be seconds, above 0, not {value}")
         self.ttft, self.tpot = ttft, tpot
 
     def admit(self, request: RequestView, cluster: ClusterView) -> Reject | None:
-        """Come back when the excess has passed. Where no worker is up, the router keeps it waiting as ever."""
-        ttft, tpot = request.slo_ttft or self.ttft or inf, request.slo_tpot or self.tpot or inf
-        first = min(self._first_tokens(request, cluster).values(), default=0.0)
-        if first > ttft:
-            return Reject(first - ttft, f"the first token would take {first:.3g} s")
-        decode = cluster.candidates(Role.DECODE)
-        step = min((cluster.t_decode(w, 1, request.prefill_len) for w in decode), default=0.0)
-        if step > tpot:
-            return Reject(1.0, f"a token would take {step:.3g} s")
+        """It may come back when the first token would be in time."""
+        plan, ttft, tpot = self._plan(request, cluster), request.slo_ttft or self.ttft, request.slo_tpot or self.tpot
+        if plan and plan.ttft > ttft:
+            return Reject(plan.ttft - ttft, f"the first token would take {plan.ttft:.3g} s, more than {ttft:g} s")
+        if plan and plan.tpot > tpot:
+            return Reject(1.0, f"a token would take {plan.tpot:.3g} s, more than {tpot:g} s")
         return super().admit(request, cluster)
 
     def place(self, request: RequestView, cluster: ClusterView) -> Placement | Reject:
-        """Soonest first token; then the fastest steps. The least loaded where the estimates tell nothing apart."""
-        decode, times = cluster.candidates(Role.DECODE), self._first_tokens(request, cluster)
-        if not times or not decode:
-            return super().place(request, cluster)
-        first = min(map(cluster.workers.__getitem__, times), key=lambda w: (times[w.name], w.queued_tokens, w.decoding))
-        if first.takes(Role.DECODE):
-            return Placement(first.name, first.name)
-        steps = {w.name: cluster.t_decode(w, 1, request.prefill_len) for w in decode}
-        return Placement(first.name, min(decode, key=lambda w: (steps[w.name], w.decoding)).name)
+        """Asked again after a failure, too: what has been taken in is served."""
+        plan = self._plan(request, cluster)
+        return plan.placement if plan else Reject(1.0, "no worker takes prefill, or none takes decode")
 
-    def _first_tokens(self, request: RequestView, cluster: ClusterView) -> dict[str, float]:
-        """Queue, what is not cached, and the way to another worker: by prefill worker."""
-        hits, tokens = cluster.hits(request), request.prefill_len
+    def _plan(self, request: RequestView, cluster: ClusterView) -> Plan | None:
+        """The least of queue, prefill of what is not cached there, and transfer; the decode worker that is fastest."""
+        prefill, decode = cluster.candidates(Role.PREFILL), cluster.candidates(Role.DECODE)
+        if not prefill or not decode:
+            return None
+        hits, length = cluster.hits(request), request.prefill_len
 
-        def seconds(worker: WorkerStatus) -> float:
-            moves = 0.0 if worker.takes(Role.DECODE) else cluster.t_transfer(tokens, worker)
-            return moves + cluster.t_prefill(tokens - hits[worker.name].device, worker)
+        def tpot(worker: WorkerStatus) -> float:
+            return cluster.t_decode(worker, 1, length)
 
-        return {worker.name: seconds(worker) for worker in cluster.candidates(Role.PREFILL)}
+        def ttft(worker: WorkerStatus) -> float:
+            computed = max(1, length - hits.get(worker.name, Hits(0)).device)
+            moved = 0.0 if worker.takes(Role.DECODE) else cluster.t_transfer(length, worker)
+            return cluster.t_prefill(computed, worker) + moved
+
+        first = min(prefill, key=lambda w: (ttft(w), w.queued_tokens))
+        second = first if first.takes(Role.DECODE) else min(decode, key=lambda w: (tpot(w), w.decoding))
+        return Plan(ttft(first), tpot(second), Placement(first.name, second.name))
 
 
 POLICY = EarlyRejection

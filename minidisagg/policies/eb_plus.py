@@ -2,8 +2,8 @@
 
 Checked against weifang231/eb-vllm vllm/v1/core/sched/scheduler.py (`_evaluate_mode_switch`, `_compute_optimal_ratio`).
 In exclusive mode decodes run alone until a share `theta` of the places in the batch is free, then prompts do until it
-is full. With the costs that a worker has learnt (`fixed` seconds of a step, and more for each token of a prompt and
-each decode), and the mean lengths of what is there:
+is full. With the costs that a worker has learnt (`fixed` seconds of a step, more for each token of a prompt and each
+decode), and the mean lengths of what is there:
 
     theta / (1 - theta) + ln(1 - theta) = 1 / output
     exclusive if  extra * places * (token * prompt + decode * output) > fixed * ((1 - ln(1 - theta) * output) / theta
@@ -60,7 +60,7 @@ class EbPlus(Policy):
     def _exclusive(self, places: int, prompt: float, output: float, worker: WorkerView) -> bool:
         predict, theta = worker.costs.predict, threshold(output)
         fixed = predict()
-        token, decode = predict(1) - fixed, predict(0, 1, int(prompt + output / 2)) - fixed
+        token, decode = predict(1, 0, 1) - fixed, predict(0, 1, int(prompt + output / 2)) - fixed
         idle = (1 - math.log(1 - theta) * output) / theta - 1 - output
         return self.extra * places * (token * prompt + decode * output) > fixed * idle
 

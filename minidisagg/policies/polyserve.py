@@ -1,45 +1,63 @@
-"""PolyServe (arXiv 2507.17769): requests of one TPOT share workers, packed as full as that TPOT allows.
+"""PolyServe (Zhu et al., arXiv 2507.17769): requests that allow alike times per token share servers, filled one by one.
 
-By the paper as summarised; not checked against the authors' source. Simplified: bins are the limits themselves, a
-worker belongs to the tightest limit that was placed there since it was empty (no view tells what a worker's requests
-want), and workers are not scaled. Only decode is placed so; a worker that does both is the default's choice.
+Checked against the paper's abstract: bins by the time per token; the most loaded server that still attains; looser
+requests on tighter servers when their own are full. Simplified: an even and fixed share of the servers for each bin in
+place of autoscaling; dynamic chunks and what waiting has used up of a limit are left out.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-from math import inf
+import math
 
 from minidisagg.core.messages import Role
-from minidisagg.core.policy import ClusterView, Placement, Policy, Reject, RequestView
+from minidisagg.core.policy import ClusterView, Placement, Policy, Reject, RequestView, WorkerStatus
 
 
 class PolyServe(Policy):
-    """The most loaded worker that still attains: of the request's bin, an empty one, or a tighter one."""
+    """The load gradient: a server gets nothing before those in front of it are as full as they may be."""
 
-    def __init__(self, tpot: float = 0.0) -> None:
-        """`tpot`: seconds per token of requests that have no limit of their own; 0: none, they go to the emptiest."""
+    def __init__(self, tiers: str | float = "0.05/0.1", ttft: float = 1.0) -> None:
+        """`tiers`: seconds per output token of each bin. `ttft`: seconds to the first token, where a request has no
+        limit of its own."""
         super().__init__()
-        if not isinstance(tpot, int | float) or not 0 <= tpot < inf:
-            raise ValueError(f"polyserve: tpot must be seconds, at least 0, not {tpot}")
-        self.tpot, self._bins = tpot, dict[str, float]()
+        try:
+            self.tiers = sorted(float(tier) for tier in str(tiers).split("/"))
+        except ValueError:
+            self.tiers = [math.nan]
+        for name, given, values in (("tiers", tiers, self.tiers), ("ttft", ttft, [ttft])):
+            if not all(isinstance(value, int | float) and 0 < value < math.inf for value in values):
+                raise ValueError(f"polyserve: {name} must be seconds, above 0, as in 0.05/0.1, not {given}")
+        self.ttft = ttft
 
     def place(self, request: RequestView, cluster: ClusterView) -> Placement | Reject:
-        """Where nothing attains, or nothing is known of steps yet, the default: the least loaded."""
-        placement = super().place(request, cluster)
-        if isinstance(placement, Reject) or placement.decode in (None, placement.prefill):
-            return placement
-        slo, decode = request.slo_tpot or self.tpot or inf, cluster.candidates(Role.DECODE)
-        bins = {w.name: self._bins.get(w.name, 0.0) if w.decoding else 0.0 for w in decode}  # 0: empty
-        took = {w.name: cluster.t_decode(w, 1, request.prefill_len) for w in decode}
-        for mine in (slo,), (0.0,), sorted({b for b in bins.values() if 0 < b < slo}, reverse=True):
-            attains = [n for n in took if bins[n] in mine and 0 < took[n] <= min(slo, bins[n] or inf)]
-            if attains and slo < inf:
-                placement = replace(placement, decode=max(attains, key=lambda name: took[name]))
+        """Its own bin, then tighter ones, whose limit it has to keep; where all are full, the fastest of its own."""
+        prefill, decode = cluster.candidates(Role.PREFILL), cluster.candidates(Role.DECODE)
+        if not prefill or not decode:
+            return Reject(1.0, "no worker takes prefill, or none takes decode")
+        limit, length = request.slo_ttft or self.ttft, request.prefill_len
+        own = max(0, sum(tier <= (request.slo_tpot or math.inf) for tier in self.tiers) - 1)
+        bins: list[list[WorkerStatus]] = [[] for _ in self.tiers]
+        for index, worker in enumerate(decode):
+            bins[index * len(bins) // len(decode)].append(worker)
+
+        def in_time(worker: WorkerStatus) -> bool:
+            return cluster.t_prefill(length, worker) <= limit
+
+        def step(worker: WorkerStatus) -> float:
+            return cluster.t_decode(worker, 1, length)
+
+        for tier in range(own, -1, -1):
+            able = [w for w in bins[tier] if step(w) <= self.tiers[tier] and (w.role == Role.DECODE or in_time(w))]
+            if able:
+                second = max(able, key=lambda w: (w.decoding, w.context_tokens))
                 break
-        chosen = placement.decode or ""
-        self._bins[chosen] = min(slo, bins.get(chosen) or inf)
-        return placement
+        else:
+            second = min(bins[own] or decode, key=lambda w: (step(w), w.queued_tokens))
+        if second.takes(Role.PREFILL):
+            return Placement(second.name, second.name)
+        late = min(prefill, key=lambda w: w.queued_tokens)
+        first = max(filter(in_time, prefill), key=lambda w: w.queued_tokens, default=late)
+        return Placement(first.name, second.name)
 
 
 POLICY = PolyServe
