@@ -156,7 +156,7 @@ def test_both_ends_take_the_time_that_the_interconnect_does(kind: str, make_pair
     for done in ends:
         assert all(c.ok for c in done)
         after = [c.ended - begun - LATENCY - (c.seq + 1) * SENDING for c in done]
-        assert all(0.0 <= late < 0.03 for late in after), after  # what the child takes to start them
+        assert all(0.0 <= late < 0.9 * SENDING for late in after), after  # what the child takes to start them
     assert all(at >= c.ended for c, at in zip(ends[0], heard, strict=False)), "not told before"
     assert all(c.seconds == pytest.approx(SENDING + LATENCY, abs=1e-3) for c in ends[-1])
 

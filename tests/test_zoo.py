@@ -346,6 +346,7 @@ def test_distserve_hands_over_more_than_fits_the_batch() -> None:
         ({"p": (P, {}), "d": (D, {"context_tokens": 384})}, ("p", "p")),
         ({"p": (P, {}), "d": (D, {"pages_free": 4})}, ("p", "p")),
         ({"p": (P, {}), "d": (D, {"context_tokens": 383})}, ("p", "d")),
+        ({"p": (P, {"pages_free": 50}), "q": (P, {"queued_tokens": 9}), "d": (D, {"pages_free": 4})}, ("p", "q")),
         # A prefill worker that decodes is mixed: prompts go to one that does not.
         ({"p": (P, {"decoding": 1}), "q": (P, {"queued_tokens": 9}), "d": (D, {})}, ("q", "d")),
         # No room anywhere: as colocated, where the least is queued.
@@ -435,6 +436,9 @@ def test_dynamo_conditional_decodes_where_what_is_cached_outweighs_what_is_held(
         assert policy.place(asked(200), view) == Placement("p", second)
     view = cluster({"b": (B, {}), "c": (B, {"context_tokens": 4})})
     assert policy.place(asked(100), view) == Placement("b", "b")
+    view = cluster({"p": (P, {"queued_tokens": 2}), "q": (P, {"queued_tokens": 1}), "d": (D, {})})
+    assert policy.place(asked(100), view) == Placement("q", "d"), "the least loaded prefills"
+    assert isinstance(policy.place(asked(), cluster({"p": (P, {})})), Reject)
 
 
 # ---------------------------------------------------------------- Arrow
@@ -451,6 +455,7 @@ def test_arrow_fills_the_first_decode_worker_that_is_in_time() -> None:
     assert policy.place(asked(), late) == Placement("p", "e"), "none is: the fastest"
     both = cluster({"b": (B, {"queued_tokens": 1}), "c": (B, {})})
     assert policy.place(asked(), both) == Placement("c", "c")
+    assert isinstance(policy.place(asked(), cluster({"p": (P, {})})), Reject)
 
 
 @pytest.mark.parametrize(
@@ -604,7 +609,7 @@ def test_early_rejection_turns_away_what_would_be_late() -> None:
     view = cluster({"p": (P, {"queued_tokens": 50}), "d": (D, {"decoding": 9})})
     verdict = policy.admit(asked(60, slo_tpot=1.0), view)
     assert isinstance(verdict, Reject) and verdict.reason == "the first token would take 0.12 s, more than 0.1 s"
-    assert verdict.retry_after == pytest.approx(0.02)
+    assert verdict.retry_after == pytest.approx(0.02, abs=1e-4)
     verdict = policy.admit(asked(30), view)
     assert isinstance(verdict, Reject) and verdict.reason == "a token would take 0.02 s, more than 0.019 s"
     assert policy.admit(asked(60, slo_ttft=0.2, slo_tpot=0.03), view) is None, "limits of its own"

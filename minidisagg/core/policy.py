@@ -132,7 +132,8 @@ class ClusterView:
 
     def t_prefill(self, tokens: int, worker: WorkerStatus) -> float:
         """Estimated seconds until `tokens` of a prompt are computed there, behind what is queued."""
-        return self.costs_of(worker).predict(worker.queued_tokens + tokens)
+        tokens += worker.queued_tokens
+        return self.costs_of(worker).predict(tokens, 0, tokens)  # each reads itself, too
 
     def t_decode(self, worker: WorkerStatus, more: int = 0, tokens: int = 0) -> float:
         """Estimated seconds of a decode step there, with `more` requests of together `tokens` of context."""
