@@ -69,11 +69,15 @@ async def check_delays(patterns: list[dict[str, float]]) -> None:
     """Each pattern of injected delays moves its stages by that much, and no other."""
     base = await stage_times({})
     for delays in patterns:
-        times = await stage_times(delays)
-        moved = {stage: getattr(times, stage) - getattr(base, stage) for stage in STAGES}
-        figures.info("delays %s moved %s from %s", delays, moved, base)
-        # Less than half of the smallest delay; a busy machine makes the steps of a stage 20 ms longer.
-        assert all(abs(moved[stage] - delays.get(stage, 0.0)) < 0.05 for stage in STAGES), (delays, moved, base)
+        for last in (False, False, True):  # a host that stands still for a moment is given another chance
+            times = await stage_times(delays)
+            moved = {stage: getattr(times, stage) - getattr(base, stage) for stage in STAGES}
+            figures.info("delays %s moved %s from %s", delays, moved, base)
+            # Less than half of the smallest delay; a busy machine makes the steps of a stage 20 ms longer.
+            if all(abs(moved[stage] - delays.get(stage, 0.0)) < 0.05 for stage in STAGES):
+                break
+            assert not last, (delays, moved, base)
+            base = await stage_times({})
 
 
 @needs_two_cores
