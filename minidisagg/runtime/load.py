@@ -18,7 +18,7 @@ from minidisagg.runtime.kv_cache import KVCache, num_pages_for, page_bytes
 
 CPU_CACHE = 512 << 20  # bytes, of a worker that was not told
 CONTEXT = 1 << 30  # bytes of a GPU that CUDA, its libraries and the captured graphs take
-PAIR_BYTES = 650 << 20  # and an open pair of nccl
+PAIR_BYTES = 1050 << 20  # and an open pair of nccl, with its staging memory
 
 
 def load_device(config: WorkerConfig, model_config: ModelConfig) -> Device:

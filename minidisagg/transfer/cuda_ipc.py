@@ -40,7 +40,7 @@ class CudaIpcLink(GpuLink):
     one_sided = True
 
     def __init__(self, setup: LinkSetup) -> None:
-        self._remote: Tensor | None = None  # the destination's rows [layers, 2, pages, words]
+        self._remote: Tensor | None = None  # the destination's planes [2 * layers, pages, words]
         super().__init__(setup)
 
     def endpoint(self) -> str:
@@ -65,7 +65,7 @@ class CudaIpcLink(GpuLink):
         peer.connect(endpoint)
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
             self._remote = self._map(msgspec.msgpack.decode(peer.recv(DESCRIPTION_BYTES), type=CacheHandle))
-            self._remote[:1, :1, :1, :1].clone()  # the first access sets the mapping up
+            self._remote[:1, :1, :1].clone()  # the first access sets the mapping up
             self.warm_up()
         peer.sendall(b"+")
 
@@ -77,7 +77,7 @@ class CudaIpcLink(GpuLink):
         storage = torch.UntypedStorage._new_shared_cuda(self.device.index, *rest)
         remote = torch.empty(0, dtype=kv.dtype, device=self.device)
         stride = torch.empty(theirs.shape, device="meta").stride()
-        return cache_rows(remote.set_(storage, 0, theirs.shape, stride))
+        return planes(cache_rows(remote.set_(storage, 0, theirs.shape, stride)))
 
     def _ready(self, waiting: Waiting) -> int:
         return self.together(waiting) if self.setup.source else 1
@@ -85,15 +85,16 @@ class CudaIpcLink(GpuLink):
     def _post(self, piece: Piece, together: int, arrives: float) -> Finish:
         if not self.codec(piece).in_place:
             raise LinkError(f"link {self.host.kind!r} writes pages as they are, and cannot carry {piece.codec!r}")
-        layers, checksum = slice(*piece.layers), self.checksum(piece)
+        checksum = self.checksum(piece)
         if piece.send:
             remote = self._remote
             if remote is None:
                 raise LinkError("the link is not connected")
-            if len(piece.remote) != piece.count or not 0 <= min(piece.remote) <= max(piece.remote) < remote.shape[2]:
-                raise LinkError(f"remote pages are not {piece.count} of the peer's {remote.shape[2]}")
+            if len(piece.remote) != piece.count or not 0 <= min(piece.remote) <= max(piece.remote) < remote.shape[1]:
+                raise LinkError(f"remote pages are not {piece.count} of the peer's {remote.shape[1]}")
             mine, theirs = self.pages(piece.pages, piece.remote)
-            copy_rows(planes(self.rows, layers), mine, planes(remote, layers), theirs, PROGRAMS)
+            layers = slice(2 * piece.layers[0], 2 * piece.layers[1])  # keys and values
+            copy_rows(self.planes[layers], mine, remote[layers], theirs, PROGRAMS)
 
         def finish() -> Carried:
             value = 0 if checksum is None else checksum.value()

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from msgspec.structs import replace
 from torch import Tensor
@@ -24,13 +25,13 @@ from minidisagg.core.plan import Piece
 from minidisagg.transfer.emulate import Slot
 from minidisagg.transfer.kernels import copy_rows
 from minidisagg.transfer.links import Carried, CorruptError, LinkError, LinkSetup, ThreadLink
-from minidisagg.transfer.rows import Block, Checksum
+from minidisagg.transfer.rows import Block, Checksum, cache_rows
 from minidisagg.transfer.stream import UnixListener, shut_down
 
 POLL = 50e-6  # seconds between two looks at the events
 LISTS = 64  # of page numbers that are on their way
 TOGETHER = 32  # pieces that go as one where they wait together; each costs its host a tenth of a millisecond
-TOGETHER_BYTES = 64 << 20  # from here on a link is busy with one alone
+TOGETHER_BYTES = 128 << 20  # from here on a link is busy with one alone
 PROGRAMS = 64  # of a copy kernel: half of the multiprocessors keep NVLink busy, and leave room for what computes
 
 Waiting = list[tuple[Piece, Slot]]
@@ -53,7 +54,9 @@ class GpuLink(ThreadLink):
         self.device = setup.host.kv.device
         self.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._flying: deque[Flying] = deque()
+        self.planes = planes(cache_rows(setup.host.kv))
         self._pinned = torch.empty(LISTS, 2 * setup.host.kv.shape[2], dtype=torch.int64).pin_memory()
+        self._lists_here = self._pinned.numpy()
         self._there = torch.empty_like(self._pinned, device=self.device)
         self._lists = 0
         self._listener = None if setup.source else UnixListener(setup)
@@ -194,9 +197,9 @@ class GpuLink(ThreadLink):
 
     def warm_up(self) -> None:
         """Compile and load the copy kernel: its first use would wait for whatever spins on the card."""
-        page = torch.zeros(1, dtype=torch.int64, device=self.device)
+        page, one = torch.zeros(1, dtype=torch.int64, device=self.device), torch.empty_like(self.planes[:1, :1])
         for source, target in (page, page), (page, None), (None, page):
-            copy_rows(planes(self.rows[:1]), source, torch.empty_like(planes(self.rows[:1, :, :1])), target, PROGRAMS)
+            copy_rows(self.planes[:1], source, one, target, PROGRAMS)
         self.stream.synchronize()
 
     def pages(self, *lists: Sequence[int]) -> Tensor:
@@ -205,9 +208,10 @@ class GpuLink(ThreadLink):
         if len(lists) * count > self._pinned.shape[1]:
             raise LinkError(f"a piece of {count} pages is too large")
         self._lists += 1
-        pinned, there = (x[slot, : len(lists) * count].view(len(lists), count) for x in (self._pinned, self._there))
-        pinned.numpy()[:] = lists
-        return there.copy_(pinned, non_blocking=True)
+        flat = len(lists) * count
+        self._lists_here[slot, :flat] = np.concatenate(lists)
+        there = self._there[slot, :flat].copy_(self._pinned[slot, :flat], non_blocking=True)
+        return there.view(len(lists), count)
 
 
 def _as_one(pieces: list[Piece]) -> Piece:
@@ -217,6 +221,6 @@ def _as_one(pieces: list[Piece]) -> Piece:
     return replace(pieces[0], pages=mine, remote=remote, count=len(mine))
 
 
-def planes(rows: Tensor, layers: slice = slice(None), kinds: slice = slice(None)) -> Tensor:
-    """Rows [layers, 2, pages, words] of some layers, or of one layer's keys or values, as [planes, pages, words]."""
-    return rows[layers, kinds].view(-1, *rows.shape[2:])
+def planes(rows: Tensor) -> Tensor:
+    """Rows [layers, kinds, pages, words] as [planes, pages, words]."""
+    return rows.view(-1, *rows.shape[2:])

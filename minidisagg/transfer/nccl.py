@@ -34,15 +34,13 @@ from minidisagg.transfer.gpu import POLL, PROGRAMS, TOGETHER, Finish, GpuLink, W
 from minidisagg.transfer.kernels import copy_rows
 from minidisagg.transfer.links import Carried, CorruptError, LinkError, LinkSetup, Trailer
 
-BLOCK_BYTES = 64 << 20  # from 16 MB on NVLink is busy; each block costs both hosts 100 µs
-DEPTH = 4  # blocks in flight: gathering, sending and scattering overlap
+# The wire takes 350 µs for one, more than the 200 to 300 that each costs its hosts: blocks of 64 MB came half as fast.
+BLOCK_BYTES = 128 << 20
+DEPTH = 3  # blocks in flight: gathering, sending and scattering overlap
 SOURCE, DEST = 0, 1
 WORD = Trailer.SIZE + 1  # what "launched" is: the trailer of what goes as one, and of how many pieces that is
-# NCCL's defaults take 650 MiB of the card a pair; so 500 MiB, and faster: larger chunks for fewer channels.
+# torch's watchdog would dump and kill; here every wait has a deadline and the caller decides.
 ENVIRONMENT = {
-    "NCCL_MAX_P2P_NCHANNELS": "16",
-    "NCCL_P2P_NVL_CHUNKSIZE": "524288",
-    # torch's watchdog would dump and kill; here every wait has a deadline and the caller decides
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
     "TORCH_NCCL_ENABLE_MONITORING": "0",
     "TORCH_FR_BUFFER_SIZE": "0",  # nor write down each call, with its stack
@@ -60,10 +58,12 @@ class NcclLink(GpuLink):
         self._group: Any = None
         self._heard = b""  # of the next "launched"
         self._store: Any = None
-        self._staging = [Staging(setup.host.kv.device) for _ in range(DEPTH)]
+        self._staging = [Staging(setup.host.kv.device, BLOCK_BYTES) for _ in range(DEPTH)]
         self._sent: list[Work | None] = [None] * DEPTH  # the last from each
         self._scattered: list[torch.cuda.Event | None] = [None] * DEPTH  # the last out of each
-        # Of receives alone: NCCL begins where its caller's stream is, and the next one need not wait for a scatter.
+        # NCCL begins where its caller's stream is: on streams of their own a gather need not wait for the piece before
+        # to be sent, nor a receive for a scatter.
+        self._gathering = torch.cuda.Stream(setup.host.kv.device)  # type: ignore[no-untyped-call]
         self._receiving = torch.cuda.Stream(setup.host.kv.device)  # type: ignore[no-untyped-call]
         self._blocks = 0
         if not setup.source:
@@ -177,21 +177,21 @@ class NcclLink(GpuLink):
             said = Trailer.read(self._heard[: Trailer.SIZE])
             Trailer.verify(self._heard[: Trailer.SIZE], piece, self.wire_bytes(piece), said.checksum)
             self._heard = b""
-        (pages,) = self.pages(piece.pages)
+        with torch.cuda.stream(self._gathering if piece.send else self.stream):
+            (pages,) = self.pages(piece.pages)
         for block in self.blocks(piece, BLOCK_BYTES):
             index, self._blocks = self._blocks % DEPTH, self._blocks + 1
-            wire = self._staging[index].rows(codec, block)
-            layers = slice(piece.layers[0] + block.layers.start, piece.layers[0] + block.layers.stop)
-            cache, part = planes(self.rows, layers, block.kinds), pages[block.pages]
+            wire = planes(self._staging[index].rows(codec, block))
+            first = 2 * (piece.layers[0] + block.layers.start) + block.kinds.start
+            cache, part = self.planes[first : first + len(wire)], pages[block.pages]
             if piece.send:
                 self._send(index, cache, part, wire)
                 self._say(word)
                 word = b""
             else:
                 self._receive(index, cache, part, wire)
-        for work in self._sent:
-            if work is not None:
-                work.wait()  # on the stream, so that the piece's event comes after its sends
+        if (last := self._sent[(self._blocks - 1) % DEPTH]) is not None:
+            last.wait()  # on the stream, so that the piece's event comes after its sends, which end in order
         landed = None if piece.send else self.checksum(piece)
 
         def finish() -> Carried:
@@ -202,9 +202,11 @@ class NcclLink(GpuLink):
         return finish
 
     def _send(self, index: int, cache: Tensor, pages: Tensor, wire: Tensor) -> None:
-        if (work := self._sent[index]) is not None:
-            work.wait()  # on the stream: this thread goes on
-        copy_rows(cache, pages, planes(wire), None, PROGRAMS)
+        with torch.cuda.stream(self._gathering):
+            if (work := self._sent[index]) is not None:
+                work.wait()  # on the stream: this thread goes on
+            copy_rows(cache, pages, wire, None, PROGRAMS)
+        self.stream.wait_stream(self._gathering)
         self._sent[index] = self._transfer(wire)
 
     def _receive(self, index: int, cache: Tensor, pages: Tensor, wire: Tensor) -> None:
@@ -213,13 +215,14 @@ class NcclLink(GpuLink):
         with torch.cuda.stream(self._receiving):
             work = self._transfer(wire)
         work.wait()
-        copy_rows(planes(wire), None, cache, pages, PROGRAMS)
+        copy_rows(wire, None, cache, pages, PROGRAMS)
         self._scattered[index] = self.stream.record_event()
 
     def _say(self, word: bytes) -> None:
         """The piece is under way."""
         assert self._peer is not None
-        self._peer.sendall(word)
+        if word:
+            self._peer.sendall(word)
 
     def _check_peer(self) -> None:
         if self._peer is not None and self.setup.source and select.select([self._peer], [], [], 0)[0]:
@@ -231,6 +234,7 @@ class NcclLink(GpuLink):
         with _one_at_a_time:
             if self._group is not None:
                 self._group.abort()  # a transfer whose peer is gone is still a kernel on the card
+            self._gathering.synchronize()
             self._receiving.synchronize()
             self.stream.synchronize()
         self._group = self._store = None
