@@ -1,7 +1,8 @@
-"""What several GPUs of one host do together: links, the handoff, load.
+"""What several GPUs of one host do together: links, the handoff, decoding beside it, load.
 
     scripts/multi_gpu.py --part links                       nccl and cuda_ipc by size, against one raw copy
     scripts/multi_gpu.py --part handoff                     what it adds to the second token, unloaded
+    scripts/multi_gpu.py --part beside                      decode steps while KV arrives, against undisturbed ones
     scripts/multi_gpu.py --part load --out multi.json       two colocated workers against 1P1D at 10 requests/s
     scripts/multi_gpu.py --part goodput                     the rate at which 90 % meet two pairs of SLOs
     scripts/multi_gpu.py --part kills --link nccl           60 s of traffic, every 10 s a SIGKILL: is a request lost?
@@ -68,9 +69,9 @@ class End:
     woken: threading.Event
     seq: int = 0
 
-    def start(self, send: bool, pages: list[int], remote: list[int], layers: int) -> None:
+    def start(self, send: bool, pages: list[int], remote: list[int], layers: tuple[int, int]) -> None:
         """The next piece."""
-        self.link.start(Piece("peer", 1, self.seq, send, "r", 0, pages, remote, len(pages), (0, layers)))
+        self.link.start(Piece("peer", 1, self.seq, send, "r", 0, pages, remote, len(pages), layers))
         self.seq += 1
 
     def wait(self, count: int) -> None:
@@ -87,10 +88,11 @@ class End:
                 raise RuntimeError(f"{count} pieces do not end")
 
 
-def make_end(kind: str, device: str, source: bool, run_dir: str) -> tuple[End, KVCache]:
+def make_end(kind: str, device: str, source: bool, run_dir: str, cache: KVCache | None = None) -> tuple[End, KVCache]:
     torch.cuda.set_device(device)
-    cache = KVCache(SHAPES[SHAPE], PAGES, PAGE, torch.bfloat16, torch.device(device))
-    cache.data.normal_()
+    if cache is None:
+        cache = KVCache(SHAPES[SHAPE], PAGES, PAGE, torch.bfloat16, torch.device(device))
+        cache.data.normal_()
     host = LinkHost(kind, cache.data, None, Path(run_dir), 10.0)
     woken = threading.Event()
     return End(make_link(LinkSetup(host, source, "a-b", 1, woken.set)), woken), cache
@@ -108,7 +110,7 @@ def destination(kind: str, device: str, run_dir: str, pipe: Connection) -> None:
             continue
         count, pages, layers = order
         for _ in range(count):
-            end.start(False, pages, [], layers)
+            end.start(False, pages, [], (0, layers))
         pipe.send("started")
         end.wait(count)
         pipe.send("done")
@@ -152,7 +154,7 @@ def links_part(_: Asked) -> list[dict[str, Any]]:
                             pipe.recv()
                         began = time.perf_counter()
                         for _ in range(flying):
-                            end.start(True, mine, remote, layers)
+                            end.start(True, mine, remote, (0, layers))
                         end.wait(flying)
                         if kind not in ONE_SIDED:
                             pipe.recv()
@@ -190,6 +192,78 @@ def raw_copy(size: int, source: str, target: str) -> float:
             torch.cuda.synchronize(device)
         best = max(best, 8 * a.nbytes / (time.perf_counter() - began) / 1e9)
     return best
+
+
+# ---------------------------------------------------------------- decoding while KV arrives
+
+GROUPS = [(first, first + 8) for first in range(0, 32, 8)]  # layers, as `layers:8` cuts them
+BUSY = 32  # sequences that decode, of 2,048 tokens each
+ARRIVING = list(range(32))  # pages of the prompt that arrives: 2,048 tokens, 268 MB
+
+
+def busy_destination(kind: str, device: str, run_dir: str, pipe: Connection) -> None:
+    """The peer's process: decodes while its link receives. Answers with milliseconds a step."""
+    from bench_gpu import decode_ms, make_device  # which needs Triton, and this script's --dry-run does not
+
+    torch.cuda.set_device(device)
+    made = make_device(SHAPE, BUSY * 36 + 200, BUSY, 4096)
+    end, _ = make_end(kind, device, False, run_dir, made.cache)
+    pipe.send(end.link.endpoint())
+    end.link.connect(end.link.endpoint())
+    while (prompts := pipe.recv()) is not None:
+        for _ in range(prompts if kind not in ONE_SIDED else 0):
+            for layers in GROUPS:
+                end.start(False, ARRIVING, [], layers)
+        pipe.send("started")
+        pipe.send(decode_ms(made, BUSY, 2048, 100))
+        if kind not in ONE_SIDED:
+            end.wait(prompts * len(GROUPS))
+        pipe.send("done")
+    end.link.abort(False)
+
+
+def beside_part(_: Asked) -> list[dict[str, Any]]:
+    """Steps of a batch of 32 while prompts of 2,048 tokens arrive in groups of layers, ten a second and flat out."""
+    rows, context = list[dict[str, Any]](), multiprocessing.get_context("spawn")
+    for kind in KINDS:
+        with TemporaryDirectory(dir="/tmp") as run_dir:
+            pipe, theirs = context.Pipe()
+            last = f"cuda:{torch.cuda.device_count() - 1}"
+            peer = context.Process(target=busy_destination, args=(kind, last, run_dir, theirs), daemon=True)
+            peer.start()
+            end, _ = make_end(kind, "cuda:0", True, run_dir)
+            end.link.connect(pipe.recv())
+            for repeat in range(4):  # the first brings everything up
+                for what, prompts, pause in ("alone", 0, 0.0), ("10/s", 8, 0.1), ("flat out", 500, 0.0):
+                    pipe.send(prompts)
+                    pipe.recv()
+                    began = time.perf_counter()
+                    for _ in range(prompts):
+                        for layers in GROUPS:
+                            end.start(True, ARRIVING, ARRIVING, layers)
+                        time.sleep(pause)
+                    end.wait(prompts * len(GROUPS))
+                    took = time.perf_counter() - began
+                    step = pipe.recv()
+                    pipe.recv()
+                    if repeat:
+                        rows.append({"link": kind, "KV": what, "step_ms": step, "GB/s": prompts * 0.268 / took})
+                        say(f"{rows[-1]}")
+            pipe.send(None)
+            end.link.abort(False)
+            peer.join(20)
+    table = Table("link", "KV arrives", "GB/s", "ms a step", "against alone")
+    for kind in KINDS:
+        found: dict[str, list[dict[str, Any]]] = {}
+        for r in rows:
+            if r["link"] == kind:
+                found.setdefault(r["KV"], []).append(r)
+        alone = statistics.median(r["step_ms"] for r in found["alone"])
+        for what, some in found.items():
+            step, rate = (statistics.median(r[key] for r in some) for key in ("step_ms", "GB/s"))
+            table.add_row(kind, what, f"{rate:.1f}", f"{step:.3f}", f"{step / alone:.3f}")
+    Console(width=120).print(table)
+    return rows
 
 
 # ---------------------------------------------------------------- the handoff
@@ -379,8 +453,8 @@ def kills_part(asked: Asked) -> list[dict[str, Any]]:
 
 
 PARTS = {
-    "links": links_part, "handoff": handoff_part, "load": load_part, "goodput": goodput_part, "kills": kills_part,
-    "four": four_part, "eight": eight_part,
+    "links": links_part, "handoff": handoff_part, "beside": beside_part, "load": load_part, "goodput": goodput_part,
+    "kills": kills_part, "four": four_part, "eight": eight_part,
 }  # fmt: skip
 
 
