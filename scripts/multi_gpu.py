@@ -146,7 +146,7 @@ def links_part(_: Asked) -> list[dict[str, Any]]:
             for size, (count, layers) in SIZES.items():
                 mine, remote = rng.sample(range(PAGES), count), rng.sample(range(PAGES), count)
                 rates = {}
-                for what, flying in (("one", 1), ("many", max(16, 2048 // size))):
+                for what, flying in (("one", 1), ("many", min(2048, max(16, 8192 // size)))):
                     took = []
                     for _ in range(6):
                         if kind not in ONE_SIDED:
