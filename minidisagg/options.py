@@ -64,6 +64,10 @@ mode_option = click.option(
     show_default=True,
     help="Prefill and decode on the same workers, or on separate ones.",
 )
+decisions_option = click.option(
+    "--log-decisions", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
+    help="Write what each hook of the policy was asked and answered here, as JSON lines.",
+)  # fmt: skip
 # fmt: off
 engine_options = stack(
     [  # the defaults of the numbers of workers are the command's: see `read_engine`
@@ -107,8 +111,7 @@ engine_options = stack(
                      help=f"Settings of the decode workers alone. Keys: {', '.join(WORKER.__struct_fields__)}."),
         click.option("--inject-delay", multiple=True, metavar="STAGE=MS",
                      help=f"Make a stage of each request slower: {', '.join(STAGES)}. Repeatable."),
-        click.option("--log-decisions", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
-                     help="Write what each hook of the policy was asked and answered here, as JSON lines."),
+        decisions_option,
         click.option("--record", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
                      help="Write each worker's input log here, to replay it."),
     ]

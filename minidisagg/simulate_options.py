@@ -6,7 +6,7 @@ import click
 
 from minidisagg.core.predictor import PREDICTORS
 from minidisagg.interconnect import PRESETS
-from minidisagg.options import FiniteRange, positive, stack
+from minidisagg.options import FiniteRange, decisions_option, positive, stack
 
 # A load that means something on the default cluster; a simulation has no noise, so that one repetition says much.
 SIMULATED = {"dataset_name": "synth:azure-conv-2023", "request_rate": "0.5x", "num_prompts": 500, "repeats": 1}
@@ -40,6 +40,7 @@ simulate_options = stack(
         click.option("--no-prefix-caching", is_flag=True),
         click.option("--predict-lengths", type=click.Choice(PREDICTORS), default="none", show_default=True,
                      help="What a policy sees of an output's length; a run with the oracle is marked."),
+        decisions_option,
         click.option("--seed", type=int, default=0, show_default=True),
         click.option("--jobs", "-j", type=positive, default=1, show_default=True, metavar="N",
                      help="Runs at a time, each in a process."),

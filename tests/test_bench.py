@@ -12,6 +12,7 @@ import pytest
 from cluster import needs_two_cores
 from msgspec.structs import replace
 
+from minidisagg.analysis import OF_RUN, load_run
 from minidisagg.bench import runs, sides
 from minidisagg.bench.compare import SEARCH
 from minidisagg.bench.runs import quick_prompts
@@ -25,7 +26,8 @@ from minidisagg.runtime.frontend import Frontend
 from minidisagg.workload.settings import Arrivals
 
 pytestmark = needs_two_cores
-FILES = {"options.json", "report.html", "requests.jsonl", "result.json", "trace.json"}
+RECORDS = {"requests.jsonl", "steps.jsonl"}
+FILES = {"options.json", "report.html", "result.json", "trace.json", *RECORDS}
 SHORT = (
     "dummy:tiny,std=0.15", "--random-input-len", "24", "--random-output-len", "4", "--num-warmups", "2",
     "--goodput", "ttft:2000", "tpot:500", "--link", "unix",
@@ -159,18 +161,25 @@ def test_a_search_for_goodput(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> 
     ratio = result["ratio"]
     assert ratio["clear"] == (ratio["low"] > 1 or (ratio["high"] or 2) < 1)  # JSON has no infinity
     assert result["void"] or ratio["clear"] or result["verdict"].startswith("No winner")
-    assert done.files == FILES - {"requests.jsonl"}
+    assert done.files == FILES - RECORDS
+    run = load_run(done.directory)
+    assert not any(len(getattr(run, name)) for name in ("requests", "steps", "links", "decisions"))
+    assert list(run.requests)[:4] == list(OF_RUN) == list(run.links)[:4] and run.result == result
 
 
 def test_a_sweep_of_concurrencies(bench: Bench) -> None:
     done = bench("--mode", "disagg", "--max-concurrency", "1,2", "--num-prompts", "20", "--repeats", "1")
-    assert done.result["version"] == 1 and set(done.result["sweep"]) == {"1", "2"}
+    assert done.result["version"] == 2 and set(done.result["sweep"]) == {"1", "2"}
     for users, one in done.result["sweep"].items():
         assert f"{users} at a time: {one['verdict']}" in done.flat
         assert len(done.requests(f"concurrency-{users}/requests.jsonl")) == 20
         assert one["sides"]["disagg"]["repetitions"][0]["max_concurrency"] == int(users)
     assert "20 requests a run (< 300)" in done.flat
-    assert done.files == (FILES | {"concurrency-1", "concurrency-2"}) - {"requests.jsonl"}
+    assert done.files == (FILES | {"concurrency-1", "concurrency-2"}) - RECORDS
+    run = load_run(done.directory)
+    for frame in (run.requests, run.steps, run.links):
+        assert sorted(set(frame.concurrency)) == [1, 2] and set(frame.side) == {"A"}
+    assert run.requests.groupby("concurrency").size().to_dict() == {1: 20, 2: 20}
 
 
 def test_the_quick_preset_asks_for_what_the_rate_can_fill() -> None:
@@ -206,11 +215,34 @@ def test_both_sides_records_replay(bench: Bench, tmp_path_factory: Any) -> None:
             with path.open("rb") as log:
                 spec = read_entries(log)[0]
             seen.add((spec.name, spec.role.name, spec.options.chunk))
-        assert {path.name for path in (logs / side).glob("*.jsonl")} == {
-            "router.jsonl", "worker-0.jsonl", "worker-1.jsonl",
-        }  # fmt: skip
+        for repetition in ("0", "1"):
+            assert {path.name for path in (logs / side / repetition).glob("*.jsonl")} == {
+                "router.jsonl", "worker-0.jsonl", "worker-1.jsonl",
+            }  # fmt: skip
+    check_frames(done)
     assert roles["A"] == {("worker-0", "BOTH", 16), ("worker-1", "BOTH", 16)}
     assert roles["B"] == {("worker-0", "PREFILL", 0), ("worker-1", "DECODE", 0)}
+
+
+def check_frames(done: Done) -> None:
+    """What `load_run` reads of two sides and two repetitions with decisions: all that was there, in one coordinate."""
+    run = load_run(done.directory)
+    each = [(side, repetition) for side in "AB" for repetition in (0, 1)]
+    for frame in (run.requests, run.steps, run.decisions):
+        assert sorted(set(zip(frame.side, frame.repetition, strict=True))) == each and frame.concurrency.isna().all()
+    assert run.requests.groupby(["side", "repetition"]).size().tolist() == [20] * 4
+    assert set(zip(run.links.side, run.links.source, run.links.dest, strict=True)) == {("B", "worker-0", "worker-1")}
+    assert run.links.transfers.tolist() == [20, 20] and (run.links.bytes > 0).all()
+    # Steps and decisions name requests as the engine does, and are on their clock.
+    asked = run.decisions[run.decisions.hook == "place"].merge(run.requests, on=[*OF_RUN, "engine_id"])
+    assert len(asked) == 80 and ((asked.clock - asked.sent).abs() < 0.1).all()
+    tokens = run.steps.explode("requests").rename(columns={"requests": "engine_id"}).merge(run.requests, on="engine_id")
+    assert len(tokens) == run.requests.tokens.sum() == 80 * 4
+    assert (tokens.begin > tokens.sent).all() and (tokens.end < tokens.scheduled + tokens.e2el + 0.05).all()
+    assert run.steps.groupby("side").prefill_tokens.sum().tolist() == [40 * 24] * 2
+    for record in (record for side in done.result["sides"].values() for record in side["runs"]):
+        own = run.steps[(run.steps.label == record["label"]) & (run.steps.repetition == record["repetition"])]
+        assert own.seconds.sum() == pytest.approx(sum(worker["busy_s"] for worker in record["workers"]), rel=1e-6)
 
 
 def test_sides_whose_workers_are_built_differently_have_a_set_each(bench: Bench) -> None:

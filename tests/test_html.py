@@ -288,9 +288,9 @@ def test_a_directory_of_something_else_is_named(tmp_path: Path) -> None:
     write_options(tmp_path)
     for content in (
         "[",
-        '{"version": 1}',
-        '{"version": 1, "sides": {"a": {}}}',
-        '{"version": 1, "goodput": {"a": {}}}',
+        '{"version": 2}',
+        '{"version": 2, "sides": {"a": {}}}',
+        '{"version": 2, "goodput": {"a": {}}}',
     ):
         (tmp_path / "result.json").write_text(content)
         (tmp_path / "requests.jsonl").write_text("")
@@ -301,19 +301,20 @@ def test_a_directory_of_something_else_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["options.json", "result.json", "requests.jsonl", "trace.json"])
 def test_files_of_another_version_are_refused_in_one_line(run_dir: Path, name: str) -> None:
     write_trace(run_dir, [])
-    path, version = run_dir / name, re.compile(r'"version": ?1')
+    path, known = run_dir / name, 1 if name == "trace.json" else run_directory.VERSION
+    version = re.compile(rf'"version": ?{known}')
     written = path.read_text()
     others = {"version 99": version.sub('"version":99', written), "no version": version.sub('"since":1', written)}
     for said, text in others.items():
         path.write_text(text)
-        expected = rf"^{path} has {said}, and this minidisagg reads version 1 \(docs/formats.md\)$"
+        expected = rf"^{path} has {said}, and this minidisagg reads version {known} \(docs/formats.md\)$"
         with pytest.raises(VersionError, match=expected):
             write_html(run_dir)
 
 
 def test_what_is_written_begins_with_its_version(run_dir: Path) -> None:
     for name in ("options.json", "result.json", "requests.jsonl"):
-        assert re.match(r'\{\s*"version": ?1,', (run_dir / name).read_text()), name
+        assert re.match(rf'\{{\s*"version": ?{run_directory.VERSION},', (run_dir / name).read_text()), name
 
 
 def test_the_records_of_a_run_are_read_as_they_were(run_dir: Path) -> None:

@@ -87,7 +87,7 @@ class LoadGenerator:
             item.prompt, sampling, on_emit, arrival=scheduled, salt=item.salt, session=item.session,
             ends_after=item.output_len, **slos,
         )  # fmt: skip
-        record.workers = self.frontend.workers_of(request_id)  # grows with each move
+        record.workers, record.engine_id = self.frontend.workers_of(request_id), request_id  # grows with each move
 
     def _finish(self, record: RequestRecord, emit: Emit) -> None:
         record.finish_reason = emit.finish

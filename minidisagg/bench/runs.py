@@ -30,6 +30,7 @@ from minidisagg.measure.comparison import Comparison, compare_runs
 from minidisagg.measure.contest import Contest, contest
 from minidisagg.measure.goodput import SLO
 from minidisagg.measure.records import RequestRecord, RunRecord
+from minidisagg.measure.run_directory import run_name
 from minidisagg.measure.settings import check_measurable
 from minidisagg.measure.timeline import Timeline
 from minidisagg.workload.arrivals import arrival_times
@@ -174,10 +175,10 @@ class Bench:
         if self.options.workload != asked:
             self._say(f"a slow machine for the quick preset: {describe_workload(self.options.workload)}")
 
-    async def _begin(self, target: Target, policy: str = "") -> None:
+    async def _begin(self, target: Target, policy: str = "", name: str = "") -> None:
         """Every run begins as after a start and warm: a request for each worker, at once, opens the links too."""
         if isinstance(target, Side):
-            await target.begin(policy)
+            await target.begin(policy, name)
             longest = min(WARM_PROMPT, target.max_model_len - WARM_OUTPUT)
             items = [
                 replace(item, prompt=(item.prompt or [])[:longest], output_len=WARM_OUTPUT)
@@ -233,12 +234,13 @@ class Bench:
         if not math.isnan(rate) and concurrency is None:
             seed = options.run.seed + REPEAT_SEED * repetition
             items = with_arrivals(items, arrival_times(len(items), rate, options.arrivals.burstiness, seed))
-        await self._begin(target)
+        await self._begin(target, name=run_name(repetition, concurrency))
         before = await target.fresh_stats()
         cpu, started = time.process_time(), time.monotonic()
-        if isinstance(target, Side) and side not in self.timelines:
-            self.timelines[side] = Timeline(target.label)
-            target.frontend.observers.append(self.timelines[side])
+        timeline = Timeline(target.label)
+        if isinstance(target, Side):
+            self.timelines.setdefault(side, timeline)
+            target.frontend.observers.append(timeline)
         task = self.progress.add_task(f"{target.label} {title}", total=len(items))
         requests = await target.load(items, options.run.seed, partial(self.progress.advance, task)).run(concurrency)
         self.progress.remove_task(task)
@@ -260,6 +262,7 @@ class Bench:
             repetition=repetition,
             num_warmups=options.arrivals.num_warmups,
             requests=requests,
+            steps=timeline.steps(),
             workers=workers,
             links=links,
             frontend_cpu_share=cpu / wall,

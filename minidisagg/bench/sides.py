@@ -102,9 +102,15 @@ class Side:
         self.remarks = [f"B is slowed down by {run.slowdown:.0%} on purpose"] if run.slowdown else []
         self.remarks += [ORACLE] if run.predictor == "oracle" else []
 
-    async def begin(self, policy: str = "") -> None:
-        """As after a start: pools empty, policies and estimators new. `policy`: another one than the side's."""
-        self.frontend = await self.workers.become(replace(self.cluster, policy=policy or self.policy), self.run)
+    async def begin(self, policy: str = "", name: str = "") -> None:
+        """As after a start: pools empty, policies and estimators new. `policy`: another one than the side's.
+
+        `name`: of the run, for its decisions; what is decided before any has no directory of its own.
+        """
+        run = self.run
+        if run.decision_dir and name:
+            run = replace(run, decision_dir=f"{run.decision_dir}/{name}")
+        self.frontend = await self.workers.become(replace(self.cluster, policy=policy or self.policy), run)
         self.max_model_len = self.frontend.max_model_len
 
     @property

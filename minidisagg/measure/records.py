@@ -1,4 +1,4 @@
-"""What a run leaves behind: one `RequestRecord` per request and one `RunRecord` around them.
+"""What a run leaves behind: a `RequestRecord` per request, a `StepRecord` per step, and one `RunRecord` around them.
 
 The real bench and the simulator fill in the same records, so everything computed from them is computed once.
 """
@@ -30,11 +30,25 @@ class RequestRecord(Struct, kw_only=True, omit_defaults=True):
     completion_tokens: int | None = None  # by the server's count, where that is not the number of `token_times`
     cached_tokens: int = 0  # prompt tokens that were prefix hits
     workers: list[str] = field(default_factory=list)  # in the order in which they served it
+    engine_id: str = ""  # its name in steps, timeline and decisions, where that is not `request_id`
 
     @property
     def ok(self) -> bool:
         """Whether it completed: neither failed nor rejected, and with at least one token."""
         return not self.error and not self.rejected and bool(self.token_times)
+
+
+class StepRecord(Struct, kw_only=True, omit_defaults=True):
+    """One step of a worker, or several equal ones that a simulation took at once. Times as in `RequestRecord`."""
+
+    worker: str
+    begin: float
+    seconds: float  # of all of them
+    prefill_tokens: int = 0  # of each
+    decode_tokens: int = 0
+    context_tokens: int = 0  # KV tokens that the last of them read
+    requests: list[str] = field(default_factory=list)  # that it gave a token, by `engine_id`
+    ends: list[float] = field(default_factory=list)  # of equal steps, each one's; else empty
 
 
 class WorkerRecord(Struct, kw_only=True):
@@ -77,6 +91,7 @@ class RunRecord(Struct, kw_only=True):
     repetition: int = 0
     num_warmups: int = 0  # so many requests, the first by schedule, are warm-up
     requests: list[RequestRecord] = field(default_factory=list)
+    steps: list[StepRecord] = field(default_factory=list)  # none where nobody has kept them
     workers: list[WorkerRecord] = field(default_factory=list)
     links: list[LinkRecord] = field(default_factory=list)
     frontend_cpu_share: float = 0.0  # of one core

@@ -3,7 +3,8 @@
 options.json      what was asked for, with which command, on which machine
 result.json       what came of it: a comparison or a contest, one per concurrency of a sweep, or a search for goodput
 requests.jsonl    of a comparison or contest: a line per request of every run
-concurrency-N/    of a sweep: result.json and requests.jsonl of each step
+steps.jsonl       the same of each step of each worker, where somebody has kept them
+concurrency-N/    of a sweep: result.json, requests.jsonl and steps.jsonl of each of its steps
 trace.json        `measure/timeline.py`
 report.html       `measure/html.py`, from the other files alone
 """
@@ -12,9 +13,9 @@ from __future__ import annotations
 
 import math
 import string
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from msgspec import Struct
@@ -24,10 +25,11 @@ from minidisagg.measure.comparison import Comparison, Side, goodput_verdict, wor
 from minidisagg.measure.contest import Contest
 from minidisagg.measure.goodput import SLO, GoodputResult
 from minidisagg.measure.intervals import Ratio, center
-from minidisagg.measure.records import RequestRecord, RunRecord
+from minidisagg.measure.records import RequestRecord, RunRecord, StepRecord
 
 LETTERS = string.ascii_uppercase  # of the sides: as many can be compared
-VERSION = 1  # of all files of the directory but trace.json, which has its own
+VERSION = 2  # of all files of the directory but trace.json, which has its own
+Line = TypeVar("Line", "RequestLine", "StepLine")
 COUNTS = ("num_prompts", "measured", "completed", "failed", "rejected", "total_input_tokens", "total_output_tokens")
 
 
@@ -39,12 +41,20 @@ class RequestLine(RequestRecord, kw_only=True):
     repetition: int
 
 
+class StepLine(StepRecord, kw_only=True):
+    """A line of steps.jsonl."""
+
+    version: int | None = None
+    side: str
+    repetition: int
+
+
 class SideResult(Struct):
     """A side in result.json, as far as it is read again; its `workers` are shares for a person."""
 
     values: dict[str, float]
     repetitions: list[dict[str, object]]
-    runs: list[RunRecord]  # without their requests
+    runs: list[RunRecord]  # without their requests and steps
 
 
 class GoodputSearch(Struct):
@@ -58,6 +68,11 @@ class GoodputSearch(Struct):
 
 
 # ---------------------------------------------------------------- writing
+
+
+def run_name(repetition: int, concurrency: int | None) -> str:
+    """The directory of one run's decisions, in those of its side."""
+    return f"concurrency-{concurrency}/{repetition}" if concurrency else str(repetition)
 
 
 def write_json(path: Path, content: object) -> None:
@@ -86,9 +101,9 @@ def to_dict(comparison: Comparison) -> dict[str, object]:
 
 
 def _side_to_dict(side: Side) -> dict[str, object]:
-    runs = [msgspec.to_builtins(msgspec.structs.replace(run, requests=[])) for run in side.runs]
+    runs = [msgspec.to_builtins(msgspec.structs.replace(run, requests=[], steps=[])) for run in side.runs]
     for run in runs:
-        del run["requests"]  # they have a file of their own
+        del run["requests"], run["steps"]  # they have files of their own
     return {
         "repetitions": side.results,
         "values": side.values,
@@ -135,17 +150,23 @@ def contest_to_dict(contest: Contest) -> dict[str, object]:
 
 
 def write_run_directory(directory: str | Path, result: Comparison | Contest) -> Path:
-    """Write result.json and requests.jsonl. Raises `OSError`."""
+    """Write result.json, requests.jsonl and steps.jsonl. Raises `OSError`."""
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
     write_json(path / "result.json", to_dict(result) if isinstance(result, Comparison) else contest_to_dict(result))
-    with (path / "requests.jsonl").open("wb") as file:
+    _write_lines(path / "requests.jsonl", result, lambda run: run.requests)
+    if any(run.steps for side in result.sides for run in side.runs):
+        _write_lines(path / "steps.jsonl", result, lambda run: run.steps)
+    return path
+
+
+def _write_lines(path: Path, result: Comparison | Contest, records: Callable[[RunRecord], Iterable[Struct]]) -> None:
+    with path.open("wb") as file:
         for letter, side in zip(LETTERS, result.sides, strict=False):
             for run in side.runs:
                 head = {"version": VERSION, "side": letter, "label": run.label, "repetition": run.repetition}
-                for request in run.requests:
-                    file.write(msgspec.json.encode({**head, **msgspec.to_builtins(request)}) + b"\n")
-    return path
+                for record in records(run):
+                    file.write(msgspec.json.encode({**head, **msgspec.to_builtins(record)}) + b"\n")
 
 
 # ---------------------------------------------------------------- reading
@@ -159,7 +180,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_result(directory: Path) -> Comparison | Contest | dict[int, Comparison] | GoodputSearch:
-    """What `directory` holds; the comparisons of a sweep come without their requests.
+    """What `directory` holds, without its steps; the comparisons of a sweep come without their requests, too.
 
     Raises `OSError`, `VersionError`, and `MsgspecError` or `KeyError` where it is no run directory.
     """
@@ -172,7 +193,7 @@ def read_result(directory: Path) -> Comparison | Contest | dict[int, Comparison]
             upper = math.inf if one["upper"] is None else one["upper"]  # JSON has no infinity
             found[key.partition(": ")[2]] = {**one, "upper": upper}
         return msgspec.convert({**result, "goodput": found}, GoodputSearch)
-    lines = read_requests(directory / "requests.jsonl")
+    lines = read_lines(directory / "requests.jsonl", RequestLine)
     if "contest" in result:
         ratios = [{name: _ratio(one) for name, one in side.items()} for side in result["ratios"]]
         sides = _sides(((side["label"], side) for side in result["contest"]), lines)
@@ -181,13 +202,13 @@ def read_result(directory: Path) -> Comparison | Contest | dict[int, Comparison]
     return _comparison(result, lines)
 
 
-def read_requests(path: Path) -> list[RequestLine]:
-    """requests.jsonl. Raises as `read_result` does."""
-    decoder, found = msgspec.json.Decoder(RequestLine), []
+def read_lines(path: Path, kind: type[Line]) -> list[Line]:
+    """requests.jsonl or steps.jsonl. Raises as `read_result` does."""
+    decoder, found = msgspec.json.Decoder(kind), []
     with path.open("rb") as file:
         for line in file:
-            found.append(request := decoder.decode(line))
-            check_version(path, request.version, VERSION)
+            found.append(one := decoder.decode(line))
+            check_version(path, one.version, VERSION)
     return found
 
 

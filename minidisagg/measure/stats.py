@@ -122,7 +122,7 @@ def samples_of(run: RunRecord, slo: SLO | None = None, trim: float = TRIM) -> Sa
             put("attainment", position, met)
             put("request_goodput", position, met)
         if request.ok:
-            for name, values in _latencies(request, tokens).items():
+            for name, values in latencies_of(request, tokens).items():
                 put(name, position, *values)
     kept = window.last - window.first
     metrics = {}
@@ -135,7 +135,8 @@ def samples_of(run: RunRecord, slo: SLO | None = None, trim: float = TRIM) -> Sa
     return Samples(window, schedule, metrics)
 
 
-def _latencies(request: RequestRecord, tokens: Array) -> dict[str, list[float]]:
+def latencies_of(request: RequestRecord, tokens: Array) -> dict[str, list[float]]:
+    """Seconds, by metric, of a request that completed: of `itl` and `handoff` as many as it has such gaps, else one."""
     gaps = np.diff(tokens)
     is_handoff = np.zeros(len(gaps), dtype=bool)
     is_handoff[[i for i in request.handoffs if i < len(gaps)]] = True

@@ -23,7 +23,7 @@ import msgspec
 from minidisagg.core.messages import Envelope, Hello, PieceSpan, PieceSpans, Role, Stats, StepOutput
 from minidisagg.core.tracked import Emit, StageTimes
 from minidisagg.formats import check_version
-from minidisagg.measure.records import STAGES
+from minidisagg.measure.records import STAGES, StepRecord
 
 VERSION = 1
 SLACK = 1000  # ns by which a piece may begin before the one ahead of it on its link has ended
@@ -108,7 +108,7 @@ class Timeline:
                 out.append({"name": "process_labels", "ph": "M", "pid": pid, "tid": 0, "args": labels})
         for who, step in self._steps:
             end = self._here(who, step.clock)
-            kind = "prefill" if not step.decode_tokens else "mixed" if step.prefill_tokens else "decode"
+            kind = step_kind(step)
             # A step that was planned ahead may begin before news of the one before it were stamped.
             where = tracks.place(pids[who], "steps", end - _ns(step.seconds), end, slack=math.inf)
             args = {
@@ -131,6 +131,21 @@ class Timeline:
         for now, text in self._news:
             out.append({"name": text, "ph": "i", "s": "p", "pid": first_pid, "tid": 0, "ts": _ns(now) / 1e3})
         return out + tracks.names
+
+    def steps(self) -> list[StepRecord]:
+        """All steps, in seconds of the front end's clock and by the order of their news."""
+        found = []
+        for who, step in self._steps:
+            ahead = self.ahead.get(who, 0.0)
+            found.append(
+                StepRecord(
+                    worker=who[0], begin=step.clock - ahead - step.seconds, seconds=step.seconds,
+                    prefill_tokens=step.prefill_tokens, decode_tokens=step.decode_tokens,
+                    context_tokens=step.context_tokens, requests=[token.request_id for token in step.tokens],
+                    ends=[end - ahead for end in step.ends],
+                )
+            )  # fmt: skip
+        return found
 
     def _here(self, who: Incarnation, stamp: float) -> int:
         return _ns(stamp - self.ahead.get(who, 0.0))
@@ -165,6 +180,11 @@ class Timeline:
         changes.sort()
         waiting = itertools.accumulate(change for _, change in changes)
         return [_counter("waiting", pid, _ns(at), requests=n) for (at, _), n in zip(changes, waiting, strict=True)]
+
+
+def step_kind(step: StepOutput | StepRecord) -> str:
+    """What was in it."""
+    return "prefill" if not step.decode_tokens else "mixed" if step.prefill_tokens else "decode"
 
 
 def trace_document(events: list[Event]) -> dict[str, Any]:

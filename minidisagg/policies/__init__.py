@@ -56,7 +56,12 @@ def load_policy(spec: str) -> Policy:
 def make_policy(spec: str, who: str, log_dir: str) -> Policy:
     """`load_policy`, with each decision of it written to `log_dir`/`who`.jsonl where there is a `log_dir`."""
     policy = load_policy(spec)
-    return Logged(policy, spec, who, _appender(Path(log_dir) / f"{who}.jsonl")) if log_dir else policy
+    return logged(policy, spec, who, _appender(Path(log_dir) / f"{who}.jsonl")) if log_dir else policy
+
+
+def logged(policy: Policy, spec: str, who: str, write: Write) -> Policy:
+    """The same policy, whose decisions are written: a line, as bytes, for each."""
+    return Logged(policy, spec, who, write)
 
 
 def rehearse(spec: str, workers: rehearsal.Workers) -> None:
@@ -77,8 +82,13 @@ def _appender(path: Path) -> Write:
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     if path.stem == ROUTER and os.fstat(file).st_size:
         os.close(file)
-        raise ValueError(f"{path.parent} has the decisions of an earlier run: name another directory, or empty it")
+        raise used(path.parent)
     return partial(os.write, file)  # at once: a kill loses nothing
+
+
+def used(directory: Path) -> ValueError:
+    """Why decisions are not written there."""
+    return ValueError(f"{directory} has the decisions of an earlier run: name another directory, or empty it")
 
 
 def _own() -> list[str]:

@@ -11,15 +11,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
+from minidisagg.core.messages import ROUTER
 from minidisagg.measure.comparison import values_of
 from minidisagg.measure.records import RunRecord
 from minidisagg.measure.stats import samples_of
-from minidisagg.policies import load_policy
+from minidisagg.policies import load_policy, logged, used
 from minidisagg.sim.machines import ClusterSpec, parse_cluster
 from minidisagg.sim.simulation import MakePolicy, Settings, Simulation, derived_slo
+from minidisagg.sim.simulator import Simulator
 from minidisagg.sim.world import Observer
 from minidisagg.workload.lengths import WorkItem
 
@@ -43,9 +47,10 @@ def simulate(
     settings: Settings = Settings(),  # noqa: B008 - it is frozen
     observers: Sequence[Observer] = (),
     progress: Callable[[int], None] | None = None,
+    decisions: str = "",
 ) -> Result:
     """`policy`: a name as for `--policy`, or what makes one for the router and each worker. `progress` is told how many
-    requests have ended since it was told before.
+    requests have ended since it was told before. `decisions`: a directory for the decision log (docs/decisions.md).
 
     Raises `ValueError` for what cannot be, `TimeoutError`, and `PolicyError` in one line that names the hook.
     """
@@ -55,8 +60,23 @@ def simulate(
     name = policy if isinstance(policy, str) else type(policy()).__name__
     simulation, began = Simulation(cluster, make, workload, settings), time.monotonic()
     simulation.sim.observers += observers
-    simulation.play(began + settings.time_limit if settings.time_limit else 0.0, progress)
+    with ExitStack() as files:
+        if decisions:
+            _log_decisions(simulation.sim, name, Path(decisions), files)
+        simulation.play(began + settings.time_limit if settings.time_limit else 0.0, progress)
     run, sim = simulation.record(name), simulation.sim
     values = values_of([samples_of(run, settings.slo or derived_slo(simulation.profiles, workload))])
     steps = sum(worker.core.steps for worker in sim.workers.values())
     return Result(values.get("request_goodput", 0.0), values, run, simulation.ended[1], steps, time.monotonic() - began)
+
+
+def _log_decisions(sim: Simulator, spec: str, directory: Path, files: ExitStack) -> None:
+    """From here on. Raises `ValueError` where an earlier run has left its own."""
+    directory.mkdir(parents=True, exist_ok=True)
+    asked = {ROUTER: sim.router.policy} | {name: one.core.scheduler.policy for name, one in sim.workers.items()}
+    for who, policy in asked.items():
+        try:
+            file = files.enter_context((directory / f"{who}.jsonl").open("xb"))
+        except FileExistsError:
+            raise used(directory) from None
+        policy.asks = logged(policy.asks, spec, who, file.write)

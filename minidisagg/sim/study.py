@@ -40,6 +40,7 @@ from minidisagg.measure.report import goodput_table, marks_text, render, sweep_t
 from minidisagg.measure.run_directory import (
     LETTERS,
     contest_to_dict,
+    run_name,
     search_to_dict,
     sweep_to_dict,
     to_dict,
@@ -60,7 +61,7 @@ from minidisagg.workload.lengths import WorkItem, with_arrivals
 from minidisagg.workload.settings import Arrivals, Workload, build_items, describe_workload
 
 REPEAT_SEED = 1_000_003  # repetition r of seed s draws its workload from s + r · this, as `bench` does
-DRAWN = 2000  # requests of a run up to which its timeline is kept
+DRAWN = 2000  # requests of a run up to which its steps and its timeline are kept
 SEARCH_RUNS, TOLERANCE = 24, 0.02
 
 
@@ -82,6 +83,7 @@ class SimOptions(Struct, frozen=True, kw_only=True):
     report: ReportSettings
     seed: int = 0
     predictor: Predictor = "none"
+    decision_dir: str = ""
     jobs: int = 1
     time_limit: float = 0.0
 
@@ -133,27 +135,28 @@ class Done(Struct, frozen=True):
 
 
 class Task(Struct, frozen=True, array_like=True):
-    """One side, once. `told`: what the record is to say of its load."""
+    """One side, once. `told`: what the record is to say of its load. `decisions`: where its policy's are written."""
 
     side: SimSide
     number: int
     items: list[WorkItem]
     settings: Settings
     told: RunRecord
+    decisions: str = ""
 
 
 def run_once(task: Task, progress: Callable[[int], None] | None = None) -> Done:
-    """The first run of a side has a timeline."""
+    """The steps of a run that is not too long are kept, and the timeline of a side's first one."""
     side, told = task.side, task.told
-    drawn = told.repetition == 0 and len(task.items) <= DRAWN
-    timelines = [Timeline(side.label)] if drawn else []
-    result = simulate(side.policy, task.items, side.cluster, task.settings, timelines, progress)
-    own = result.run
+    timelines = [Timeline(side.label)] if len(task.items) <= DRAWN else []
+    result = simulate(side.policy, task.items, side.cluster, task.settings, timelines, progress, task.decisions)
+    own, steps = result.run, [step for timeline in timelines for step in timeline.steps()]
     record = replace(
         told, label=side.label, mode=own.mode, policy=side.policy, model=own.model, requests=own.requests,
-        workers=own.workers, links=own.links, wall_s=own.wall_s, marks=own.marks,
+        steps=steps, workers=own.workers, links=own.links, wall_s=own.wall_s, marks=own.marks,
     )  # fmt: skip
-    events = [event for timeline in timelines for event in timeline.events(first_pid=1 + 1000 * task.number)]
+    drawn = timelines if told.repetition == 0 else []
+    events = [event for timeline in drawn for event in timeline.events(first_pid=1 + 1000 * task.number)]
     return Done(record, _decisions(result), result.steps, result.events, result.took, events)
 
 
@@ -210,7 +213,11 @@ class Study:
             max_concurrency=concurrency, seed=options.seed, repetition=repetition,
             num_warmups=options.arrivals.num_warmups,
         )  # fmt: skip
-        return Task(options.sides[number], number, items, settings, told)
+        decisions = ""
+        if options.decision_dir:
+            side = LETTERS[number] if len(options.sides) > 1 else ""
+            decisions = str(Path(options.decision_dir, side, run_name(repetition, concurrency)))
+        return Task(options.sides[number], number, items, settings, told, decisions)
 
     def runs(self, rate: float, concurrency: int | None, title: str = "") -> list[list[Done]]:
         """All repetitions of all sides."""
@@ -300,7 +307,7 @@ class Study:
                 # The same requests and gaps at every rate, stretched: what differs is the rate alone.
                 [done] = self._carry_out([self.task(number, 0, rate, None)], 1, title)
                 met = samples_of(done.record, self.slo).metrics["attainment"].values
-                records.append(replace(done.record, requests=[]))
+                records.append(replace(done.record, requests=[], steps=[]))
                 try:
                     rate = search.send((float(met.mean()), share_error(met)))
                 except StopIteration as stop:
@@ -381,6 +388,8 @@ def read_options(flags: Mapping[str, Any], load: tuple[Workload, Arrivals, Trial
     )  # fmt: skip
     if flags["compare"] and flags["policy"]:
         raise ValueError("--policy is of one side: with --compare, name it in each side's place")
+    if flags["log_decisions"] and load[2].find_goodput:
+        raise ValueError("--log-decisions is for runs that are kept, and --find-goodput keeps none")
     asked = flags["compare"] or flags["policy"] or ("colocated,disagg" if cluster.mode == "disagg" else "fcfs")
     sides = parse_sides(asked, cluster)
     if len(sides) > len(LETTERS) or (len(sides) > 2 and load[1].max_concurrency):
@@ -388,4 +397,5 @@ def read_options(flags: Mapping[str, Any], load: tuple[Workload, Arrivals, Trial
     return SimOptions(
         sides=sides, workload=load[0], arrivals=load[1], trials=load[2], report=load[3], seed=flags["seed"],
         predictor=flags["predict_lengths"], jobs=flags["jobs"], time_limit=flags["time_limit"],
+        decision_dir=str(flags["log_decisions"].resolve()) if flags["log_decisions"] else "",
     )  # fmt: skip
