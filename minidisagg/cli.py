@@ -390,6 +390,27 @@ def simulate(**flags: Any) -> int:
 
 
 @cli.command()
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR",
+              help="The new run directory.  [default: DIR-rerun]")  # fmt: skip
+@click.option("--api-key", default="", envvar="OPENAI_API_KEY", show_envvar=True, metavar="KEY",
+              help="Where the run measured a server.")  # fmt: skip
+def rerun(directory: Path, out: Path | None, api_key: str) -> int:
+    """Repeat the run of a run directory, of bench or simulate, and say what came out otherwise.
+
+    Settings and policies are those that it has kept, whatever has become of their files. Exit code 1: a simulation
+    differs.
+
+    \b
+    minidisagg rerun bench-results/20260101-120000
+    minidisagg rerun bench-results/20260101-120000 --out again
+    """
+    from minidisagg.rerun import rerun as run_again
+
+    return run_again(directory, out, api_key)
+
+
+@cli.command()
 @model_argument
 @click.option("--out", type=click.Path(dir_okay=False, writable=True, path_type=Path), default=Path("profile.json"),
               show_default=True, metavar="FILE")  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +28,7 @@ from minidisagg.workload.settings import Arrivals
 
 pytestmark = needs_two_cores
 RECORDS = {"requests.jsonl", "steps.jsonl"}
-FILES = {"options.json", "report.html", "result.json", "trace.json", *RECORDS}
+FILES = {"options.json", "report.html", "result.json", "trace.json", "files", *RECORDS}
 SHORT = (
     "dummy:tiny,std=0.15", "--random-input-len", "24", "--random-output-len", "4", "--num-warmups", "2",
     "--goodput", "ttft:2000", "tpot:500", "--link", "unix",
@@ -126,18 +127,53 @@ def test_a_control_calibrates_under_fcfs_whatever_its_policy(bench: Bench, monke
     assert len(done.requests()) == 42 and done.files == FILES
 
 
-def test_one_mode_alone_over_its_repetitions_and_a_trace(bench: Bench, tmp_path_factory: Any) -> None:
+MINE = """
+from minidisagg import Policy
+
+
+class Mine(Policy):
+    pass
+"""
+
+
+def test_one_mode_alone_over_its_repetitions_and_a_trace_and_again(
+    bench: Bench, tmp_path_factory: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     trace = tmp_path_factory.mktemp("trace") / "trace.csv"
+    mine, logs, again = (trace.with_name(name) for name in ("mine.py", "logs", "again"))
+    mine.write_text(MINE)
     rows = [f"{0.01 * i},{0 if i == 5 else 4000 if i == 6 else 20},4" for i in range(31)]
     trace.write_text("\n".join(["arrived_at,num_prefill_tokens,num_decode_tokens", *rows]))
     done = bench("--mode", "disagg", "--repeats", "2", "--dataset-name", "azure", "--dataset-path", str(trace),
-                 "--num-prompts", "30", "--seed", "7")  # fmt: skip
+                 "--num-prompts", "30", "--seed", "7", "--policy", f"{mine}:Mine", "--record", str(logs),
+                 "--log-decisions", str(logs))  # fmt: skip
     assert done.flat.count("30 requests over 0.3 s, 1 skipped, 1 clamped") == 1
-    result, each = done.result, done.result["sides"]["disagg"]["repetitions"]
+    result, each = done.result, done.result["sides"]["disagg Mine"]["repetitions"]
     assert [one["repetition"] for one in each] == [0, 1] and result["repetitions"] == 2
     assert result["num_prompts"] == 60 and result["completed"] == sum(one["completed"] for one in each)
     assert min(one["p90_ttft_ms"] for one in each) <= result["p90_ttft_ms"] <= max(one["p90_ttft_ms"] for one in each)
     assert result["verdict"] in done.flat and result["request_rate"] == "trace"
+    # Again, up to where the measuring begins: `tests/test_rerun.py` has the rest.
+    asked: list[BenchOptions] = []
+
+    def run(options: BenchOptions, api_key: str) -> int:
+        asked.append(options)
+        shutil.copytree(done.directory, Path(options.report.directory) / options.report.name)
+        return 0
+
+    monkeypatch.setattr("minidisagg.bench.compare.run", run)
+    mine.unlink()
+    with pytest.raises(SystemExit) as ended:
+        main(["rerun", str(done.directory), "--out", str(again)])
+    out = capsys.readouterr().out
+    assert ended.value.code == 0 and f"{mine} is gone: the copy of then is used" in out
+    rows = [line.split() for line in out.splitlines()]
+    assert any(row[-5:-3] == ["TPOT,", "ms"] and row[-3] == row[-2] and row[-1] == "1.00" for row in rows)
+    [options] = asked
+    assert options.sides[0].policy == f"{done.directory}/files/mine.py:Mine" and options.sides[0].mode == "disagg"
+    assert (options.workload.dataset_path, options.workload.num_prompts, options.run.seed) == (str(trace), 30, 7)
+    assert (options.run.decision_dir, options.run.record_dir) == (f"{again}/decisions", f"{again}/inputs")
+    assert (options.model.model, options.trials.repeats) == ("dummy:tiny,std=0.15", 2)
 
 
 def test_a_search_for_goodput(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,6 +400,9 @@ def test_any_number_of_sides_and_what_their_policies_see(bench: Bench, tmp_path_
     ]  # fmt: skip
     assert done.result["verdict"] in done.flat and len(done.result["ratios"]) == 2
     assert "oracle: the policies knew how long each output would be" in done.flat
+    assert load_run(done.directory).requests.groupby(["side", "label"]).size().to_dict() == {
+        ("A", "colocated"): 20, ("B", "disagg sarathi:chunk=16"): 20, ("C", "disagg Nosy"): 20,
+    }  # fmt: skip
     lines = done.requests()
     assert [sum(line["side"] == letter for line in lines) for letter in "ABC"] == [20, 20, 20]
     assert all(line["finish_reason"] == "length" and len(line["token_times"]) == line["output_len"] for line in lines)

@@ -321,7 +321,7 @@ def command(tmp_path: Path, *args: str) -> Path:
 
 def test_two_sides_leave_what_a_benchmark_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     directory = command(tmp_path, "--repeats", "2", "-j", "2")
-    names = {"options.json", "result.json", "requests.jsonl", "steps.jsonl", "trace.json", "report.html"}
+    names = {"options.json", "result.json", "requests.jsonl", "steps.jsonl", "trace.json", "report.html", "files"}
     assert {path.name for path in directory.iterdir()} == names
     result = read_result(directory)
     assert isinstance(result, Comparison) and result.b is not None

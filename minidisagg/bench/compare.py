@@ -14,7 +14,6 @@ import math
 import sys
 import time
 from contextlib import AsyncExitStack, suppress
-from datetime import datetime
 from pathlib import Path
 
 import msgspec
@@ -25,15 +24,16 @@ from minidisagg.bench.settings import BenchOptions
 from minidisagg.bench.sides import describe, labels, make_workers
 from minidisagg.measure import contest
 from minidisagg.measure.comparison import TIMES, Comparison, marks_of
+from minidisagg.measure.files import Files
 from minidisagg.measure.goodput import GoodputResult, find_goodput
 from minidisagg.measure.html import write_html
 from minidisagg.measure.intervals import share_error
-from minidisagg.measure.machine import command_line, machine
 from minidisagg.measure.records import RunRecord
 from minidisagg.measure.report import goodput_table, marks_text, render, sweep_table
 from minidisagg.measure.run_directory import (
     LETTERS,
     contest_to_dict,
+    new_directory,
     search_to_dict,
     sweep_to_dict,
     to_dict,
@@ -46,7 +46,6 @@ from minidisagg.measure.stats import samples_of, void_reasons
 from minidisagg.measure.timeline import write_timeline
 from minidisagg.model.loader import load_config
 from minidisagg.model.pull import ensure
-from minidisagg.policies import load_policy
 from minidisagg.workload.arrivals import arrival_times
 from minidisagg.workload.settings import build_items, check_length, describe_workload
 
@@ -128,25 +127,23 @@ def run(options: BenchOptions, api_key: str = "") -> int:
     check_measurable(len(items), options.arrivals.num_warmups, at_once)  # a trace may hold fewer than were asked for
     if len(options.sides) > 2 and options.arrivals.max_concurrency:
         raise ValueError("--max-concurrency compares two sides at most")
-    for side in options.sides:
-        load_policy(side.policy)
+    files = Files([side.policy for side in options.sides], options.workload.dataset_path)
     if options.report.dry_run:
         console.print(_dry_run(options, items[-1].arrival_s), highlight=False)
         return 0
-    directory = Path(options.report.directory) / datetime.now().strftime("%Y%m%d-%H%M%S")
-    directory.mkdir(parents=True, exist_ok=True)
+    directory = new_directory(options.report)
     try:
         if options.server is None:
             ensure(options.model.model, lambda line: console.print(line, style="dim", highlight=False))
             limit = options.model.max_model_len or load_config(options.model.model).max_model_len
             check_length(options.workload, limit)
-        return asyncio.run(_run(options, console, api_key, directory))
+        return asyncio.run(_run(options, console, api_key, directory, files))
     finally:
         with suppress(OSError):
             directory.rmdir()  # where nothing was measured it is empty
 
 
-async def _run(options: BenchOptions, console: Console, api_key: str, directory: Path) -> int:
+async def _run(options: BenchOptions, console: Console, api_key: str, directory: Path, files: Files) -> int:
     async with AsyncExitStack() as stack:
         bench = Bench(options, console)
         await bench.start(stack, api_key)
@@ -160,7 +157,7 @@ async def _run(options: BenchOptions, console: Console, api_key: str, directory:
                 console.print(render(found) if isinstance(found, Comparison) else contest.render(found))
                 write_run_directory(directory, found)
                 result = to_dict(found) if isinstance(found, Comparison) else contest_to_dict(found)
-        write_options(directory, command_line(), machine(), bench.options)
+        write_options(directory, "bench", bench.options, files)
         write_json(directory / "result.json", result)
         if bench.timelines:
             write_timeline(directory / "trace.json", list(bench.timelines.values()))

@@ -140,10 +140,9 @@ def make_sides(options: BenchOptions, stack: AsyncExitStack) -> tuple[list[Side]
     sides = []
     for index, (label, cluster, workers) in enumerate(zip(labels(clusters), clusters, sets, strict=True)):
         run = replace(options.run, ceilings=True, trace=True, slowdown=options.trials.planted * index)
-        if len(clusters) > 1:  # each side's logs apart
-            letter = LETTERS[index]
-            record, decisions = _apart(run.record_dir, letter), _apart(run.decision_dir, letter)
-            run = replace(run, record_dir=record, decision_dir=decisions)
+        letter = LETTERS[index] if len(clusters) > 1 else ""  # each side's logs apart
+        record, decisions = _apart(run.record_dir, letter), _apart(run.decision_dir, letter)
+        run = replace(run, record_dir=record, decision_dir=decisions)
         make_policy(cluster.policy, ROUTER, run.decision_dir)  # refuses the decisions of an earlier run
         sides.append(Side(label, cluster, run, workers, tokenizer))
     return sides, how
@@ -229,5 +228,5 @@ def _apart(directory: str, letter: str) -> str:
     if not directory:
         return ""
     path = Path(directory) / letter
-    path.mkdir(exist_ok=True)
+    path.mkdir(parents=True, exist_ok=True)
     return str(path)

@@ -1,15 +1,18 @@
-"""Where and how a run was made: the command and the machine, as far as the standard library can tell."""
+"""Where and how a run was made: command, machine and code, as far as the standard library and git can tell."""
 
 from __future__ import annotations
 
 import os
 import platform
 import shlex
+import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1]
 
 
 def command_line(argv: Sequence[str] | None = None) -> str:
@@ -27,19 +30,38 @@ def command_line(argv: Sequence[str] | None = None) -> str:
 
 
 def machine() -> dict[str, object]:
-    """Time, CPU, cores that this process may use, memory, system and versions; what is not known is left out."""
+    """Time, CPU, cores that this process may use, memory, system, versions, commit; what is not known is left out."""
     cpu = _field("/proc/cpuinfo", "model name") or platform.machine()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = _field("/proc/meminfo", "MemTotal").removesuffix(" kB")
     found: dict[str, object] = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "cpu": cpu, "cores": cores}
     found |= {"memory": f"{int(memory) / 2**20:.1f} GiB"} if memory else {}
     found |= {"system": platform.platform(), "python": platform.python_version()}
-    for package in ("minidisagg", "torch"):
+    for package in ("minidisagg", "torch", "numpy"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             continue  # run from a source tree
-    return found
+    return found | commit()
+
+
+def commit(package: Path = PACKAGE) -> dict[str, object]:
+    """`commit`, and `dirty`: whether the tree differs from it. Empty where the package is not from a git tree.
+
+    That it lies in one is not enough: a virtual environment may lie in the tree of another project.
+    """
+    if not _git(package, "ls-files", "__init__.py"):
+        return {}
+    changed = _git(package, "status", "--porcelain", "--untracked-files=normal", ".", "../pyproject.toml")
+    return {"commit": _git(package, "rev-parse", "HEAD"), "dirty": bool(changed)}
+
+
+def _git(where: Path, *args: str) -> str:
+    try:
+        done = subprocess.run(["git", "-C", str(where), *args], capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""  # there is no git
+    return done.stdout.strip()
 
 
 def _field(path: str, name: str) -> str:

@@ -1,6 +1,7 @@
 """What a benchmark leaves behind, and how it is read again (docs/formats.md says what is in the files).
 
-options.json      what was asked for, with which command, on which machine
+options.json      what was asked for, with which command, on which machine, by which code
+files/            copies of the policies' sources, as the run has read them
 result.json       what came of it: a comparison or a contest, one per concurrency of a sweep, or a search for goodput
 requests.jsonl    of a comparison or contest: a line per request of every run
 steps.jsonl       the same of each step of each worker, where somebody has kept them
@@ -11,9 +12,12 @@ report.html       `measure/html.py`, from the other files alone
 
 from __future__ import annotations
 
+import itertools
 import math
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,9 +27,12 @@ from msgspec import Struct
 from minidisagg.formats import check_version
 from minidisagg.measure.comparison import Comparison, Side, goodput_verdict, worker_usage
 from minidisagg.measure.contest import Contest
+from minidisagg.measure.files import Files
 from minidisagg.measure.goodput import SLO, GoodputResult
 from minidisagg.measure.intervals import Ratio, center
+from minidisagg.measure.machine import command_line, machine
 from minidisagg.measure.records import RequestRecord, RunRecord, StepRecord
+from minidisagg.measure.settings import ReportSettings
 
 LETTERS = string.ascii_uppercase  # of the sides: as many can be compared
 VERSION = 2  # of all files of the directory but trace.json, which has its own
@@ -80,9 +87,22 @@ def write_json(path: Path, content: object) -> None:
     path.write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=2))
 
 
-def write_options(directory: Path, command: str, machine: Mapping[str, object], options: object) -> None:
-    """Write options.json. Raises `OSError`."""
-    asked = {"version": VERSION, "command": command, "machine": machine, **msgspec.to_builtins(options)}
+def new_directory(report: ReportSettings) -> Path:
+    """The run's own. Raises `OSError`."""
+    name = report.name or datetime.now().strftime("%Y%m%d-%H%M%S")
+    for number in itertools.count(1):  # another run may have begun in the same second
+        path = Path(report.directory) / (name if number == 1 else f"{name}-{number}")
+        with suppress(FileExistsError):
+            path.mkdir(parents=True)
+            return path
+    raise AssertionError
+
+
+def write_options(directory: Path, program: str, options: object, files: Files) -> None:
+    """Write options.json, and the copies of files. Raises `OSError`."""
+    made = {"program": program, "command": command_line(), "cwd": str(Path.cwd()), "machine": machine()}
+    used = msgspec.to_builtins(files.write(directory))
+    asked = {"version": VERSION, **made, "files": used, **msgspec.to_builtins(options)}
     write_json(directory / "options.json", asked)
 
 

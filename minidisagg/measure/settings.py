@@ -21,9 +21,13 @@ class Trials(Struct, frozen=True, kw_only=True):
 
 
 class ReportSettings(Struct, frozen=True, kw_only=True):
-    """Where the results go. A dry run only says what would be done; `json` puts result.json on stdout, not a table."""
+    """Where the results go. A dry run only says what would be done; `json` puts result.json on stdout, not a table.
+
+    `name`: of the run's own directory in `directory`; empty: the time.
+    """
 
     directory: str
+    name: str = ""
     json: bool = False
     dry_run: bool = False
 

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import suppress
-from datetime import datetime
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -31,15 +30,16 @@ from minidisagg.core.predictor import Predictor
 from minidisagg.interconnect import parse_interconnect
 from minidisagg.measure import contest
 from minidisagg.measure.comparison import Comparison, compare_runs
+from minidisagg.measure.files import Files
 from minidisagg.measure.goodput import GoodputResult, search_goodput
 from minidisagg.measure.html import write_html
 from minidisagg.measure.intervals import share_error
-from minidisagg.measure.machine import command_line, machine
 from minidisagg.measure.records import RunRecord
 from minidisagg.measure.report import goodput_table, marks_text, render, sweep_table
 from minidisagg.measure.run_directory import (
     LETTERS,
     contest_to_dict,
+    new_directory,
     run_name,
     search_to_dict,
     sweep_to_dict,
@@ -51,9 +51,10 @@ from minidisagg.measure.run_directory import (
 from minidisagg.measure.settings import ReportSettings, Trials
 from minidisagg.measure.stats import samples_of
 from minidisagg.measure.timeline import Event, Timeline, write_events
-from minidisagg.policies import load_policy, rehearse
+from minidisagg.policies import rehearse
 from minidisagg.sides import numbered, parse_compare, short
 from minidisagg.sim.machines import ClusterSpec, Group, parse_cluster, parse_options
+from minidisagg.sim.profile import SUFFIXES
 from minidisagg.sim.simulate import Result, simulate
 from minidisagg.sim.simulation import Settings, capacity_of, derived_slo, profiles_of
 from minidisagg.workload.arrivals import arrival_times
@@ -329,13 +330,14 @@ def run(options: SimOptions) -> int:
     """Carry the study out; returns the exit status. Raises `ValueError`, `TimeoutError`, `PolicyError` in one line."""
     console = Console(stderr=options.report.json)
     for side in options.sides:
-        load_policy(side.policy)
         roles = {name: (group.role, side.cluster.options(group.role)) for name, group in side.cluster.workers()}
         rehearse(side.policy, roles)
     study = Study(options, console)
+    devices = {group.device for side in options.sides for group in side.cluster.groups}
+    profiles = sorted(device for device in devices if device.endswith(SUFFIXES))
+    files = Files([side.policy for side in options.sides], options.workload.dataset_path, profiles)
     _announce(study)
-    directory = Path(options.report.directory) / datetime.now().strftime("%Y%m%d-%H%M%S")
-    directory.mkdir(parents=True, exist_ok=True)
+    directory = new_directory(options.report)
     try:
         if options.trials.find_goodput:
             result = study.goodput()
@@ -343,7 +345,7 @@ def run(options: SimOptions) -> int:
             result = study.sweep(directory)
         else:
             result = study.at_rate(directory)
-        write_options(directory, command_line(), machine(), options)
+        write_options(directory, "simulate", options, files)
         write_json(directory / "result.json", result)
         if study.traces and not options.trials.find_goodput:
             write_events(directory / "trace.json", itertools.chain.from_iterable(study.traces.values()))
