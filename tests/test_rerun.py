@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
+from minidisagg import __version__
 from minidisagg.cli import cli
 from minidisagg.measure import machine
 from minidisagg.measure.goodput import GoodputResult
@@ -172,3 +174,13 @@ def test_the_commit_is_that_of_the_package_s_own_tree(tmp_path: Path) -> None:
     assert machine.commit(package) == found
     (package / "mine.py").write_text("")
     assert machine.commit(package) == found | {"dirty": True}
+
+
+def test_what_is_cited_is_what_runs() -> None:
+    """The keys that version 1.2.0 of the format requires, and the package's own version and licence."""
+    root = Path(__file__).parents[1]
+    pairs = (line.partition(": ") for line in (root / "CITATION.cff").read_text().splitlines() if line[:1].isalpha())
+    cited = {key.rstrip(":"): value.strip('"') for key, _, value in pairs}
+    package = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    assert cited.keys() >= {"cff-version", "message", "title", "authors"} and cited["cff-version"] == "1.2.0"
+    assert cited["version"] == package["version"] == __version__ and cited["license"] == package["license"]["text"]
