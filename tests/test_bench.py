@@ -172,7 +172,7 @@ def test_one_mode_alone_over_its_repetitions_and_a_trace_and_again(
     [options] = asked
     assert options.sides[0].policy == f"{done.directory}/files/mine.py:Mine" and options.sides[0].mode == "disagg"
     assert (options.workload.dataset_path, options.workload.num_prompts, options.run.seed) == (str(trace), 30, 7)
-    assert (options.run.decision_dir, options.run.record_dir) == (f"{again}/decisions", f"{again}/inputs")
+    assert (options.run.decision_dir, options.run.record_dir) == (f"{again}/decisions", f"{again}/record")
     assert (options.model.model, options.trials.repeats) == ("dummy:tiny,std=0.15", 2)
 
 

@@ -150,7 +150,8 @@ def run_once(task: Task, progress: Callable[[int], None] | None = None) -> Done:
     """The steps of a run that is not too long are kept, and the timeline of a side's first one."""
     side, told = task.side, task.told
     timelines = [Timeline(side.label)] if len(task.items) <= DRAWN else []
-    result = simulate(side.policy, task.items, side.cluster, task.settings, timelines, progress, task.decisions)
+    logs = task.decisions
+    result = simulate(side.policy, task.items, side.cluster, task.settings, timelines, progress, decisions=logs)
     own, steps = result.run, [step for timeline in timelines for step in timeline.steps()]
     record = replace(
         told, label=side.label, mode=own.mode, policy=side.policy, model=own.model, requests=own.requests,
