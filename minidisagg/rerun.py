@@ -130,7 +130,7 @@ def differences(made: Made) -> list[str]:
     then, now = made.machine, machine()
     other = [f"{key} {then.get(key, '?')} → {now.get(key, '?')}" for key in COMPARED if then.get(key) != now.get(key)]
     if dirty := [name for name, of in (("then", then), ("now", now)) if of.get("dirty")]:
-        other.append(f"{' and '.join(dirty)} with changes that no commit has")
+        other.append(f"uncommitted changes ({' and '.join(dirty)})")
     lines = [f"other than then: {'; '.join(other)}" if other else "versions, commit and machine are those of then"]
     return [*lines, *filter(None, map(_news_of, made.files))]
 
