@@ -20,6 +20,7 @@ from minidisagg.model.tokenizer import Tokenizer
 from minidisagg.options import Engine
 from minidisagg.runtime.frontend import Frontend
 from minidisagg.runtime.llm import GenerationError, Output, complete
+from minidisagg.starting import StartBars
 
 HELP = """\
 /reset        forget the conversation
@@ -33,14 +34,8 @@ async def started(engine: Engine) -> AsyncIterator[tuple[Frontend, Tokenizer]]:
     """A running cluster and the model's tokenizer; a person at a terminal sees that it is being started."""
     ensure(engine.model.model, lambda line: click.echo(line, err=True))
     tokenizer = Tokenizer.load(engine.model.model)
-    shown = sys.stderr.isatty()
-    if shown:
-        click.secho(f"starting {engine.model.model} …", dim=True, nl=False, err=True)
-    try:
-        frontend = await Frontend.start(*engine)
-    finally:
-        if shown:
-            click.echo("\r\x1b[K", nl=False, err=True)
+    with StartBars() as bars:
+        frontend = await Frontend.start(*engine, on_starting=bars.tell)
     async with frontend:
         yield frontend, tokenizer
 

@@ -298,8 +298,8 @@ def test_what_one_device_cannot_hold_takes_turns(
     logs, up, most = tmp_path_factory.mktemp("logs"), set[Frontend](), [0]
     start, stop = Frontend.start, Frontend.stop
 
-    async def started(*args: Any) -> Frontend:
-        up.add(frontend := await start(*args))
+    async def started(*args: Any, **options: Any) -> Frontend:
+        up.add(frontend := await start(*args, **options))
         most.append(len(up))
         return frontend
 

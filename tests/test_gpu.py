@@ -54,13 +54,13 @@ def settings(mode: Mode, link: str, dtype: str, granularity: str = "auto") -> Cl
     )
 
 
-async def outputs(cluster: ClusterSettings, kill: str = "") -> tuple[list[list[int]], int]:
+async def outputs(cluster: ClusterSettings, kill: str = "", model: ModelSettings = MODEL) -> tuple[list[list[int]], int]:
     """Tokens of 24 requests, and the bytes that went over links; `kill` names a worker to SIGKILL on the way."""
     rng = random.Random(1)
     prompts = [[rng.randrange(512) for _ in range(rng.randint(8, 200))] for _ in range(24)]
     sampling = SamplingParams(temperature=0.0, max_tokens=32, ignore_eos=True)
     tokens: list[list[int]] = [[] for _ in prompts]
-    async with await Frontend.start(MODEL, cluster, RunSettings(link_timeout=8.0)) as frontend:
+    async with await Frontend.start(model, cluster, RunSettings(link_timeout=8.0)) as frontend:
         begun, ended = asyncio.Event(), asyncio.Event()
         left = len(prompts)
         failures: list[str] = []
@@ -120,6 +120,19 @@ def test_disaggregated_between_gpus_equals_colocated(link: str, granularity: str
     expected = colocated()
     tokens, moved = asyncio.run(outputs(settings("disagg", link, "float64", granularity), kill))
     assert tokens == expected and moved > 0
+
+
+@needs_two
+@pytest.mark.parametrize("link", ["nccl", "cuda_ipc"])
+@pytest.mark.parametrize("kill", ["prefill-0", "decode-0"])
+def test_a_worker_that_held_most_of_its_card_comes_back_as_large(link: str, kill: str) -> None:
+    """A writer's mapping keeps a dead peer's cache: there is no room for the next before it lets go."""
+    most = int(0.7 * torch.cuda.get_device_properties(0).total_memory)
+    worker = WorkerSettings(device="cuda", dtype="bfloat16", kv_cache_memory=most, max_num_seqs=16)
+    cluster = replace_struct(settings("disagg", link, "bfloat16"), prefill=worker, decode=worker)
+    model = ModelSettings(model="dummy:qwen3-0.6b", block_size=64, max_model_len=2048)
+    tokens, moved = asyncio.run(outputs(cluster, kill, model))
+    assert {len(output) for output in tokens} == {32} and moved > 0
 
 
 @pytest.mark.parametrize("link", [pytest.param("nccl", marks=needs_two), "cuda_ipc"])

@@ -260,7 +260,20 @@ def test_auto_knows_all_devices_of_a_cluster(
     cluster = ClusterSettings(
         mode="disagg", prefill=WorkerSettings(device=prefill), decode=WorkerSettings(device=decode), decode_workers=2
     )
-    assert link_kind(cluster) == expected
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    assert link_kind(cluster) == (expected, "")
+
+
+def test_gloo_where_nccl_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a reason, of which the front end warns."""
+    for nccl, devices, reason in (
+        (True, ("cuda:0", "cuda:0"), "nccl takes one worker a GPU"),
+        (False, ("cuda:0", "cuda:1"), f"torch {torch.__version__} was built without nccl"),
+    ):
+        monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda nccl=nccl: nccl)
+        prefill, decode = (WorkerSettings(device=device) for device in devices)
+        cluster = ClusterSettings(mode="disagg", link="nccl", prefill=prefill, decode=decode)
+        assert link_kind(cluster) == ("gloo", reason)
 
 
 def test_colocated_workers_may_be_either_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,7 +281,8 @@ def test_colocated_workers_may_be_either_end(monkeypatch: pytest.MonkeyPatch) ->
     cluster = ClusterSettings(prefill=worker, decode=worker)
     for gpus, expected in ((1, "cuda_ipc"), (2, "nccl")):
         monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
-        assert link_kind(cluster) == expected
+        monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+        assert link_kind(cluster) == (expected, "")
 
 
 def test_kinds_that_cannot_be_are_refused_in_one_line(tmp_path: Path) -> None:

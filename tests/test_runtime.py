@@ -19,6 +19,7 @@ import msgspec
 import pytest
 import torch
 from cluster import (
+    MODEL,
     Load,
     assert_clean,
     cluster,
@@ -34,12 +35,14 @@ from cluster import (
 from minidisagg.config import STAGES, ModelSettings, RunSettings
 from minidisagg.core.inputlog import read_entries, replay
 from minidisagg.core.inputs import PieceDone, Received
-from minidisagg.core.messages import Abort
+from minidisagg.core.messages import Abort, Starting
 from minidisagg.core.tracked import StageTimes
 from minidisagg.model.loader import cached_path
 from minidisagg.model.tokenizer import Tokenizer
 from minidisagg.policies import load_policy
+from minidisagg.runtime.frontend import Frontend
 from minidisagg.runtime.launch import MALLOC_TUNABLES
+from minidisagg.starting import StartBars
 from minidisagg.workload.lengths import text_items
 
 figures = logging.getLogger("figures")  # pytest --log-cli-level=INFO shows them
@@ -81,6 +84,24 @@ async def check_delays(patterns: list[dict[str, float]]) -> None:
 
 
 @needs_two_cores
+def test_what_workers_are_at_is_told_until_they_are_up() -> None:
+    """And a person at a terminal has a line for each that is not."""
+    bars, at = StartBars(), dict[str, list[Starting | None]]()
+
+    def on_starting(worker: str, starting: Starting | None) -> None:
+        at.setdefault(worker, []).append(starting)
+        bars.tell(worker, starting)
+        lines = {f"{name}: weights" for name, told in at.items() if told[-1] is not None}
+        assert {task.description for task in bars.tasks} == lines
+
+    async def run() -> None:
+        async with await Frontend.start(MODEL, settings("disagg"), RunSettings(), on_starting=on_starting):
+            pass
+
+    asyncio.run(run())
+    assert at == {name: [Starting("weights"), None] for name in ("prefill-0", "decode-0")}
+
+
 def test_injected_delays_move_their_stages_and_no_other() -> None:
     asyncio.run(check_delays([{"queue": 0.2, "transfer": 0.12, "decode": 0.16}, {"prefill": 0.2, "decode_wait": 0.12}]))
 

@@ -30,6 +30,7 @@ from minidisagg.model.tokenizer import Tokenizer
 from minidisagg.policies import make_policy
 from minidisagg.runtime.frontend import Frontend
 from minidisagg.sides import numbered, short
+from minidisagg.starting import StartBars
 from minidisagg.workload.lengths import Encode, WorkItem
 
 Arrangement = Literal["one set", "side by side", "in turn"]
@@ -67,7 +68,8 @@ class Workers:
                 await rival.stop()
             self._starts += 1
             started = replace(run, record_dir="", decision_dir="")
-            self.frontend = await Frontend.start(self.model, self.shape, started)
+            with StartBars() as bars:
+                self.frontend = await Frontend.start(self.model, self.shape, started, on_starting=bars.tell)
         if run.record_dir and self._starts > 1:  # the epochs, by which logs are named, have begun anew
             apart = Path(run.record_dir) / f"start-{self._starts}"
             apart.mkdir(exist_ok=True)

@@ -313,6 +313,14 @@ class Stats(Message, frozen=True):
     clock: float = 0.0  # the worker's monotonic clock when it sent this
 
 
+class Starting(Message, frozen=True):
+    """What a worker is at before its `Hello`: `done` of `total`, 0 where nobody knows."""
+
+    what: str
+    done: int = 0
+    total: int = 0
+
+
 class Fatal(Message, frozen=True):
     """A worker must be killed: the sender itself cannot go on, or a peer does not let go of a link.
 
@@ -416,8 +424,8 @@ class LinkAborted(Message, frozen=True):
 
 AnyMessage = (
     Submit | Abort | SetRole | SetPolicy | Reconfigure | Migrate | PeerUp | PeerDown | Hello | Logprobs | StepOutput
-    | Released | Failed | PieceSpans | Stats | Fatal | KVOffer | KVGrant | KVWait | KVBusy | KVPiece | KVDone |
-    KVAck | KVCancel | KVFailed | LinkOpen | LinkReady | LinkAborted
+    | Released | Failed | PieceSpans | Stats | Starting | Fatal | KVOffer | KVGrant | KVWait | KVBusy | KVPiece |
+    KVDone | KVAck | KVCancel | KVFailed | LinkOpen | LinkReady | LinkAborted
 )  # fmt: skip
 
 

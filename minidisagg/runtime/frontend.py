@@ -36,6 +36,7 @@ from minidisagg.core.messages import (
     RequestSpec,
     Role,
     SamplingParams,
+    Starting,
     Stats,
     TokenId,
 )
@@ -56,6 +57,7 @@ QUIET_TIMEOUT = 60.0  # seconds for workers without requests to come to rest, le
 UNLIMITED = RouterSpec(max_waiting=sys.maxsize, max_waiting_tokens=sys.maxsize, request_timeout=math.inf)
 logger = logging.getLogger("minidisagg")
 OnEmit = Callable[[Emit, float], None]
+OnStarting = Callable[[str, Starting | None], None]  # which worker
 MAX_SEED = (1 << 63) - 1
 
 
@@ -103,6 +105,7 @@ class Frontend(Operations):
         self.observers: list[Observer] = []
         self._ids = itertools.count()
         self._callbacks: dict[str, OnEmit] = {}
+        self._on_starting: OnStarting | None = None
         self._ready = asyncio.Event()
         self._reported = asyncio.Event()  # a worker has sent its statistics
         self._greeted = asyncio.Event()  # a worker has said hello
@@ -117,10 +120,15 @@ class Frontend(Operations):
 
     @classmethod
     async def start(
-        cls, model: ModelSettings, cluster: ClusterSettings, run: RunSettings, router: RouterSpec | None = None
-    ) -> Frontend:
-        """Start the workers and wait for all of them. Raises `StartError` or `ValueError` in one line."""
+        cls, model: ModelSettings, cluster: ClusterSettings, run: RunSettings, router: RouterSpec | None = None,
+        on_starting: OnStarting | None = None,
+    ) -> Frontend:  # fmt: skip
+        """Start the workers and wait for all of them. Raises `StartError` or `ValueError` in one line.
+
+        `on_starting` is told what a worker is at before it is up, by its name, and None once it is.
+        """
         frontend = cls(model, cluster, run, router)
+        frontend._on_starting = on_starting
         try:
             path = str(frontend.run_dir / "frontend.sock")
             frontend._server = await listen(path, frontend._serve_worker)
@@ -134,7 +142,7 @@ class Frontend(Operations):
         except BaseException:
             await frontend.stop()
             raise
-        frontend._warn_of_shared_gpus()
+        frontend._warn()
         task = frontend.loop.create_task(frontend._tick())
         frontend._tasks.add(task)
         task.add_done_callback(frontend._on_tick_end)
@@ -285,7 +293,10 @@ class Frontend(Operations):
 
     # ------------------------------------------------------------ inside
 
-    def _warn_of_shared_gpus(self) -> None:
+    def _warn(self) -> None:
+        """Once, of what makes it slower than it might be."""
+        for why in {hello.info.get("why_link", "") for hello in self.greetings.values()} - {""}:
+            logger.warning("%s: KV moves over gloo instead, through the hosts' memory", why)
         devices = Counter(str(hello.info.get("device", "")) for hello in self.greetings.values())
         for device, count in devices.items():
             if count > 1 and device.startswith("cuda"):
@@ -319,6 +330,8 @@ class Frontend(Operations):
     async def _serve_worker(self, channel: Channel) -> None:
         try:
             async for envelope in channel:
+                if self._on_starting is not None and isinstance(envelope.body, Starting | Hello):
+                    self._on_starting(envelope.source, envelope.body if isinstance(envelope.body, Starting) else None)
                 if isinstance(envelope.body, Hello):
                     self.supervisor.greeted.add((envelope.source, envelope.epoch))
                     self.channels[envelope.source] = channel

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,10 @@ from minidisagg.runtime.kv_cache import KVCache
 RING = 4  # steps whose ids the card keeps; two are in flight
 HEAD = 4  # int32 before the staged arrays: the tables' width, and room so that they begin aligned
 WARM_PROMPT = 64  # tokens of the prompt that brings every eager kernel up before a receive can spin beside it
+
+
+def _nobody(done: int, total: int) -> None:
+    """To whom nothing is said."""
 
 
 @dataclass
@@ -81,12 +85,16 @@ class FusedDevice(Device):
     # ------------------------------------------------------------ graphs
 
     @torch.inference_mode()
-    def warm_up(self) -> None:
-        """Bring up every kernel, and capture the decode step of each size, the largest first: they share one pool."""
+    def warm_up(self, say: Callable[[int, int], None] = _nobody) -> None:
+        """Bring up every kernel, and capture the decode step of each size, the largest first: they share one pool.
+
+        `say` is told how many are captured, of how many.
+        """
         pool = torch.cuda.graph_pool_handle()
         with torch.cuda.stream(self.stream):
             self._warm_prompt()
             for size in reversed(self.sizes):
+                say(len(self.graphs), len(self.sizes))
                 self._decode(size)  # kernels are compiled, and libraries loaded, outside of the capture
                 self.stream.synchronize()
                 graph = torch.cuda.CUDAGraph()

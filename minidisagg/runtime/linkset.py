@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 
+import torch
 from msgspec.structs import replace
 
 from minidisagg.config import ClusterSettings
@@ -250,14 +251,22 @@ def _span(done: PieceDone, request_id: str, clock_ahead: float, elapsed: float) 
     )
 
 
-def link_kind(cluster: ClusterSettings) -> str:
-    """What was asked for; `auto` gives the same for all workers of a cluster.
+def link_kind(cluster: ClusterSettings) -> tuple[str, str]:
+    """The kind of all links of a cluster, and why it is not the one that was asked for, if it is not.
 
-    It knows that NCCL refuses two ranks on one GPU.
+    NCCL refuses two ranks on one GPU, and not every build of torch has it.
     """
     devices = worker_devices(cluster)
     kind = resolve_kind(cluster.link, *(device.type for device in devices))
     places = [(role, device) for (_, role, _), device in zip(cluster.roles(), devices, strict=True)]
     pairs = [(a, b) for a, b in itertools.combinations(places, 2) if a[0] != b[0] or a[0] is Role.BOTH]
     shared = any(a[1] == b[1] for a, b in pairs)
-    return "cuda_ipc" if cluster.link == "auto" and kind == "nccl" and shared else kind
+    if kind != "nccl":
+        return kind, ""
+    if shared and cluster.link == "auto":
+        return "cuda_ipc", ""
+    if shared:
+        return "gloo", "nccl takes one worker a GPU"
+    if not torch.distributed.is_nccl_available():
+        return "gloo", f"torch {torch.__version__} was built without nccl"
+    return "nccl", ""

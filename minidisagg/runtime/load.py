@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +23,10 @@ CONTEXT = 1 << 30  # bytes of a GPU that CUDA, its libraries and the captured gr
 PAIR_BYTES = 1050 << 20  # and an open pair of nccl, with its staging memory
 
 
-def load_device(config: WorkerConfig, model_config: ModelConfig) -> Device:
+Progress = Callable[[str, int, int], None]  # what is being made, how many are, of how many
+
+
+def load_device(config: WorkerConfig, model_config: ModelConfig, say: Progress) -> Device:
     """The device that a worker's settings name, with the model and an empty cache on it.
 
     Raises `ValueError` for what a user can mend: no GPU, too little memory, a broken model.
@@ -40,6 +45,7 @@ def load_device(config: WorkerConfig, model_config: ModelConfig) -> Device:
     # Roles may compute in different dtypes; what they hand over is in the narrower one.
     dtypes = [dtype_of(worker, model_config) for _, _, worker in config.cluster.roles()]
     kv_dtype = min(dtypes, key=lambda dtype: dtype.itemsize)
+    say("weights", 0, 0)
     weights = load_weights(config.model.model, model_config)
     if can_fuse(model_config, dtype, kv_dtype, device):
         from minidisagg.model.fused import FusedTransformer  # Triton is not everywhere
@@ -50,7 +56,7 @@ def load_device(config: WorkerConfig, model_config: ModelConfig) -> Device:
         cache = _make_cache(config, model_config, kv_dtype, device)
         longest = max_model_len(config, model_config, cache)
         fused_device = FusedDevice(fused, cache, most_seqs(config.cluster), longest)
-        fused_device.warm_up()
+        fused_device.warm_up(partial(say, "graphs"))
         return fused_device
     model = Transformer(model_config, weights, dtype, device)
     return Device(model, _make_cache(config, model_config, kv_dtype, device))

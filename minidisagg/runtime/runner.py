@@ -16,7 +16,7 @@ from minidisagg.core.plan import StepPlan
 from minidisagg.model.config import ModelConfig
 from minidisagg.runtime.blackbox import StepNote
 from minidisagg.runtime.device import Device, Report, Step, StepResult
-from minidisagg.runtime.load import load_device
+from minidisagg.runtime.load import Progress, load_device
 
 T = TypeVar("T")
 NICE = 10  # priority of the device's thread below the event loop's
@@ -36,9 +36,9 @@ class Runner:
         self._collector = ThreadPoolExecutor(1, thread_name_prefix="collector")
         self._note = StepNote(Path(config.run_dir), config.name, config.epoch, "step")
 
-    async def load(self, model_config: ModelConfig) -> None:
-        """Make the device that the worker's settings name; raises as `load_device`."""
-        self.device = await self.on_device(load_device, self._config, model_config)
+    async def load(self, model_config: ModelConfig, say: Progress) -> None:
+        """Make the device that the worker's settings name; raises as `load_device`. `say` is called on its thread."""
+        self.device = await self.on_device(load_device, self._config, model_config, say)
 
     async def step(self, plan: StepPlan, report: Report) -> StepResult:
         """Compute it. Where steps overlap, this may be called again before it returns; they end in order."""

@@ -46,6 +46,7 @@ from minidisagg.core.messages import (
     PeerUp,
     PieceSpans,
     Reconfigure,
+    Starting,
 )
 from minidisagg.core.plan import StepPlan
 from minidisagg.core.spec import EngineSpec
@@ -98,7 +99,7 @@ class Worker:
         self.channels[ROUTER] = frontend
         try:
             model_config = load_config(config.model.model)
-            await self.runner.load(model_config)
+            await self.runner.load(model_config, self._say_starting)
             hello = self.hello = await self.runner.on_device(self._prepare, model_config)
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
@@ -118,9 +119,12 @@ class Worker:
         if self.record is not None:
             self.record.close()
 
+    def _say_starting(self, what: str, done: int, total: int) -> None:
+        self.loop.call_soon_threadsafe(self._send, ROUTER, Starting(what, done, total))
+
     def _prepare(self, model_config: ModelConfig) -> Hello:
         config, cache, model = self.config, self.runner.device.cache, self.runner.device.model
-        kind, emulated = link_kind(config.cluster), config.cluster.emulate_link
+        (kind, why), emulated = link_kind(config.cluster), config.cluster.emulate_link
         self.nic = make_nic(emulated)
         bandwidth = flops = 0.0  # not known
         if config.run.ceilings and config.epoch == 1:  # later its neighbours are at work, and would be measured too
@@ -142,6 +146,7 @@ class Worker:
             | {
                 "cpus": config.settings.cpus,
                 "link": kind if self.nic is None else f"{kind} as {emulated}",
+                "why_link": why,
                 "bandwidth": bandwidth,
                 "flops": flops,
             },

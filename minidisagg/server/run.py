@@ -17,6 +17,7 @@ from minidisagg.model.tokenizer import Tokenizer
 from minidisagg.options import Engine
 from minidisagg.runtime.frontend import Frontend
 from minidisagg.server.app import Server, ServerSettings, check_port, drain, listening
+from minidisagg.starting import StartBars
 
 
 def serve(engine: Engine, settings: ServerSettings, limits: tuple[int, int], verbose: bool) -> None:
@@ -50,7 +51,9 @@ async def _serve(engine: Engine, settings: ServerSettings, limits: tuple[int, in
     cluster = engine.cluster
     click.echo(f"starting {engine.model.model}, {cluster.mode}, {len(cluster.roles())} worker(s) …", err=True)
     spec = RouterSpec(max_waiting=limits[0], max_waiting_tokens=limits[1], seed=engine.run.seed)
-    async with await Frontend.start(*engine, spec) as frontend:
+    with StartBars() as bars:
+        frontend = await Frontend.start(*engine, spec, on_starting=bars.tell)
+    async with frontend:
         server = Server(frontend, tokenizer, settings)
         async with listening(server) as port:
             for number in (signal.SIGINT, signal.SIGTERM):
