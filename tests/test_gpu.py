@@ -54,7 +54,9 @@ def settings(mode: Mode, link: str, dtype: str, granularity: str = "auto") -> Cl
     )
 
 
-async def outputs(cluster: ClusterSettings, kill: str = "", model: ModelSettings = MODEL) -> tuple[list[list[int]], int]:
+async def outputs(
+    cluster: ClusterSettings, kill: str = "", model: ModelSettings = MODEL
+) -> tuple[list[list[int]], int]:
     """Tokens of 24 requests, and the bytes that went over links; `kill` names a worker to SIGKILL on the way."""
     rng = random.Random(1)
     prompts = [[rng.randrange(512) for _ in range(rng.randint(8, 200))] for _ in range(24)]

@@ -38,7 +38,7 @@ def test_cuda_alone_is_one_gpu_after_the_other(monkeypatch: pytest.MonkeyPatch, 
 def test_a_gpu_that_is_not_there_is_named(tmp_path: Path) -> None:
     asked = config(1, Role.DECODE, WorkerSettings(), WorkerSettings(device="cuda:99"), tmp_path)
     with pytest.raises(ValueError, match=r"device 'cuda:99' is asked for, but torch .* sees \d+ GPUs"):
-        load_device(asked, load_config(MODEL.model))
+        load_device(asked, load_config(MODEL.model), lambda *_: None)
 
 
 def test_a_cache_is_what_a_workers_share_leaves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
