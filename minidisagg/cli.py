@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import click
-from click.core import ParameterSource
 from msgspec.structs import asdict, replace
 
 from minidisagg import __version__
@@ -31,7 +30,7 @@ from minidisagg.bench.settings import (
     parse_share,
 )
 from minidisagg.config import DEFAULT_MODEL, MODES, ClusterSettings, ModelSettings, RunSettings
-from minidisagg.load_options import Load, SpreadCommand, load_options, read_load
+from minidisagg.load_options import Load, SpreadCommand, given_flags, load_options, read_load
 from minidisagg.measure.goodput import parse_slo
 from minidisagg.options import (
     FiniteRange,
@@ -302,8 +301,7 @@ bench_options = stack(
 @bench_options
 @load_options
 @engine_options
-@click.pass_context
-def bench(ctx: click.Context, /, model: str, mode: str, against: str, base_url: str, **flags: Any) -> int:
+def bench(model: str, mode: str, against: str, base_url: str, **flags: Any) -> int:
     """Measure colocated and disaggregated serving on equal workers, equal arrivals and equal seeds.
 
     \b
@@ -315,7 +313,7 @@ def bench(ctx: click.Context, /, model: str, mode: str, against: str, base_url: 
     minidisagg bench --dataset-name azure --dataset-path azure_conv.csv --trace-scale-len 0.2
     minidisagg bench --base-url http://127.0.0.1:8000 --request-rate 4
     """
-    given = {name for name in ctx.params if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    given = given_flags()
     if base_url:
         _check_given(given, ENGINE_FLAGS, "is for the engine that bench starts, and with --base-url it starts none")
         name = model if "model" in given else ""

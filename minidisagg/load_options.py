@@ -7,6 +7,7 @@ import re
 from typing import Any, NamedTuple
 
 import click
+from click.core import ParameterSource
 
 from minidisagg.measure.goodput import parse_slo
 from minidisagg.measure.settings import ReportSettings, Trials, check_measurable
@@ -77,7 +78,8 @@ load_options = stack(
                           f"{', '.join(name for name in DATASETS if name.startswith(SYNTHETIC))}. "
                           "docs/workloads.md says where to get the files."),
         click.option("--dataset-path", type=click.Path(exists=True, dir_okay=False), default=None, metavar="FILE"),
-        click.option("--random-input-len", type=positive, default=WORKLOAD.input_len, show_default=True),
+        click.option("--random-input-len", type=positive, default=WORKLOAD.input_len, show_default=True,
+                     help="Tokens of random prompts, which it asks for."),
         click.option("--random-output-len", type=positive, default=WORKLOAD.output_len, show_default=True),
         click.option("--random-range-ratio", type=float, default=WORKLOAD.range_ratio, show_default=True,
                      help="Lengths are uniform in [1 - r, 1 + r] of the above."),
@@ -102,12 +104,32 @@ class Load(NamedTuple):
     report: ReportSettings
 
 
+def given_flags() -> set[str]:
+    """Of the command that runs: parameters that stand on its command line."""
+    ctx = click.get_current_context()
+    return {name for name in ctx.params if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+
+
+def _dataset(flags: dict[str, Any]) -> str:
+    """Lengths are of random prompts: who gives them means those, and they are not dropped in silence."""
+    given = given_flags()
+    lengths = [name for name in flags if name.startswith("random_") and name in given]
+    name = str(flags["dataset_name"])
+    if not lengths or name == "random":
+        return name
+    if "dataset_name" in given:
+        flag = lengths[0].replace("_", "-")
+        raise ValueError(f"--{flag} is of --dataset-name random, and {name} has lengths of its own")
+    return "random"
+
+
 def read_load(flags: dict[str, Any], preset: str = "", fit: bool = False) -> Load:
     """Raises `ValueError`."""
-    if flags["dataset_name"] in TRACES and not flags["dataset_path"]:
-        raise ValueError(f"--dataset-name {flags['dataset_name']} needs --dataset-path FILE")
+    dataset = _dataset(flags)
+    if dataset in TRACES and not flags["dataset_path"]:
+        raise ValueError(f"--dataset-name {dataset} needs --dataset-path FILE")
     workload = Workload(
-        dataset_name=flags["dataset_name"],
+        dataset_name=dataset,
         dataset_path=flags["dataset_path"] or "",
         num_prompts=flags["num_prompts"] or (0 if preset else WORKLOAD.num_prompts),
         input_len=flags["random_input_len"],
@@ -115,7 +137,7 @@ def read_load(flags: dict[str, Any], preset: str = "", fit: bool = False) -> Loa
         range_ratio=flags["random_range_ratio"],
         trace_speedup=flags["trace_speedup"],
         trace_scale_len=flags["trace_scale_len"],
-        fit=fit and flags["dataset_name"] == "random",
+        fit=fit and dataset == "random",
     )
     default_rate = (0.0, False) if workload.has_times else (ARRIVALS.request_rate, ARRIVALS.relative)
     rate, relative = parse_rate(flags["request_rate"]) if flags["request_rate"] else default_rate

@@ -2,8 +2,8 @@
 
     python scripts/step_strips.py [--out docs/images/steps.svg]
 
-Simulated: an 8B model on two H100s, eight prompts of 3,000 tokens a second, 200 tokens out. Below each pair of strips are the tokens of
-one request, as they come.
+Simulated: an 8B model on two H100s, eight prompts of 3,000 tokens a second, 200 tokens out. Below each pair of strips
+are the tokens of one request, as they come.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def reader(requests: list[RequestRecord], top: float) -> list[str]:
     """The tokens of the request with the most of them in the window."""
     one = max(requests, key=lambda r: sum(FIRST < at < LAST for at in r.token_times))
     out = [f'<text x="{LEFT - 10}" y="{top + 8}" text-anchor="end" class="small">one reader</text>']
-    out += [f'<circle cx="{x(at):.1f}" cy="{top + 4}" r="2.2" class="ink"/>' for at in one.token_times if FIRST < at < LAST]
+    seen = [at for at in one.token_times if FIRST < at < LAST]
+    out += [f'<circle cx="{x(at):.1f}" cy="{top + 4}" r="2.2" class="ink"/>' for at in seen]
     return out
 
 
@@ -81,7 +82,8 @@ def main() -> None:
         legend.append(f'<rect x="{at}" y="{top - 30}" width="12" height="12" fill="{COLORS[kind]}"/>')
         legend.append(f'<text x="{at + 18}" y="{top - 20}" class="small">{meaning}</text>')
         at += 52 + 6.6 * len(meaning)
-    legend.append(f'<text x="{WIDTH - 12}" y="{top - 20}" text-anchor="end" class="small">{LAST - FIRST:g} seconds →</text>')
+    span = f"{LAST - FIRST:g} seconds →"
+    legend.append(f'<text x="{WIDTH - 12}" y="{top - 20}" text-anchor="end" class="small">{span}</text>')
     style = (
         "text{font:13px system-ui,sans-serif;fill:#333}.title{font-weight:600;font-size:14px}.small{font-size:12px}"
         ".ink{fill:#333}@media(prefers-color-scheme:dark){text,.ink{fill:#ddd}}"

@@ -53,6 +53,7 @@ POLICIES = ("fcfs", "sarathi:chunk=64", "prefill_first")
 REQUESTS, SEQS, BUDGET, PAGE = 80, 16, 1024, 128
 FIT = (11, 0.6), (12, 0.3)  # seeds and rates of the fixed loads
 QUANTILES = (("ttft", 50), ("ttft", 90), ("ttft", 99), ("tpot", 50), ("tpot", 90))
+BARS = {"p99 ttft": (0.15, 0.0), "attainment": (0.05, 0.0)}  # else 10 %, or 1.5 times what the engine differs by
 
 
 class Case(NamedTuple):
@@ -219,10 +220,10 @@ async def validate(model: ModelSettings, seed: int, cases: int, console: Console
 def summary(rows: list[dict[str, object]]) -> Table:
     """Median and worst error of each figure, beside the floor."""
     table = Table(title="Simulated against the engine")
-    for head in ("", "|error| median", "90 %", "engine against itself, median", "90 %"):
+    for head in ("", "|error| median", "90 %", "engine against itself, median", "90 %", "within bar", "right winner"):
         table.add_column(head, justify="right" if head else "left")
     for name in [f"p{q} {name}" for name, q in QUANTILES] + ["attainment"]:
-        errors, floor = [], []
+        errors, floor = list[float](), list[float]()
         for row in rows:
             one, two = (run[name] for run in row["engine"])  # type: ignore[index, union-attr]
             guess, mean = row["simulated"][name], (one + two) / 2  # type: ignore[index]
@@ -230,8 +231,23 @@ def summary(rows: list[dict[str, object]]) -> Table:
             errors.append(abs(guess - mean) / scale)
             floor.append(abs(one - two) / scale)
         cells = [f"{np.percentile(values, q):.1%}" for values in (errors, floor) for q in (50, 90)]
-        table.add_row(name, *cells)
+        least, times = BARS.get(name, (0.10, 1.5))
+        within = sum(error <= max(least, times * own) for error, own in zip(errors, floor, strict=True))
+        right, decided = winners(rows, name)
+        table.add_row(name, *cells, f"{within} of {len(rows)}", f"{right} of {decided} decided")
     return table
+
+
+def winners(rows: list[dict[str, object]], name: str) -> tuple[int, int]:
+    """In how many cases the simulator names the better mode, of those in which all runs of the engine agree on it."""
+    right = decided = 0
+    for colocated, disagg in zip(rows[::2], rows[1::2], strict=True):
+        a, b = ([run[name] for run in row["engine"]] for row in (colocated, disagg))  # type: ignore[attr-defined]
+        guessed = colocated["simulated"][name] < disagg["simulated"][name]  # type: ignore[index]
+        if max(a) < min(b) or max(b) < min(a):
+            decided += 1
+            right += guessed == (max(a) < min(b))
+    return right, decided
 
 
 def main() -> None:

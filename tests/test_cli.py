@@ -164,6 +164,10 @@ def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         (["bench", "--request-rate", "fast"], "request rate 'fast'"),
         (["bench", "--goodput", "speed:3"], "unknown SLO 'speed:3'"),
         (["bench", "--dataset-name", "azure"], "needs --dataset-path FILE"),
+        (
+            ["simulate", "--dataset-name", "synth:burstgpt", "--random-output-len", "9"],
+            "--random-output-len is of --dataset-name random, and synth:burstgpt has lengths of its own",
+        ),
         (["bench", "--num-prompts", "9"], "--num-prompts 9 with --num-warmups 8, and 1 at the end left out: nothing"),
         (["bench", "--num-prompts", "8", "--request-rate", "inf"], "--num-warmups 8: nothing is left to measure"),
         (["bench", "--find-goodput", "--request-rate", "inf"], "starts at a finite --request-rate"),
