@@ -23,7 +23,6 @@ from minidisagg.core.inputs import PieceDone
 from minidisagg.core.plan import Piece
 from minidisagg.interconnect import Interconnect
 from minidisagg.runtime.faults import Faults, FaultyLink
-from minidisagg.transfer.codec import Codec
 from minidisagg.transfer.emulate import Nic
 from minidisagg.transfer.kinds import make_link
 from minidisagg.transfer.links import LinkHost, LinkSetup, ThreadLink
@@ -38,27 +37,6 @@ PAIR = "p0->d0"
 torch.set_num_threads(1)
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["minidisagg.transfer.gloo", "minidisagg.transfer.mapped", "minidisagg.transfer.stream"])
-
-
-class UpperHalf(Codec):
-    """A lossy codec: of each 4 bytes the upper two."""
-
-    word = torch.int16
-
-    def __init__(self, kv: torch.Tensor) -> None:
-        self.row_bytes = kv[0, 0, 0].nbytes // 2
-
-    def encode(self, rows: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        return out.copy_(rows.view(torch.int16)[..., 1::2])
-
-    def decode(self, wire: torch.Tensor, rows: torch.Tensor) -> None:
-        rows.view(torch.int16)[..., 0::2] = 0
-        rows.view(torch.int16)[..., 1::2] = wire
-
-
-def upper(kv: torch.Tensor) -> torch.Tensor:
-    """What is left of the cache, as bits."""
-    return kv.contiguous().view(torch.int32) & -(1 << 16)
 
 
 def make_cache(shape: tuple[int, ...], dtype: torch.dtype, seed: int | None) -> tuple[torch.Tensor, int]:
@@ -116,9 +94,7 @@ def open_link(
     timeout: float,
     nic: Nic | None = None,
 ) -> ThreadLink:
-    link = make_link(LinkSetup(LinkHost(kind, kv, fd, run_dir, timeout, nic), source, PAIR, epoch, lambda: None))
-    link.codecs["upper"] = UpperHalf(kv)
-    return link
+    return make_link(LinkSetup(LinkHost(kind, kv, fd, run_dir, timeout, nic), source, PAIR, epoch, lambda: None))
 
 
 def collect(link: Any, count: int, seconds: float = 30.0) -> list[PieceDone]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 
 import pytest
 import torch
 
 from minidisagg.core.plan import Piece
-from minidisagg.transfer.codec import RawCodec, Staging
+from minidisagg.transfer.codec import Int8Codec, RawCodec, Staging, head
 from minidisagg.transfer.rows import Block, Checksum, cache_rows, cut, run_views, runs
 
 LAYERS, PAGES = 3, 10
@@ -81,6 +82,45 @@ def test_raw_rows_are_the_cache_itself() -> None:
     assert part == block and rows.is_contiguous() and rows.data_ptr() == kv[1, 1, 4].data_ptr()
     assert codec.in_place and codec.encode(rows, torch.empty(0)) is rows
     codec.decode(rows, rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("tail", [(2, 4, 64), (3, 5, 8)], ids=["words", "bytes"])
+def test_int8_is_off_by_half_a_step(dtype: torch.dtype, tail: tuple[int, ...]) -> None:
+    """Of what the largest value of its token and head is cut into; also where the wire's rows lie in the pages."""
+    kv = random_cache(dtype, tail)
+    kv[0, 0, 0] = 0
+    kv[1, 1, 1] *= 1000
+    codec = Int8Codec(kv)
+    values = tail[0] * tail[1] * tail[2]
+    assert codec.row_bytes == values + 2 * tail[0] * tail[1]
+    block, there = Block(slice(0, LAYERS), slice(0, 2), slice(0, PAGES)), torch.zeros_like(kv)
+    wire = codec.encode(cache_rows(kv), Staging(torch.device("cpu")).rows(codec, block))
+    codec.decode(wire, cache_rows(there))
+    step = kv.float().abs().amax(-1, keepdim=True) / 127
+    assert bool(((there.float() - kv.float()).abs() <= 0.51 * step + kv.float().abs() * torch.finfo(dtype).eps).all())
+    assert not there[0, 0, 0].any()
+    in_place = torch.full_like(kv, math.nan)
+    codec.encode(cache_rows(kv), head(codec, cache_rows(in_place)))
+    codec.decode(head(codec, cache_rows(in_place)), cache_rows(in_place))
+    assert torch.equal(in_place, there)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_does_not_become_so(wrong: float) -> None:
+    kv = random_cache()
+    kv[1, 0, 2, 1, 3, 4] = wrong
+    codec, there = Int8Codec(kv), torch.zeros_like(kv)
+    codec.encode(cache_rows(kv), head(codec, cache_rows(there)))
+    codec.decode(head(codec, cache_rows(there)), cache_rows(there))
+    assert not there[1, 0, 2, 1, 3].isfinite().any()
+    there[1, 0, 2, 1, 3] = 0
+    assert bool(there.isfinite().all())
+
+
+def test_int8_of_single_values_saves_nothing() -> None:
+    with pytest.raises(ValueError, match="int8 with a scale for each 1 values is no smaller"):
+        Int8Codec(random_cache(torch.bfloat16, (1, 4, 1)))
 
 
 def test_views_follow_the_runs_of_all_sides() -> None:

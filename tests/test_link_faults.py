@@ -32,11 +32,11 @@ from minidisagg.runtime.faults import Faults
 from minidisagg.transfer.links import Carried, LinkError, LinkHost, LinkSetup, ThreadLink
 
 
-@pytest.mark.parametrize("kind", TWO_SIDED)
+@pytest.mark.parametrize("kind", KINDS)
 def test_damage_in_another_codec_is_detected(kind: str, make_pair: MakePair) -> None:
     pair = make_pair(kind)
     pair.connect(Faults(corrupt=1.0))
-    (done,) = pair.move([([1, 3], [5, 6], (0, 3))], codec="upper")
+    (done,) = pair.move([([1, 3], [5, 6], (0, 3))], codec="int8")
     assert not done.ok and "checksum mismatch in piece 0" in done.error
 
 

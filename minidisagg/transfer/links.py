@@ -27,7 +27,7 @@ from torch import Tensor
 
 from minidisagg.core.inputs import PieceDone
 from minidisagg.core.plan import Piece
-from minidisagg.transfer.codec import CODECS, Codec
+from minidisagg.transfer.codec import Codec, codecs_for
 from minidisagg.transfer.emulate import DelayLine, Nic, Slot
 from minidisagg.transfer.rows import Block, cache_rows, cut
 
@@ -127,7 +127,7 @@ class ThreadLink(ABC):
         self.setup = setup
         self.host = setup.host
         self.rows = cache_rows(self.host.kv)  # [layers, 2, pages, words]
-        self.codecs = {name: make(self.host.kv) for name, make in CODECS.items()}  # a piece names its own
+        self.codecs = codecs_for(self.host.kv)  # a piece names its own
         self.patience = self.host.timeout + 2.0  # of `abort`: one wait for the peer, and the thread's own work
         self.closing = False
         self._broken = ""  # why nothing more can be carried

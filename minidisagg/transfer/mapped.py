@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from minidisagg.core.plan import Piece
+from minidisagg.transfer.codec import head
 from minidisagg.transfer.links import Carried, CorruptError, LinkError, LinkSetup, ThreadLink
 from minidisagg.transfer.rows import Checksum, alike, cache_rows, run_views
 from minidisagg.transfer.stream import UnixListener
@@ -45,8 +46,6 @@ class MappedLink(ThreadLink):
         super().__init__(setup)
 
     def _carry(self, piece: Piece, arrives: float) -> Carried:
-        if not self.codec(piece).in_place:
-            raise LinkError(f"link {self.host.kind!r} writes pages as they are, and cannot carry {piece.codec!r}")
         return Carried(self._write(piece), arrives) if piece.send else Carried(self._verify(piece))
 
     def _write(self, piece: Piece) -> int:
@@ -59,7 +58,10 @@ class MappedLink(ThreadLink):
         for block in self.blocks(piece, BLOCK_BYTES):
             sides = (self.rows, piece.pages), (remote, piece.remote)
             for part, (ours, theirs) in run_views(block, piece.layers[0], *sides):
-                theirs.copy_(codec.pack(checksum, part, ours, theirs))
+                there = head(codec, theirs)
+                wire = codec.pack(checksum, part, ours, there)
+                if wire is not there:
+                    there.copy_(wire)
         return checksum.value()
 
     def _verify(self, piece: Piece) -> int:
@@ -68,8 +70,9 @@ class MappedLink(ThreadLink):
         codec, checksum = self.codec(piece), Checksum(piece)
         for block in self.blocks(piece, BLOCK_BYTES):
             for part, (rows,) in run_views(block, piece.layers[0], (self.rows, piece.pages)):
-                checksum.add(part, rows)
-                codec.decode(rows, rows)
+                wire = head(codec, rows)
+                checksum.add(part, wire)
+                codec.decode(wire, rows)
         if checksum.value() != piece.checksum:
             raise CorruptError(f"checksum mismatch in piece {piece.seq}")
         return checksum.value()
