@@ -82,7 +82,7 @@ class Int8Codec(Codec):
 
     def encode(self, rows: Tensor, out: Tensor) -> Tensor:
         """`out`, filled."""
-        x = rows.view(self._dtype).unflatten(-1, self._shape).float()
+        x = rows.view(self._dtype).view(*rows.shape[:-1], *self._shape).float()
         scale = (x.abs().amax(-1, keepdim=True) / 127).bfloat16()
         step = torch.where(scale == 0, 1.0, scale.float())
         whole = (x / step).round_().clamp_(-127, 127).to(torch.int8)  # a scale that was rounded down
@@ -94,8 +94,8 @@ class Int8Codec(Codec):
     def decode(self, wire: Tensor, rows: Tensor) -> None:
         """They may begin at the same place: all of the wire is read before anything is written."""
         given = wire.view(torch.uint8)
-        whole = given[..., : self._values].contiguous().view(torch.int8).unflatten(-1, self._shape)
-        scale = given[..., self._values :].contiguous().view(torch.bfloat16).unflatten(-1, (*self._shape[:2], 1))
+        whole = given[..., : self._values].contiguous().view(torch.int8).view(*wire.shape[:-1], *self._shape)
+        scale = given[..., self._values :].contiguous().view(torch.bfloat16).view(*whole.shape[:-1], 1)
         x = (whole.float() * scale.float()).to(self._dtype)
         rows.view(self._dtype).copy_(x.flatten(-3))
 

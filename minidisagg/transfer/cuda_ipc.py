@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import select
 import socket
+from collections.abc import Iterator
 
 import msgspec
 import torch
 from torch import Tensor
 
 from minidisagg.core.plan import Piece
-from minidisagg.transfer.gpu import PROGRAMS, Finish, GpuLink, Waiting, planes
+from minidisagg.transfer.codec import Codec, head
+from minidisagg.transfer.gpu import CODED_BYTES, PROGRAMS, Finish, GpuLink, Part, Waiting, planes
 from minidisagg.transfer.kernels import copy_rows
 from minidisagg.transfer.links import Carried, CorruptError, LinkError, LinkSetup
-from minidisagg.transfer.rows import alike, cache_rows
+from minidisagg.transfer.rows import Block, alike, cache_rows
 
 DESCRIPTION_BYTES = 4096
 
@@ -83,9 +85,8 @@ class CudaIpcLink(GpuLink):
         return self.together(waiting) if self.setup.source else 1
 
     def _post(self, piece: Piece, together: int, arrives: float) -> Finish:
-        if not self.codec(piece).in_place:
-            raise LinkError(f"link {self.host.kind!r} writes pages as they are, and cannot carry {piece.codec!r}")
-        checksum = self.checksum(piece)
+        checksum, codec = self.checksum(piece), self.codec(piece)
+        layers = slice(2 * piece.layers[0], 2 * piece.layers[1])  # keys and values
         if piece.send:
             remote = self._remote
             if remote is None:
@@ -93,8 +94,18 @@ class CudaIpcLink(GpuLink):
             if len(piece.remote) != piece.count or not 0 <= min(piece.remote) <= max(piece.remote) < remote.shape[1]:
                 raise LinkError(f"remote pages are not {piece.count} of the peer's {remote.shape[1]}")
             mine, theirs = self.pages(piece.pages, piece.remote)
-            layers = slice(2 * piece.layers[0], 2 * piece.layers[1])  # keys and values
-            copy_rows(self.planes[layers], mine, remote[layers], theirs, PROGRAMS)
+            if codec.in_place:
+                copy_rows(self.planes[layers], mine, remote[layers], theirs, PROGRAMS)
+            else:
+                for block, some in self._coded(piece, codec):
+                    wire = self._wire(codec, block)
+                    self.gather(Part(codec, some, piece.pages[block.pages], mine[block.pages]), wire)
+                    head(codec, remote[some]).index_copy_(1, theirs[block.pages], wire)
+        elif not codec.in_place and -1 not in piece.pages:
+            (mine,) = self.pages(piece.pages)
+            for block, some in self._coded(piece, codec):
+                part = Part(codec, some, piece.pages[block.pages], mine[block.pages])
+                self.scatter(part, head(codec, self.planes[some]).index_select(1, part.there))
 
         def finish() -> Carried:
             value = 0 if checksum is None else checksum.value()
@@ -103,6 +114,18 @@ class CudaIpcLink(GpuLink):
             return Carried(value, arrives)
 
         return finish
+
+    def _coded(self, piece: Piece, codec: Codec) -> Iterator[tuple[Block, slice]]:
+        """Its blocks, each with its planes."""
+        for block in self.blocks(piece, CODED_BYTES):
+            first = 2 * (piece.layers[0] + block.layers.start) + block.kinds.start
+            yield block, slice(first, first + block.shape[0] * block.shape[1])
+
+    def _wire(self, codec: Codec, block: Block) -> Tensor:
+        """Room for its wire rows [planes, pages, words]."""
+        layers, kinds, pages = block.shape
+        room = torch.empty(layers * kinds * pages * codec.row_bytes, dtype=torch.uint8, device=self.device)
+        return room.view(codec.word).view(layers * kinds, pages, -1)
 
     def _rest(self) -> None:
         if self._flying:

@@ -22,6 +22,7 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from minidisagg.core.plan import Piece
+from minidisagg.transfer.codec import Codec
 from minidisagg.transfer.emulate import Slot
 from minidisagg.transfer.kernels import copy_rows
 from minidisagg.transfer.links import Carried, CorruptError, LinkError, LinkSetup, ThreadLink
@@ -32,6 +33,7 @@ POLL = 50e-6  # seconds between two looks at the events
 LISTS = 64  # of page numbers that are on their way
 TOGETHER = 32  # pieces that go as one where they wait together; each costs its host a tenth of a millisecond
 TOGETHER_BYTES = 128 << 20  # from here on a link is busy with one alone
+CODED_BYTES = 16 << 20  # of a block whose wire rows are not the cache's: it needs ten times as much for a moment
 PROGRAMS = 64  # of a copy kernel: half of the multiprocessors keep NVLink busy, and leave room for what computes
 
 Waiting = list[tuple[Piece, Slot]]
@@ -45,6 +47,15 @@ class Flying(NamedTuple):
     began: float
     event: torch.cuda.Event
     finish: Finish
+
+
+class Part(NamedTuple):
+    """A part of a piece: some planes of some pages, by their numbers here and on the card."""
+
+    codec: Codec
+    planes: slice
+    pages: Sequence[int]
+    there: Tensor
 
 
 class GpuLink(ThreadLink):
@@ -178,6 +189,8 @@ class GpuLink(ThreadLink):
         """Over the piece's pages as they are when the card gets there; None where nobody asks for it."""
         if not self.host.checksums or min(piece.pages) < 0:
             return None
+        if not self.codec(piece).in_place:
+            raise LinkError(f"checksums between GPUs are of pages as they are, and not of {piece.codec!r}")
         checksum = Checksum(piece)
         rows = self.rows[slice(*piece.layers)].index_select(2, self.pages(piece.pages)[0])
         checksum.add(Block(slice(0, len(rows)), slice(0, 2), slice(0, piece.count)), rows)
@@ -195,11 +208,36 @@ class GpuLink(ThreadLink):
         if self._listener is not None:
             self._listener.close()
 
+    def gather(self, part: Part, wire: Tensor) -> None:
+        """Fill `wire` [planes, pages, words] with what this part of the cache is on it."""
+        cache = self.planes[part.planes]
+        if part.codec.in_place:
+            copy_rows(cache, part.there, wire, None, PROGRAMS)
+        else:
+            part.codec.encode(cache.index_select(1, part.there), wire)
+
+    def scatter(self, part: Part, wire: Tensor) -> None:
+        """Write what it means into the cache, but for pages that are -1."""
+        cache, there = self.planes[part.planes], part.there
+        if part.codec.in_place:
+            copy_rows(wire, None, cache, there, PROGRAMS)
+            return
+        rows = torch.empty(*wire.shape[:2], cache.shape[2], dtype=cache.dtype, device=self.device)
+        part.codec.decode(wire, rows)
+        if -1 in part.pages:
+            wanted = torch.tensor([i for i, page in enumerate(part.pages) if page >= 0], device=self.device)
+            rows, there = rows.index_select(1, wanted), there[wanted]
+        cache.index_copy_(1, there, rows)
+
     def warm_up(self) -> None:
-        """Compile and load the copy kernel: its first use would wait for whatever spins on the card."""
+        """Compile and load all that a transfer calls: its first use would wait for whatever spins on the card."""
         page, one = torch.zeros(1, dtype=torch.int64, device=self.device), torch.empty_like(self.planes[:1, :1])
         for source, target in (page, page), (page, None), (None, page):
             copy_rows(self.planes[:1], source, one, target, PROGRAMS)
+        for codec in self.codecs.values():
+            wire = torch.empty(1, 1, codec.row_bytes, dtype=torch.uint8, device=self.device).view(codec.word)
+            codec.decode(codec.encode(self.planes[:1].index_select(1, page), wire), one)
+            torch.empty_like(self.planes[:1, :1]).index_copy_(1, page, one)
         self.stream.synchronize()
 
     def pages(self, *lists: Sequence[int]) -> Tensor:

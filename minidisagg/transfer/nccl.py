@@ -30,8 +30,7 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore, Work
 
 from minidisagg.core.plan import Piece
 from minidisagg.transfer.codec import Staging
-from minidisagg.transfer.gpu import POLL, PROGRAMS, TOGETHER, Finish, GpuLink, Waiting, planes
-from minidisagg.transfer.kernels import copy_rows
+from minidisagg.transfer.gpu import CODED_BYTES, POLL, TOGETHER, Finish, GpuLink, Part, Waiting, planes
 from minidisagg.transfer.links import Carried, CorruptError, LinkError, LinkSetup, Trailer
 
 # The wire takes 350 µs for one, more than the 200 to 300 that each costs its hosts: blocks of 64 MB came half as fast.
@@ -166,8 +165,6 @@ class NcclLink(GpuLink):
 
     def _post(self, piece: Piece, together: int, arrives: float) -> Finish:
         codec = self.codec(piece)
-        if not codec.in_place:
-            raise LinkError(f"link {self.host.kind!r} cannot carry {piece.codec!r} yet")
         said, word = Carried(0, arrives), b""
         if piece.send:
             if (checksum := self.checksum(piece)) is not None:
@@ -179,17 +176,17 @@ class NcclLink(GpuLink):
             self._heard = b""
         with torch.cuda.stream(self._gathering if piece.send else self.stream):
             (pages,) = self.pages(piece.pages)
-        for block in self.blocks(piece, BLOCK_BYTES):
+        for block in self.blocks(piece, BLOCK_BYTES if codec.in_place else CODED_BYTES):
             index, self._blocks = self._blocks % DEPTH, self._blocks + 1
             wire = planes(self._staging[index].rows(codec, block))
             first = 2 * (piece.layers[0] + block.layers.start) + block.kinds.start
-            cache, part = self.planes[first : first + len(wire)], pages[block.pages]
+            part = Part(codec, slice(first, first + len(wire)), piece.pages[block.pages], pages[block.pages])
             if piece.send:
-                self._send(index, cache, part, wire)
+                self._send(index, part, wire)
                 self._say(word)
                 word = b""
             else:
-                self._receive(index, cache, part, wire)
+                self._receive(index, part, wire)
         if (last := self._sent[(self._blocks - 1) % DEPTH]) is not None:
             last.wait()  # on the stream, so that the piece's event comes after its sends, which end in order
         landed = None if piece.send else self.checksum(piece)
@@ -201,21 +198,21 @@ class NcclLink(GpuLink):
 
         return finish
 
-    def _send(self, index: int, cache: Tensor, pages: Tensor, wire: Tensor) -> None:
+    def _send(self, index: int, part: Part, wire: Tensor) -> None:
         with torch.cuda.stream(self._gathering):
             if (work := self._sent[index]) is not None:
                 work.wait()  # on the stream: this thread goes on
-            copy_rows(cache, pages, wire, None, PROGRAMS)
+            self.gather(part, wire)
         self.stream.wait_stream(self._gathering)
         self._sent[index] = self._transfer(wire)
 
-    def _receive(self, index: int, cache: Tensor, pages: Tensor, wire: Tensor) -> None:
+    def _receive(self, index: int, part: Part, wire: Tensor) -> None:
         if (scattered := self._scattered[index]) is not None:
             self._receiving.wait_event(scattered)
         with torch.cuda.stream(self._receiving):
             work = self._transfer(wire)
         work.wait()
-        copy_rows(wire, None, cache, pages, PROGRAMS)
+        self.scatter(part, wire)
         self._scattered[index] = self.stream.record_event()
 
     def _say(self, word: bytes) -> None:
