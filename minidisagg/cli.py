@@ -341,7 +341,7 @@ def _read_bench(
     sides: tuple[ClusterSettings, ...] = ()
     planted = parse_share(flags["plant_slowdown"])
     if server is None:
-        settings, cluster, run = read_engine(model, flags, MODES[1] if mode == "both" else mode)
+        settings, cluster, run = read_engine(model, flags, MODES[1] if mode == "both" else mode, run_directory=True)
         if flags["compare"] and (against or flags["baseline"]):
             raise ValueError("--compare names all sides: it takes no --against and no --baseline")
         sides = make_sides(mode, against, cluster, flags["baseline"])

@@ -26,6 +26,7 @@ from minidisagg.core.granularity import parse_granularity
 from minidisagg.core.messages import SamplingParams
 from minidisagg.core.predictor import PREDICTORS
 from minidisagg.interconnect import PRESETS, parse_interconnect
+from minidisagg.measure.settings import IN_RUN
 from minidisagg.ranges import explained
 from minidisagg.transfer.emulate import announcement
 from minidisagg.transfer.kinds import KINDS
@@ -56,6 +57,15 @@ def stack(options: Iterable[Callable[[Command], Command]]) -> Callable[[Command]
 
 
 positive = click.IntRange(min=1)
+record_option = click.option(
+    "--record",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="[DIR]",
+    is_flag=False,
+    flag_value=IN_RUN,
+    help="Write all inputs of the router and of each worker here, for `minidisagg replay`. bench and simulate take "
+    "their run directory where none is given.",
+)
 model_argument = click.argument("model", default=DEFAULT_MODEL)
 mode_option = click.option(
     "--mode",
@@ -112,17 +122,19 @@ engine_options = stack(
         click.option("--inject-delay", multiple=True, metavar="STAGE=MS",
                      help=f"Make a stage of each request slower: {', '.join(STAGES)}. Repeatable."),
         decisions_option,
-        click.option("--record", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
-                     help="Write each worker's input log here, to replay it."),
+        record_option,
     ]
 )
 # fmt: on
 
 
-def read_engine(model: str, flags: dict[str, Any], mode: str, one_worker: bool = False) -> Engine:
+def read_engine(
+    model: str, flags: dict[str, Any], mode: str, one_worker: bool = False, run_directory: bool = False
+) -> Engine:
     """Takes the engine's flags out of `flags`; what is left there is the command's own.
 
-    `one_worker`: colocated mode starts a single worker where no number is given. Raises `ValueError`.
+    `one_worker`: colocated mode starts a single worker where no number is given. `run_directory`: the command makes
+    one, so that --record needs no DIR. Raises `ValueError`.
     """
     numbers = {key: flags.pop(key) for key in ("prefill_workers", "decode_workers")}
     if one_worker and mode == "colocated" and set(numbers.values()) == {None}:
@@ -152,10 +164,13 @@ def read_engine(model: str, flags: dict[str, Any], mode: str, one_worker: bool =
         prefix_caching=not flags.pop("no_prefix_caching"),
     )
     delays = dict(_delay(text) for text in flags.pop("inject_delay"))
+    record = flags.pop("record")
+    if (in_run := str(record) == IN_RUN) and not run_directory:
+        raise ValueError("--record needs DIR: this command has no run directory")
     run = RunSettings(
         seed=flags.pop("seed"),
         predictor=flags.pop("predict_lengths"),
-        record_dir=_made(flags.pop("record")),
+        record_dir=IN_RUN if in_run else _made(record),
         decision_dir=_made(flags.pop("log_decisions")),
         delays=delays,
     )

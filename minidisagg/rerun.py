@@ -28,7 +28,8 @@ from minidisagg.measure.run_directory import GoodputSearch, read_json, read_resu
 from minidisagg.measure.settings import ReportSettings
 
 COMPARED = ("minidisagg", "commit", "python", "torch", "numpy", "cpu", "cores", "memory", "system")
-LOGS = {"decision_dir": "decisions", "record_dir": "record"}  # where they go, in the new run directory
+# Where they go, in the new run directory.
+LOGS = {"decision_dir": "decisions", "record_dir": "record", "record": "record"}
 Result = Comparison | Contest | dict[int, Comparison] | GoodputSearch
 
 

@@ -6,7 +6,7 @@ import click
 
 from minidisagg.core.predictor import PREDICTORS
 from minidisagg.interconnect import PRESETS
-from minidisagg.options import FiniteRange, decisions_option, positive, stack
+from minidisagg.options import FiniteRange, decisions_option, positive, record_option, stack
 
 # A load that means something on the default cluster; a simulation has no noise, so that one repetition says much.
 SIMULATED = {"dataset_name": "synth:azure-conv-2023", "request_rate": "0.5x", "num_prompts": 500, "repeats": 1}
@@ -42,6 +42,7 @@ simulate_options = stack(
                      help="What a policy sees of an output's length; a run with the oracle is marked."),
         decisions_option,
         click.option("--seed", type=int, default=0, show_default=True),
+        record_option,
         click.option("--jobs", "-j", type=positive, default=1, show_default=True, metavar="N",
                      help="Runs at a time, each in a process."),
         click.option("--time-limit", type=FiniteRange(min=0), default=0.0, metavar="S",

@@ -241,7 +241,7 @@ def test_both_sides_records_replay(bench: Bench, tmp_path_factory: Any) -> None:
     assert set(done.result["sides"]) == {"colocated max_num_seqs=4 chunk=16", "disagg max_num_seqs=32 chunk=0"}
     roles: dict[str, set[tuple[str, str, int]]] = {"A": set(), "B": set()}
     for side, seen in roles.items():
-        paths = sorted((logs / side).glob("*.inputs"))
+        paths = sorted((logs / side).glob("worker-*.inputs"))
         assert len(paths) == 4 + 2 * (side == "B")  # two workers, two repetitions, and the calibration
         for path in paths:
             with path.open("rb") as log:

@@ -327,7 +327,8 @@ def test_generate_is_the_same_in_both_modes(env: dict[str, str], tmp_path: Path)
         answers.append([line["token_ids"] for line in lines])
     assert answers[0] == answers[1]
     assert all(path.stat().st_size > 0 for path in logs.iterdir())
-    assert {path.name for path in logs.iterdir()} == {"prefill-0.1.inputs", "decode-0.1.inputs"}
+    names = ("prefill-0", "decode-0", "router")
+    assert {path.name for path in logs.iterdir()} == {f"{name}.1.inputs" for name in names}
 
 
 def test_chat_reads_lines_from_a_pipe(env: dict[str, str], temp: Path) -> None:

@@ -86,7 +86,7 @@ def test_nothing_is_left_and_each_log_replays_by_itself(link: str, tmp_path: Pat
 
     asyncio.run(run())
     for side in clusters:
-        paths = sorted((tmp_path / side).iterdir())
+        paths = sorted((tmp_path / side).glob("worker-*"))
         assert len(paths) == 4  # two workers, twice
         for path in paths:
             with path.open("rb") as log:

@@ -13,10 +13,11 @@ import itertools
 import math
 import sys
 import time
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import msgspec
+from msgspec.structs import replace
 from rich.console import Console
 
 from minidisagg.bench.runs import QUICK_PROMPTS, QUICK_SECONDS, Bench, quick_prompts
@@ -32,8 +33,10 @@ from minidisagg.measure.records import RunRecord
 from minidisagg.measure.report import goodput_table, marks_text, render, sweep_table
 from minidisagg.measure.run_directory import (
     LETTERS,
+    RECORD,
     contest_to_dict,
     new_directory,
+    remove_if_empty,
     search_to_dict,
     sweep_to_dict,
     to_dict,
@@ -41,7 +44,7 @@ from minidisagg.measure.run_directory import (
     write_options,
     write_run_directory,
 )
-from minidisagg.measure.settings import check_measurable
+from minidisagg.measure.settings import IN_RUN, check_measurable
 from minidisagg.measure.stats import samples_of, void_reasons
 from minidisagg.measure.timeline import write_timeline
 from minidisagg.model.loader import load_config
@@ -132,6 +135,8 @@ def run(options: BenchOptions, api_key: str = "") -> int:
         console.print(_dry_run(options, items[-1].arrival_s), highlight=False)
         return 0
     directory = new_directory(options.report)
+    if options.run.record_dir == IN_RUN:
+        options = replace(options, run=replace(options.run, record_dir=str(directory.resolve() / RECORD)))
     try:
         if options.server is None:
             ensure(options.model.model, lambda line: console.print(line, style="dim", highlight=False))
@@ -139,8 +144,7 @@ def run(options: BenchOptions, api_key: str = "") -> int:
             check_length(options.workload, limit)
         return asyncio.run(_run(options, console, api_key, directory, files))
     finally:
-        with suppress(OSError):
-            directory.rmdir()  # where nothing was measured it is empty
+        remove_if_empty(directory)
 
 
 async def _run(options: BenchOptions, console: Console, api_key: str, directory: Path, files: Files) -> int:

@@ -71,9 +71,7 @@ class Workers:
             with StartBars() as bars:
                 self.frontend = await Frontend.start(self.model, self.shape, started, on_starting=bars.tell)
         if run.record_dir and self._starts > 1:  # the epochs, by which logs are named, have begun anew
-            apart = Path(run.record_dir) / f"start-{self._starts}"
-            apart.mkdir(exist_ok=True)
-            run = replace(run, record_dir=str(apart))
+            run = replace(run, record_dir=_apart(run.record_dir, f"start-{self._starts}"))
         await self.frontend.reconfigure(cluster, run)
         return self.frontend
 
@@ -226,9 +224,9 @@ def _apart_by(cluster: ClusterSettings, other: ClusterSettings) -> list[str]:
     return words
 
 
-def _apart(directory: str, letter: str) -> str:
+def _apart(directory: str, name: str) -> str:
     if not directory:
         return ""
-    path = Path(directory) / letter
+    path = Path(directory) / name
     path.mkdir(parents=True, exist_ok=True)
     return str(path)

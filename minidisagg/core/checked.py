@@ -30,7 +30,12 @@ A = TypeVar("A")
 
 
 class PolicyError(RuntimeError):
-    """A policy raised, or answered what cannot be; one line that names policy and hook."""
+    """A policy raised, or answered what cannot be; one line that names policy and hook.
+
+    `hook`: whose answer it was.
+    """
+
+    hook = ""
 
 
 class Checked(Policy):
@@ -62,14 +67,6 @@ class Checked(Policy):
         if not isinstance(answer, Placement):
             return self._rejection("place", answer, "Placement or Reject")
         return self._placement("place", answer, cluster)
-
-    @property
-    def replaces(self) -> bool:
-        """It has the hook `replace`."""
-        policy: Policy = self.asks
-        while policy.asks is not None:
-            policy = policy.asks
-        return type(policy).replace is not Policy.replace
 
     def replace(self, request: RequestView, cluster: ClusterView) -> Placement | None:
         answer = self._ask("replace", lambda: self.asks.replace(request, cluster))
@@ -142,7 +139,9 @@ class Checked(Policy):
             self._fail(hook, f"named the worker {worker!r}; there are {', '.join(workers)}")
 
     def _fail(self, hook: str, what: str) -> NoReturn:
-        raise PolicyError(f"policy {self.name}: {hook} {what}")
+        error = PolicyError(f"policy {self.name}: {hook} {what}")
+        error.hook = hook
+        raise error
 
 
 def policy_name(policy: Policy) -> str:

@@ -219,6 +219,11 @@ class Policy:
         if settings:
             raise ValueError(f"policy {type(self).__name__} has no setting {', '.join(sorted(settings))}")
 
+    @property
+    def replaces(self) -> bool:
+        """It has a `replace` of its own, or whom it asks has."""
+        return type(self).replace is not Policy.replace if self.asks is None else self.asks.replaces
+
     # ------------------------------------------------------------ the router's hooks
 
     def admit(self, request: RequestView, cluster: ClusterView) -> Reject | None:

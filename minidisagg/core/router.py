@@ -234,6 +234,15 @@ class Router:
             self._send(name, SetPolicy(spec))
         self.place_parked(now)
 
+    def pause(self, paused: bool, now: float) -> None:
+        """New requests wait here, or go on."""
+        self.paused = paused
+        self.place_parked(now)
+
+    def drain(self, name: str, now: float) -> None:
+        """The live worker takes nothing new, until it is started again. Raises `KeyError`."""
+        self.view.workers[name].changed(draining=True)
+
     def place_parked(self, now: float) -> None:
         """Try again what found no worker."""
         self._set(now)

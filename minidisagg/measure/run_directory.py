@@ -8,6 +8,7 @@ steps.jsonl       the same of each step of each worker, where somebody has kept 
 concurrency-N/    of a sweep: result.json, requests.jsonl and steps.jsonl of each of its steps
 trace.json        `measure/timeline.py`
 report.html       `measure/html.py`, from the other files alone
+record/           with --record: the inputs of the router and of each worker, for `minidisagg replay`
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from minidisagg.measure.records import RequestRecord, RunRecord, StepRecord
 from minidisagg.measure.settings import ReportSettings
 
 LETTERS = string.ascii_uppercase  # of the sides: as many can be compared
+RECORD = "record"  # the folder of the input logs
 VERSION = 2  # of all files of the directory but trace.json, which has its own
 Line = TypeVar("Line", "RequestLine", "StepLine")
 COUNTS = ("num_prompts", "measured", "completed", "failed", "rejected", "total_input_tokens", "total_output_tokens")
@@ -80,6 +82,13 @@ class GoodputSearch(Struct):
 def run_name(repetition: int, concurrency: int | None) -> str:
     """The directory of one run's decisions, in those of its side."""
     return f"concurrency-{concurrency}/{repetition}" if concurrency else str(repetition)
+
+
+def remove_if_empty(directory: Path) -> None:
+    """Where nothing came of a run, or nothing of a part of it. Whatever is in a file stays."""
+    for path in (*sorted(directory.rglob("*/"), reverse=True), directory):
+        with suppress(OSError):
+            path.rmdir()
 
 
 def write_json(path: Path, content: object) -> None:

@@ -9,6 +9,8 @@ from msgspec import Struct
 from minidisagg.measure.goodput import SLO
 from minidisagg.measure.records import TRIM
 
+IN_RUN = "<the run directory>"  # what --record says without a value
+
 
 class Trials(Struct, frozen=True, kw_only=True):
     """How often, and what is looked for. `planted`: each step of side B is slowed down by this share of its time."""

@@ -9,13 +9,14 @@ an entry point in the group `minidisagg.policies`
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import pkgutil
 import sys
+import traceback
 from functools import cache, partial
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import ModuleType
 
 from minidisagg.core import rehearsal
 from minidisagg.core.checked import PolicyError
@@ -32,10 +33,11 @@ def names() -> list[str]:
 
 def load_policy(spec: str) -> Policy:
     """A new instance of the policy that `spec` names; raises `ValueError` in one line if there is none."""
+    spec, newline, source = spec.partition("\n")
     name, _, rest = spec.partition(":")
     if name.endswith(".py"):
         class_name, _, rest = rest.partition(":")
-        found = _from_file(Path(name), class_name)
+        found = _from_file(Path(name), source if newline else _source(Path(name)), class_name)
     elif name in _own():
         found = importlib.import_module(f"{__name__}.{name}").POLICY
     else:
@@ -53,6 +55,18 @@ def load_policy(spec: str) -> Policy:
     return policy
 
 
+def pinned(spec: str) -> str:
+    """`spec` with the source of its file behind it, in lines of their own: whoever loads that, in another process,
+    later or elsewhere, gets what the file holds now. Raises `ValueError`."""
+    name = spec.partition(":")[0]
+    return f"{spec}\n{_source(Path(name))}" if name.endswith(".py") and "\n" not in spec else spec
+
+
+def shown(spec: str) -> str:
+    """What a user called it."""
+    return spec.partition("\n")[0]
+
+
 def make_policy(spec: str, who: str, log_dir: str) -> Policy:
     """`load_policy`, with each decision of it written to `log_dir`/`who`.jsonl where there is a `log_dir`."""
     policy = load_policy(spec)
@@ -61,7 +75,7 @@ def make_policy(spec: str, who: str, log_dir: str) -> Policy:
 
 def logged(policy: Policy, spec: str, who: str, write: Write) -> Policy:
     """The same policy, whose decisions are written: a line, as bytes, for each."""
-    return Logged(policy, spec, who, write)
+    return Logged(policy, shown(spec), who, write)
 
 
 def rehearse(spec: str, workers: rehearsal.Workers) -> None:
@@ -69,7 +83,9 @@ def rehearse(spec: str, workers: rehearsal.Workers) -> None:
     try:
         rehearsal.rehearse(partial(load_policy, spec), workers)
     except PolicyError as error:
-        raise ValueError(str(error)) from error
+        path = spec.partition(":")[0]
+        line = _line(error, path) or _line_of_hook(spec, error.hook, path)
+        raise ValueError(f"{error} ({path}, line {line})" if line else str(error)) from error
 
 
 @cache
@@ -95,22 +111,49 @@ def _own() -> list[str]:
     return [module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")]
 
 
-def _from_file(path: Path, class_name: str) -> type[Policy]:
-    module_spec = importlib.util.spec_from_file_location(f"{__name__}.file:{path}", path)
-    if not path.is_file() or module_spec is None or module_spec.loader is None:
+def _source(path: Path) -> str:
+    if not path.is_file():
         raise ValueError(f"policy file {path} does not exist")
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_spec.name] = module  # a dataclass in the file looks itself up there
     try:
-        module_spec.loader.exec_module(module)
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"policy file {path} is no UTF-8: {error}") from error
+
+
+def _from_file(path: Path, source: str, class_name: str) -> type[Policy]:
+    """Compiled anew each time: a cache of bytecode may take two saves within a second for one."""
+    module = ModuleType(f"{__name__}.file:{path}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # a dataclass in the file looks itself up there
+    try:
+        exec(compile(source, str(path), "exec"), vars(module))
     except Exception as error:  # whatever the user's file raises is told in one line
-        raise ValueError(f"policy file {path} fails: {type(error).__name__}: {error}") from error
+        line, what = _line(error, str(path)), str(error)
+        if isinstance(error, SyntaxError) and error.filename == str(path):
+            line, what = error.lineno or 1, error.msg
+        raise ValueError(f"policy file {path}, line {line} fails: {type(error).__name__}: {what}") from error
     found = getattr(module, class_name, None)
     if not (isinstance(found, type) and issubclass(found, Policy)):
         raise ValueError(
             f"policy file {path} has no subclass of minidisagg.Policy named {class_name or '(none given)'}"
         )
     return found
+
+
+def _line(error: BaseException | None, path: str) -> int:
+    """Of the file at `path`: the innermost one in which the error, or what it came from, was raised; 0: none."""
+    found = 0
+    while error is not None:
+        for frame, line in traceback.walk_tb(error.__traceback__):
+            found = line if Path(frame.f_code.co_filename) == Path(path) else found
+        error = error.__cause__
+    return found
+
+
+def _line_of_hook(spec: str, hook: str, path: str) -> int:
+    """Where the policy of the file at `path` defines it; 0: not there."""
+    code = getattr(getattr(load_policy(spec), hook, None), "__code__", None) if path.endswith(".py") else None
+    return code.co_firstlineno if code is not None and Path(code.co_filename) == Path(path) else 0
 
 
 def _setting(part: str, spec: str) -> tuple[str, int | float | str]:

@@ -20,7 +20,8 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import replace
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
 
 import msgspec
 
@@ -42,8 +43,9 @@ from minidisagg.core.messages import (
 )
 from minidisagg.core.plan import SeqKey
 from minidisagg.core.router import Kill, Router, RouterSpec
+from minidisagg.core.routerlog import RecordingRouter
 from minidisagg.core.tracked import Emit
-from minidisagg.policies import make_policy, rehearse
+from minidisagg.policies import make_policy, pinned, rehearse
 from minidisagg.runtime.channel import Channel, ChannelError, listen
 from minidisagg.runtime.launch import Supervisor
 from minidisagg.runtime.operations import Operations
@@ -89,12 +91,14 @@ class Frontend(Operations):
         self, model: ModelSettings, cluster: ClusterSettings, run: RunSettings, router: RouterSpec | None = None
     ) -> None:
         self.model = model
-        self.cluster = cluster
+        self.cluster = cluster = msgspec.structs.replace(cluster, policy=pinned(cluster.policy))
         self.run = run
         self.loop = asyncio.get_running_loop()
         self._limits = router
         self._roles = {name: (role, settings.options()) for name, role, settings in cluster.roles()}
         rehearse(cluster.policy, self._roles)
+        self._routers = 0  # that there have been
+        self._log: BinaryIO | None = None  # of this one's inputs
         self.router = self._make_router()
         self.run_dir, self._owner = make_run_dir()
         self.channels: dict[str, Channel] = {}
@@ -116,6 +120,7 @@ class Frontend(Operations):
         except BaseException:
             shutil.rmtree(self.run_dir)
             os.close(self._owner)
+            self._close_log()
             raise
 
     @classmethod
@@ -161,6 +166,7 @@ class Frontend(Operations):
             self._server.close()
         shutil.rmtree(self.run_dir, True)  # a few small files; at the interpreter's exit there are no threads to ask
         os.close(self._owner)
+        self._close_log()
 
     async def __aenter__(self) -> Frontend:
         return self
@@ -270,6 +276,7 @@ class Frontend(Operations):
             raise ValueError(f"{len(self.router.requests)} requests are running")
         roles = zip(self.worker_names, cluster.roles(), strict=True)
         roles_by_name = {name: (role, settings.options()) for name, (_, role, settings) in roles}
+        cluster = msgspec.structs.replace(cluster, policy=pinned(cluster.policy))
         rehearse(cluster.policy, roles_by_name)
         await self._all_up()
         self.cluster, self.run, self._roles = cluster, run, roles_by_name
@@ -312,7 +319,20 @@ class Frontend(Operations):
         limits = self._limits or replace(UNLIMITED, seed=self.run.seed)
         run = self.run
         spec = replace(limits, stuck_after=run.step_deadline, predictor=run.predictor, options=options)
-        return Router(spec, make_policy(self.cluster.policy, ROUTER, self.run.decision_dir))
+        policy = make_policy(self.cluster.policy, ROUTER, self.run.decision_dir)
+        self._close_log()
+        self._routers += 1
+        if not run.record_dir:
+            return Router(spec, policy)
+        path = Path(run.record_dir) / f"{ROUTER}.{self._routers}.inputs"
+        path.parent.mkdir(exist_ok=True)
+        self._log = path.open("wb", buffering=0)
+        return RecordingRouter(spec, policy, self.cluster.policy, self._log)
+
+    def _close_log(self) -> None:
+        if self._log is not None:
+            self._log.close()
+            self._log = None
 
     async def _all_up(self) -> None:
         """Wait until every worker has said hello to this router."""

@@ -12,7 +12,7 @@ from minidisagg.core.messages import ROUTER, Hello, Role
 from minidisagg.core.policy import ClusterView, RoleChange, WorkerOptions
 from minidisagg.core.router import Router
 from minidisagg.core.tracked import Tracked
-from minidisagg.policies import make_policy, rehearse
+from minidisagg.policies import make_policy, pinned, rehearse, shown
 from minidisagg.runtime.launch import Supervisor, role_name
 
 DRAIN_POLL = 0.05  # seconds
@@ -71,7 +71,7 @@ class Operations:
     @property
     def policy(self) -> str:
         """The scheduling policy, with its settings."""
-        return self.router.policy_spec or self.cluster.policy
+        return shown(self.router.policy_spec or self.cluster.policy)
 
     @property
     def link(self) -> str:
@@ -102,16 +102,16 @@ class Operations:
 
     def pause(self, paused: bool) -> None:
         """New requests wait in the router, or go on."""
-        self.router.paused = paused
         self._event("admission paused" if paused else "admission resumed")
-        self.router.place_parked(time.monotonic())
+        self.router.pause(paused, time.monotonic())
         self._drain()
 
     def set_policy(self, spec: str) -> None:
         """Change the scheduling policy everywhere. Raises `ValueError`."""
+        spec = pinned(spec)
         rehearse(spec, self._roles)
         self.router.set_policy(spec, make_policy(spec, ROUTER, self.run.decision_dir), time.monotonic())
-        self._event(f"policy {spec}")
+        self._event(f"policy {shown(spec)}")
         self._drain()
 
     def set_role(self, worker: str, role: Role) -> None:
@@ -124,7 +124,7 @@ class Operations:
 
     def drain(self, worker: str) -> None:
         """The worker takes nothing new, until it is restarted. Raises `KeyError`."""
-        self.router.view.workers[worker].changed(draining=True)
+        self.router.drain(worker, time.monotonic())
         self._event(f"{worker} drains")
 
     def kill(self, worker: str) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from minidisagg.measure.records import RunRecord
 from minidisagg.measure.stats import samples_of
 from minidisagg.policies import load_policy, logged, used
 from minidisagg.sim.machines import ClusterSpec, parse_cluster
+from minidisagg.sim.recording import Recording
 from minidisagg.sim.simulation import MakePolicy, Settings, Simulation, derived_slo
 from minidisagg.sim.simulator import Simulator
 from minidisagg.sim.world import Observer
@@ -48,9 +49,11 @@ def simulate(
     observers: Sequence[Observer] = (),
     progress: Callable[[int], None] | None = None,
     decisions: str = "",
+    record: str = "",
 ) -> Result:
     """`policy`: a name as for `--policy`, or what makes one for the router and each worker. `progress` is told how many
-    requests have ended since it was told before. `decisions`: a directory for the decision log (docs/decisions.md).
+    requests have ended since it was told before. `decisions`: a directory for the decision log (docs/decisions.md);
+    `record`: for what `minidisagg replay` shows.
 
     Raises `ValueError` for what cannot be, `TimeoutError`, and `PolicyError` in one line that names the hook.
     """
@@ -58,9 +61,10 @@ def simulate(
         cluster = ClusterSpec(groups=parse_cluster(cluster))
     make = partial(load_policy, policy) if isinstance(policy, str) else policy
     name = policy if isinstance(policy, str) else type(policy()).__name__
-    simulation, began = Simulation(cluster, make, workload, settings), time.monotonic()
-    simulation.sim.observers += observers
-    with ExitStack() as files:
+    began = time.monotonic()
+    with Recording(Path(record), name) if record else nullcontext() as recording, ExitStack() as files:
+        simulation = Simulation(cluster, make, workload, settings, record=recording)
+        simulation.sim.observers += observers
         if decisions:
             _log_decisions(simulation.sim, name, Path(decisions), files)
         simulation.play(began + settings.time_limit if settings.time_limit else 0.0, progress)

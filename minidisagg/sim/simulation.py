@@ -23,6 +23,7 @@ from minidisagg.measure.goodput import SLO
 from minidisagg.measure.records import ORACLE, LinkRecord, RequestRecord, RunRecord, WorkerRecord
 from minidisagg.sim.machines import ClusterSpec, MachineCosts, find_profile
 from minidisagg.sim.profile import Profile
+from minidisagg.sim.recording import Recording
 from minidisagg.sim.simulator import Simulator
 from minidisagg.sim.world import World
 from minidisagg.workload.lengths import WorkItem
@@ -59,8 +60,9 @@ class Simulation:
         workload: Sequence[WorkItem],
         settings: Settings,
         profiles: Mapping[str, Profile] | None = None,
+        record: Recording | None = None,
     ) -> None:
-        """`profiles`: by a group's device, those that are not to be looked up."""
+        """`profiles`: by a group's device, those that are not to be looked up. `record`: where its inputs are kept."""
         if not workload:
             raise ValueError("the workload has no requests")
         self.cluster, self.settings = cluster, settings
@@ -73,7 +75,8 @@ class Simulation:
         )  # fmt: skip
         costs = MachineCosts(self.profiles, cluster.wire, settings.seed, cluster.spread)
         world = World(
-            costs, router=router, seed=settings.seed, check=False, tokens=False, equal_steps=settings.equal_steps
+            costs, router=router, seed=settings.seed, check=False, tokens=False, equal_steps=settings.equal_steps,
+            record=record,
         )  # fmt: skip
         self.sim = Simulator(specs, make_policy, world)
         self.sim.run_events(len(specs))  # all have said hello when the first request comes

@@ -54,7 +54,8 @@ class Simulator:
         self.cost, self.chaos = world.cost, world.chaos
         self.rng = random.Random(world.seed)
         self.make_policy = make_policy
-        self.router = Router(world.router, make_policy())
+        make_router = Router if world.record is None else world.record.router
+        self.router = make_router(world.router, make_policy())
         self.workers: dict[str, SimWorker] = {}
         self.outcomes: dict[str, Outcome] = {}
         self.poison: set[str] = set()
@@ -168,7 +169,9 @@ class Simulator:
     # ------------------------------------------------------------ processes
 
     def _start(self, spec: EngineSpec) -> None:
-        core, world = EngineCore(spec, lambda _: self.make_policy()), self.world
+        world = self.world
+        make_core = EngineCore if world.record is None else world.record.core
+        core = make_core(spec, lambda _: self.make_policy())
         device = HashChain(core, self.planes, world.vocab, world.check) if world.tokens else TimingOnly()
         worker = self.workers[spec.name] = SimWorker(core, device)
         size, kv_bytes = spec.page_size, spec.layer_bytes * spec.num_layers // spec.page_size

@@ -12,7 +12,6 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import suppress
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -38,8 +37,10 @@ from minidisagg.measure.records import RunRecord
 from minidisagg.measure.report import goodput_table, marks_text, render, sweep_table
 from minidisagg.measure.run_directory import (
     LETTERS,
+    RECORD,
     contest_to_dict,
     new_directory,
+    remove_if_empty,
     run_name,
     search_to_dict,
     sweep_to_dict,
@@ -48,7 +49,7 @@ from minidisagg.measure.run_directory import (
     write_options,
     write_run_directory,
 )
-from minidisagg.measure.settings import ReportSettings, Trials
+from minidisagg.measure.settings import IN_RUN, ReportSettings, Trials
 from minidisagg.measure.stats import samples_of
 from minidisagg.measure.timeline import Event, Timeline, write_events
 from minidisagg.policies import rehearse
@@ -87,6 +88,7 @@ class SimOptions(Struct, frozen=True, kw_only=True):
     decision_dir: str = ""
     jobs: int = 1
     time_limit: float = 0.0
+    record: str = ""  # where the inputs of the first run of each side are kept
 
 
 # ---------------------------------------------------------------- sides
@@ -136,7 +138,8 @@ class Done(Struct, frozen=True):
 
 
 class Task(Struct, frozen=True, array_like=True):
-    """One side, once. `told`: what the record is to say of its load. `decisions`: where its policy's are written."""
+    """One side, once. `told`: what the record is to say of its load. `decisions`: where its policy's are written, and
+    `record`: its inputs."""
 
     side: SimSide
     number: int
@@ -144,14 +147,16 @@ class Task(Struct, frozen=True, array_like=True):
     settings: Settings
     told: RunRecord
     decisions: str = ""
+    record: str = ""
 
 
 def run_once(task: Task, progress: Callable[[int], None] | None = None) -> Done:
     """The steps of a run that is not too long are kept, and the timeline of a side's first one."""
     side, told = task.side, task.told
     timelines = [Timeline(side.label)] if len(task.items) <= DRAWN else []
-    logs = task.decisions
-    result = simulate(side.policy, task.items, side.cluster, task.settings, timelines, progress, decisions=logs)
+    result = simulate(
+        side.policy, task.items, side.cluster, task.settings, timelines, progress, task.decisions, task.record
+    )  # fmt: skip
     own, steps = result.run, [step for timeline in timelines for step in timeline.steps()]
     record = replace(
         told, label=side.label, mode=own.mode, policy=side.policy, model=own.model, requests=own.requests,
@@ -215,11 +220,14 @@ class Study:
             max_concurrency=concurrency, seed=options.seed, repetition=repetition,
             num_warmups=options.arrivals.num_warmups,
         )  # fmt: skip
-        decisions = ""
+        decisions = record = ""
         if options.decision_dir:
-            side = LETTERS[number] if len(options.sides) > 1 else ""
-            decisions = str(Path(options.decision_dir, side, run_name(repetition, concurrency)))
-        return Task(options.sides[number], number, items, settings, told, decisions)
+            letter = LETTERS[number] if len(options.sides) > 1 else ""
+            decisions = str(Path(options.decision_dir, letter, run_name(repetition, concurrency)))
+        if options.record and not repetition and not options.trials.find_goodput:
+            users = f"concurrency-{concurrency}" if concurrency else ""
+            record = str(Path(options.record, users, LETTERS[number]))
+        return Task(options.sides[number], number, items, settings, told, decisions, record)
 
     def runs(self, rate: float, concurrency: int | None, title: str = "") -> list[list[Done]]:
         """All repetitions of all sides."""
@@ -333,13 +341,15 @@ def run(options: SimOptions) -> int:
     for side in options.sides:
         roles = {name: (group.role, side.cluster.options(group.role)) for name, group in side.cluster.workers()}
         rehearse(side.policy, roles)
-    study = Study(options, console)
     devices = {group.device for side in options.sides for group in side.cluster.groups}
     profiles = sorted(device for device in devices if device.endswith(SUFFIXES))
     files = Files([side.policy for side in options.sides], options.workload.dataset_path, profiles)
-    _announce(study)
     directory = new_directory(options.report)
     try:
+        if options.record == IN_RUN:
+            options = replace(options, record=str(directory / RECORD))
+        study = Study(options, console)
+        _announce(study)
         if options.trials.find_goodput:
             result = study.goodput()
         elif options.arrivals.max_concurrency:
@@ -352,8 +362,7 @@ def run(options: SimOptions) -> int:
             write_events(directory / "trace.json", itertools.chain.from_iterable(study.traces.values()))
         write_html(directory)
     finally:
-        with suppress(OSError):
-            directory.rmdir()  # where nothing came of it it is empty
+        remove_if_empty(directory)
     steps, events, took = study.totals
     console.print(
         f"{steps:,} steps in {events:,} events, {took:.1f} s of simulation ({events / max(took, 1e-9):,.0f} events/s)",
@@ -389,6 +398,8 @@ def read_options(flags: Mapping[str, Any], load: tuple[Workload, Arrivals, Trial
         prefix_caching=not flags["no_prefix_caching"], granularity=flags["transfer_granularity"], wire=wire,
         prefill=parse_options("prefill", flags["prefill"]), decode=parse_options("decode", flags["decode"]),
     )  # fmt: skip
+    if flags["record"] and load[2].find_goodput:
+        raise ValueError("--record is for runs at a given load, and --find-goodput tries many")
     if flags["compare"] and flags["policy"]:
         raise ValueError("--policy is of one side: with --compare, name it in each side's place")
     if flags["log_decisions"] and load[2].find_goodput:
@@ -401,4 +412,5 @@ def read_options(flags: Mapping[str, Any], load: tuple[Workload, Arrivals, Trial
         sides=sides, workload=load[0], arrivals=load[1], trials=load[2], report=load[3], seed=flags["seed"],
         predictor=flags["predict_lengths"], jobs=flags["jobs"], time_limit=flags["time_limit"],
         decision_dir=str(flags["log_decisions"].resolve()) if flags["log_decisions"] else "",
+        record=str(flags["record"] or ""),
     )  # fmt: skip

@@ -14,6 +14,7 @@ from minidisagg.core.router import RouterSpec
 from minidisagg.core.tracked import Emit, StageTimes
 from minidisagg.sim.cost_model import Chaos, Costs, LinearCost
 from minidisagg.sim.devices import TimingOnly
+from minidisagg.sim.recording import Recording
 
 # Messages that change nothing of what is computed next where only decodes run, and that no hook of a policy sees.
 UNHEEDED = KVPiece, KVBusy, KVWait, KVGrant, KVAck
@@ -84,3 +85,4 @@ class World:
     tokens: bool = True  # compute them, by a hash chain
     equal_steps: bool = True  # take them at once, where no tokens are computed
     restart_after: float = 0.5  # seconds
+    record: Recording | None = None  # keep the inputs of the router and all workers
