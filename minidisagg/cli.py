@@ -43,6 +43,7 @@ from minidisagg.options import (
     sampling_options,
     stack,
 )
+from minidisagg.replay.command import replay
 from minidisagg.simulate_options import SIMULATED, simulate_options
 from minidisagg.terminal import show_what_it_can
 
@@ -98,6 +99,9 @@ def cli(ctx: click.Context) -> None:
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
+
+
+cli.add_command(replay)
 
 
 @cli.command()

@@ -14,7 +14,7 @@ MAX_LINES = 450  # of one file: it reads from top to bottom
 LIMITS = {
     ("core", "runtime", "transfer", "store"): 68_000,
     ("server", "measure", "monitor"): 62_000,
-    (): 200_000,  # the package
+    (): 208_000,  # the package
 }
 UNSAFE_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "shelve", "marshal"}
 

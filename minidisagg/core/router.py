@@ -281,7 +281,8 @@ class Router:
         self.cluster.charge(request)
         self._bind(request, placement.decode or "")
         request.workers.append(placement.prefill)
-        spec = replace(request.spec, emitted=list(request.emitted), cohort=request.cohort)
+        hints = dict(request.spec.hints)  # as they are now, where nothing is encoded on the way too
+        spec = replace(request.spec, emitted=list(request.emitted), cohort=request.cohort, hints=hints)
         decode = "" if placement.decode == placement.prefill else placement.decode or ""
         hold = placement.decode is None
         self._send(placement.prefill, Submit(request.request_id, request.incarnation, spec, decode, hold))

@@ -16,7 +16,7 @@ from minidisagg.core.checked import Checked, PolicyError
 from minidisagg.core.costs import StepCosts, StepLearner
 from minidisagg.core.messages import KVOffer, Role
 from minidisagg.core.plan import PlanItem, SeqInit
-from minidisagg.core.policy import Policy, Stage, WorkerOptions
+from minidisagg.core.policy import Policy, Stage, WorkerOptions, WorkerView
 from minidisagg.core.request import Request, State, Work, request_of
 from minidisagg.core.spec import EngineSpec
 
@@ -77,6 +77,12 @@ class View:
     def costs(self) -> StepCosts:
         """What its steps have taken."""
         return self._scheduler.learner.costs
+
+
+def scheduler_of(view: WorkerView) -> Scheduler:
+    """The mechanism's way back."""
+    assert isinstance(view, View)
+    return view._scheduler
 
 
 class Scheduler:
@@ -344,7 +350,7 @@ class BatchBuilder:
 
     def __init__(self, scheduler: Scheduler, cohort: int = 0) -> None:
         """Of requests of this cohort only, so that a step that fails accuses nobody else."""
-        self._scheduler, self._cohort = scheduler, cohort
+        self._scheduler, self.cohort = scheduler, cohort
         self.tokens_left = scheduler.options.max_num_batched_tokens
         self.seqs_left = scheduler.options.max_num_seqs
         # stable while requests are added and preempted
@@ -359,7 +365,7 @@ class BatchBuilder:
     def _mine(self, queue: list[Request]) -> Sequence[Work]:
         if not self._scheduler.cohorts:
             return tuple(request.view for request in queue)
-        return tuple(request.view for request in queue if request.cohort == self._cohort)
+        return tuple(request.view for request in queue if request.cohort == self.cohort)
 
     @property
     def empty(self) -> bool:
@@ -374,7 +380,7 @@ class BatchBuilder:
         request = request_of(work)
         if not self.seqs_left or not self.tokens_left or request in self.members or (limit is not None and limit <= 0):
             return 0
-        if request.cohort != self._cohort:
+        if request.cohort != self.cohort:
             return 0
         if request.state is State.QUEUED:
             if not self._scheduler.admit(request):

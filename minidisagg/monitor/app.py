@@ -17,14 +17,12 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from contextlib import ExitStack
-from enum import Enum
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 from urllib.parse import urlsplit
 
 import aiohttp
 from msgspec import Struct
-from prompt_toolkit.input import Input, create_input
 from rich.console import Console
 from rich.live import Live
 
@@ -33,6 +31,7 @@ from minidisagg.admin_schema import Snapshot
 from minidisagg.formats import VersionError
 from minidisagg.monitor.keys import Action, Post, SetLoad, Ui, press
 from minidisagg.monitor.load import DemoLoad
+from minidisagg.monitor.reader import reading_keys
 from minidisagg.monitor.state import State, decode
 from minidisagg.monitor.view import frame
 
@@ -43,7 +42,6 @@ BACKOFF = 0.25, 2.0  # seconds before the first and the later attempts to reconn
 KEPT_BYTES = 16 << 20  # of events, for `s`
 MAX_EVENT = 16 << 20  # bytes
 MAX_PAUSE = 5.0  # seconds between two events of a replay
-ESCAPE = 0.05  # seconds after which an escape is the key, not the start of a sequence
 STATUS = 5.0  # seconds for which the footer says what happened
 
 
@@ -148,14 +146,14 @@ class Monitor:
             await self._get("/admin/state")  # early and in one line, before the screen is taken
         # COLUMNS and LINES, where a shell has exported them, are true until the first change of size.
         console = Console(_environ={**os.environ, "COLUMNS": "", "LINES": ""})
-        loop, source = asyncio.get_running_loop(), create_input(sys.stdin)
+        loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self._quit.set)
         loop.add_signal_handler(signal.SIGWINCH, self._changed.set)
         if self.options.demo_load is not None:
             self._set_load(self.options.demo_load)
         screen = Live(console=console, screen=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
-        with source.raw_mode(), source.attach(lambda: self._on_input(source, loop)), screen:
+        with reading_keys(self._on_key, self._quit.set), screen:
             work: list[Coroutine[Any, Any, Any]] = [self._quit.wait(), self._follow(), self._paint(console, screen)]
             tasks = [asyncio.create_task(one) for one in work]
             try:
@@ -257,19 +255,10 @@ class Monitor:
 
     # ------------------------------------------------------------ keys
 
-    def _on_input(self, source: Input, loop: asyncio.AbstractEventLoop) -> None:
-        keys = source.read_keys()
-        if source.closed:
-            self._quit.set()
-        loop.call_later(ESCAPE, lambda: self._on_keys(source.flush_keys()))
-        self._on_keys(keys)
-
-    def _on_keys(self, keys: list[Any]) -> None:
-        for key in keys:
-            name = key.key.value if isinstance(key.key, Enum) else key.key
-            if (action := press(self.ui, name, self.state)) is not None:
-                self._act(action)
-            self._changed.set()
+    def _on_key(self, key: str) -> None:
+        if (action := press(self.ui, key, self.state)) is not None:
+            self._act(action)
+        self._changed.set()
 
     def _act(self, action: Action) -> None:
         if action == "quit":

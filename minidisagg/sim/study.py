@@ -220,13 +220,12 @@ class Study:
             max_concurrency=concurrency, seed=options.seed, repetition=repetition,
             num_warmups=options.arrivals.num_warmups,
         )  # fmt: skip
-        decisions = record = ""
+        letter, decisions, record = LETTERS[number] if len(options.sides) > 1 else "", "", ""
         if options.decision_dir:
-            letter = LETTERS[number] if len(options.sides) > 1 else ""
             decisions = str(Path(options.decision_dir, letter, run_name(repetition, concurrency)))
         if options.record and not repetition and not options.trials.find_goodput:
             users = f"concurrency-{concurrency}" if concurrency else ""
-            record = str(Path(options.record, users, LETTERS[number]))
+            record = str(Path(options.record, users, letter))
         return Task(options.sides[number], number, items, settings, told, decisions, record)
 
     def runs(self, rate: float, concurrency: int | None, title: str = "") -> list[list[Done]]:
