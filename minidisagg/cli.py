@@ -201,18 +201,25 @@ def _read_slo(flags: dict[str, Any]) -> dict[str, float]:
 @click.option("--drain-timeout", type=FiniteRange(min=0), default=30.0, show_default=True,
               help="Seconds that requests have to end after SIGTERM.")  # fmt: skip
 @click.option("--verbose", "-v", is_flag=True, help="A log line for each request.")
+@click.option(
+    "--watch",
+    "watched",
+    is_flag=True,
+    help="Take the policy's file again when it is saved, while requests run; what fails changes nothing.",
+)
 @click.option("--monitor", "with_monitor", is_flag=True,
               help="The full-screen monitor on this terminal; where no number is given, over two workers.")  # fmt: skip
 @stack(watch_options)
 @click.option("--beside", is_flag=True, hidden=True)  # a monitor has started this process, with its own command line
 @engine_options
-def serve(model: str, mode: str, verbose: bool, with_monitor: bool, beside: bool, **flags: Any) -> None:
+def serve(model: str, mode: str, verbose: bool, watched: bool, with_monitor: bool, beside: bool, **flags: Any) -> None:
     """Serve the model over HTTP, as OpenAI's clients expect it.
 
     \b
     minidisagg serve
     minidisagg serve --mode disagg --prefill chunk=256 --link shm
     minidisagg serve --monitor --demo-load    # m: disaggregated or colocated, while requests run
+    minidisagg serve --mode disagg --policy ./mine.py:Mine --watch
     minidisagg serve --host 0.0.0.0 --api-key "$KEY" --port 8080
     curl localhost:8000/v1/completions -d '{"prompt": "The sea is", "max_tokens": 16}'
     """
@@ -223,6 +230,8 @@ def serve(model: str, mode: str, verbose: bool, with_monitor: bool, beside: bool
     engine = read_engine(model, flags, mode, one_worker=not with_monitor)  # with two, `m` has something to switch
     if (demo_load is not None or slo) and not with_monitor:
         raise ValueError("--demo-load and --goodput need --monitor")
+    if watched and ".py:" not in engine.cluster.policy:
+        raise ValueError("--watch needs a policy from a file: --policy ./mine.py:Mine")
     if beside:
         own["drain_timeout"] = 0.0  # whoever watches has seen enough
     elif with_monitor:
@@ -235,7 +244,7 @@ def serve(model: str, mode: str, verbose: bool, with_monitor: bool, beside: bool
     from minidisagg.server.app import ServerSettings
     from minidisagg.server.run import serve as run_server
 
-    run_server(engine, ServerSettings(**own, served_name=served_name), limits, verbose)
+    run_server(engine, ServerSettings(**own, served_name=served_name), limits, verbose, watched)
 
 
 @cli.command(cls=SpreadCommand)

@@ -327,8 +327,7 @@ def test_generate_is_the_same_in_both_modes(env: dict[str, str], tmp_path: Path)
         answers.append([line["token_ids"] for line in lines])
     assert answers[0] == answers[1]
     assert all(path.stat().st_size > 0 for path in logs.iterdir())
-    names = ("prefill-0", "decode-0", "router")
-    assert {path.name for path in logs.iterdir()} == {f"{name}.1.inputs" for name in names}
+    assert {path.name for path in logs.iterdir()} == {f"{who}.1.inputs" for who in ("prefill-0", "decode-0", "router")}
 
 
 def test_chat_reads_lines_from_a_pipe(env: dict[str, str], temp: Path) -> None:

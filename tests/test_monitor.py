@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import gzip
 import io
 import json
 import os
-import pty
 import random
 import re
-import select
 import signal
 import socket
-import struct
-import subprocess
-import sys
-import termios
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -29,13 +22,13 @@ from typing import Any
 
 import aiohttp
 import msgspec
-import pyte
 import pytest
 from cluster import needs_two_cores
 from fake_engine import fake_engine
 from rich.cells import cell_len
 from rich.console import Console
 from serving import Serving, serving
+from terminals import ROOT, Terminal, terminal
 
 from minidisagg.admin_schema import (
     STAGES,
@@ -60,11 +53,9 @@ from minidisagg.monitor.state import BUCKET, DEFAULT_SLO, NOTHING, SPAN, State, 
 from minidisagg.monitor.view import frame
 from minidisagg.server.history import Recent
 
-ROOT = Path(__file__).parent.parent
 RECORDED = ROOT / "docs/data/monitor.jsonl.gz"
 SIZES = ((80, 24), (120, 40), (200, 60), (40, 12), (20, 4))
 SLO = {"ttft": 100.0, "tpot": 5.0}
-MONITOR = ("-m", "minidisagg", "monitor")
 
 
 def a_step(seq: int, clock: float, worker: str, seconds: float, prefill_tokens: int, decode_tokens: int) -> StepRecord:
@@ -594,82 +585,6 @@ def test_demo_load_sends_at_its_rate(served: Serving) -> None:
 
 
 # ---------------------------------------------------------------- the program
-
-
-class Terminal:
-    """A command that monitors in a pseudo-terminal, under a shell that has exported its first size."""
-
-    def __init__(self, command: Sequence[str], cwd: Path, width: int = 120, height: int = 40) -> None:
-        self.master, self.slave = pty.openpty()
-        self.before = termios.tcgetattr(self.slave)
-        self.screen, self.raw = pyte.Screen(width, height), b""
-        self.stream = pyte.ByteStream(self.screen)
-        self.resize(width, height, tell=False)
-        env = os.environ | {"TERM": "xterm-256color", "PYTHONPATH": str(ROOT), "COLUMNS": "60", "LINES": "18"}
-        env["TMPDIR"] = str(cwd)  # what a killed one leaves goes with it
-        self.process = subprocess.Popen(
-            [sys.executable, *command], stdin=self.slave, stdout=self.slave, stderr=self.slave, cwd=cwd, env=env,
-            start_new_session=True,
-        )  # fmt: skip
-
-    def resize(self, width: int, height: int, tell: bool = True) -> None:
-        fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
-        self.screen.resize(height, width)
-        if tell:
-            self.process.send_signal(signal.SIGWINCH)
-
-    def read(self, seconds: float) -> None:
-        while select.select([self.master], [], [], seconds)[0]:
-            data = os.read(self.master, 1 << 16)
-            self.raw += data
-            self.stream.feed(data)
-            seconds = 0.0
-
-    def press(self, keys: str, wanted: str = "") -> None:
-        os.write(self.master, keys.encode())
-        if wanted:
-            self.wait(wanted)
-
-    def wait(self, pattern: str, seconds: float = 60.0) -> None:
-        """Until the screen shows it."""
-        end = time.monotonic() + seconds
-        while not re.search(pattern, self.text):
-            assert time.monotonic() < end, f"no {pattern!r} in:\n{self.text}"
-            self.read(0.05)
-
-    @property
-    def text(self) -> str:
-        return "\n".join(self.screen.display)
-
-    def ended(self) -> int:
-        """The exit code; the terminal must be as before."""
-        end = time.monotonic() + 30
-        while self.process.poll() is None:
-            assert time.monotonic() < end, f"it does not end:\n{self.text}"
-            self.read(0.05)
-        self.read(0.05)
-        assert termios.tcgetattr(self.slave) == self.before
-        assert self.raw.rfind(b"\x1b[?1049l") > self.raw.rfind(b"\x1b[?1049h") >= 0  # the alternate screen is left
-        assert self.raw.rfind(b"\x1b[?25h") > self.raw.rfind(b"\x1b[?25l") >= 0  # the cursor is shown
-        return self.process.returncode
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
-        os.close(self.master)
-        os.close(self.slave)
-
-
-@contextlib.contextmanager
-def terminal(
-    *args: str | Path, cwd: Path, width: int = 120, height: int = 40, program: Sequence[str] = MONITOR
-) -> Iterator[Terminal]:
-    opened = Terminal([*program, *map(str, args)], cwd, width, height)
-    try:
-        yield opened
-    finally:
-        opened.close()
 
 
 def test_every_key(served: Serving, tmp_path: Path) -> None:

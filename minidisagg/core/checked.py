@@ -46,6 +46,7 @@ class Checked(Policy):
     def __init__(self, policy: Policy) -> None:
         self.asks = policy
         self.name = policy_name(policy)
+        self.error: PolicyError | None = None  # the last one
         self._first_key: dict[Stage, Any] = {}
 
     @property
@@ -107,7 +108,7 @@ class Checked(Policy):
 
     def incomparable(self, error: TypeError) -> PolicyError:
         """Two keys of `order`, each of them in order, that cannot be sorted together."""
-        return PolicyError(f"policy {self.name}: order answers keys that cannot be compared: {error}")
+        return self._error("order", f"answers keys that cannot be compared: {error}")
 
     def _ask(self, hook: str, ask: Callable[[], A]) -> A:
         try:
@@ -116,7 +117,7 @@ class Checked(Policy):
             raise  # `compose` causes `evict` to be asked, and whatever the mechanism has to say
         except (Exception, SystemExit) as error:
             what = f"{type(error).__name__}: {error}".partition("\n")[0]
-            raise PolicyError(f"policy {self.name}: {hook} raised {what}") from error
+            raise self._error(hook, f"raised {what}") from error
 
     def _rejection(self, hook: str, answer: object, wanted: str) -> Reject:
         if not isinstance(answer, Reject):
@@ -139,9 +140,12 @@ class Checked(Policy):
             self._fail(hook, f"named the worker {worker!r}; there are {', '.join(workers)}")
 
     def _fail(self, hook: str, what: str) -> NoReturn:
-        error = PolicyError(f"policy {self.name}: {hook} {what}")
-        error.hook = hook
-        raise error
+        raise self._error(hook, what)
+
+    def _error(self, hook: str, what: str) -> PolicyError:
+        self.error = PolicyError(f"policy {self.name}: {hook} {what}")
+        self.error.hook = hook
+        return self.error
 
 
 def policy_name(policy: Policy) -> str:

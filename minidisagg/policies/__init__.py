@@ -83,8 +83,8 @@ def rehearse(spec: str, workers: rehearsal.Workers) -> None:
     try:
         rehearsal.rehearse(partial(load_policy, spec), workers)
     except PolicyError as error:
-        path = spec.partition(":")[0]
-        line = _line(error, path) or _line_of_hook(spec, error.hook, path)
+        path, hook = spec.partition(":")[0], error.hook or getattr(error.__cause__, "hook", "")
+        line = _line(error, path) or _line_of_hook(spec, hook, path)
         raise ValueError(f"{error} ({path}, line {line})" if line else str(error)) from error
 
 

@@ -171,12 +171,12 @@ class Run:
 
     def __init__(self, record: Record, ask: str) -> None:
         """Raises `ValueError` and `OSError`; what a policy does wrong when it is asked is in `lanes` and `notes`."""
-        self.name, self.ask = record.name, ask
+        self.name, self.ask, self._other_name = record.name, shown(ask), ask
         self.policies = list[str]()  # that were recorded
         self.lanes = list[Lane]()
         self.notes = Notes()
         self.began = 0.0
-        self._load(ask)
+        self._other()
         workers = record.workers
         if record.router is not None:
             heard = self._router(record.router)
@@ -216,9 +216,9 @@ class Run:
 
     # ------------------------------------------------------------ the two kinds of logs
 
-    def _load(self, ask: str) -> Policy | None:
+    def _other(self) -> Policy | None:
         """Of the router and of each worker an instance of its own, as in a run."""
-        return load_policy(ask) if ask else None
+        return load_policy(self._other_name) if self._other_name else None
 
     def _recorded(self, asker: Asker) -> Callable[[str], Policy]:
         def load(name: str) -> Policy:
@@ -230,7 +230,7 @@ class Run:
 
     def _router(self, path: Path) -> list[tuple[str, int]]:
         """Returns the workers that it heard of, and their epochs."""
-        heard, lane, asker = list[tuple[str, int]](), Lane(ROUTER), Asker(ROUTER, self._load(self.ask), self.notes)
+        heard, lane, asker = list[tuple[str, int]](), Lane(ROUTER), Asker(ROUTER, self._other(), self.notes)
         self.lanes.append(lane)
         load = self._recorded(asker)
         with path.open("rb") as log:
@@ -267,10 +267,11 @@ class Run:
         lane.steps.append(step)
 
     def _worker(self, name: str, epoch: int, path: Path) -> None:
-        lane = next((lane for lane in self.lanes if lane.name == name), None)
+        lane, again = next((lane for lane in self.lanes if lane.name == name), None), f", epoch {epoch}"
         if lane is None:
             self.lanes.append(lane := Lane(name))
-        asker = Asker(name, self._load(self.ask), self.notes)
+            again = ""
+        asker = Asker(name, self._other(), self.notes)
         with path.open("rb") as log:
             spec, entries = read_entries(log)
             core = EngineCore(spec, self._recorded(asker))
@@ -296,7 +297,7 @@ class Run:
                     lane.plans += plan is not None
                     lane.wrong += as_recorded(plan) != recorded
                 if plan is not None:
-                    step = flying[plan.step_id] = _worker_step(core, plan, now - self.began, epoch)
+                    step = flying[plan.step_id] = _worker_step(core, plan, now - self.began, again)
                     step.events = [*events, *asker.take_decisions()]
                     step.differences = asker.take_differences()
                     lane.steps.append(step)
@@ -317,7 +318,7 @@ def _first_time(path: Path) -> float:
 # ---------------------------------------------------------------- what is kept of a step
 
 
-def _worker_step(core: EngineCore, plan: StepPlan, time: float, epoch: int) -> WorkerStep:
+def _worker_step(core: EngineCore, plan: StepPlan, time: float, epoch: str) -> WorkerStep:
     chunks, decode = list[Chunk](), list[str]()
     for item in plan.items:
         request = core.requests[item.request_id, item.incarnation]
@@ -331,10 +332,9 @@ def _worker_step(core: EngineCore, plan: StepPlan, time: float, epoch: int) -> W
     receiving = [
         Moving(key[0], one.source, one.posted, one.posted - one.arrived) for key, one in core.receiver.transfers.items()
     ]
-    title = f"step {plan.step_id} of {scheduler.policy.name}" + (f", epoch {epoch}" if epoch > 1 else "")
     return WorkerStep(
         time,
-        title,
+        f"step {plan.step_id} of {scheduler.policy.name}{epoch}",
         prefill=tuple(chunks),
         decode=tuple(decode),
         waiting=len(scheduler.waiting),

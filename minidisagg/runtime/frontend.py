@@ -95,8 +95,8 @@ class Frontend(Operations):
         self.run = run
         self.loop = asyncio.get_running_loop()
         self._limits = router
-        self._roles = {name: (role, settings.options()) for name, role, settings in cluster.roles()}
-        rehearse(cluster.policy, self._roles)
+        self.roles = {name: (role, settings.options()) for name, role, settings in cluster.roles()}
+        rehearse(cluster.policy, self.roles)
         self._routers = 0  # that there have been
         self._log: BinaryIO | None = None  # of this one's inputs
         self.router = self._make_router()
@@ -279,7 +279,7 @@ class Frontend(Operations):
         cluster = msgspec.structs.replace(cluster, policy=pinned(cluster.policy))
         rehearse(cluster.policy, roles_by_name)
         await self._all_up()
-        self.cluster, self.run, self._roles = cluster, run, roles_by_name
+        self.cluster, self.run, self.roles = cluster, run, roles_by_name
         self.router = self._make_router()  # a new one has no estimates, and takes no news of the epochs before
         for name, config in self.supervisor.reconfigure(cluster, run).items():
             if name in self.channels:  # else its process is dead, and the next one is started so
@@ -356,7 +356,7 @@ class Frontend(Operations):
                     self.supervisor.greeted.add((envelope.source, envelope.epoch))
                     self.channels[envelope.source] = channel
                     self.greetings[envelope.source] = envelope.body
-                    self._event(f"{envelope.source} is up, epoch {envelope.epoch}")
+                    self.tell(f"{envelope.source} is up, epoch {envelope.epoch}")
                 elif isinstance(envelope.body, Fatal) and envelope.source not in self.channels:
                     self.error = f"{envelope.source}: {envelope.body.reason}"
                     self._ready.set()
@@ -387,7 +387,7 @@ class Frontend(Operations):
             self._ready.set()
         self.channels.pop(name, None)
         self.restarted.append((time.monotonic(), name))
-        self._event(f"{name} is down, epoch {epoch}")
+        self.tell(f"{name} is down, epoch {epoch}")
         try:
             self.router.on_worker_down(name, epoch, time.monotonic(), suspects)
             self._drain()
@@ -416,7 +416,7 @@ class Frontend(Operations):
         for request_id in list(self._callbacks):
             self._emit(Emit(request_id, finish="error", error=reason))
 
-    def _event(self, text: str) -> None:
+    def tell(self, text: str) -> None:
         logger.info("%s", text)
         for observer in self.observers:
             observer.on_event(text)

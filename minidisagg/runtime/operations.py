@@ -27,10 +27,10 @@ class Operations:
     supervisor: Supervisor
     loop: asyncio.AbstractEventLoop
     greetings: dict[str, Hello]
-    _roles: Mapping[str, tuple[Role, WorkerOptions]]
+    roles: Mapping[str, tuple[Role, WorkerOptions]]
     _tasks: set[asyncio.Task[None]]
 
-    def _event(self, text: str) -> None:
+    def tell(self, text: str) -> None:
         raise NotImplementedError
 
     def _drain(self) -> None:
@@ -102,16 +102,17 @@ class Operations:
 
     def pause(self, paused: bool) -> None:
         """New requests wait in the router, or go on."""
-        self._event("admission paused" if paused else "admission resumed")
+        self.tell("admission paused" if paused else "admission resumed")
         self.router.pause(paused, time.monotonic())
         self._drain()
 
-    def set_policy(self, spec: str) -> None:
-        """Change the scheduling policy everywhere. Raises `ValueError`."""
+    def set_policy(self, spec: str, rehearsed: bool = False) -> None:
+        """Change the scheduling policy everywhere; without a rehearsal where it has had one. Raises `ValueError`."""
         spec = pinned(spec)
-        rehearse(spec, self._roles)
+        if not rehearsed:
+            rehearse(spec, self.roles)
         self.router.set_policy(spec, make_policy(spec, ROUTER, self.run.decision_dir), time.monotonic())
-        self._event(f"policy {shown(spec)}")
+        self.tell(f"policy {shown(spec)}")
         self._drain()
 
     def set_role(self, worker: str, role: Role) -> None:
@@ -119,13 +120,13 @@ class Operations:
         if worker not in self.worker_names:
             raise KeyError(worker)
         self.router.set_role(RoleChange(worker, role), time.monotonic())
-        self._event(f"{worker} finishes, then becomes {role_name(role)}")
+        self.tell(f"{worker} finishes, then becomes {role_name(role)}")
         self._drain()
 
     def drain(self, worker: str) -> None:
         """The worker takes nothing new, until it is restarted. Raises `KeyError`."""
         self.router.drain(worker, time.monotonic())
-        self._event(f"{worker} drains")
+        self.tell(f"{worker} drains")
 
     def kill(self, worker: str) -> None:
         """SIGKILL; the supervisor starts it again under the next epoch. Raises `KeyError`."""

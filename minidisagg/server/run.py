@@ -17,13 +17,17 @@ from minidisagg.model.tokenizer import Tokenizer
 from minidisagg.options import Engine
 from minidisagg.runtime.frontend import Frontend
 from minidisagg.server.app import Server, ServerSettings, check_port, drain, listening
+from minidisagg.server.watch import watch
 from minidisagg.starting import StartBars
 
 
-def serve(engine: Engine, settings: ServerSettings, limits: tuple[int, int], verbose: bool) -> None:
+def serve(
+    engine: Engine, settings: ServerSettings, limits: tuple[int, int], verbose: bool, watched: bool = False
+) -> None:
     """Serve until SIGINT or SIGTERM: then no new requests, those that run may end, and a second signal does not wait.
 
-    `limits`: requests and prompt tokens that may wait. Raises `ValueError` and `StartError` in one line.
+    `limits`: requests and prompt tokens that may wait. `watched`: the policy's file is taken again when it is saved.
+    Raises `ValueError` and `StartError` in one line.
     """
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO,
@@ -31,7 +35,7 @@ def serve(engine: Engine, settings: ServerSettings, limits: tuple[int, int], ver
         stream=sys.stderr,
     )
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_serve(engine, settings, limits))
+        runner.run(_serve(engine, settings, limits, watched))
 
 
 def _loop_factory() -> type[asyncio.AbstractEventLoop] | None:
@@ -42,7 +46,7 @@ def _loop_factory() -> type[asyncio.AbstractEventLoop] | None:
     return uvloop.Loop
 
 
-async def _serve(engine: Engine, settings: ServerSettings, limits: tuple[int, int]) -> None:
+async def _serve(engine: Engine, settings: ServerSettings, limits: tuple[int, int], watched: bool) -> None:
     check_port(settings)  # before minutes of loading
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -58,10 +62,13 @@ async def _serve(engine: Engine, settings: ServerSettings, limits: tuple[int, in
         async with listening(server) as port:
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.add_signal_handler(number, stop.set)
+            watching = asyncio.create_task(watch(frontend, cluster.policy)) if watched else None
             gc.freeze()  # modules and tokenizer: a full collection of them would stop all streams for some 40 ms
             click.echo(f"serving on {server_url(settings.host, port)}/v1  (Ctrl-C stops)", err=True)
             await stop.wait()
             stop.clear()
+            if watching is not None:
+                watching.cancel()
             click.echo("no new requests; waiting for those that run (again: stop at once)", err=True)
             again = asyncio.create_task(stop.wait())
             ended = asyncio.create_task(drain(server))

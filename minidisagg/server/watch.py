@@ -1,0 +1,69 @@
+"""`serve --watch`: a policy's file is taken again when it is saved, while requests run.
+
+What is new is loaded and rehearsed in a process of its own first, which may fail, or never come back: `while
+batch.waiting` in a `compose` would else stop the server. A file that does not pass changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+import msgspec
+
+from minidisagg.core.rehearsal import Workers
+from minidisagg.policies import pinned
+from minidisagg.runtime.frontend import Frontend
+
+POLL = 0.5  # seconds; a file is read when it has stayed the same from one look to the next
+PATIENCE = 10.0  # seconds that loading and a rehearsal may take
+Signature = tuple[int, int, int]  # time, size and number of a file
+
+
+async def watch(frontend: Frontend, spec: str) -> None:
+    """Until it is cancelled. `spec`: FILE.py:CLASS, with its settings, as the front end was started with it."""
+    path, taken = Path(spec.partition(":")[0]), frontend.cluster.policy
+    read: Signature | None = None
+    known = _signature(path)
+    while True:
+        await asyncio.sleep(POLL)
+        before, known = known, _signature(path)
+        if known is None or known != before or known == read:  # gone for a moment, still being written, or read
+            continue
+        read = known
+        try:
+            source = pinned(spec)
+            if source == taken:
+                continue
+            taken = source
+            await check(source, frontend.roles)
+            frontend.set_policy(source, rehearsed=True)
+        except ValueError as error:
+            frontend.tell(f"{spec} is not taken, what was there stays: {error}")
+
+
+async def check(spec: str, workers: Workers) -> None:
+    """Load and rehearse in another process. Raises `ValueError` in one line."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "minidisagg.policies", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+    )
+    try:
+        async with asyncio.timeout(PATIENCE):
+            said, _ = await process.communicate(msgspec.json.encode((spec, workers)))
+    except TimeoutError:
+        raise ValueError(f"a rehearsal of it does not end within {PATIENCE:.0f} s") from None
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if process.returncode:
+        raise ValueError(said.decode(errors="replace").strip() or f"it ends its process ({process.returncode})")
+
+
+def _signature(path: Path) -> Signature | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size, status.st_ino
