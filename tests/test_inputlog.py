@@ -10,29 +10,38 @@ from typing import Any
 import pytest
 import simfuzz
 
-from minidisagg.core.inputlog import RecordingCore, read_entries, read_log, replay
+from minidisagg.core.engine import EngineCore
+from minidisagg.core.inputlog import RecordingCore, as_recorded, read_entries, read_log, replay
 from minidisagg.core.inputs import Received, Schedule, Tick
 from minidisagg.core.messages import ROUTER, Envelope, SetPolicy
 from minidisagg.core.policy import Policy
+from minidisagg.core.router import Router, RouterSpec
+from minidisagg.core.routerlog import RecordingRouter, checksum, feed, read_router
 from minidisagg.core.spec import EngineSpec
 from minidisagg.formats import VersionError
+from minidisagg.replay.asking import Asked, Asker, Notes
 from minidisagg.sim import simulator
 
 
 class Recorder:
-    """Has every engine of a simulation write a log."""
+    """Has the router and every engine of a simulation write a log."""
 
     def __init__(self) -> None:
         self.logs: list[io.BytesIO] = []
+        self.router = io.BytesIO()
 
     def __call__(self, spec: EngineSpec, load_policy: Callable[[str], Policy]) -> RecordingCore:
         self.logs.append(io.BytesIO())
         return RecordingCore(spec, load_policy, self.logs[-1])
 
+    def make_router(self, spec: RouterSpec, policy: Policy) -> RecordingRouter:
+        return RecordingRouter(spec, policy, "first", self.router)
+
 
 def record(seed: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Recorder, Any]:
     recorder = Recorder()
     monkeypatch.setattr(simulator, "EngineCore", recorder)
+    monkeypatch.setattr(simulator, "Router", recorder.make_router)
     sim = simfuzz.build(seed)
     assert not simfuzz.check(sim)
     return recorder, sim
@@ -48,6 +57,34 @@ def test_a_replay_gives_the_same_plans(seed: int, monkeypatch: pytest.MonkeyPatc
             assert recorded == replayed
             plans += recorded is not None
     assert plans > 20
+    recorder.router.seek(0)
+    head, entries = read_router(recorder.router)
+    router, sums = Router(head.spec, sim.make_policy()), []
+    for entry, recorded_sum in entries:
+        sums.append(checksum(feed(router, entry, lambda _: sim.make_policy())))
+        assert sums[-1] == recorded_sum, entry
+    assert len(set(sums)) > 10 and not router.requests
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_who_is_asked_beside_it_changes_nothing_and_is_of_its_own_mind(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one is another instance of the same policy: on the same state it decides the same, whatever happens."""
+    recorder, sim = record(seed, monkeypatch)
+    notes = Notes()
+    for log in recorder.logs:
+        log.seek(0)
+        spec, entries = read_entries(log)
+        asker = Asker(spec.name, sim.make_policy(), notes)
+        core = EngineCore(spec, lambda _, asker=asker: Asked(sim.make_policy(), asker))
+        asker.sent = core.sender.transfers
+        for entry, recorded in entries:
+            plan = core.on(entry.what, entry.now)
+            core.outbox.clear()
+            assert not isinstance(entry.what, Schedule) or as_recorded(plan) == recorded
+        assert asker.differences == []
+    assert notes.tallies["compose"].asked > 20 and notes.tallies["order"].asked > 5
 
 
 def test_another_policy_gives_other_plans(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,13 +52,18 @@ def test_a_predictor_says_how_long_outputs_will_be() -> None:
 def test_the_view_of_a_request_has_the_predictors_word_and_not_the_truth() -> None:
     seen = list[RequestView]()
     hand = Hand({"w": Role.BOTH}, predictor="oracle")
-    hand.router.policy.asks.admit = lambda request, cluster: seen.append(request)  # type: ignore[union-attr, return-value]
+
+    def admit(request: RequestView, cluster: ClusterView) -> None:
+        seen.append(request)
+        request.hints["x"] = 1
+
+    hand.router.policy.asks.admit = admit  # type: ignore[union-attr, assignment]
     spec = RequestSpec(prompt=[1] * 9, sampling=SamplingParams(max_tokens=64), ends_after=50, slo_ttft=0.5, session="s")
     hand.router.on_request("a", spec, hand.now)
     view = seen[0]
     assert (view.max_tokens, view.predicted_len, view.slo_ttft, view.slo_tpot) == (64, 50, 0.5, None)
     assert (view.session, view.prompt_len, view.num_output) == ("s", 9, 0)
-    view.hints["x"] = 1
+    view.hints["x"] = 2  # too late: the request is on its way
     sent = [effect[1] for effect in hand.take() if isinstance(effect, tuple)]
     assert [message.spec.hints for message in sent if isinstance(message, Submit)] == [{"x": 1}] and spec.hints == {}
     for name in ("priority", "max_tokens", "anything"):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import random
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from msgspec.structs import replace as replace_struct
 
 from minidisagg.core.blocks import IntegrityError
 from minidisagg.core.checked import Checked, PolicyError
+from minidisagg.core.handoff import Outgoing
 from minidisagg.core.plan import SeqKey
 from minidisagg.core.policy import (
     Batch,
@@ -78,7 +79,7 @@ class Asker:
         self.name = name
         self.other = None if other is None else Checked(other)
         self.notes = notes
-        self.sent: Container[SeqKey] = ()  # requests whose pages a link may read
+        self.sent: Mapping[SeqKey, Outgoing] = {}  # the worker's handoffs
         self.decisions: list[str] = []
         self.differences: list[Difference] = []
         self.keys: dict[tuple[SeqKey, Stage], Any] = {}  # of the other's `order`
@@ -145,40 +146,40 @@ class Asked(Policy):
     # ------------------------------------------------------------ the router's hooks
 
     def admit(self, request: RequestView, cluster: ClusterView) -> Reject | None:
-        other = self._routed("admit", request, cluster)
+        other = self._routed("admit", request, cluster, _verdict)
         answer = self.asks.admit(request, cluster)
-        self._noted("admit", request, cluster, _verdict(answer), _or_error(other, _verdict), told=answer is not None)
+        self._noted("admit", request, cluster, _verdict(answer), other, told=answer is not None)
         return answer
 
     def place(self, request: RequestView, cluster: ClusterView) -> Placement | Reject:
-        other = self._routed("place", request, cluster)
+        other = self._routed("place", request, cluster, _place)
         answer = self.asks.place(request, cluster)
-        self._noted("place", request, cluster, _place(answer), _or_error(other, _place), told=True)
+        self._noted("place", request, cluster, _place(answer), other, told=True)
         return answer
 
     def replace(self, request: RequestView, cluster: ClusterView) -> Placement | None:
         now = Placement(request.prefill, request.decode or None)
-        other = self._routed("replace", request, cluster, later=1)
-        answer = self.asks.replace(request, cluster)
-        stays = answer is None or answer == now
 
         def tell(one: Placement | None) -> str:
             return "stays" if one is None or one == now else _place(one)
 
-        self._noted("replace", request, cluster, tell(answer), _or_error(other, tell), told=not stays)
+        other = self._routed("replace", request, cluster, tell, later=1)
+        answer = self.asks.replace(request, cluster)
+        self._noted("replace", request, cluster, tell(answer), other, told=tell(answer) != "stays")
         return answer
 
     def rebalance(self, cluster: ClusterView) -> list[RoleChange]:
-        other = self._asker.ask(lambda policy: policy.rebalance(_copied_cluster(cluster)))
+        other = self._asker.ask(lambda policy: _changes(policy.rebalance(_copied_cluster(cluster)), cluster))
         answer = list(self.asks.rebalance(cluster))
         recorded = _changes(answer, cluster)
-        found = _or_error(other, lambda one: _changes(one, cluster))
-        self._asker.compare("rebalance", "the cluster", cluster.now, recorded, found, str)
+        self._asker.compare("rebalance", "the cluster", cluster.now, recorded, other, str)
         if answer:
             self._asker.decisions.append(f"rebalance: {recorded}")
         return answer
 
-    def _routed(self, hook: str, request: RequestView, cluster: ClusterView, later: int = 0) -> Any:
+    def _routed(
+        self, hook: str, request: RequestView, cluster: ClusterView, tell: Callable[[Any], str], later: int = 0
+    ) -> Any:
         """`later`: for which incarnation after this one its hints are."""
         tracked, notes = tracked_of(request), self._asker.notes
         if self._asker.other is None:
@@ -186,7 +187,7 @@ class Asked(Policy):
         hints = self._asker.hints.setdefault(request.request_id, dict(tracked.spec.hints))
         mine = copy.copy(tracked)
         mine.spec = replace_struct(tracked.spec, hints=hints)
-        answer = self._asker.ask(lambda policy: getattr(policy, hook)(mine.view, _copied_cluster(cluster)))
+        answer = self._asker.ask(lambda policy: tell(getattr(policy, hook)(mine.view, _copied_cluster(cluster))))
         notes.hints[request.request_id, tracked.incarnation + later] = dict(hints)
         return answer
 
@@ -239,12 +240,12 @@ class Asked(Policy):
     def evict(self, worker: WorkerView, candidates: Sequence[Work]) -> Victim | None:
         asker, scheduler = self._asker, scheduler_of(worker)
 
-        def question(policy: Checked) -> Victim | None:
-            return policy.evict(_Look(scheduler, asker), [self._copied(one).view for one in candidates])
+        def question(policy: Checked) -> str:
+            return _victim(policy.evict(_Look(scheduler, asker), [self._copied(one).view for one in candidates]))
 
         other = asker.ask(question)
         answer = self.asks.evict(worker, candidates)
-        asker.compare("evict", "a decode without a page", worker.now, _victim(answer), _or_error(other, _victim), str)
+        asker.compare("evict", "a decode without a page", worker.now, _victim(answer), other, str)
         asker.decisions.append(f"preempted {_victim(answer)}")
         return answer
 
@@ -327,7 +328,8 @@ def _step(scheduler: Scheduler, cohort: int, policy: Checked, asker: Asker) -> d
     def preempted(request: Request) -> None:
         mine.remove(request)
         request.state = State.DONE_INFLIGHT
-        if request.key not in asker.sent:
+        sent = asker.sent.get(request.key)
+        if sent is None or not (sent.stopping or sent.flying):  # else a link still reads from its pages
             mine.pool.drop(request.pages)
             request.pages = []
 
@@ -347,10 +349,6 @@ def _step(scheduler: Scheduler, cohort: int, policy: Checked, asker: Asker) -> d
 
 
 # ---------------------------------------------------------------- answers
-
-
-def _or_error(answer: Any, tell: Callable[[Any], Any]) -> Any:
-    return answer if isinstance(answer, PolicyError) else tell(answer)
 
 
 def _verdict(answer: Reject | None) -> str:

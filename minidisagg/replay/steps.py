@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -244,8 +244,8 @@ class Run:
                 try:
                     effects = feed(router, entry, load)
                 except Exception as error:
-                    lane.notes.append(self._ended(ROUTER, entry.now, error))
-                    return heard
+                    self._end(lane, entry.now, error, entries)
+                    break
                 lane.plans += recorded is not None
                 lane.wrong += recorded is not None and checksum(effects) != recorded
                 events = [*_router_input(what), *asker.take_decisions(), *_router_effects(effects)]
@@ -283,7 +283,7 @@ class Run:
                 try:
                     plan = core.on(what, now)
                 except Exception as error:
-                    lane.notes.append(self._ended(name, now, error))
+                    self._end(lane, now, error, entries)
                     break
                 told = [text for effect in drain(core.outbox) for text in _worker_effect(effect)]
                 if isinstance(what, StepDone) and (step := flying.pop(what.step_id, None)) is not None:
@@ -305,9 +305,11 @@ class Run:
             if events and lane.steps:
                 lane.steps[-1].events += events
 
-    def _ended(self, name: str, now: float, error: Exception) -> str:
+    def _end(self, lane: Lane, now: float, error: Exception, rest: Iterator[object]) -> None:
+        """Of what ended the recorded run, too, if that is where its log ends."""
+        lane.wrong += next(rest, None) is not None
         what = " ".join(f"{type(error).__name__}: {error}".split())
-        return f"{name} ends at {now - self.began:.3f} s in {what}"
+        lane.notes.append(f"{lane.name} ends at {now - self.began:.3f} s in {what}")
 
 
 def _first_time(path: Path) -> float:
