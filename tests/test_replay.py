@@ -2,38 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
-import io
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
-from click.testing import CliRunner
-from cluster import Load, assert_clean, cluster, greedy, needs_two_cores, prompts, settings
-from msgspec.structs import replace
-from rich.console import Console
-from terminals import terminal
 
-from minidisagg.cli import cli
-from minidisagg.config import RunSettings
-from minidisagg.core.blocks import PageState
-from minidisagg.core.effects import OpenLink, Send, StartPiece
+from minidisagg.core.effects import StartPiece
 from minidisagg.core.engine import EngineCore
-from minidisagg.core.inputlog import read_entries, replay
-from minidisagg.core.inputs import PieceDone, Received, Schedule, StepDone
-from minidisagg.core.messages import ROUTER, Envelope, KVGrant, KVOffer, RequestSpec, Role, SamplingParams, Submit
+from minidisagg.core.inputs import Received, Schedule, StepDone
+from minidisagg.core.messages import ROUTER, Envelope, KVGrant, RequestSpec, Role, SamplingParams, Submit
 from minidisagg.core.policy import Policy, WorkerOptions
 from minidisagg.core.spec import EngineSpec
-from minidisagg.policies import load_policy
 from minidisagg.replay.asking import Asked, Asker, Notes
-from minidisagg.replay.records import choose_record, find_records
-from minidisagg.replay.screen import Cursor, frame
-from minidisagg.replay.steps import Lane, Run, Step, WorkerStep
+from minidisagg.replay.records import find_records
+from minidisagg.replay.steps import Run
 from minidisagg.sim.machines import ClusterSpec, parse_cluster
 from minidisagg.sim.simulate import simulate
 from minidisagg.workload.lengths import WorkItem

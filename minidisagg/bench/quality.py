@@ -1,0 +1,229 @@
+"""`minidisagg bench --kv-quality`: what a codec saves on the wire, what it takes, and what it does to the answers.
+
+Each prompt is computed once. Then its greedy continuation is decoded over the KV as it is, and the same tokens over KV that has
+been through the codec and back, as after a handoff: all of the prompt's pages, none of the output's. Beside it stands the same
+KV rounded to bfloat16, which is what everybody's cache does to a model in float32.
+
+The same tokens are given to both, so that where the likeliest token first differs is where free decoding would have
+parted. The first output token comes from the prefill and is never touched.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+import torch
+from msgspec import Struct
+from rich import box
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from minidisagg.config import ModelSettings, WorkerSettings
+from minidisagg.core.plan import PlanItem
+from minidisagg.model.attention import build_batch
+from minidisagg.model.loader import load_config, load_weights
+from minidisagg.model.pull import ensure
+from minidisagg.model.tokenizer import Tokenizer
+from minidisagg.model.transformer import Transformer
+from minidisagg.runtime.kv_cache import KVCache
+from minidisagg.runtime.load import dtype_of
+from minidisagg.transfer.codec import codecs_for
+from minidisagg.transfer.rows import cache_rows
+from minidisagg.workload.lengths import text_items
+
+TOKENS = 32  # of each continuation
+PAGE = 32
+BATCH = 4  # prompts at a time
+LAYER_PROMPTS = 8  # of which each layer alone is put through the codec
+Through = Callable[[Tensor], None]  # changes cache rows [layers, 2, pages, words] as a handoff would
+
+
+class Way(Struct):
+    """One way for KV to be changed. Nats; shares of 1."""
+
+    name: str
+    kl: float = math.nan  # of the next token's distribution, mean over tokens and prompts
+    kl_p99: float = math.nan
+    same_tokens: float = math.nan  # that are the likeliest in both
+    same_texts: float = math.nan  # continuations without a difference
+    first_difference: float = math.nan  # mean number of tokens before it
+    layers: list[float] = []  # KL where only this layer is changed
+
+
+class Quality(Struct):
+    """What comes of it."""
+
+    model: str
+    dtype: str
+    codec: str
+    prompts: int
+    prompt_tokens: int
+    wire_share: float  # bytes on the wire, of the cache's own
+    wire_share_bfloat16: float  # of what bfloat16 would be
+    encode: float  # bytes of the cache a second, on this machine
+    decode: float
+    ways: list[Way]
+
+
+class Meter:
+    """One model and a cache for a few prompts."""
+
+    def __init__(self, model: str, dtype: torch.dtype, prompts: Sequence[list[int]]) -> None:
+        self.config = load_config(model)
+        self.model = Transformer(self.config, load_weights(model, self.config), dtype, torch.device("cpu"))
+        self.per = -(-(max(map(len, prompts)) + TOKENS) // PAGE)
+        self.cache = KVCache(self.config, BATCH * self.per, PAGE, dtype, torch.device("cpu"))
+        self.rows = cache_rows(self.cache.data)
+
+    @torch.inference_mode()
+    def step(self, prompts: Sequence[list[int]], start: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Compute these tokens of each prompt from `start` on; log-probabilities [prompts, vocabulary] of the next."""
+        items = [
+            PlanItem(str(i), 0, at, len(given), given, list(range(i * self.per, (i + 1) * self.per)), True, 0)
+            for i, (at, given) in enumerate(zip(start, tokens, strict=True))
+        ]
+        batch = build_batch(items, tokens, self.cache, self.model.dtype, torch.device("cpu"))
+        x_NE = self.model.hidden(batch, self.cache)
+        return self.model.logits(x_NE[batch.sample_rows_S], exact=True).log_softmax(-1)
+
+    def prefill(self, prompts: Sequence[list[int]]) -> list[int]:
+        """Each prompt's first token."""
+        self.cache.data.zero_()
+        return [
+            int(self.step_at(i, prompt).argmax(-1)) for i, prompt in enumerate(prompts)
+        ]
+
+    @torch.inference_mode()
+    def step_at(self, index: int, prompt: list[int]) -> Tensor:
+        """A whole prompt in its own pages."""
+        pages = list(range(index * self.per, (index + 1) * self.per))
+        items = [PlanItem(str(index), 0, 0, len(prompt), prompt, pages, True, 0)]
+        batch = build_batch(items, [prompt], self.cache, self.model.dtype, torch.device("cpu"))
+        return self.model.logits(self.model.hidden(batch, self.cache)[batch.sample_rows_S], exact=True)
+
+    def follow(self, prompts: Sequence[list[int]], outputs: list[list[int]], count: int) -> list[Tensor]:
+        """Log-probabilities after each of `count` tokens of the outputs; where those are too short, they grow."""
+        seen = []
+        for n in range(count):
+            starts = [len(prompt) + n for prompt in prompts]
+            seen.append(self.step(prompts, starts, [output[n : n + 1] for output in outputs]))
+            if len(outputs[0]) == n + 1:
+                for output, token in zip(outputs, seen[-1].argmax(-1).tolist(), strict=True):
+                    output.append(token)
+        return seen
+
+
+def divergence(exact: Tensor, other: Tensor) -> Tensor:
+    """KL(exact ‖ other) of each row, nats."""
+    return (exact.exp() * (exact - other)).sum(-1)
+
+
+def measure(model: str, dtype: torch.dtype, codec: str, prompts: Sequence[list[int]], show: bool = False) -> Quality:
+    """Raises `ValueError` where the cache of this model has no such codec."""
+    meter = Meter(model, dtype, prompts)
+    codecs, rows = codecs_for(meter.cache.data), meter.rows
+    if codec not in codecs:
+        raise ValueError(f"no codec {codec!r} for a cache of {dtype}; there are {', '.join(codecs)}")
+    ours, times = codecs[codec], ([0.0, 0.0])
+    passed = 0
+
+    def through(some: Tensor) -> None:
+        nonlocal passed
+        began = time.perf_counter()
+        room = torch.empty(*some.shape[:3], ours.row_bytes, dtype=torch.uint8).view(ours.word)
+        wire = ours.encode(some, room)
+        between = time.perf_counter()
+        ours.decode(wire, some)
+        times[0] += between - began
+        times[1] += time.perf_counter() - between
+        passed += some.nbytes
+
+    def rounded(some: Tensor) -> None:
+        values = some.view(dtype)
+        values.copy_(values.bfloat16())
+
+    ways: dict[str, Through] = {codec: through}
+    if dtype.itemsize > 2:
+        ways["bfloat16"] = rounded
+    found = {name: ([], [], []) for name in ways}  # type: dict[str, tuple[list[float], list[int], list[list[float]]]]
+    batches = [list(prompts[i : i + BATCH]) for i in range(0, len(prompts), BATCH)]
+    for number, batch in enumerate(track(batches, "prompts", disable=not show, transient=True)):
+        outputs = [[token] for token in meter.prefill(batch)]
+        before = rows.clone()
+        exact = meter.follow(batch, outputs, TOKENS - 1)
+        for name, change in ways.items():
+            divergences, firsts, layers = found[name]
+            rows.copy_(before)
+            change(rows)
+            same = torch.ones(len(batch), TOKENS - 1, dtype=torch.bool)
+            for n, (right, other) in enumerate(zip(exact, meter.follow(batch, outputs, TOKENS - 1), strict=True)):
+                divergences += divergence(right, other).tolist()
+                same[:, n] = right.argmax(-1) == other.argmax(-1)
+            firsts += [int(row.long().cumprod(0).sum()) for row in same]
+            if number < LAYER_PROMPTS // BATCH:
+                layers.append([])
+                for layer in range(len(rows)):
+                    rows.copy_(before)
+                    change(rows[layer : layer + 1])
+                    (other,) = meter.follow(batch, outputs, 1)
+                    layers[-1].append(float(divergence(exact[0], other).mean()))
+    result = [_way(name, *some) for name, some in found.items()]
+    itemsize = meter.cache.data.element_size()
+    share = ours.row_bytes / (rows.shape[-1] * rows.element_size())
+    return Quality(
+        model, str(dtype).removeprefix("torch."), codec, len(prompts), sum(map(len, prompts)), share,
+        share * itemsize / 2, passed / times[0], passed / times[1], result,
+    )  # fmt: skip
+
+
+def _way(name: str, divergences: list[float], firsts: list[int], layers: list[list[float]]) -> Way:
+    count = TOKENS - 1
+    alike = sum(first == count for first in firsts)
+    return Way(
+        name, statistics.mean(divergences), statistics.quantiles(divergences, n=100)[-1], math.nan, alike / len(firsts),
+        1 + statistics.mean(firsts), [statistics.mean(of) for of in zip(*layers, strict=True)],
+    )  # fmt: skip
+
+
+def table(quality: Quality) -> Table:
+    """For a person."""
+    out = Table(box=box.SIMPLE_HEAD, title=f"KV of {quality.model} in {quality.dtype}, {quality.prompts} prompts")
+    for name in ("", "KL, nats", "p99", f"same {TOKENS} tokens", "tokens before the first other", "worst layer, KL"):
+        out.add_column(name, justify="right" if name else "left")
+    for way in quality.ways:
+        worst = max(range(len(way.layers)), key=way.layers.__getitem__)
+        out.add_row(
+            way.name, f"{way.kl:.2e}", f"{way.kl_p99:.2e}", f"{way.same_texts:.1%}", f"{way.first_difference:.1f}",
+            f"{worst}: {way.layers[worst]:.1e}",
+        )  # fmt: skip
+    return out
+
+
+def run(model: ModelSettings, worker: WorkerSettings, codec: str, count: int, seed: int, directory: Path) -> int:
+    """Carry it out and leave quality.json; returns the exit status."""
+    console = Console()
+    ensure(model.model, lambda line: console.print(line, style="dim", highlight=False))
+    tokenizer = Tokenizer.load(model.model)
+    items = text_items(count, TOKENS, tokenizer.encode, seed)
+    prompts = [item.prompt for item in items if item.prompt]
+    dtype = dtype_of(worker, load_config(model.model))
+    quality = measure(model.model, dtype, codec, prompts, console.is_terminal)
+    console.print(table(quality))
+    console.print(
+        f"{codec}: {quality.wire_share:.3f} of the bytes, {quality.wire_share_bfloat16:.3f} of bfloat16's; "
+        f"encodes {quality.encode / 1e9:.2f} GB/s, decodes {quality.decode / 1e9:.2f} GB/s on one thread's share",
+        highlight=False,
+    )
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "quality.json"
+    path.write_text(json.dumps(msgspec.to_builtins(quality), indent=1))
+    console.print(f"report: {path}", highlight=False)
+    return 0
