@@ -19,9 +19,6 @@ from msgspec.structs import asdict, replace
 from minidisagg import __version__
 from minidisagg.address import bare
 from minidisagg.bench.settings import (
-    PRESETS as BENCH_PRESETS,
-)
-from minidisagg.bench.settings import (
     BenchOptions,
     ServerAddress,
     compared_sides,
@@ -29,9 +26,11 @@ from minidisagg.bench.settings import (
     parse_base_url,
     parse_share,
 )
+from minidisagg.bench_options import QUALITY_PROMPTS, bench_options
 from minidisagg.config import DEFAULT_MODEL, MODES, ClusterSettings, ModelSettings, RunSettings
 from minidisagg.load_options import Load, SpreadCommand, given_flags, load_options, read_load
 from minidisagg.measure.goodput import parse_slo
+from minidisagg.measure.settings import ReportSettings
 from minidisagg.options import (
     FiniteRange,
     engine_options,
@@ -275,40 +274,6 @@ def monitor(url: str, **flags: Any) -> None:
 # ---------------------------------------------------------------- bench
 
 
-def _use_preset(ctx: click.Context, _: click.Parameter, name: str | None) -> str:
-    """An eager option: the preset's values become the defaults of the options after it."""
-    ctx.default_map = {**(ctx.default_map or {}), **BENCH_PRESETS.get(name or "", {})}
-    return name or ""
-
-
-# fmt: off
-bench_options = stack(
-    [
-        click.option("--mode", type=click.Choice([*MODES, "both"]), default="both", show_default=True,
-                     help="What to measure; both is disagg against colocated, on as many workers."),
-        click.option("--against", default="", metavar="MODE[:POLICY]", help="Compare --mode with this baseline."),
-        click.option("--compare", default="", metavar="SIDE,SIDE,…",
-                     help="Any number of sides, in place of --mode and --against: MODE, POLICY or MODE:POLICY each, "
-                          "the baseline first."),
-        click.option("--baseline", default="", metavar="KEY=VAL,…",
-                     help="In what the baseline differs: keys of --decode, link, transfer_granularity."),
-        click.option("--plant-slowdown", default="0", metavar="SHARE",
-                     help="Make each step of the side that is not the baseline longer by this share of its time, as "
-                          "15%: a control that must be noticed."),
-        click.option("--base-url", default="", metavar="URL",
-                     help="Measure an OpenAI-compatible server that runs already; MODEL is then its model's name."),
-        click.option("--api-key", default="", envvar="OPENAI_API_KEY", show_envvar=True, metavar="KEY",
-                     help="Of that server."),
-        click.option("--tokenizer", default="", metavar="MODEL",
-                     help="Where random prompts get their token ids from.  [default: the server's model]"),
-        click.option("--preset", type=click.Choice(list(BENCH_PRESETS)), is_eager=True, callback=_use_preset,
-                     help="quick: a first comparison in two minutes and a half."),
-        click.option("--dry-run", is_flag=True, help="Say what would be done, and how long it would take."),
-    ]
-)
-# fmt: on
-
-
 @cli.command(cls=SpreadCommand)
 @model_argument
 @bench_options
@@ -335,12 +300,23 @@ def bench(model: str, mode: str, against: str, base_url: str, **flags: Any) -> i
         _check_given(given, SERVER_FLAGS, "is for a server that runs already: it needs --base-url URL")
         server = None
     api_key = flags.pop("api_key")
+    if flags.pop("kv_quality"):
+        return _measure_quality(model, flags)
     fit = flags["preset"] == "quick" and not given & {"random_input_len", "random_output_len"}
     load = read_load(flags, flags["preset"], fit and server is None)
     options = _read_bench(model, mode, against, server, load, flags)
     from minidisagg.bench.compare import run
 
     return run(options) if server is None else run(options, api_key)
+
+
+def _measure_quality(model: str, flags: dict[str, Any]) -> int:
+    count, seed = flags["num_prompts"] or QUALITY_PROMPTS, flags["seed"]
+    report = ReportSettings(directory=flags["result_dir"])
+    settings, cluster, _ = read_engine(model, flags, MODES[0], run_directory=True)
+    from minidisagg.bench.quality import run as run_quality
+
+    return run_quality(settings, cluster, count, seed, report)
 
 
 def _check_given(given: set[str], refused: set[str], why: str) -> None:

@@ -10,6 +10,7 @@ import msgspec
 from msgspec import Struct
 
 from minidisagg.core.messages import Role
+from minidisagg.core.plan import RAW
 from minidisagg.core.policy import WorkerOptions
 from minidisagg.core.predictor import Predictor
 
@@ -58,6 +59,7 @@ class ClusterSettings(Struct, frozen=True, kw_only=True):
     policy: str = "fcfs"
     link: str = "auto"
     transfer_granularity: str = "auto"
+    kv_codec: str = RAW  # how KV looks on the wire, where a placement does not say
     gpu_checksums: bool = False  # of what crosses between GPUs, where all bytes would be read once more at either end
     emulate_link: str = "none"  # an interconnect of `transfer/emulate.py` that the link is made to be as slow as
 

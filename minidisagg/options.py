@@ -24,6 +24,7 @@ from minidisagg.config import (
 )
 from minidisagg.core.granularity import parse_granularity
 from minidisagg.core.messages import SamplingParams
+from minidisagg.core.plan import CODECS, RAW
 from minidisagg.core.predictor import PREDICTORS
 from minidisagg.interconnect import PRESETS, parse_interconnect
 from minidisagg.measure.settings import IN_RUN
@@ -34,6 +35,7 @@ from minidisagg.transfer.kinds import KINDS
 LINKS = ("auto", *KINDS)
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 MODEL, CLUSTER, WORKER = ModelSettings(), ClusterSettings(), WorkerSettings()
+OF_CLUSTER = ("policy", "link", "transfer_granularity", "kv_codec", "gpu_checksums", "emulate_link")
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -106,6 +108,8 @@ engine_options = stack(
         click.option("--transfer-granularity", default=CLUSTER.transfer_granularity, show_default=True,
                      metavar="request|chunk|layers:N|auto",
                      help="What of a request's KV leaves at once: all, each chunk, or N layers as they are computed."),
+        click.option("--kv-codec", type=click.Choice(CODECS), default=CLUSTER.kv_codec, show_default=True,
+                     help="How KV looks on the wire: as it is, or a byte a value and a scale per token and head."),
         click.option("--gpu-checksums", is_flag=True,
                      help="Check what crosses between GPUs, as is always done elsewhere."),
         click.option("--emulate-link", default=CLUSTER.emulate_link, show_default=True,
@@ -149,10 +153,12 @@ def read_engine(
         mode=mode,  # type: ignore[arg-type]
         prefill=parse_worker(flags.pop("prefill"), worker),
         decode=parse_worker(flags.pop("decode"), worker),
-        **{key: flags.pop(key) for key in ("policy", "link", "transfer_granularity", "gpu_checksums", "emulate_link")},
+        **{key: flags.pop(key) for key in OF_CLUSTER},
         **{key: number for key, number in numbers.items() if number is not None},
     )
     parse_granularity(cluster.transfer_granularity, 1)
+    if cluster.gpu_checksums and cluster.kv_codec != RAW:
+        raise ValueError(f"--gpu-checksums are of pages as they are, and --kv-codec is {cluster.kv_codec}")
     if mode == "disagg" and not (cluster.prefill_workers and cluster.decode_workers):
         raise ValueError("disagg mode needs at least one prefill worker and one decode worker")
     if not cluster.roles():

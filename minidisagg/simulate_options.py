@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from minidisagg.core.plan import CODECS, RAW
 from minidisagg.core.predictor import PREDICTORS
 from minidisagg.interconnect import PRESETS
 from minidisagg.options import FiniteRange, decisions_option, positive, record_option, stack
@@ -31,6 +32,8 @@ simulate_options = stack(
         click.option("--decode", default="", metavar="KEY=VAL,…", help="The same of all others."),
         click.option("--link", default="400g-ib", show_default=True, metavar="NAME|BANDWIDTH,LATENCY",
                      help=f"Of each card's wire: {', '.join(PRESETS)}, or 25Gbps,20us."),
+        click.option("--kv-codec", type=click.Choice(CODECS), default=RAW, show_default=True,
+                     help="How KV looks on the wire: int8 is half of it, and costs nothing else here."),
         click.option("--transfer-granularity", default="auto", show_default=True, metavar="WHAT",
                      help="request, chunk, layers:N or auto."),
         click.option("--block-size", type=positive, default=64, show_default=True, metavar="TOKENS",

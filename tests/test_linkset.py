@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -105,6 +106,26 @@ class Fixture:
         self.set.start(Piece("d", EPOCH, seq, send, "r", 0, [0], [0], 1, (0, 1)))
         link.done.append(PieceDone("d", EPOCH, seq, send, True, ended=time.monotonic()))
         return link.done[-1]
+
+
+def test_a_codec_that_the_peer_lacks_is_refused_at_set_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And both lists are named."""
+
+    async def run() -> None:
+        at = Fixture(monkeypatch, False, 0.0, None)
+        at.set.host = dataclasses.replace(at.set.host, codecs=("raw",))
+        at.set.open("d", EPOCH)
+        at.set.on_link_open("e", LinkOpen("unix", EPOCH, ("raw",)))
+        at.set.on_link_open("d", LinkOpen("unix", EPOCH, ("raw", "int8")))
+        error = "d sends the codecs raw, int8, and w has raw"
+        assert [send.body for send in at.sent] == [
+            LinkOpen("unix", EPOCH, ("raw",)), LinkReady(EPOCH, "here"), LinkReady(EPOCH, "", error),
+        ]  # fmt: skip
+        at.links[-1].reached.set()
+        at.links[-1].fenced.set()
+        await at.set.close()
+
+    asyncio.run(run())
 
 
 async def until(condition: Callable[[], bool]) -> None:

@@ -390,6 +390,7 @@ class Broken(Policy):
         ("place", "w", "place answered 'w', not Placement or Reject"),
         ("place", Placement("v", None), "place named the worker 'v'; there are w"),
         ("place", Placement("w", "v"), "place named the worker 'v'; there are w"),
+        ("place", Placement("w", "w", "zip"), "place named the codec 'zip'; there are raw, int8"),
         ("place", Placement(None, None), "place named the worker None; there are w"),  # type: ignore[arg-type]
         ("place", Reject(-1.0, "full"), "retry_after is seconds"),
     ],

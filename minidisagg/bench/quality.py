@@ -1,8 +1,8 @@
 """`minidisagg bench --kv-quality`: what a codec saves on the wire, what it takes, and what it does to the answers.
 
-Each prompt is computed once. Then its greedy continuation is decoded over the KV as it is, and the same tokens over KV that has
-been through the codec and back, as after a handoff: all of the prompt's pages, none of the output's. Beside it stands the same
-KV rounded to bfloat16, which is what everybody's cache does to a model in float32.
+Each prompt is computed once. Then its greedy continuation is decoded over the KV as it is, and the same tokens over KV
+that has been through the codec and back, as after a handoff: all of the prompt's pages, none of the output's. Beside it
+stands the same KV rounded to bfloat16, which is what everybody's cache does to a model in float32.
 
 The same tokens are given to both, so that where the likeliest token first differs is where free decoding would have
 parted. The first output token comes from the prefill and is never touched.
@@ -10,12 +10,10 @@ parted. The first output token comes from the prefill and is never touched.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import msgspec
 import torch
@@ -26,8 +24,11 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from minidisagg.config import ModelSettings, WorkerSettings
-from minidisagg.core.plan import PlanItem
+from minidisagg.config import ClusterSettings, ModelSettings
+from minidisagg.core.plan import CODECS, RAW, PlanItem
+from minidisagg.measure.machine import command_line, machine
+from minidisagg.measure.run_directory import new_directory, write_json
+from minidisagg.measure.settings import ReportSettings
 from minidisagg.model.attention import build_batch
 from minidisagg.model.loader import load_config, load_weights
 from minidisagg.model.pull import ensure
@@ -52,7 +53,6 @@ class Way(Struct):
     name: str
     kl: float = math.nan  # of the next token's distribution, mean over tokens and prompts
     kl_p99: float = math.nan
-    same_tokens: float = math.nan  # that are the likeliest in both
     same_texts: float = math.nan  # continuations without a difference
     first_difference: float = math.nan  # mean number of tokens before it
     layers: list[float] = []  # KL where only this layer is changed
@@ -84,12 +84,13 @@ class Meter:
         self.rows = cache_rows(self.cache.data)
 
     @torch.inference_mode()
-    def step(self, prompts: Sequence[list[int]], start: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
-        """Compute these tokens of each prompt from `start` on; log-probabilities [prompts, vocabulary] of the next."""
+    def step(self, given: dict[int, tuple[int, list[int]]]) -> Tensor:
+        """Compute (position, tokens) of prompts by their index; log-probabilities [prompts, vocabulary] of the next."""
         items = [
-            PlanItem(str(i), 0, at, len(given), given, list(range(i * self.per, (i + 1) * self.per)), True, 0)
-            for i, (at, given) in enumerate(zip(start, tokens, strict=True))
+            PlanItem(str(i), 0, at, len(some), some, list(range(i * self.per, (i + 1) * self.per)), True, 0)
+            for i, (at, some) in given.items()
         ]
+        tokens = [item.tokens for item in items]
         batch = build_batch(items, tokens, self.cache, self.model.dtype, torch.device("cpu"))
         x_NE = self.model.hidden(batch, self.cache)
         return self.model.logits(x_NE[batch.sample_rows_S], exact=True).log_softmax(-1)
@@ -97,24 +98,14 @@ class Meter:
     def prefill(self, prompts: Sequence[list[int]]) -> list[int]:
         """Each prompt's first token."""
         self.cache.data.zero_()
-        return [
-            int(self.step_at(i, prompt).argmax(-1)) for i, prompt in enumerate(prompts)
-        ]
-
-    @torch.inference_mode()
-    def step_at(self, index: int, prompt: list[int]) -> Tensor:
-        """A whole prompt in its own pages."""
-        pages = list(range(index * self.per, (index + 1) * self.per))
-        items = [PlanItem(str(index), 0, 0, len(prompt), prompt, pages, True, 0)]
-        batch = build_batch(items, [prompt], self.cache, self.model.dtype, torch.device("cpu"))
-        return self.model.logits(self.model.hidden(batch, self.cache)[batch.sample_rows_S], exact=True)
+        return [int(self.step({i: (0, prompt)}).argmax(-1)) for i, prompt in enumerate(prompts)]
 
     def follow(self, prompts: Sequence[list[int]], outputs: list[list[int]], count: int) -> list[Tensor]:
         """Log-probabilities after each of `count` tokens of the outputs; where those are too short, they grow."""
         seen = []
         for n in range(count):
-            starts = [len(prompt) + n for prompt in prompts]
-            seen.append(self.step(prompts, starts, [output[n : n + 1] for output in outputs]))
+            pairs = enumerate(zip(prompts, outputs, strict=True))
+            seen.append(self.step({i: (len(prompt) + n, output[n : n + 1]) for i, (prompt, output) in pairs}))
             if len(outputs[0]) == n + 1:
                 for output, token in zip(outputs, seen[-1].argmax(-1).tolist(), strict=True):
                     output.append(token)
@@ -132,7 +123,7 @@ def measure(model: str, dtype: torch.dtype, codec: str, prompts: Sequence[list[i
     codecs, rows = codecs_for(meter.cache.data), meter.rows
     if codec not in codecs:
         raise ValueError(f"no codec {codec!r} for a cache of {dtype}; there are {', '.join(codecs)}")
-    ours, times = codecs[codec], ([0.0, 0.0])
+    ours, times = codecs[codec], [0.0, 0.0]
     passed = 0
 
     def through(some: Tensor) -> None:
@@ -153,7 +144,7 @@ def measure(model: str, dtype: torch.dtype, codec: str, prompts: Sequence[list[i
     ways: dict[str, Through] = {codec: through}
     if dtype.itemsize > 2:
         ways["bfloat16"] = rounded
-    found = {name: ([], [], []) for name in ways}  # type: dict[str, tuple[list[float], list[int], list[list[float]]]]
+    found: dict[str, tuple[list[float], list[int], list[list[float]]]] = {name: ([], [], []) for name in ways}
     batches = [list(prompts[i : i + BATCH]) for i in range(0, len(prompts), BATCH)]
     for number, batch in enumerate(track(batches, "prompts", disable=not show, transient=True)):
         outputs = [[token] for token in meter.prefill(batch)]
@@ -188,7 +179,7 @@ def _way(name: str, divergences: list[float], firsts: list[int], layers: list[li
     count = TOKENS - 1
     alike = sum(first == count for first in firsts)
     return Way(
-        name, statistics.mean(divergences), statistics.quantiles(divergences, n=100)[-1], math.nan, alike / len(firsts),
+        name, statistics.mean(divergences), statistics.quantiles(divergences, n=100)[-1], alike / len(firsts),
         1 + statistics.mean(firsts), [statistics.mean(of) for of in zip(*layers, strict=True)],
     )  # fmt: skip
 
@@ -207,23 +198,22 @@ def table(quality: Quality) -> Table:
     return out
 
 
-def run(model: ModelSettings, worker: WorkerSettings, codec: str, count: int, seed: int, directory: Path) -> int:
-    """Carry it out and leave quality.json; returns the exit status."""
-    console = Console()
+def run(model: ModelSettings, cluster: ClusterSettings, count: int, seed: int, report: ReportSettings) -> int:
+    """Carry it out and leave quality.json in a run directory; returns the exit status."""
+    console, codec = Console(), cluster.kv_codec if cluster.kv_codec != RAW else CODECS[-1]
     ensure(model.model, lambda line: console.print(line, style="dim", highlight=False))
     tokenizer = Tokenizer.load(model.model)
     items = text_items(count, TOKENS, tokenizer.encode, seed)
     prompts = [item.prompt for item in items if item.prompt]
-    dtype = dtype_of(worker, load_config(model.model))
+    dtype = dtype_of(cluster.prefill, load_config(model.model))
     quality = measure(model.model, dtype, codec, prompts, console.is_terminal)
     console.print(table(quality))
     console.print(
         f"{codec}: {quality.wire_share:.3f} of the bytes, {quality.wire_share_bfloat16:.3f} of bfloat16's; "
-        f"encodes {quality.encode / 1e9:.2f} GB/s, decodes {quality.decode / 1e9:.2f} GB/s on one thread's share",
+        f"encodes {quality.encode / 1e9:.2f} GB/s of KV here, decodes {quality.decode / 1e9:.2f}",
         highlight=False,
     )
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / "quality.json"
-    path.write_text(json.dumps(msgspec.to_builtins(quality), indent=1))
+    path = new_directory(report) / "quality.json"
+    write_json(path, {"command": command_line(), "machine": machine(), **msgspec.to_builtins(quality)})
     console.print(f"report: {path}", highlight=False)
     return 0

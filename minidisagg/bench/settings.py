@@ -8,12 +8,13 @@ from msgspec.structs import replace
 from minidisagg.address import parse_server_url
 from minidisagg.config import MODES, ClusterSettings, ModelSettings, RunSettings, parse_worker
 from minidisagg.core.granularity import parse_granularity
+from minidisagg.core.plan import CODECS, RAW
 from minidisagg.measure.settings import ReportSettings, Trials
 from minidisagg.sides import parse_compare
 from minidisagg.transfer.kinds import KINDS
 from minidisagg.workload.settings import Arrivals, Workload
 
-LINK_KEYS = ("link", "transfer_granularity")  # in which, beside its workers' settings, a baseline can differ
+LINK_KEYS = ("link", "transfer_granularity", "kv_codec")  # in which a baseline can differ, beside its workers'
 
 
 class ServerAddress(Struct, frozen=True, kw_only=True):
@@ -71,6 +72,8 @@ def make_sides(mode: str, against: str, cluster: ClusterSettings, baseline: str 
     if "link" in links and links["link"] not in ("auto", *KINDS):
         raise ValueError(f"--baseline link={links['link']}: expected one of auto, {', '.join(KINDS)}")
     parse_granularity(links.get("transfer_granularity", "auto"), 1)
+    if links.get("kv_codec", RAW) not in CODECS:
+        raise ValueError(f"--baseline kv_codec={links['kv_codec']}: expected one of {', '.join(CODECS)}")
     rest = ",".join(part for part, (key, _, _) in zip(parts, pairs, strict=True) if key not in LINK_KEYS)
     a = replace(
         cluster,

@@ -12,6 +12,7 @@ from typing import Any, NoReturn, TypeVar
 
 from minidisagg.core.blocks import IntegrityError
 from minidisagg.core.messages import Role
+from minidisagg.core.plan import CODECS
 from minidisagg.core.policy import (
     Batch,
     ClusterView,
@@ -133,6 +134,8 @@ class Checked(Policy):
         self._known(hook, answer.prefill, cluster.workers)
         if answer.decode is not None:
             self._known(hook, answer.decode, cluster.workers)
+        if answer.codec is not None and answer.codec not in CODECS:
+            self._fail(hook, f"named the codec {answer.codec!r}; there are {', '.join(CODECS)}")
         return answer
 
     def _known(self, hook: str, worker: object, workers: Collection[str]) -> None:

@@ -9,9 +9,8 @@
 
 Sans-IO: these inputs come through the one door `on`, with the time, and effects go out through `outbox`, so that the
 same code runs under the worker's event loop and under the simulator's virtual clock. `Schedule` may come a step ahead
-of `StepDone`. What makes that safe: a request keeps its pages while any step carries it (a reference per page and step
-would cost more the longer the context), plans carry the incarnation, and computed lengths are assigned from the plan
-and never added up.
+of `StepDone`. What makes that safe: a request keeps its pages while any step carries it, plans carry the incarnation,
+and computed lengths are assigned from the plan and never added up.
 """
 
 from __future__ import annotations
@@ -264,6 +263,7 @@ class EngineCore(Accounts):
             request.decode, request.leaves, request.ready_at = "", False, -1.0
             self.scheduler.run(request)
         else:
+            request.codec = message.codec or request.codec
             self.sender.offer(request, message.dest, self._lived)
             self.sender.finish_prefill(request, request.output[-1], self._lived)
 

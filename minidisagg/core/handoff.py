@@ -39,6 +39,7 @@ class Outgoing:
         self.key = request.key
         self.peer = peer
         self.length = request.prefill_len
+        self.codec = request.codec or sender.spec.codec
         self.deadline = now + sender.spec.lease
         self.pages: list[int] | None = None  # the destination's, once granted
         self.sent = 0  # pages of the block table that the link has in full, or that the destination held before
@@ -142,7 +143,7 @@ class Sender:
         transfer = self.transfers[request.key] = Outgoing(self, request, peer, now)
         epoch = self.ledger.join(transfer, peer)
         spec = replace(request.spec, cohort=request.cohort)
-        self.emit(Send(peer, KVOffer(*request.key, spec, self.spec.fingerprint, epoch)))
+        self.emit(Send(peer, KVOffer(*request.key, spec, self.spec.fingerprint, epoch, transfer.codec)))
 
     def on_grant(self, peer: str, message: KVGrant, now: float) -> None:
         """A grant for a handoff that is over gets its `KVCancel` again."""
@@ -233,6 +234,7 @@ class Incoming:
         self.request = request
         self.key = request.key
         self.source = source
+        self.codec = request.codec
         self.link_epoch = link_epoch
         self.reserved = reserved
         self.deadline = now + receiver.spec.lease

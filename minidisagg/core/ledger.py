@@ -32,6 +32,8 @@ EPOCH_BITS = 20  # a link epoch is the source's epoch and a count of this many b
 class Owner(Protocol):
     """Whose pieces they are. All pieces of one owner use one link epoch."""
 
+    codec: str  # and one codec
+
     @property
     def key(self) -> SeqKey:
         """Names it at both ends."""
@@ -116,14 +118,19 @@ class SourceLedger:
     ) -> None:
         """Send these layers (half-open) of these pages, the owner's from `first` on, to the peer's pages `remote`."""
         link, (request_id, incarnation), count = self.links[peer], owner.key, len(pages)
-        message = KVPiece(request_id, incarnation, link.epoch, link.next_seq, first, count, layers)
+        message = KVPiece(
+            request_id, incarnation, link.epoch, link.next_seq, first, count, layers, codec=owner.codec
+        )  # fmt: skip
         if not link.flying:
             link.deadline = now + self._spec.link_timeout
         link.flying[message.seq] = owner, message
         link.next_seq += 1
         if not self._spec.one_sided_links:
             self._emit(Send(peer, message))
-        piece = Piece(peer, link.epoch, message.seq, True, request_id, incarnation, pages, remote, count, layers)
+        piece = Piece(
+            peer, link.epoch, message.seq, True, request_id, incarnation, pages, remote, count, layers,
+            codec=owner.codec,
+        )  # fmt: skip
         self._emit(StartPiece(piece))
 
     def on_piece_done(self, done: PieceDone, now: float) -> None:
@@ -225,6 +232,7 @@ class DestinationLedger:
                 count=message.count,
                 layers=message.layers,
                 checksum=message.checksum,
+                codec=message.codec,
             )
             self._emit(StartPiece(piece))
 

@@ -115,6 +115,7 @@ class Submit(OfRequest, frozen=True):
     spec: RequestSpec
     decode: str = ""
     hold: bool = False
+    codec: str = ""  # of its KV on the wire; empty: as the worker's
 
 
 class Abort(OfRequest, frozen=True):
@@ -150,6 +151,7 @@ class Migrate(OfRequest, frozen=True):
     """Hand the request's KV over to the worker `dest`."""
 
     dest: str
+    codec: str = ""  # as `Submit` has it
 
 
 class PeerUp(Message, frozen=True):
@@ -342,6 +344,7 @@ class KVOffer(OfRequest, frozen=True):
     spec: RequestSpec
     fingerprint: str
     link_epoch: int  # that will carry it: giving a link up touches exactly its own handoffs
+    codec: str = "raw"
 
 
 class KVGrant(OfRequest, frozen=True):
@@ -375,6 +378,7 @@ class KVPiece(OfRequest, frozen=True):
     count: int  # pages
     layers: tuple[int, int]  # half-open
     checksum: int = 0
+    codec: str = "raw"
 
 
 class KVDone(OfRequest, frozen=True):
@@ -401,10 +405,14 @@ class KVFailed(OfRequest, frozen=True):
 
 
 class LinkOpen(Message, frozen=True):
-    """Source to destination: open your end of the link of this kind and epoch, and tell me where it is."""
+    """Source to destination: open your end of the link of this kind and epoch, and tell me where it is.
+
+    `codecs`: that the source may send; a destination that lacks one refuses, and says which it has.
+    """
 
     kind: str
     link_epoch: int
+    codecs: tuple[str, ...] = ()
 
 
 class LinkReady(Message, frozen=True):

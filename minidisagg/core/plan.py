@@ -14,6 +14,9 @@ from msgspec.structs import replace
 from minidisagg.core.messages import SamplingParams
 
 SeqKey = tuple[str, int]  # (request_id, incarnation)
+RAW = "raw"  # the codec that changes nothing; what another one has been through never answers for it
+CODECS = (RAW, "int8")  # of KV on the wire, by name
+WIRE_SHARE = {RAW: 1.0, "int8": 0.51}  # of a bfloat16 cache's bytes with heads of 128, for who has no cache to ask
 NO_TOKEN = -1  # in place of a sampled token: the row's logits are no distribution, and its request has to end
 
 
@@ -86,4 +89,4 @@ class Piece(Struct, frozen=True, array_like=True):
     count: int
     layers: tuple[int, int]
     checksum: int = 0  # one-sided receive: what the source says it wrote
-    codec: str = "raw"  # how its pages look on the wire; both ends say the same
+    codec: str = RAW  # how its pages look on the wire; both ends say the same

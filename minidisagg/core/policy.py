@@ -35,10 +35,14 @@ class Reject:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a request runs. `decode=None` leaves that open until prefill ends; `decode == prefill` is colocated."""
+    """Where a request runs. `decode=None` leaves that open until prefill ends; `decode == prefill` is colocated.
+
+    `codec`: how its KV goes there, one of `core/plan.py: CODECS`; None: as the cluster's does (`--kv-codec`).
+    """
 
     prefill: str
     decode: str | None
+    codec: str | None = None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from minidisagg.core.blocks import page_hash, prefix_root
 from minidisagg.core.messages import KVOffer, RequestSpec, SamplingParams, Submit, TokenOut
-from minidisagg.core.plan import SeqKey
+from minidisagg.core.plan import RAW, SeqKey
 from minidisagg.core.views import AnyRequest
 
 
@@ -64,6 +64,7 @@ class Request(OfSpec):
 
     __slots__ = (
         "cached_tokens",
+        "codec",
         "cohort",
         "decode",
         "first_scheduled_at",
@@ -72,6 +73,7 @@ class Request(OfSpec):
         "inflight",
         "introduced",
         "leaves",
+        "lossy",
         "num_computed",
         "num_scheduled",
         "output",
@@ -100,7 +102,11 @@ class Request(OfSpec):
         self.leaves = isinstance(source, Submit) and (source.hold or bool(source.decode))
         self.state = State.QUEUED
         self.pages: list[int] = []
-        self.root = prefix_root(fingerprint, spec.salt)
+        self.codec = source.codec  # of its KV on its way away from here, or to here; empty: the worker's
+        # KV that has come through a lossy codec, and all that is computed on it, is known by names of its own: it
+        # never answers for what was computed from the tokens.
+        self.lossy = self.codec if isinstance(source, KVOffer) and self.codec != RAW else ""
+        self.root = prefix_root(fingerprint, f"{spec.salt}\0{self.lossy}" if self.lossy else spec.salt)
         self.hashes: list[bytes] = []
         self.published = 0  # pages considered for the prefix cache so far
         self.prefill_len = spec.prefill_len
@@ -180,7 +186,7 @@ class Request(OfSpec):
         """Chained hashes of all full pages of known tokens; appends what has become full."""
         known = len(self.prompt) + len(self.output)
         if self.spec.hashes and not self.hashes:
-            self.hashes = list(self.spec.hashes)
+            self.hashes = [prefix_root(one.hex(), self.lossy) if self.lossy else one for one in self.spec.hashes]
         while (len(self.hashes) + 1) * page_size <= known:
             start = len(self.hashes) * page_size
             parent = self.hashes[-1] if self.hashes else self.root

@@ -285,7 +285,8 @@ class Router:
         spec = replace(request.spec, emitted=list(request.emitted), cohort=request.cohort, hints=hints)
         decode = "" if placement.decode == placement.prefill else placement.decode or ""
         hold = placement.decode is None
-        self._send(placement.prefill, Submit(request.request_id, request.incarnation, spec, decode, hold))
+        submit = Submit(request.request_id, request.incarnation, spec, decode, hold, placement.codec or "")
+        self._send(placement.prefill, submit)
 
     def _replace_waiting(self) -> None:
         """As a resubmission does, but nothing has been computed yet."""
@@ -295,7 +296,8 @@ class Router:
             except PolicyError as error:
                 self._fail(request, str(error))
                 continue
-            if placement is not None and placement != Placement(request.prefill, request.decode or None):
+            there = request.prefill, request.decode or None
+            if placement is not None and (placement.prefill, placement.decode) != there:
                 self._abandon(request)
                 request.incarnation += 1
                 self._send_to(request, placement)
@@ -321,7 +323,8 @@ class Router:
             return
         self._bind(request, placement.decode)
         request.stage = Stage.TRANSFER if placement.decode != request.prefill else Stage.DECODE
-        self._send(request.prefill, Migrate(request.request_id, request.incarnation, placement.decode))
+        migrate = Migrate(request.request_id, request.incarnation, placement.decode, placement.codec or "")
+        self._send(request.prefill, migrate)
 
     def _abandon(self, request: Tracked) -> None:
         """Abort this incarnation wherever it may be."""

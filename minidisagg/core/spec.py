@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from minidisagg.core.granularity import Granularity
 from minidisagg.core.messages import Role
+from minidisagg.core.plan import RAW
 from minidisagg.core.policy import WorkerOptions
 
 
@@ -24,6 +25,7 @@ class EngineSpec:
     one_sided_links: bool = False
     granularity: Granularity = Granularity()  # noqa: RUF009 - it is frozen
     layer_bytes: int = 0  # of one page in one layer, on the wire
+    codec: str = RAW  # of KV that leaves, where a placement names none
     prefix_caching: bool = True
     lease: float = 30.0  # seconds that a side of a handoff waits for the other
     link_timeout: float = 10.0  # seconds for one piece on a link

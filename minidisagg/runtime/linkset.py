@@ -70,7 +70,7 @@ class LinkSet:
     def open(self, peer: str, link_epoch: int) -> None:
         """Source: ask the destination for its end."""
         self._entries[peer, link_epoch, True] = Entry()
-        self._hooks.send(Send(peer, LinkOpen(self.host.kind, link_epoch)))
+        self._hooks.send(Send(peer, LinkOpen(self.host.kind, link_epoch, self.host.codecs)))
 
     def on_link_open(self, peer: str, message: LinkOpen) -> None:
         """Destination: make this end, tell the source, and wait for it."""
@@ -79,6 +79,9 @@ class LinkSet:
         try:
             if message.kind != self.host.kind:
                 raise LinkError(f"{self.name} speaks {self.host.kind}, not {message.kind}")
+            if not set(message.codecs) <= set(self.host.codecs):
+                sends, has = ", ".join(message.codecs), ", ".join(self.host.codecs)
+                raise LinkError(f"{peer} sends the codecs {sends}, and {self.name} has {has}")
             entry.link = self._make(peer, message.link_epoch, source=False)
             endpoint = entry.link.endpoint()
         except (LinkError, OSError, ValueError, RuntimeError) as error:

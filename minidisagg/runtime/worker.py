@@ -60,6 +60,7 @@ from minidisagg.runtime.device import Step, StepResult
 from minidisagg.runtime.linkset import LinkHooks, LinkSet, link_kind
 from minidisagg.runtime.load import max_model_len, most_seqs
 from minidisagg.runtime.runner import Runner
+from minidisagg.transfer.codec import codecs_for
 from minidisagg.transfer.emulate import make_nic
 from minidisagg.transfer.kinds import ONE_SIDED, efficient_bytes
 from minidisagg.transfer.links import LinkHost
@@ -167,6 +168,7 @@ class Worker:
             one_sided_links=kind in ONE_SIDED,
             granularity=parse_granularity(config.cluster.transfer_granularity, efficient_bytes(kind, self.nic)),
             layer_bytes=cache.bytes_per_page // model.config.num_layers,
+            codec=config.cluster.kv_codec,
             prefix_caching=config.model.prefix_caching,
             lease=config.run.lease,
             link_timeout=config.run.link_timeout,
@@ -190,7 +192,8 @@ class Worker:
         config, cache = self.config, self.runner.device.cache
         run_dir, timeout = Path(config.run_dir), config.run.link_timeout
         checked = config.cluster.gpu_checksums
-        host = LinkHost(self.link_kind, cache.data, cache.fd, run_dir, timeout, self.nic, checked)
+        codecs = tuple(codecs_for(cache.data))
+        host = LinkHost(self.link_kind, cache.data, cache.fd, run_dir, timeout, self.nic, checked, codecs)
         clock = self.now if config.run.trace else None
         hooks = LinkHooks(self._carry_out, self._on_news, self._on_failure, clock)
         self.links = self.make_links(config.name, host, hooks)

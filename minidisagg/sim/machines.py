@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from msgspec import Struct
 
 from minidisagg.core.messages import Role, WorkerOptions
-from minidisagg.core.plan import Piece, StepPlan
+from minidisagg.core.plan import RAW, WIRE_SHARE, Piece, StepPlan
 from minidisagg.core.spec import EngineSpec
 from minidisagg.interconnect import Interconnect
 from minidisagg.sim.profile import Profile, devices, load_profile
@@ -107,7 +107,7 @@ class MachineCosts:
     def transfer(self, source: EngineSpec, dest: str, piece: Piece, now: float) -> tuple[float, float]:
         """As `Costs` says."""
         first, end = piece.layers
-        nbytes = source.layer_bytes * piece.count * (end - first)
+        nbytes = source.layer_bytes * piece.count * (end - first) * WIRE_SHARE[piece.codec]
         lanes = min(self.profiles[source.name].tensor_parallel, self.profiles[dest].tensor_parallel)
         begins = max(now, self._sends.get(source.name, 0.0), self._receives.get(dest, 0.0))
         done = begins + nbytes / (self.wire.bandwidth * lanes)
@@ -126,6 +126,7 @@ class ClusterSpec(Struct, frozen=True, kw_only=True):
     pages: int = 0  # of each worker; 0: what its memory holds
     prefix_caching: bool = True
     granularity: str = "auto"
+    codec: str = RAW
     wire: Interconnect = Interconnect(50e9, 3e-6)  # 400 Gbit/s
     prefill: WorkerOptions = WorkerOptions(MAX_SEQS, MAX_TOKENS, 0)
     decode: WorkerOptions = WorkerOptions(MAX_SEQS, MAX_TOKENS, 0)

@@ -34,7 +34,7 @@ from minidisagg.core.messages import (
     RequestSpec,
     SamplingParams,
 )
-from minidisagg.core.plan import Piece, StepPlan, advanced
+from minidisagg.core.plan import WIRE_SHARE, Piece, StepPlan, advanced
 from minidisagg.core.policy import Policy
 from minidisagg.core.router import Kill, Router
 from minidisagg.core.spec import EngineSpec
@@ -424,11 +424,12 @@ class Simulator:
         """When a piece has arrived that both its ends have started; `piece` is what `worker`, one of them, knows."""
         dest = piece.peer if worker is source else worker.core.spec.name
         begins, arrives = self.cost.transfer(source.core.spec, dest, piece, self.now)
-        sent, spec = source.sent.get(dest) or LinkStats(dest, "sim"), source.core.spec
+        sent = source.sent.get(dest) or LinkStats(dest, "sim")
+        whole = source.core.spec.layer_bytes * piece.count * (piece.layers[1] - piece.layers[0])
         source.sent[dest] = msgspec.structs.replace(
             sent,
             transfers=sent.transfers + 1,
-            bytes=sent.bytes + spec.layer_bytes * piece.count * (piece.layers[1] - piece.layers[0]),
+            bytes=sent.bytes + int(whole * WIRE_SHARE[piece.codec]),
             seconds=sent.seconds + arrives - begins,
             queue_seconds=sent.queue_seconds + begins - self.now,
         )

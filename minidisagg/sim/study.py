@@ -394,7 +394,8 @@ def read_options(flags: Mapping[str, Any], load: tuple[Workload, Arrivals, Trial
     cluster = ClusterSpec(
         groups=parse_cluster(flags["cluster"]), model=flags["model"], dtype=flags["dtype"],
         page_size=flags["block_size"], memory_utilization=flags["gpu_memory_utilization"],
-        prefix_caching=not flags["no_prefix_caching"], granularity=flags["transfer_granularity"], wire=wire,
+        prefix_caching=not flags["no_prefix_caching"], granularity=flags["transfer_granularity"],
+        codec=flags["kv_codec"], wire=wire,
         prefill=parse_options("prefill", flags["prefill"]), decode=parse_options("decode", flags["decode"]),
     )  # fmt: skip
     if flags["record"] and load[2].find_goodput:

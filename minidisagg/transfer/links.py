@@ -98,6 +98,7 @@ class LinkHost:
     timeout: float
     nic: Nic | None = None
     checksums: bool = False  # of links between GPUs too
+    codecs: tuple[str, ...] = ()  # that this worker has for its cache
 
 
 class Carried(NamedTuple):
