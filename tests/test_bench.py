@@ -23,6 +23,8 @@ from minidisagg.config import ClusterSettings, ModelSettings, RunSettings, Worke
 from minidisagg.core.inputlog import read_entries, replay
 from minidisagg.measure.settings import Trials
 from minidisagg.policies import load_policy
+from minidisagg.replay.records import find_records
+from minidisagg.replay.steps import Run
 from minidisagg.runtime.frontend import Frontend
 from minidisagg.workload.settings import Arrivals
 
@@ -72,14 +74,19 @@ Bench = Callable[..., Done]
 
 
 def test_both_modes(bench: Bench) -> None:
-    done = bench("--request-rate", "60", "--num-prompts", "24", "--repeats", "1")
+    done = bench("--request-rate", "60", "--num-prompts", "24", "--repeats", "1", "--record")
     for part in (
         "unloaded, disagg under fcfs: prefill", "SLO ttft:2000 tpot:500", "Latency (ms) and throughput", "2nd token",
         "handoff gap", "Stages of a request", "KV on the wire", "void above 20% of a core, or 5% of the TTFT SLO",
         "24 requests a run (< 300)", "1 repetition (< 3)",
     ):  # fmt: skip
         assert part in done.flat, part
-    assert done.files == FILES
+    assert done.files == FILES | {"record"}
+    runs = {run.name: Run(run, "") for run in find_records(done.directory)}
+    assert {name[0] for name in runs} == {"A", "B"} and len(runs) == 3  # and the calibration
+    for run in runs.values():
+        assert [lane.name for lane in run.lanes] == ["router", "worker-0", "worker-1"][: len(run.lanes)]
+        assert run.summary()[0].endswith("all as recorded") and len(run.lanes) > 1
     result = done.result
     assert result["verdict"] in done.flat
     assert result["void"] or "colocated" in result["verdict"]

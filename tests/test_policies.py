@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from test_engine import Hand, sizes, submit
 from minidisagg.core.messages import RequestSpec, Role, SamplingParams
 from minidisagg.core.policy import ClusterView, Placement, Policy, Reject, WorkerOptions, WorkerStatus
 from minidisagg.core.tracked import Tracked
-from minidisagg.policies import load_policy, names
+from minidisagg.policies import load_policy, names, pinned, shown
 from minidisagg.policies.prefill_first import PrefillFirst
 from minidisagg.policies.sarathi import Sarathi
 
@@ -108,6 +109,34 @@ def test_a_policy_from_a_file(tmp_path: Path) -> None:
     )
     policy = load_policy(f"{path}:Mine:depth=3")
     assert (type(policy).__name__, policy.depth) == ("Mine", 3)  # type: ignore[attr-defined]
+
+
+def test_a_pinned_policy_is_what_its_file_was(tmp_path: Path) -> None:
+    path, source = tmp_path / "mine.py", "from minidisagg import Policy\nclass Mine(Policy):\n    version = {}\n"
+    path.write_text(source.format(1))
+    spec = f"{path}:Mine"
+    kept = pinned(spec)
+    path.write_text(source.format(2))  # as long as before, and in the same second
+    assert [load_policy(one).version for one in (spec, kept)] == [2, 1]  # type: ignore[attr-defined]
+    path.unlink()
+    assert load_policy(pinned(kept)).version == 1  # type: ignore[attr-defined]
+    assert shown(kept) == spec == shown(spec) and pinned("sarathi:chunk=4") == "sarathi:chunk=4"
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("x = 1\nclass Mine(\n", "line 2 fails: SyntaxError: '(' was never closed"),
+        ("def f():\n    return {}['a']\n\nf()\n", "line 2 fails: KeyError: 'a'"),
+        ("import json\njson.loads('x')\n", "line 2 fails: JSONDecodeError: "),
+    ],
+    ids=["syntax", "inside", "elsewhere"],
+)
+def test_a_file_that_fails_is_told_with_its_line(source: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(source)
+    with pytest.raises(ValueError, match=f"^policy file {path}, {re.escape(said)}"):
+        load_policy(f"{path}:Mine")
 
 
 def test_settings_and_names() -> None:

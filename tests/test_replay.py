@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import io
 import re
 import shutil
 from collections.abc import Callable
@@ -9,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
+from cluster import Load, assert_clean, cluster, greedy, needs_two_cores, prompts, settings
+from msgspec.structs import replace
+from rich.console import Console
+from terminals import terminal
 
+from minidisagg.cli import cli
+from minidisagg.config import RunSettings
 from minidisagg.core.effects import StartPiece
 from minidisagg.core.engine import EngineCore
 from minidisagg.core.inputs import Received, Schedule, StepDone
@@ -18,6 +27,7 @@ from minidisagg.core.policy import Policy, WorkerOptions
 from minidisagg.core.spec import EngineSpec
 from minidisagg.replay.asking import Asked, Asker, Notes
 from minidisagg.replay.records import find_records
+from minidisagg.replay.screen import Cursor, frame
 from minidisagg.replay.steps import Run
 from minidisagg.sim.machines import ClusterSpec, parse_cluster
 from minidisagg.sim.simulate import simulate
@@ -272,3 +282,181 @@ def test_a_victim_makes_room_unless_a_link_still_reads_its_pages(flying: bool) -
     steps = [step() for _ in range(4)]
     assert set() in steps if flying else steps[-1] == {"here"}
     assert asker.notes.tallies["evict"].asked and asker.differences == []
+
+
+# ---------------------------------------------------------------- real runs
+
+REAL = ("fcfs", "sarathi:chunk=24", "sjf", "dynamo", "{mine}:Restless")
+
+
+@needs_two_cores
+def test_real_runs_under_five_policies_replay_to_the_same_plans(tmp_path: Path, mine: Path) -> None:
+    """One set of workers is one after the other; each hands KV over, and preempts."""
+    base = settings("disagg", link="shm", pages=36)
+    policies = [policy.replace("{mine}", str(mine)) for policy in REAL]
+
+    async def run() -> list[int]:
+        preempted = []
+        async with cluster(base) as frontend:
+            for number, policy in enumerate(policies):
+                told = RunSettings(record_dir=str(tmp_path / str(number)))
+                await frontend.reconfigure(replace(base, policy=policy), told)
+                load = Load(frontend)
+                load.submit_all(prompts(14, seed=number, longest=120), greedy(36))
+                assert {result.finish for result in await load.finished()} == {"length"}
+                await assert_clean(frontend)
+                stats = frontend.stats  # fresh, since it is clean
+                preempted.append(sum(one.preemptions for one in stats.values()))
+                assert sum(link.transfers for one in stats.values() for link in one.links) >= 14
+        return preempted
+
+    assert min(asyncio.run(run())) > 0
+    for number, policy in enumerate(policies):
+        again = Run(find_records(tmp_path / str(number))[0], policy)
+        assert [lane.name for lane in again.lanes] == [ROUTER, "prefill-0", "decode-0"]
+        assert all(lane.plans > 12 and not lane.wrong and not lane.notes for lane in again.lanes)
+        assert differences(again) == [] and again.policies == [policy]
+        assert again.notes.tallies["evict"].asked and again.notes.tallies["accept"].asked
+    events = [text for lane in again.lanes for step in lane.steps for text in step.events]
+    for begin in ("came ", "offered ", "granted ", "landed ", "admitted ", "preempted ", "ended ", "place "):
+        assert any(text.startswith(begin) for text in events), begin
+
+
+# ---------------------------------------------------------------- a run as text
+
+
+def command(*args: object, exits: int = 0) -> str:
+    done = CliRunner().invoke(cli, [str(arg) for arg in args], catch_exceptions=True)
+    assert done.exit_code == exits or done.exception, done.output
+    if exits:
+        return str(done.exception)
+    assert done.exception is None, done.exception
+    return done.stdout
+
+
+def test_lines_of_steps(recorded: Callable[..., Path]) -> None:
+    directory = recorded("sarathi:chunk=48")
+    run, lines = run_of(directory), command("replay", directory, "--plain").splitlines()
+    heads = [line for line in lines if re.match(r" *\d+\.\d{4} s  ", line)]
+    assert len(heads) == sum(len(lane.steps) for lane in run.lanes)
+    assert [float(head.split()[0]) for head in heads] == sorted(float(head.split()[0]) for head in heads)
+    assert lines[-1] == run.summary()[0]
+    first = next(line for line in heads if "  prefill-0  step 1 of Sarathi" in line)
+    for part in (
+        r"\d+\.\d ms", r"prefill 48 tokens: \d+\[0:48 of \d+\]", "decode 0", "queue 0", "running 1",
+        r"KV pages \d+ of 80 used; 0 cached, \d+ free", r"sending 1: \d+ \(decode-\d, 0 pieces, 0 on the link\)",
+    ):  # fmt: skip
+        assert re.search(part, first), (part, first)
+    after = lines[lines.index(first) + 1 :][:2]
+    assert re.fullmatch(r" {13}came \d+, to decode on decode-\d", after[0])
+    assert re.fullmatch(r" {13}admitted \d+", after[1])
+
+
+def test_a_time_and_a_worker_can_be_chosen(recorded: Callable[..., Path]) -> None:
+    directory = recorded("sarathi:chunk=48")
+    run = run_of(directory)
+    lane = run.lanes[1]
+    step = lane.steps[len(lane.steps) // 2]
+    lines = command("replay", directory, "--plain", "--at", step.time + 1e-7, "--worker", lane.name).splitlines()
+    heads = [line for line in lines if f" s  {lane.name}  " in line]
+    assert len(heads) == 1 and heads[0].startswith(f"{step.time:9.4f} s  {lane.name}  {step.title}")
+    every = command("replay", directory, "--plain", "--at", step.time + 1e-7).splitlines()
+    assert [line.split()[2] for line in every if re.match(r" *\d+\.\d{4} s  ", line)] == [one.name for one in run.lanes]
+    said = command("replay", directory, "--worker", "nobody", exits=1)
+    assert said == f"run 1 has no worker 'nobody': there are {', '.join(one.name for one in run.lanes)}"
+
+
+def test_what_is_asked_is_said_in_a_line_for_each_hook(recorded: Callable[..., Path], mine: Path) -> None:
+    lines = command("replay", recorded("fcfs", "both=2@h100"), "--ask", f"{mine}:Last", "--worker", ROUTER).splitlines()
+    assert any(re.search(r"≠ place, \d+: recorded worker-0; asked: worker-1$", line) for line in lines)
+    assert f"asked {mine}:Last, recorded fcfs" in lines
+    assert any(
+        re.fullmatch(r"of \d+ decisions of place, \d+ differ, first at \d\.\d+ s \(router\)", line) for line in lines
+    )
+
+
+def test_a_directory_without_a_record_says_how_to_make_one(tmp_path: Path) -> None:
+    said = command("replay", tmp_path, exits=1)
+    assert said.startswith(f"{tmp_path} has no recorded run: `bench --record`, ") and "\n" not in said
+    (tmp_path / "worker-0.1.inputs").write_bytes(b"minidisagg inputs 3\n")
+    assert "this input log has version 3" in command("replay", tmp_path, exits=1)
+    said = command("replay", tmp_path, "--ask", "./nope.py:Mine", exits=1)
+    assert said == "policy file nope.py does not exist"
+
+
+def test_what_simulate_records_is_in_its_run_directory(tmp_path: Path) -> None:
+    flags = ("--num-prompts", 30, "--num-warmups", 2, "--random-input-len", 64, "--random-output-len", 8)
+    flags += ("--dataset-name", "random", "--result-dir", tmp_path, "--repeats", 2, "--request-rate", 20)
+    command("simulate", "--compare", "colocated,disagg", *flags, "--record")
+    (directory,) = tmp_path.iterdir()
+    names = {path.relative_to(directory).as_posix() for path in directory.rglob("*.inputs")}
+    assert names == {f"record/A/{name}.1.inputs" for name in ("router", "worker-0", "worker-1")} | {
+        f"record/B/{name}.1.inputs" for name in ("router", "prefill-0", "decode-0")
+    }
+    for name in ("A/1", "B/1"):
+        assert command("replay", directory, "--run", name, "--plain").splitlines()[-1].endswith("all as recorded")
+    assert command("replay", directory, "--run", "C", exits=1).endswith("has no run 'C': there are A/1, B/1")
+    said = command("simulate", "--record", "--find-goodput", *flags, exits=1)
+    assert said.startswith("--record is for runs at a given load")
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+# ---------------------------------------------------------------- the screen
+
+
+@pytest.fixture
+def marked(recorded: Callable[..., Path]) -> Run:
+    return run_of(recorded("fcfs", "both=2@h100"), "sjf")
+
+
+def test_keys_move_the_cursor(marked: Run) -> None:
+    cursor, lanes = Cursor(marked), marked.lanes
+    for key, index in (
+        ("right", 1), ("]", 11), ("s-right", 21), ("left", 20), ("s-left", 10), ("[", 0), ("left", 0),
+        ("end", len(lanes[0].steps) - 1), ("right", len(lanes[0].steps) - 1), ("home", 0), ("up", 0),
+    ):  # fmt: skip
+        assert cursor.go(key) and (cursor.lane, cursor.index) == (0, index), key
+    assert not cursor.go("x")
+    cursor.index = len(lanes[0].steps) // 2
+    time = cursor.step.time
+    assert cursor.go("down") and cursor.lane == 1
+    assert cursor.step.time <= time < lanes[1].steps[cursor.index + 1].time
+    cursor.lane, cursor.index = 0, 0
+    seen = list[tuple[float, int, int]]()
+    while cursor.go("n") and (here := (cursor.step.time, cursor.lane, cursor.index)) not in seen:
+        assert cursor.step.differences
+        seen.append(here)
+    every = [step for lane in lanes for step in lane.steps if step.differences]
+    assert len(seen) == len(every) > 5 and seen == sorted(seen)
+    cursor.go("p")
+    assert (cursor.step.time, cursor.lane, cursor.index) == seen[-2]
+
+
+@pytest.mark.parametrize("size", [(80, 24), (120, 40), (30, 8)], ids=str)
+def test_the_screen_fits(size: tuple[int, int], marked: Run) -> None:
+    cursor = Cursor(marked, 1)
+    for key in ("home", "n", "end", "down"):
+        cursor.go(key)
+        console = Console(width=size[0], height=size[1], color_system=None, record=True, file=io.StringIO())
+        console.print(frame(cursor, *size), end="")
+        text = console.export_text()
+        lines = text.splitlines()
+        assert len(lines) == size[1] and all(len(line) == size[0] for line in lines)
+        if size[0] >= 80:
+            assert f"step {cursor.index + 1} of {len(marked.lanes[cursor.lane].steps)}" in text
+            assert "≠" in text and "\n KV pages" in text
+
+
+def test_on_a_terminal(recorded: Callable[..., Path], tmp_path: Path) -> None:
+    args = ("replay", recorded("fcfs", "both=2@h100"), "--ask", "sjf", "--worker", "worker-1")
+    with terminal(*args, cwd=tmp_path, program=("-m", "minidisagg"), width=100, height=32) as tty:
+        tty.wait(r"─ worker-1 step 1 of \d+ ─")
+        tty.press("]", "step 11 of")
+        tty.press("\x1b[1;2C", "step 21 of")
+        tty.press("\x1b[D", "step 20 of")
+        tty.press("\x1b[H", "step 1 of")
+        tty.press("n", r"≠ (order|compose), .*recorded .*; asked: ")
+        tty.press("\x1b[A\x1b[A\x1b[A", "─ router step")
+        tty.press("q")
+        assert tty.ended() == 0
+        assert re.search(r"of \d+ decisions of compose, \d+ differ, first at", tty.text)

@@ -46,9 +46,9 @@ class Cursor:
         if key in by:
             self.index = min(max(self.index + by[key], 0), len(lane.steps) - 1)
         elif key in ("up", "down"):
-            time = self.step.time
-            self.lane = min(max(self.lane + (1 if key == "down" else -1), 0), len(self.run.lanes) - 1)
-            self.index = self.run.lanes[self.lane].at(time)
+            time, after = self.step.time, self.lane + (1 if key == "down" else -1)
+            if 0 <= after < len(self.run.lanes):
+                self.lane, self.index = after, self.run.lanes[after].at(time)
         elif key in ("n", "p"):
             here = self.step.time, self.lane, self.index
             later = [one for one in self.run.differing if one > here]

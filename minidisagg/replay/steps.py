@@ -25,6 +25,7 @@ from minidisagg.core.messages import (
     Migrate,
     PeerDown,
     Released,
+    Role,
     SetPolicy,
     SetRole,
     StepOutput,
@@ -50,6 +51,7 @@ from minidisagg.policies import load_policy, shown
 from minidisagg.replay.asking import HOOKS, Asked, Asker, Difference, Notes
 from minidisagg.replay.records import Record
 
+PLACES = Role.PREFILL, Role.BOTH, Role.DECODE
 KEPT = 16  # names of requests that a step keeps of a queue
 
 
@@ -156,6 +158,7 @@ class Lane:
     """The router's or a worker's steps, by time. `plans`: what was compared; `wrong`: came out otherwise."""
 
     name: str
+    place: int = 0  # among the lanes: the router, then as a request passes them
     steps: list[Step] = field(default_factory=list)
     plans: int = 0
     wrong: int = 0
@@ -185,7 +188,7 @@ class Run:
             self.began = min(map(_first_time, workers.values()), default=0.0)
         for (name, epoch), path in workers.items():
             self._worker(name, epoch, path)
-        self.lanes = [lane for lane in self.lanes if lane.steps]
+        self.lanes = sorted((lane for lane in self.lanes if lane.steps), key=lambda lane: (lane.place, lane.name))
         if not self.lanes:
             raise ValueError(f"run {record.name} has no step")
         self.end = max(lane.steps[-1].time for lane in self.lanes)
@@ -274,6 +277,7 @@ class Run:
         asker = Asker(name, self._other(), self.notes)
         with path.open("rb") as log:
             spec, entries = read_entries(log)
+            lane.place = 1 + PLACES.index(spec.role)
             core = EngineCore(spec, self._recorded(asker))
             asker.sent = core.sender.transfers
             events, flying = list[str](), dict[int, WorkerStep]()

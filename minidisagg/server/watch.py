@@ -7,8 +7,14 @@ batch.waiting` in a `compose` would else stop the server. A file that does not p
 from __future__ import annotations
 
 import asyncio
+import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import msgspec
 
@@ -17,6 +23,7 @@ from minidisagg.policies import pinned
 from minidisagg.runtime.frontend import Frontend
 
 POLL = 0.5  # seconds; a file is read when it has stayed the same from one look to the next
+LOOK = 0.05  # seconds between two looks at a rehearsal
 PATIENCE = 10.0  # seconds that loading and a rehearsal may take
 Signature = tuple[int, int, int]  # time, size and number of a file
 
@@ -45,20 +52,29 @@ async def watch(frontend: Frontend, spec: str) -> None:
 
 async def check(spec: str, workers: Workers) -> None:
     """Load and rehearse in another process. Raises `ValueError` in one line."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "minidisagg.policies", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
-    )
-    try:
-        async with asyncio.timeout(PATIENCE):
-            said, _ = await process.communicate(msgspec.json.encode((spec, workers)))
-    except TimeoutError:
-        raise ValueError(f"a rehearsal of it does not end within {PATIENCE:.0f} s") from None
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    if process.returncode:
-        raise ValueError(said.decode(errors="replace").strip() or f"it ends its process ({process.returncode})")
+    with _rehearsing(spec, workers) as (process, said):
+        began = time.monotonic()
+        while process.poll() is None:
+            if time.monotonic() > began + PATIENCE:
+                raise ValueError(f"a rehearsal of it does not end within {PATIENCE:.0f} s")
+            await asyncio.sleep(LOOK)
+        if process.returncode:
+            said.seek(0)
+            why = said.read().decode(errors="replace").strip()
+            raise ValueError(why or f"it ends its process ({process.returncode})")
+
+
+@contextmanager
+def _rehearsing(spec: str, workers: Workers) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes]]]:
+    """A process that does, and what it says."""
+    with tempfile.TemporaryFile() as asked, tempfile.TemporaryFile() as said:
+        asked.write(msgspec.json.encode((spec, workers)))
+        asked.seek(0)
+        with subprocess.Popen([sys.executable, "-m", "minidisagg.policies"], stdin=asked, stdout=said) as process:
+            try:
+                yield process, said
+            finally:
+                process.kill()
 
 
 def _signature(path: Path) -> Signature | None:
