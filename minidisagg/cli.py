@@ -43,7 +43,7 @@ from minidisagg.options import (
     stack,
 )
 from minidisagg.replay.command import replay
-from minidisagg.simulate_options import SIMULATED, simulate_options
+from minidisagg.simulate_options import LEAGUE, SIMULATED, cluster_options, league_options, simulate_options
 from minidisagg.terminal import show_what_it_can
 
 # What `bench` takes for one of its two kinds of target only; the seed is the workload's too.
@@ -356,6 +356,7 @@ def _read_bench(
 
 
 @cli.command(cls=SpreadCommand, context_settings={"default_map": SIMULATED})
+@cluster_options
 @simulate_options
 @load_options
 def simulate(**flags: Any) -> int:
@@ -374,6 +375,24 @@ def simulate(**flags: Any) -> int:
     from minidisagg.sim.study import run as run_study
 
     return run_study(read_options(flags, load))
+
+
+@cli.command(cls=SpreadCommand, context_settings={"default_map": LEAGUE})
+@cluster_options
+@league_options
+def league(**flags: Any) -> int:
+    """Rank all policies over several workloads and loads, on one simulated cluster.
+
+    \b
+    minidisagg league
+    minidisagg league --policy ./mine.py:Mine --policy disagg:sarathi:chunk=2048
+    minidisagg league --policies fcfs,sjf,./mine.py:Mine --workload synth:mooncake-toolagent --loads 0.6,0.9
+    minidisagg league --workload mooncake:conversation_trace.jsonl --num-prompts 2000 --repeats 3
+    """
+    from minidisagg.sim.league import read_options
+    from minidisagg.sim.league import run as run_league
+
+    return run_league(read_options(flags))
 
 
 @cli.command()

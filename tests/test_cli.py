@@ -30,7 +30,7 @@ from minidisagg.measure.goodput import SLO
 from minidisagg.model.dummy import SHAPES, dummy_weights, parse_dummy
 
 torch.set_num_threads(1)
-COMMANDS = ("pull", "generate", "chat", "serve", "monitor", "bench", "simulate", "profile", "rerun")
+COMMANDS = ("pull", "generate", "chat", "serve", "monitor", "bench", "simulate", "league", "profile", "rerun")
 TINY = ["dummy:tiny", "--prompt", "hello"]
 
 
@@ -96,11 +96,11 @@ def test_each_command_has_examples_and_a_default_model(name: str) -> None:
     found = cli.commands[name]
     assert found.help is not None
     assert f"\n    minidisagg {name}" in found.help or f"\nminidisagg {name}" in found.help
-    assert name in ("monitor", "simulate", "rerun") or found.params[0].default == DEFAULT_MODEL
+    assert name in ("monitor", "simulate", "league", "rerun") or found.params[0].default == DEFAULT_MODEL
 
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/monitor.md", "docs/simulate.md", "scripts/quickstart.sh")
+PAGES = ("README.md", "docs/monitor.md", "docs/simulate.md", "docs/league.md", "scripts/quickstart.sh")
 
 
 @pytest.mark.parametrize("page", PAGES)

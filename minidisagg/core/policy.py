@@ -210,6 +210,8 @@ class Policy:
     asks: Policy | None = None  # of one that only hands questions on (it logs or checks): to whom
     dynamic_order = False  # True: sort keys change over time and are computed anew for each step
 
+    only: Literal["", "colocated", "disagg"] = ""  # the one mode in which its rule comes into play, if it is one
+
     equal_steps = True  # `compose` does alike while nothing comes, ends or needs a page: a simulator then asks once
 
     def __init_subclass__(cls, **more: Any) -> None:

@@ -108,6 +108,36 @@ def share_error(met: Array) -> float:
     return float(max(blocks.std(), math.sqrt(share * (1 - share) / n)))
 
 
+class Drawn(Struct, frozen=True):
+    """A share of requests (of 1) of each repetition, [repetitions], and of its resamples, [repetitions, resamples].
+
+    `half`: half a request, as a share.
+    """
+
+    values: Array
+    draws: Array
+    half: float
+
+    @property
+    def interval(self) -> tuple[float, float, float]:
+        """Mean and 95 % interval, which ends at 0 and 1."""
+        count, middle = len(self.values), float(self.values.mean())
+        between = float(self.values.var(ddof=1)) if count > 1 else 0.0
+        error = math.sqrt(max(between, float(self.draws.var(axis=1).mean())) / count)
+        width = student_t(max(count - 1, 2)) * error
+        return middle, max(0.0, middle - width), min(1.0, middle + width)
+
+
+def ratio_of_shares(a: Drawn, b: Drawn) -> Ratio:
+    """B / A, both of the same requests and the same resamples, on a simulator, which has no noise of its own."""
+    rows = []
+    for one, other, drawn, other_drawn in zip(a.values, b.values, a.draws, b.draws, strict=True):
+        spread = np.log((other_drawn + b.half) / (drawn + a.half))
+        difference = math.log((other + b.half) / (one + a.half))
+        rows.append(_Row(float(one), float(other), difference, float(spread.var())))
+    return _ratio(rows, 0.0)
+
+
 def resampled(sample: Sample, weights: Weights) -> Array:
     """[resamples, statistics]: the rate, or mean and quantiles, of every resample; nan where one has no value."""
     if sample.seconds:

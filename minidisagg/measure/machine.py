@@ -32,9 +32,8 @@ def command_line(argv: Sequence[str] | None = None) -> str:
 def machine() -> dict[str, object]:
     """Time, CPU, cores that this process may use, memory, system, versions, commit; what is not known is left out."""
     cpu = _field("/proc/cpuinfo", "model name") or platform.machine()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = _field("/proc/meminfo", "MemTotal").removesuffix(" kB")
-    found: dict[str, object] = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "cpu": cpu, "cores": cores}
+    found: dict[str, object] = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "cpu": cpu, "cores": cores()}
     found |= {"memory": f"{int(memory) / 2**20:.1f} GiB"} if memory else {}
     found |= {"system": platform.platform(), "python": platform.python_version()}
     for package in ("minidisagg", "torch", "numpy"):
@@ -62,6 +61,11 @@ def _git(where: Path, *args: str) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""  # there is no git
     return done.stdout.strip()
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _field(path: str, name: str) -> str:

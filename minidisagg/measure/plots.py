@@ -156,6 +156,36 @@ def _path(s: Series, points: list[tuple[float, float]], ends: list[float], thick
     return f'<path class="{s.kind} {s.marker}" style="{style};stroke-width:{s.size:g}" d="{d}"/>'
 
 
+def standalone(figure: Figure) -> str:
+    """The figure as a file of its own: its legend, and its panels one below the other, light or dark as its viewer."""
+    width, parts, y, x = WIDTHS[1], list[str](), 34, 12.0
+    for series in {s.label: s for panel in figure.panels for s in panel.series if s.label}.values():
+        style = f"--c:var(--{series.color})"
+        parts.append(f'<path class="points circle" style="{style};stroke-width:8" d="M{x:.0f} 16h0"/>')
+        parts.append(f'<text x="{x + 10:.0f}" y="20">{escape(series.label)}</text>')
+        x += 34 + LETTER * len(series.label)
+    for panel in figure.drawn:
+        size = f'<svg y="{y + 20}" width="{width}" height="{panel.height}" '
+        parts.append(f'<text class="t" x="12" y="{y + 12}">{escape(panel.title)}</text>')
+        parts.append(svg(panel, 1).replace("<svg ", size, 1))
+        y += panel.height + 30
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{y}" viewBox="0 0 {width} {y}">'
+    paper = '<rect width="100%" height="100%" fill="var(--bg)"/>'
+    return f"{head}<style>{FILE_STYLE}</style>{paper}{''.join(parts)}</svg>\n"
+
+
+FILE_STYLE = """
+:root { --bg: #fff; --ink: #1c1f23; --dim: #656b73; --grid: #e6e8eb; --a: #0072b2; --b: #d55e00; --prefill: #cc79a7;
+  --transfer: #009e73; --wait: #e0b400; --decode: #8fa3b8 }
+@media (prefers-color-scheme: dark) { :root { --bg: #15181c; --ink: #e4e6e9; --dim: #9aa1aa; --grid: #2a2f36;
+  --a: #56b4e9; --b: #e69f00; --transfer: #1fb98d; --wait: #d9c440; --decode: #5f7388 } }
+text { font: 12px sans-serif; fill: var(--ink) } .t { font-weight: bold } .m { text-anchor: middle }
+.e { text-anchor: end } .spans { fill: var(--c) } .line, .points { fill: none; stroke: var(--c) }
+.circle { stroke-linecap: round } .square { stroke-linecap: square } .dash { stroke-dasharray: 5 4 }
+.lattice path { stroke: var(--grid) } .axis { fill: none; stroke: var(--dim) }
+"""
+
+
 # ---------------------------------------------------------------- plotly
 
 

@@ -16,6 +16,8 @@ from minidisagg.core.policy import ClusterView, Placement, Policy, Reject, Reque
 class Arrow(Policy):
     """Decode workers are filled one after the other, as far as the time per token allows."""
 
+    only = "disagg"
+
     def __init__(self, ttft: float = 1.0, tpot: float = 0.05) -> None:
         """`ttft`, `tpot`: seconds that requests without a limit of their own, and `rebalance`, go by."""
         super().__init__()

@@ -18,6 +18,7 @@ from minidisagg.core.policy import Batch, ClusterView, Placement, Policy, Reject
 class Deflection(Policy):
     """Placed by default; `replace` deflects, and notes the chunk for `compose`."""
 
+    only = "disagg"
     equal_steps = True
 
     def __init__(self, tbt: float = 0.1, least: int = 16) -> None:

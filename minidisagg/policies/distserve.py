@@ -14,6 +14,8 @@ from minidisagg.core.policy import Policy, Work, WorkerView
 class DistServe(Policy):
     """Least loaded, as by default; what has been handed over may exceed the batch, and waits for a place in it."""
 
+    only = "disagg"
+
     def __init__(self, waiting: float = 0.05) -> None:
         """`waiting`: share of the decode worker's pages that accepted requests may hold before their first step."""
         super().__init__()

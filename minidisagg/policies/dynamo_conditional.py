@@ -17,6 +17,8 @@ from minidisagg.core.policy import ClusterView, Hits, Placement, Policy, Reject,
 class DynamoConditional(Policy):
     """Prefill on the decode worker if little is left to compute, or if prefill workers are behind, and it has room."""
 
+    only = "disagg"
+
     def __init__(
         self, tokens: int = 2048, share: float = 0.7, queue: float = 16.0, budget: int = 2048, busy: float = 0.9
     ) -> None:

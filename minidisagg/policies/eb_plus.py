@@ -25,6 +25,7 @@ from minidisagg.core.policy import Batch, Policy, WorkerView
 class EbPlus(Policy):
     """Mixed steps are those of `fcfs`."""
 
+    only = "colocated"
     equal_steps = True
 
     def __init__(self, extra: float = 0.2) -> None:

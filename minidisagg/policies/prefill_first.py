@@ -8,6 +8,7 @@ from minidisagg.core.policy import Batch, Policy, WorkerView
 class PrefillFirst(Policy):
     """Whole prompts by themselves as long as there are any with room; otherwise all decodes."""
 
+    only = "colocated"
     equal_steps = True
 
     def compose(self, batch: Batch, worker: WorkerView) -> None:

@@ -14,6 +14,8 @@ from minidisagg.core.policy import ClusterView, Placement, Policy, Reject, Reque
 class Splitwise(Policy):
     """Its pool first, then the mixed one, then the least loaded of the other pool, which thereby becomes mixed."""
 
+    only = "disagg"
+
     def __init__(self, queue: int = 8192) -> None:
         """`queue`: prompt tokens that a worker may have queued, unless one request is all that it has."""
         super().__init__()

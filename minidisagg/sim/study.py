@@ -11,9 +11,7 @@ import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +53,7 @@ from minidisagg.measure.timeline import Event, Timeline, write_events
 from minidisagg.policies import rehearse
 from minidisagg.sides import numbered, parse_compare, short
 from minidisagg.sim.machines import ClusterSpec, Group, parse_cluster, parse_options
+from minidisagg.sim.processes import side_by_side
 from minidisagg.sim.profile import SUFFIXES
 from minidisagg.sim.simulate import Result, simulate
 from minidisagg.sim.simulation import Settings, capacity_of, derived_slo, profiles_of
@@ -164,10 +163,11 @@ def run_once(task: Task, progress: Callable[[int], None] | None = None) -> Done:
     )  # fmt: skip
     drawn = timelines if told.repetition == 0 else []
     events = [event for timeline in drawn for event in timeline.events(first_pid=1 + 1000 * task.number)]
-    return Done(record, _decisions(result), result.steps, result.events, result.took, events)
+    return Done(record, decisions_of(result), result.steps, result.events, result.took, events)
 
 
-def _decisions(result: Result) -> str:
+def decisions_of(result: Result) -> str:
+    """A hash of what was done for whom, where and when."""
     digest = hashlib.sha256()
     for request in result.run.requests:
         digest.update(repr((request.request_id, request.workers, request.token_times)).encode())
@@ -250,14 +250,11 @@ class Study:
 
     def _side_by_side(self, tasks: Iterable[Task], count: int, progress: Progress, title: str) -> Iterator[Done]:
         bar = progress.add_task(f"{count} runs{title}", total=count)
-        with ProcessPoolExecutor(self.options.jobs, get_context("forkserver")) as pool:
-            futures = [pool.submit(_run_encoded, msgspec.msgpack.encode(task)) for task in tasks]
-            try:
-                for _ in as_completed(futures):
-                    progress.advance(bar)
-                yield from [self._note(msgspec.msgpack.decode(one.result(), type=Done)) for one in futures]
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+        answers: dict[int, bytes] = {}
+        for number, answer in side_by_side(_run_encoded, map(msgspec.msgpack.encode, tasks), self.options.jobs):
+            answers[number] = answer
+            progress.advance(bar)
+        yield from [self._note(msgspec.msgpack.decode(answers[number], type=Done)) for number in range(count)]
 
     def _note(self, done: Done) -> Done:
         for index, value in enumerate((done.steps, done.events, done.took)):
@@ -385,19 +382,24 @@ def _announce(study: Study) -> None:
     study.console.print(f"{len(study.items)} requests at {rate}; SLO {study.slo}{given}", style="dim", highlight=False)
 
 
-def read_options(flags: Mapping[str, Any], load: tuple[Workload, Arrivals, Trials, ReportSettings]) -> SimOptions:
+def read_cluster(flags: Mapping[str, Any]) -> ClusterSpec:
     """Of the command line. Raises `ValueError`."""
     wire = parse_interconnect(flags["link"])
     if wire is None:
         raise ValueError(f"--link {flags['link']}: a simulated wire needs a bandwidth")
     parse_granularity(flags["transfer_granularity"], 1)
-    cluster = ClusterSpec(
+    return ClusterSpec(
         groups=parse_cluster(flags["cluster"]), model=flags["model"], dtype=flags["dtype"],
         page_size=flags["block_size"], memory_utilization=flags["gpu_memory_utilization"],
         prefix_caching=not flags["no_prefix_caching"], granularity=flags["transfer_granularity"],
         codec=flags["kv_codec"], wire=wire,
         prefill=parse_options("prefill", flags["prefill"]), decode=parse_options("decode", flags["decode"]),
     )  # fmt: skip
+
+
+def read_options(flags: Mapping[str, Any], load: tuple[Workload, Arrivals, Trials, ReportSettings]) -> SimOptions:
+    """Of the command line. Raises `ValueError`."""
+    cluster = read_cluster(flags)
     if flags["record"] and load[2].find_goodput:
         raise ValueError("--record is for runs at a given load, and --find-goodput tries many")
     if flags["compare"] and flags["policy"]:
