@@ -87,35 +87,30 @@ class BlockPool:
         """`count` pages for a peer to write into (INFLIGHT), or None and no change."""
         return self._take(count, PageState.INFLIGHT, 0)
 
-    def land(self, pages: Iterable[int]) -> None:
+    def land(self, pages: Sequence[int]) -> None:
         """A transfer into these pages is complete: INFLIGHT becomes LIVE with one reference."""
+        self._move(pages, PageState.INFLIGHT, PageState.LIVE)
         for page in pages:
-            self._move(page, PageState.INFLIGHT, PageState.LIVE)
             self.refs[page] = 1
 
-    def cancel(self, pages: Iterable[int]) -> None:
+    def cancel(self, pages: Sequence[int]) -> None:
         """The peer has said that it will not write here (any more): INFLIGHT becomes FREE."""
-        for page in pages:
-            self._move(page, PageState.INFLIGHT, PageState.FREE)
-            heapq.heappush(self._free, page)
+        self._move(pages, PageState.INFLIGHT, PageState.FREE)
 
-    def quarantine(self, pages: Iterable[int]) -> None:
+    def quarantine(self, pages: Sequence[int]) -> None:
         """Nobody knows whether the peer still writes here."""
-        for page in pages:
-            self._move(page, PageState.INFLIGHT, PageState.QUARANTINED)
+        self._move(pages, PageState.INFLIGHT, PageState.QUARANTINED)
 
-    def release(self, pages: Iterable[int]) -> None:
+    def release(self, pages: Sequence[int]) -> None:
         """The abort of the link is confirmed: QUARANTINED becomes FREE."""
-        for page in pages:
-            self._move(page, PageState.QUARANTINED, PageState.FREE)
-            heapq.heappush(self._free, page)
+        self._move(pages, PageState.QUARANTINED, PageState.FREE)
 
-    def hold(self, pages: Iterable[int]) -> None:
+    def hold(self, pages: Sequence[int]) -> None:
         """One more reference on pages that are LIVE or CACHED."""
         for page in pages:
             if self.state[page] is PageState.CACHED:
                 del self._lru[page]
-                self._move(page, PageState.CACHED, PageState.LIVE)
+                self._move((page,), PageState.CACHED, PageState.LIVE)
             elif self.state[page] is not PageState.LIVE:
                 raise IntegrityError(f"page {page} is {self.state[page].name} and cannot be held")
             self.refs[page] += 1
@@ -125,17 +120,17 @@ class BlockPool:
 
         Pages are dropped last first, so that the tail of a prefix is evicted before its head.
         """
+        refs, unknown, cached = self.refs, list[int](), list[int]()
         for page in reversed(pages):
-            if self.state[page] is not PageState.LIVE or self.refs[page] < 1:
-                raise IntegrityError(f"page {page} is {self.state[page].name} with {self.refs[page]} references")
-            self.refs[page] -= 1
-            if self.refs[page] == 0:
-                if self._hash_of[page] is None:
-                    self._move(page, PageState.LIVE, PageState.FREE)
-                    heapq.heappush(self._free, page)
-                else:
-                    self._move(page, PageState.LIVE, PageState.CACHED)
-                    self._lru[page] = None
+            if refs[page] < 1:
+                raise IntegrityError(f"page {page} is {self.state[page].name} with {refs[page]} references")
+            refs[page] -= 1
+            if not refs[page]:
+                (unknown if self._hash_of[page] is None else cached).append(page)
+        self._move(unknown, PageState.LIVE, PageState.FREE)
+        self._move(cached, PageState.LIVE, PageState.CACHED)
+        for page in cached:
+            self._lru[page] = None
 
     def publish(self, page: int, digest: bytes) -> None:
         """Page holds the valid, complete KV of the prefix `digest`; others may share it from now on."""
@@ -189,24 +184,30 @@ class BlockPool:
     def _take(self, count: int, state: PageState, refs: int) -> list[int] | None:
         if count > self.available:
             return None
-        while len(self._free) < count:
-            page, _ = self._lru.popitem(last=False)
-            digest = self._hash_of[page]
-            assert digest is not None
-            del self._by_hash[digest]
-            self._hash_of[page] = None
-            self.removed.append(digest)
-            self._move(page, PageState.CACHED, PageState.FREE)
-            heapq.heappush(self._free, page)
+        missing = count - len(self._free)
+        if missing > 0:
+            evicted = [self._lru.popitem(last=False)[0] for _ in range(missing)]
+            for page in evicted:
+                digest = self._hash_of[page]
+                assert digest is not None
+                del self._by_hash[digest]
+                self._hash_of[page] = None
+                self.removed.append(digest)
+            self._move(evicted, PageState.CACHED, PageState.FREE)
         pages = [heapq.heappop(self._free) for _ in range(count)]
+        self._move(pages, PageState.FREE, state)
         for page in pages:
-            self._move(page, PageState.FREE, state)
             self.refs[page] = refs
         return pages
 
-    def _move(self, page: int, old: PageState, new: PageState) -> None:
-        if self.state[page] is not old:
-            raise IntegrityError(f"page {page} is {self.state[page].name}, not {old.name}")
-        self.state[page] = new
-        self.counts[old] -= 1
-        self.counts[new] += 1
+    def _move(self, pages: Sequence[int], old: PageState, new: PageState) -> None:
+        """What becomes FREE is in the heap from now on; who takes from there has popped it."""
+        state, free = self.state, new is PageState.FREE
+        for page in pages:
+            if state[page] is not old:
+                raise IntegrityError(f"page {page} is {state[page].name}, not {old.name}")
+            state[page] = new
+            if free:
+                heapq.heappush(self._free, page)
+        self.counts[old] -= len(pages)
+        self.counts[new] += len(pages)
