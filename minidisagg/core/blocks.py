@@ -193,9 +193,13 @@ class BlockPool:
                 del self._by_hash[digest]
                 self._hash_of[page] = None
                 self.removed.append(digest)
-            self._move(evicted, PageState.CACHED, PageState.FREE)
-        pages = [heapq.heappop(self._free) for _ in range(count)]
-        self._move(pages, PageState.FREE, state)
+            self._move(evicted, PageState.CACHED, state)
+            self._move(self._free, PageState.FREE, state)
+            pages = sorted([*self._free, *evicted])
+            self._free.clear()
+        else:
+            pages = [heapq.heappop(self._free) for _ in range(count)]
+            self._move(pages, PageState.FREE, state)
         for page in pages:
             self.refs[page] = refs
         return pages

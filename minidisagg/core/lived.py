@@ -23,8 +23,9 @@ class LivedTime:
 
     def at(self, now: float) -> float:
         """The lived time at `now`, which is the time of an input."""
-        if self._begun:
-            self._lived += min(max(0.0, now - self._last), STRIDE)
+        passed = now - self._last
+        if passed > 0.0 and self._begun:
+            self._lived += passed if passed < STRIDE else STRIDE
         self._begun, self._last = True, now
         return self._lived
 

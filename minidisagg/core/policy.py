@@ -93,7 +93,7 @@ class WorkerStatus:
 
     def takes(self, role: Role) -> bool:
         """The router may send it work of this role."""
-        return self.flipping is None and not self.draining and bool(self.role & role)
+        return bool(self.role & role) and self.flipping is None and not self.draining
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,11 @@ class ClusterView:
 
     def candidates(self, role: Role) -> list[WorkerStatus]:
         """Live workers that take work of this role."""
-        return [worker for worker in self.workers.values() if worker.takes(role)]
+        return [w for w in self.workers.values() if w.role & role and w.takes(role)]  # seldom asks those of the other
+
+    def anybody(self, role: Role) -> bool:
+        """A live worker takes work of this role."""
+        return any(w.role & role and w.takes(role) for w in self.workers.values())
 
     def costs_of(self, worker: WorkerStatus) -> StepCosts:
         """Its own; of what it has not done yet (a decode worker no prompt), the mean of those that have."""

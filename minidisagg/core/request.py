@@ -72,6 +72,7 @@ class Request(OfSpec):
         "incarnation",
         "inflight",
         "introduced",
+        "last_index",
         "leaves",
         "lossy",
         "num_computed",
@@ -110,6 +111,8 @@ class Request(OfSpec):
         self.hashes: list[bytes] = []
         self.published = 0  # pages considered for the prefix cache so far
         self.prefill_len = spec.prefill_len
+        most = spec.sampling.max_tokens
+        self.last_index = min(spec.ends_after or most, most)  # output tokens at which it ends, if no stop token comes
         self.num_scheduled = 0
         self.num_computed = 0
         self.pending = 0
@@ -131,11 +134,6 @@ class Request(OfSpec):
     def sampling(self) -> SamplingParams:
         """How its tokens are chosen."""
         return self.spec.sampling
-
-    @property
-    def last_index(self) -> int:
-        """Output tokens at which it ends, if no stop token comes before."""
-        return min(self.spec.ends_after or self.max_tokens, self.max_tokens)
 
     @property
     def num_tokens(self) -> int:

@@ -260,7 +260,7 @@ class Router:
 
     def _place(self, request: Tracked, new: bool) -> None:
         view = self.view
-        if self.paused or not view.candidates(Role.PREFILL) or not view.candidates(Role.DECODE):
+        if self.paused or not view.anybody(Role.PREFILL) or not view.anybody(Role.DECODE):
             self.parked.append(request.request_id)
             return
         placement = self._ask_place(request)

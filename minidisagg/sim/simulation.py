@@ -124,7 +124,7 @@ class Simulation:
                 self._send(self._waiting.pop())
         told, steps, since = self._left, 0, self.sim.now
         while self._left:
-            self.sim.run_events(LOOK)
+            self.sim.run_events(LOOK, lambda: not self._left)
             if steps != (steps := sum(worker.core.steps for worker in self.sim.workers.values())) or len(
                 self.sent
             ) < len(self.items):
