@@ -370,6 +370,8 @@ def simulate(**flags: Any) -> int:
     minidisagg simulate --cluster prefill=8@h100,decode=8@h100 --block-size 512 \\
         --dataset-name mooncake --dataset-path conversation_trace.jsonl --num-prompts 12031
     """
+    if not flags["dataset_path"] or flags["find_goodput"]:  # a trace that is there has times of its own
+        flags["request_rate"] = flags["request_rate"] or "0.5x"
     load = read_load(flags)
     from minidisagg.sim.study import read_options
     from minidisagg.sim.study import run as run_study

@@ -12,7 +12,7 @@ from minidisagg.interconnect import PRESETS
 from minidisagg.options import FiniteRange, decisions_option, positive, record_option, stack
 
 # A load that means something on the default cluster; a simulation has no noise, so that one repetition says much.
-SIMULATED = {"dataset_name": "synth:azure-conv-2023", "request_rate": "0.5x", "num_prompts": 500, "repeats": 1}
+SIMULATED = {"dataset_name": "synth:azure-conv-2023", "num_prompts": 500, "repeats": 1}
 LEAGUE = {"cluster": "prefill=4@h100,decode=4@h100", "block_size": 512}
 
 # fmt: off
@@ -76,7 +76,7 @@ league_options = stack(
                      help="Request rates, as shares of what the devices would do if none of them ever waited."),
         click.option("--goodput", multiple=True, metavar="NAME:MS …",
                      help="SLOs, as in: --goodput ttft:200 tpot:50  [default: 8 unloaded prefills, 2 steps]"),
-        click.option("--num-prompts", type=positive, default=600, show_default=True, help="Of each run."),
+        click.option("--num-prompts", type=positive, default=500, show_default=True, help="Of each run."),
         click.option("--repeats", type=positive, default=5, show_default=True,
                      help="Runs of each cell, each with requests and times of its own."),
         click.option("--jobs", "-j", type=positive, metavar="N", help="Runs at a time.  [default: one per core]"),

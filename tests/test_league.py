@@ -194,7 +194,7 @@ def test_a_policy_that_has_changed_plays_again(tmp_path: Path) -> None:
 def test_what_is_refused_is_left_out_of_no_table(tmp_path: Path) -> None:
     found = command(tmp_path, "--policies", "disagg:early_rejection", "--loads", "3", "--num-prompts", "60")
     refused = [cell["rejected"] for cell in found["cells"]]
-    assert max(refused) > 0.1 and "re-fused" in (tmp_path / "league.md").read_text()
+    assert max(refused) > 0.1 and "refused" in (tmp_path / "league.md").read_text()
 
 
 @pytest.mark.parametrize(

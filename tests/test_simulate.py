@@ -355,6 +355,18 @@ def test_several_sides_are_a_contest(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "Against the baseline" in (directory / "report.html").read_text()
 
 
+def test_a_trace_keeps_its_own_times(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = tmp_path / "t.csv"
+    rows = [f"2023-11-16 18:15:{n:02}.0000000,{300 + n},{20}" for n in range(60)]
+    trace.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows]))
+    where = ["--dataset-name", "azure", "--dataset-path", str(trace), "--policy", "fcfs"]
+    command(tmp_path / "a", *where)
+    assert "60 requests at the trace's own times" in capsys.readouterr().out
+    command(tmp_path / "b", *where, "--find-goodput")
+    command(tmp_path / "c", "--policy", "fcfs")
+    assert "own times" not in capsys.readouterr().out
+
+
 def test_a_sweep_and_a_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     swept = command(tmp_path / "a", "--max-concurrency", "1,4", "--dataset-name", "random")
     assert isinstance(read_result(swept), dict)

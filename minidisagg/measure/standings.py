@@ -185,10 +185,10 @@ def workload_table(league: League, drawn: Sequence[Sequence[Drawn]], name: str) 
         f"load; latencies (ms) at load {league.conditions[middle].load:g}"
     )
     table = _table(name, caption)
-    _columns(table, *(f"at {one.load:g}" for one in loads), "score", "good-\nput", "TTFT\np90", "TPOT")
+    _columns(table, *(f"at {one.load:g}" for one in loads), "score", "goodput", "TTFT\np90", "TPOT")
     refusing = any(league.values(place, side, "rejected") for place in places for side in range(len(league.labels)))
     if refusing:
-        _columns(table, "re-\nfused")
+        _columns(table, "refused")
     for one in standings([drawn[place] for place in places]):
         shares = [share(drawn[place][one.side].interval[0]) for place in places]
         best = max(league.values(place, one.side, "request_goodput") for place in places) / league.workers

@@ -25,16 +25,7 @@ import msgspec
 from minidisagg.core.effects import AbortLink, OpenLink, Send, StartPiece, drain
 from minidisagg.core.engine import EngineCore
 from minidisagg.core.inputs import AbortConfirmed, Input, LayersDone, PieceDone, Received, Schedule, StepDone, Tick
-from minidisagg.core.messages import (
-    ROUTER,
-    AnyMessage,
-    Envelope,
-    Hello,
-    LinkStats,
-    PeerUp,
-    RequestSpec,
-    SamplingParams,
-)
+from minidisagg.core.messages import ROUTER, AnyMessage, Envelope, Hello, LinkStats, PeerUp, RequestSpec, SamplingParams
 from minidisagg.core.plan import WIRE_SHARE, Piece, StepPlan, advanced
 from minidisagg.core.policy import Policy
 from minidisagg.core.router import Kill, Router
