@@ -28,7 +28,7 @@ from minidisagg.sim.devices import TimingOnly
 from minidisagg.sim.machines import ClusterSpec, Group, MachineCosts, find_profile, parse_cluster, parse_options
 from minidisagg.sim.profile import Profile, load_profile
 from minidisagg.sim.simulate import Result, simulate
-from minidisagg.sim.simulation import Settings, page_names
+from minidisagg.sim.simulation import Settings, Simulation, page_names
 from minidisagg.sim.study import SimSide, colocated, parse_sides
 from minidisagg.workload.lengths import WorkItem, random_items, with_arrivals
 from minidisagg.workload.synth import synth_items
@@ -247,6 +247,16 @@ def test_policies_see_the_limit_and_the_prediction() -> None:
         assert bool(run.marks) == (predictor == "oracle")
     longest = max(item.output_len for item in items)
     assert lengths == Counter([(longest, None)] * 10) + Counter((longest, item.output_len) for item in items)
+
+
+def test_many_workers_that_have_nothing_to_do_cost_little() -> None:
+    """They are not introduced to each other, and nothing happens after the last request."""
+    simulation = Simulation(
+        spec("prefill=20@h100,decode=20@h100"), lambda: load_policy("fcfs"),
+        [WorkItem(index=0, prompt_len=500, output_len=3)], Settings(),
+    )  # fmt: skip
+    simulation.play(0.0, None)
+    assert simulation.sim.happened == simulation.ended[1] < 40 * 39
 
 
 # ---------------------------------------------------------------- what is refused
