@@ -71,7 +71,7 @@ def test_serve_says_where_it_listens(monkeypatch: pytest.MonkeyPatch, capsys: py
     engine = Engine(ModelSettings(model=MODEL), ClusterSettings(prefill_workers=1, decode_workers=0), RunSettings())
 
     async def drive() -> str:
-        serve = asyncio.create_task(run._serve(engine, ServerSettings(host="::1", port=0), (9, 999)))
+        serve = asyncio.create_task(run._serve(engine, ServerSettings(host="::1", port=0), (9, 999), False))
         said = ""
         while "serving on" not in said and not serve.done():
             await asyncio.sleep(0.01)

@@ -31,10 +31,8 @@ from minidisagg.workload.settings import Arrivals
 pytestmark = needs_two_cores
 RECORDS = {"requests.jsonl", "steps.jsonl"}
 FILES = {"options.json", "report.html", "result.json", "trace.json", "files", *RECORDS}
-SHORT = (
-    "dummy:tiny,std=0.15", "--random-input-len", "24", "--random-output-len", "4", "--num-warmups", "2",
-    "--goodput", "ttft:2000", "tpot:500", "--link", "unix",
-)  # fmt: skip
+SHORT = "dummy:tiny,std=0.15", "--num-warmups", "2", "--goodput", "ttft:2000", "tpot:500", "--link", "unix"
+LENGTHS = "--random-input-len", "24", "--random-output-len", "4"  # where the data set has none of its own
 
 
 class Done:
@@ -60,7 +58,7 @@ def bench(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
 
     def run(*args: str) -> Done:
         with pytest.raises(SystemExit) as ended:
-            main(["bench", *SHORT, "--result-dir", str(tmp_path), *args])
+            main(["bench", *SHORT, *(() if "--dataset-name" in args else LENGTHS), "--result-dir", str(tmp_path), *args])
         captured = capsys.readouterr()
         assert ended.value.code == 0, captured.err
         (directory,) = tmp_path.iterdir()

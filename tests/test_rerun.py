@@ -100,7 +100,7 @@ def test_what_differs_is_said(here: Path, capsys: pytest.CaptureFixture[str]) ->
     assert any(line.startswith("other than then: commit 000") and "cpu Abacus 9000 → " in line for line in said)
     assert any(f"{here}/trace.csv has changed (" in line and "the load is another one" in line for line in said)
     assert said[-1].startswith(f"not as in {first}: requests.jsonl differs from line ")
-    assert said[-1].endswith("(side A, repetition 0, request_id 1)")
+    assert said[-1].endswith("(side A, repetition 0, request_id 2)")
     (first / "files" / "mine.py").write_text(MINE + "# otherwise")
     with pytest.raises(ValueError, match=r"files/mine\.py is not the copy that the run has made"):
         command("rerun", str(first), "--out", "more")

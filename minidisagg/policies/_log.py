@@ -62,7 +62,7 @@ class Logged(Policy):
         answer = self.asks.replace(request, cluster)
         if answer is not None:  # it is asked of each that waits, four times a second
             inputs = {"request": _request(request), "cluster": _cluster(cluster)}
-            self._log("replace", cluster.now, answer, **inputs)
+            self._log("replace", cluster.now, _placement(answer), **inputs)
         return answer
 
     def rebalance(self, cluster: ClusterView) -> list[RoleChange]:
@@ -104,7 +104,7 @@ class Logged(Policy):
             return told.setdefault("hits", cluster.hits(request))
 
         answer = ask(replace(cluster, hits=noted))
-        shown: Any = answer
+        shown: Any = _placement(answer) if isinstance(answer, Placement) else answer
         if isinstance(answer, Reject):
             shown = {"verdict": "reject", **msgspec.to_builtins(answer)}
         elif answer is None:
@@ -127,6 +127,12 @@ class Logged(Policy):
 
 def _seen(of: object, *names: str) -> dict[str, Any]:
     return {name: getattr(of, name) for name in names}
+
+
+def _placement(answer: Placement) -> dict[str, str | None]:
+    """Its codec is named where it names one."""
+    shown = {"prefill": answer.prefill, "decode": answer.decode}
+    return shown if answer.codec is None else {**shown, "codec": answer.codec}
 
 
 def _request(view: AnyRequest) -> dict[str, Any]:
