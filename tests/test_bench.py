@@ -58,7 +58,8 @@ def bench(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
 
     def run(*args: str) -> Done:
         with pytest.raises(SystemExit) as ended:
-            main(["bench", *SHORT, *(() if "--dataset-name" in args else LENGTHS), "--result-dir", str(tmp_path), *args])
+            lengths = () if "--dataset-name" in args else LENGTHS
+            main(["bench", *SHORT, *lengths, "--result-dir", str(tmp_path), *args])
         captured = capsys.readouterr()
         assert ended.value.code == 0, captured.err
         (directory,) = tmp_path.iterdir()
@@ -371,7 +372,7 @@ def test_the_quick_preset_shortens_what_a_slow_machine_would_take_too_long_for(
     monkeypatch.setattr(runs, "QUICK_SECONDS", 0.02)  # in which no machine gets far
     monkeypatch.setattr(runs, "QUICK_PROMPTS", (20, 24))
     args = ("--mode", "colocated", "--preset", "quick", "--repeats", "1")
-    monkeypatch.setattr("test_bench.SHORT", (*SHORT[:1], *SHORT[5:]))  # without lengths
+    monkeypatch.setattr("test_bench.LENGTHS", ())
     done = bench(*args)
     assert "a slow machine for the quick preset: random 64 in, 16 out" in done.flat
     assert (done.options["workload"]["input_len"], done.options["workload"]["output_len"]) == (64, 16)
