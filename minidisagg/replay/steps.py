@@ -203,7 +203,7 @@ class Run:
         """Whether the replay is the run that was recorded, and how the other policy's answers differ."""
         plans, wrong = (sum(getattr(lane, name) for lane in self.lanes) for name in ("plans", "wrong"))
         lines = [
-            f"{plans} plans and placements replayed, " + ("all as recorded" if not wrong else f"{wrong} otherwise")
+            f"{plans} plans and router messages replayed, " + ("all as recorded" if not wrong else f"{wrong} otherwise")
         ]
         if wrong:
             lines[0] += ": the code, or what a policy imports, is not what it was"
@@ -249,8 +249,9 @@ class Run:
                 except Exception as error:
                     self._end(lane, entry.now, error, entries)
                     break
-                lane.plans += recorded is not None
-                lane.wrong += recorded is not None and checksum(effects) != recorded
+                sent = checksum(effects)
+                lane.plans += bool(recorded or sent)
+                lane.wrong += recorded is not None and sent != recorded
                 events = [*_router_input(what), *asker.take_decisions(), *_router_effects(effects)]
                 differences = asker.take_differences()
                 if events or differences:
