@@ -10,7 +10,6 @@ parted. The first output token comes from the prefill and is never touched.
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -51,11 +50,11 @@ class Way(Struct):
     """One way for KV to be changed. Nats; shares of 1."""
 
     name: str
-    kl: float = math.nan  # of the next token's distribution, mean over tokens and prompts
-    kl_p99: float = math.nan
-    same_texts: float = math.nan  # continuations without a difference
-    first_difference: float = math.nan  # mean number of tokens before it
-    layers: list[float] = []  # KL where only this layer is changed
+    kl: float  # of the next token's distribution, mean over tokens and prompts
+    kl_p99: float
+    same_texts: float  # continuations without a difference
+    first_difference: float  # mean number of tokens before it
+    layers: list[float]  # KL where only this layer is changed
 
 
 class Quality(Struct):

@@ -147,6 +147,7 @@ class Frontend(Operations):
         except BaseException:
             await frontend.stop()
             raise
+        frontend._on_starting = None  # a worker that comes back has no line to be shown on
         frontend._warn()
         task = frontend.loop.create_task(frontend._tick())
         frontend._tasks.add(task)

@@ -21,8 +21,6 @@ from minidisagg.runtime.kv_cache import KVCache, num_pages_for, page_bytes
 CPU_CACHE = 512 << 20  # bytes, of a worker that was not told
 CONTEXT = 1 << 30  # bytes of a GPU that CUDA, its libraries and the captured graphs take
 PAIR_BYTES = 1050 << 20  # and an open pair of nccl, with its staging memory
-
-
 Progress = Callable[[str, int, int], None]  # what is being made, how many are, of how many
 
 

@@ -8,8 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from minidisagg.core.plan import Piece, StepPlan
+from minidisagg.core.plan import WIRE_SHARE, Piece, StepPlan
 from minidisagg.core.spec import EngineSpec
+
+
+def wire_bytes(source: EngineSpec, piece: Piece) -> float:
+    """Of a piece, in the codec that it names."""
+    first, end = piece.layers
+    return source.layer_bytes * piece.count * (end - first) * WIRE_SHARE[piece.codec]
 
 
 class Costs(Protocol):

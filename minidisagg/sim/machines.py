@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from msgspec import Struct
 
 from minidisagg.core.messages import Role, WorkerOptions
-from minidisagg.core.plan import RAW, WIRE_SHARE, Piece, StepPlan
+from minidisagg.core.plan import RAW, Piece, StepPlan
 from minidisagg.core.spec import EngineSpec
 from minidisagg.interconnect import Interconnect
+from minidisagg.sim.cost_model import wire_bytes
 from minidisagg.sim.profile import Profile, devices, load_profile
 
 ROLES = {"prefill": Role.PREFILL, "decode": Role.DECODE, "both": Role.BOTH}
@@ -106,11 +107,9 @@ class MachineCosts:
 
     def transfer(self, source: EngineSpec, dest: str, piece: Piece, now: float) -> tuple[float, float]:
         """As `Costs` says."""
-        first, end = piece.layers
-        nbytes = source.layer_bytes * piece.count * (end - first) * WIRE_SHARE[piece.codec]
         lanes = min(self.profiles[source.name].tensor_parallel, self.profiles[dest].tensor_parallel)
         begins = max(now, self._sends.get(source.name, 0.0), self._receives.get(dest, 0.0))
-        done = begins + nbytes / (self.wire.bandwidth * lanes)
+        done = begins + wire_bytes(source, piece) / (self.wire.bandwidth * lanes)
         self._sends[source.name] = self._receives[dest] = done
         return begins, done + self.wire.latency
 

@@ -26,11 +26,12 @@ from minidisagg.core.effects import AbortLink, OpenLink, Send, StartPiece, drain
 from minidisagg.core.engine import EngineCore
 from minidisagg.core.inputs import AbortConfirmed, Input, LayersDone, PieceDone, Received, Schedule, StepDone, Tick
 from minidisagg.core.messages import ROUTER, AnyMessage, Envelope, Hello, LinkStats, PeerUp, RequestSpec, SamplingParams
-from minidisagg.core.plan import WIRE_SHARE, Piece, StepPlan, advanced
+from minidisagg.core.plan import Piece, StepPlan, advanced
 from minidisagg.core.policy import Policy
 from minidisagg.core.router import Kill, Router
 from minidisagg.core.spec import EngineSpec
 from minidisagg.core.tracked import Emit
+from minidisagg.sim.cost_model import wire_bytes
 from minidisagg.sim.devices import HashChain, TimingOnly
 from minidisagg.sim.world import UNHEEDED, Observer, Outcome, SimWorker, Step, World
 
@@ -424,11 +425,10 @@ class Simulator:
         dest = piece.peer if worker is source else worker.core.spec.name
         begins, arrives = self.cost.transfer(source.core.spec, dest, piece, self.now)
         sent = source.sent.get(dest) or LinkStats(dest, "sim")
-        whole = source.core.spec.layer_bytes * piece.count * (piece.layers[1] - piece.layers[0])
         source.sent[dest] = msgspec.structs.replace(
             sent,
             transfers=sent.transfers + 1,
-            bytes=sent.bytes + int(whole * WIRE_SHARE[piece.codec]),
+            bytes=sent.bytes + int(wire_bytes(source.core.spec, piece)),
             seconds=sent.seconds + arrives - begins,
             queue_seconds=sent.queue_seconds + begins - self.now,
         )

@@ -130,4 +130,3 @@ def codecs_for(kv: Tensor) -> dict[str, Codec]:
 
 
 CODECS: dict[str, Callable[[Tensor], Codec]] = {"raw": RawCodec, "int8": Int8Codec}
-LOSSLESS = ("raw",)

@@ -11,18 +11,17 @@ from __future__ import annotations
 
 import select
 import socket
-from collections.abc import Iterator
 
 import msgspec
 import torch
 from torch import Tensor
 
 from minidisagg.core.plan import Piece
-from minidisagg.transfer.codec import Codec, head
-from minidisagg.transfer.gpu import CODED_BYTES, PROGRAMS, Finish, GpuLink, Part, Waiting, planes
+from minidisagg.transfer.codec import Staging, head
+from minidisagg.transfer.gpu import CODED_BYTES, PROGRAMS, Finish, GpuLink, Waiting, planes
 from minidisagg.transfer.kernels import copy_rows
 from minidisagg.transfer.links import Carried, CorruptError, LinkError, LinkSetup
-from minidisagg.transfer.rows import Block, alike, cache_rows
+from minidisagg.transfer.rows import alike, cache_rows
 
 DESCRIPTION_BYTES = 4096
 
@@ -86,7 +85,6 @@ class CudaIpcLink(GpuLink):
 
     def _post(self, piece: Piece, together: int, arrives: float) -> Finish:
         checksum, codec = self.checksum(piece), self.codec(piece)
-        layers = slice(2 * piece.layers[0], 2 * piece.layers[1])  # keys and values
         if piece.send:
             remote = self._remote
             if remote is None:
@@ -95,17 +93,17 @@ class CudaIpcLink(GpuLink):
                 raise LinkError(f"remote pages are not {piece.count} of the peer's {remote.shape[1]}")
             mine, theirs = self.pages(piece.pages, piece.remote)
             if codec.in_place:
+                layers = slice(2 * piece.layers[0], 2 * piece.layers[1])  # keys and values
                 copy_rows(self.planes[layers], mine, remote[layers], theirs, PROGRAMS)
             else:
-                for block, some in self._coded(piece, codec):
-                    wire = self._wire(codec, block)
-                    self.gather(Part(codec, some, piece.pages[block.pages], mine[block.pages]), wire)
-                    head(codec, remote[some]).index_copy_(1, theirs[block.pages], wire)
+                for block, part in self.parts(piece, mine, CODED_BYTES):
+                    wire = planes(Staging(self.device).rows(codec, block))
+                    self.gather(part, wire)
+                    head(codec, remote[part.planes]).index_copy_(1, theirs[block.pages], wire)
         elif not codec.in_place and -1 not in piece.pages:
             (mine,) = self.pages(piece.pages)
-            for block, some in self._coded(piece, codec):
-                part = Part(codec, some, piece.pages[block.pages], mine[block.pages])
-                self.scatter(part, head(codec, self.planes[some]).index_select(1, part.there))
+            for _, part in self.parts(piece, mine, CODED_BYTES):
+                self.scatter(part, head(codec, self.planes[part.planes]).index_select(1, part.there))
 
         def finish() -> Carried:
             value = 0 if checksum is None else checksum.value()
@@ -114,18 +112,6 @@ class CudaIpcLink(GpuLink):
             return Carried(value, arrives)
 
         return finish
-
-    def _coded(self, piece: Piece, codec: Codec) -> Iterator[tuple[Block, slice]]:
-        """Its blocks, each with its planes."""
-        for block in self.blocks(piece, CODED_BYTES):
-            first = 2 * (piece.layers[0] + block.layers.start) + block.kinds.start
-            yield block, slice(first, first + block.shape[0] * block.shape[1])
-
-    def _wire(self, codec: Codec, block: Block) -> Tensor:
-        """Room for its wire rows [planes, pages, words]."""
-        layers, kinds, pages = block.shape
-        room = torch.empty(layers * kinds * pages * codec.row_bytes, dtype=torch.uint8, device=self.device)
-        return room.view(codec.word).view(layers * kinds, pages, -1)
 
     def _rest(self) -> None:
         if self._flying:

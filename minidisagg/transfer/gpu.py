@@ -13,7 +13,7 @@ import socket
 import time
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -207,6 +207,15 @@ class GpuLink(ThreadLink):
             self._peer.close()
         if self._listener is not None:
             self._listener.close()
+
+    def parts(self, piece: Piece, there: Tensor, limit: int) -> Iterator[tuple[Block, Part]]:
+        """The piece in blocks of at most `limit` bytes on the wire; `there`: its pages' numbers on the card."""
+        codec = self.codec(piece)
+        for block in self.blocks(piece, limit):
+            layers, kinds, _ = block.shape
+            first = 2 * (piece.layers[0] + block.layers.start) + block.kinds.start
+            planes = slice(first, first + layers * kinds)
+            yield block, Part(codec, planes, piece.pages[block.pages], there[block.pages])
 
     def gather(self, part: Part, wire: Tensor) -> None:
         """Fill `wire` [planes, pages, words] with what this part of the cache is on it."""

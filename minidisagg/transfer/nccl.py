@@ -176,11 +176,9 @@ class NcclLink(GpuLink):
             self._heard = b""
         with torch.cuda.stream(self._gathering if piece.send else self.stream):
             (pages,) = self.pages(piece.pages)
-        for block in self.blocks(piece, BLOCK_BYTES if codec.in_place else CODED_BYTES):
+        for block, part in self.parts(piece, pages, BLOCK_BYTES if codec.in_place else CODED_BYTES):
             index, self._blocks = self._blocks % DEPTH, self._blocks + 1
             wire = planes(self._staging[index].rows(codec, block))
-            first = 2 * (piece.layers[0] + block.layers.start) + block.kinds.start
-            part = Part(codec, slice(first, first + len(wire)), piece.pages[block.pages], pages[block.pages])
             if piece.send:
                 self._send(index, part, wire)
                 self._say(word)
