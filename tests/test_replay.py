@@ -35,6 +35,8 @@ from minidisagg.workload.lengths import WorkItem
 
 RECORDED = ("fcfs", "sarathi:chunk=48", "sjf", "deflection", "dynamo")
 SOURCE = """
+import dataclasses
+
 from minidisagg import Policy, Victim
 from minidisagg.core.policy import Placement, Reject
 
@@ -118,6 +120,14 @@ class Teller(Policy):
     def order(self, request, stage, worker):
         assert request.hints == {"told": request.request_id}
         return super().order(request, stage, worker)
+
+
+class Coded(Policy):
+    def place(self, request, cluster):
+        return dataclasses.replace(super().place(request, cluster), codec="int8")
+
+    def replace(self, request, cluster):
+        return Placement(request.prefill, request.decode or None, "int8")
 
 
 class Mover(Policy):
@@ -246,6 +256,9 @@ def test_what_only_the_other_policy_has_is_asked_too(recorded: Callable[..., Pat
     run = run_of(recorded("fcfs"), f"{mine}:Mover")
     moved = next(one for one in differences(run) if one.hook == "replace")
     assert (moved.recorded, moved.other) == ("stays", "decode-0") and run.summary()[0].endswith("all as recorded")
+    run = run_of(recorded("fcfs"), f"{mine}:Coded")
+    told = [one for one in differences(run) if one.hook != "place" or one.other != f"{one.recorded} as int8"]
+    assert not told and run.notes.tallies["place"].differ == run.notes.tallies["place"].asked
     run = run_of(recorded("fcfs", "both=2@h100"), f"{mine}:Later")
     assert {one.hook for one in differences(run)} == {"compose"}
     assert differences(run_of(recorded("fcfs"), f"{mine}:Teller")) == []

@@ -158,10 +158,10 @@ class Asked(Policy):
         return answer
 
     def replace(self, request: RequestView, cluster: ClusterView) -> Placement | None:
-        now = Placement(request.prefill, request.decode or None)
+        now = request.prefill, request.decode or None
 
-        def tell(one: Placement | None) -> str:
-            return "stays" if one is None or one == now else _place(one)
+        def tell(one: Placement | None) -> str:  # as the router sees it: another codec alone moves nothing
+            return "stays" if one is None or (one.prefill, one.decode) == now else _place(one)
 
         other = self._routed("replace", request, cluster, tell, later=1)
         answer = self.asks.replace(request, cluster)
@@ -358,7 +358,10 @@ def _verdict(answer: Reject | None) -> str:
 def _place(answer: Placement | Reject) -> str:
     if not isinstance(answer, Placement):
         return "rejected"
-    return f"{answer.prefill} → {answer.decode or 'left open'}" if answer.decode != answer.prefill else answer.prefill
+    there = answer.prefill
+    if answer.decode != answer.prefill:
+        there += f" → {answer.decode or 'left open'}"
+    return there if answer.codec is None else f"{there} as {answer.codec}"
 
 
 def _changes(answer: Sequence[RoleChange], cluster: ClusterView) -> str:
