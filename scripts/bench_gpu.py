@@ -2,6 +2,7 @@
 
     scripts/bench_gpu.py                                   both shapes, every part
     scripts/bench_gpu.py --shape llama-8b --part decode    one of them
+    scripts/bench_gpu.py --part transformers               offline, by its continuous batching, and as much of it here
     scripts/bench_gpu.py --out gpu.json                    the figures, for other runs to stand beside
 
 Every figure stands beside its floor, measured in the same run: bytes over the card's read rate, or operations over its
@@ -41,6 +42,8 @@ PAGE = 64
 GREEDY = SamplingParams(temperature=0.0, max_tokens=1 << 20, ignore_eos=True)
 BATCHES = (1, 8, 64)
 OFFLINE_KV = 40 << 30  # bytes
+OFFLINE_REQUESTS = 256  # all at once
+PEER_TOKENS = 32  # of each, where transformers is asked too
 # vLLM 0.22.1 on an H100 80 GB, dummy weights, bf16, no prefix cache: ms a decode step at 2k of context by batch, prompt
 # tokens per second of 16 x 4000, output tokens per second of 256 requests with 100 to 1,024 tokens in and out.
 VLLM = {
@@ -142,23 +145,32 @@ def prefill_part(device: FusedDevice, shape: str, flop_rate: float) -> list[dict
     return rows
 
 
-async def offline(shape: str, requests: int, max_num_seqs: int) -> tuple[float, float, dict[str, float]]:
-    """(seconds, output tokens, the worker's shares) of requests that all come at once, through the whole engine."""
+def offline_load(shape: str) -> tuple[list[list[int]], list[int]]:
+    """256 random prompts of 100 to 1,024 tokens, and how many each is answered with."""
+    rng = random.Random(0)
+    vocab = SHAPES[shape].vocab_size
+    prompts = [[rng.randrange(vocab) for _ in range(rng.randint(100, 1024))] for _ in range(OFFLINE_REQUESTS)]
+    return prompts, [rng.randint(100, 1024) for _ in range(OFFLINE_REQUESTS)]
+
+
+async def offline(shape: str, max_num_seqs: int, each: int = 0) -> tuple[float, float, dict[str, float]]:
+    """(seconds, output tokens, the worker's shares) of requests that all come at once, through the whole engine.
+
+    `each`: so many tokens of every request.
+    """
     worker = WorkerSettings(
         device="cuda", dtype="bfloat16", kv_cache_memory=OFFLINE_KV, max_num_seqs=max_num_seqs,
         max_num_batched_tokens=16384,
     )  # fmt: skip
     cluster = ClusterSettings(mode="colocated", prefill_workers=1, decode_workers=0, prefill=worker, decode=worker)
     model = ModelSettings(model=f"dummy:{shape}", block_size=PAGE, max_model_len=4096, prefix_caching=False)
-    rng = random.Random(0)
-    vocab = SHAPES[shape].vocab_size
-    prompts = [[rng.randrange(vocab) for _ in range(rng.randint(100, 1024))] for _ in range(requests)]
-    lengths = [rng.randint(100, 1024) for _ in range(requests)]
+    prompts, lengths = offline_load(shape)
+    lengths = [each or length for length in lengths]
     began = time.perf_counter()
     async with await Frontend.start(model, cluster, RunSettings()) as frontend:
         say(f"{shape}: the engine is up after {time.perf_counter() - began:.0f} s")
         for measured in False, True:
-            left, ended, errors = requests, asyncio.Event(), list[str]()
+            left, ended, errors = len(prompts), asyncio.Event(), list[str]()
 
             def listen(emit: Emit, now: float) -> None:
                 nonlocal left
@@ -188,10 +200,44 @@ async def offline(shape: str, requests: int, max_num_seqs: int) -> tuple[float, 
 
 def offline_part(shape: str, read_rate: float) -> list[dict[str, Any]]:
     """256 requests with 100 to 1,024 tokens in and out; the floor is the weights and KV of full batches."""
-    took, tokens, shares = asyncio.run(offline(shape, 256, 256))
+    took, tokens, shares = asyncio.run(offline(shape, OFFLINE_REQUESTS))
     say(f"{shape} offline: {tokens / took:,.0f} tokens/s; " + ", ".join(f"{k} {v:.2f}" for k, v in shares.items()))
     peer = tokens / VLLM[shape]["offline"]  # type: ignore[operator]
     return [row(shape, f"offline, {tokens:,.0f} tokens out", took, math.nan, peer, "s") | shares]
+
+
+def transformers_part(shape: str) -> list[dict[str, Any]]:
+    """The same prompts through transformers' `generate_batch`, and here, a few tokens each: it takes its time."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import __version__ as version
+
+    took, tokens, _ = asyncio.run(offline(shape, OFFLINE_REQUESTS, PEER_TOKENS))
+    found = [row(shape, f"offline, {tokens:,.0f} tokens out", took, math.nan, None, "s")]
+    ours = SHAPES[shape]
+    config = AutoConfig.for_model(
+        "qwen3" if ours.qk_norm else "llama", vocab_size=ours.vocab_size, hidden_size=ours.hidden_size,
+        intermediate_size=ours.intermediate_size, num_hidden_layers=ours.num_layers, num_attention_heads=ours.num_heads,
+        num_key_value_heads=ours.num_kv_heads, head_dim=ours.head_dim, max_position_embeddings=ours.max_model_len,
+        tie_word_embeddings=ours.tie_embeddings, dtype="bfloat16",
+    )  # fmt: skip
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()  # type: ignore[no-untyped-call]
+    torch.set_default_dtype(torch.float32)
+    prompts, _ = offline_load(shape)
+    for tokens in 2, PEER_TOKENS:
+        asked = GenerationConfig(  # type: ignore[no-untyped-call]
+            max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
+        )
+        began = time.perf_counter()
+        outputs = model.generate_batch(inputs=prompts, generation_config=asked, progress_bar=False)
+        took = time.perf_counter() - began
+        made = sum(len(output.generated_tokens) for output in outputs.values())
+        if made != tokens * len(prompts):
+            raise click.ClickException(f"transformers made {made} tokens and not {tokens * len(prompts)}")
+    found.append(row(shape, f"transformers {version}, offline, {made:,.0f} tokens out", took, math.nan, None, "s"))
+    del model
+    return found
 
 
 def row(shape: str, what: str, took: float, floor: float, peer: float | None, unit: str) -> dict[str, Any]:
@@ -202,7 +248,12 @@ def row(shape: str, what: str, took: float, floor: float, peer: float | None, un
 
 @click.command(help=__doc__)
 @click.option("--shape", type=click.Choice(list(VLLM)), multiple=True, help="default: both")
-@click.option("--part", type=click.Choice(["decode", "prefill", "offline"]), multiple=True, help="default: all")
+@click.option(
+    "--part",
+    type=click.Choice(["decode", "prefill", "offline", "transformers"]),
+    multiple=True,
+    help="default: all but transformers",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="write the figures there, as JSON")
 def main(shape: tuple[str, ...], part: tuple[str, ...], out: Path | None) -> None:
     if not torch.cuda.is_available():
@@ -214,7 +265,9 @@ def main(shape: tuple[str, ...], part: tuple[str, ...], out: Path | None) -> Non
     for one in shape or tuple(VLLM):
         if "offline" in (part or ("offline",)):
             rows += offline_part(one, read_rate)
-        if part == ("offline",):
+        if "transformers" in part:
+            rows += transformers_part(one)
+        if part and not {"decode", "prefill"} & set(part):
             continue
         pages = 26_000 * (1 << 20) // (PAGE * SHAPES[one].kv_bytes_per_token(2)) + 16
         device = make_device(one, pages, 64, 8192)

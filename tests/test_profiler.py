@@ -54,6 +54,21 @@ def test_a_known_machine_is_found_again() -> None:
     assert error_table(profile, decodes, prompts).row_count == len(grouped(errors(profile, decodes, prompts)))
 
 
+def test_prompts_that_are_bound_by_launches_and_chunks_that_tell_nothing_of_attention() -> None:
+    """As on a GPU: decode steps are replayed in a millisecond, the shortest prompt takes seven."""
+    decodes = [
+        Decode(n, n * (c + i), 1e-3 + 1e-9 * n * (c + i), 0.0) for n in (1, 8) for c in (64, 1024) for i in range(20)
+    ]
+    whole = {16: 7e-3, 128: 7e-3, 512: 7.2e-3, 1024: 8e-3, 4096: 20e-3}
+    noise = [7e-3, 11e-3, 9e-3, 15e-3]  # of chunks that come one after another
+    prompts = [Prompt(0, n, seconds) for n, seconds in whole.items() for _ in range(3)]
+    prompts += [Prompt(128 * i, 128, seconds) for i, seconds in enumerate(noise)]
+    profile = fit(decodes, prompts, ABOUT)
+    assert profile.step_seconds((), 1, 100) < 2e-3
+    for n, seconds in whole.items():
+        assert profile.step_seconds([(0, n)], 0, 0) == pytest.approx(seconds, rel=0.1), n
+
+
 def test_a_machine_that_is_all_noise_still_gives_costs_that_grow() -> None:
     decodes, prompts = steps(0.6)
     profile = fit([replace_seconds(one) for one in decodes], prompts, ABOUT)

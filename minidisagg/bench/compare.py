@@ -26,7 +26,7 @@ from minidisagg.bench.sides import describe, labels, make_workers
 from minidisagg.measure import contest
 from minidisagg.measure.comparison import TIMES, Comparison, marks_of
 from minidisagg.measure.files import Files
-from minidisagg.measure.goodput import GoodputResult, find_goodput
+from minidisagg.measure.goodput import GoodputResult, find_goodput, least_requests
 from minidisagg.measure.html import write_html
 from minidisagg.measure.intervals import share_error
 from minidisagg.measure.records import RunRecord
@@ -74,7 +74,8 @@ async def goodput(bench: Bench) -> dict[str, object]:
             number = next(numbers)
             title = f"run {number} of at most {limits['max_runs']}, {rate:.2f} req/s"
             async with turn:
-                runs.append(run := await bench.one_run(side, number, rate, None, title))
+                least = least_requests(bench.slo, rate)
+                runs.append(run := await bench.one_run(side, number, rate, None, title, least))
             met = samples_of(run, bench.slo).metrics["attainment"].values  # without warm-up and drain
             line = f"{time.monotonic() - began:4.0f} s  {run.label} {title}: {met.mean():.1%} within the SLO"
             bench.console.print(line, style="dim", highlight=False)

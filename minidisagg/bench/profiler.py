@@ -40,7 +40,7 @@ from minidisagg.sim.profile import Curve, Grid, Profile
 SEQS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CONTEXTS = (64, 256, 1024, 4096)
 PROMPTS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-CHUNK, CHUNKS = 128, 8  # tokens of a chunk, and how many of one prompt
+CHUNK, CHUNKS = 128, 8  # least tokens of a chunk, and how many of one prompt
 STEPS = 20  # decode steps of a point
 TRIES = 3  # of a prompt
 KEPT = 512  # ratios in the profile
@@ -130,18 +130,23 @@ class Profiler:
         return found
 
     async def prompts(self, longest: int) -> list[Prompt]:
-        """Whole ones, then one in chunks."""
+        """Whole ones, then one in chunks as long as a step may have: those of a few tokens tell nothing of attention.
+
+        The first of each length does not count: kernels are chosen or compiled for it.
+        """
         lengths = [length for length in PROMPTS if length < longest]
         found, bar = list[Prompt](), self.progress.add_task("prefill", total=len(lengths) + 1)
         for length in lengths:
-            for _ in range(TRIES if time.monotonic() < self.until else 1):
-                [step] = [step for step in await self.steps([length], 1) if step.prefill_tokens]
-                found.append(Prompt(0, length, step.seconds))
+            tries = 1 + (TRIES if time.monotonic() < self.until else 1)
+            steps = [step for _ in range(tries) for step in await self.steps([length], 1) if step.prefill_tokens]
+            found += [Prompt(0, length, step.seconds) for step in steps[1:]]
             self.progress.advance(bar)
-        self.frontend.set_policy(f"sarathi:chunk={CHUNK}")
-        for _ in range(TRIES):
-            steps = await self.steps([min(CHUNK * CHUNKS, longest // CHUNK * CHUNK)], 1)
-            found += [Prompt(s.context_tokens - s.prefill_tokens, s.prefill_tokens, s.seconds) for s in steps]
+        chunk = max(CHUNK, longest // CHUNKS // CHUNK * CHUNK)
+        self.frontend.set_policy(f"sarathi:chunk={chunk}")
+        for number in range(1 + TRIES):
+            steps = await self.steps([min(chunk * CHUNKS, longest // CHUNK * CHUNK)], 1)
+            chunks = [Prompt(s.context_tokens - s.prefill_tokens, s.prefill_tokens, s.seconds) for s in steps]
+            found += chunks if number else []
         self.frontend.set_policy("fcfs")
         self.progress.advance(bar)
         return found
@@ -153,18 +158,21 @@ class Profiler:
 def fit(decodes: Sequence[Decode], prompts: Sequence[Prompt], about: Profile) -> Profile:
     """`about` says what was measured; its tables are replaced."""
     overhead = max(0.0, statistics.median(one.overhead for one in decodes))
-    chunks = [(one.past, one.seconds) for one in prompts if one.new == CHUNK]
-    _, slope = line(chunks)
-    per_pair = max(0.0, slope) / CHUNK  # seconds for one token to attend to another
+    chunk = max((one.new for one in prompts if one.past), default=CHUNK)
+    _, slope = line([(one.past, one.seconds) for one in prompts if one.new == chunk])
+    whole = [(n, statistics.median(s)) for n, s in grouped((p.new, p.seconds) for p in prompts if not p.past).items()]
+    # What a longer prompt takes more is not all attention: else the rest of it would cost less than nothing.
+    most = [2 * (b - a) / (m * m - n * n) for (n, a), (m, b) in pairwise(sorted(whole)) if n >= chunk]
+    per_pair = max(0.0, min([slope / chunk, *most]))  # seconds for one token to attend to another
     linear: dict[int, float] = {}
     attention: dict[int, float] = {}
     for seqs, steps in grouped((one.seqs, (one.context / one.seqs, one.seconds)) for one in decodes).items():
         base, slope = line(steps)
         attention[seqs] = max(0.0, slope)
         linear[seqs] = max(0.0, (base if slope > 0 else statistics.median(s for _, s in steps)) - overhead)
-    for new, seconds in grouped((one.new, one.seconds) for one in prompts if not one.past).items():
+    for new, seconds in whole:
         if new > max(attention):
-            linear[new] = statistics.median(seconds) - per_pair * new * new / 2
+            linear[new] = seconds - per_pair * new * new / 2
     tokens = sorted(linear)
     floor = 0.0
     for one in tokens:  # more tokens never cost less
@@ -174,6 +182,8 @@ def fit(decodes: Sequence[Decode], prompts: Sequence[Prompt], about: Profile) ->
         about,
         constant=overhead,
         linear=Curve(tokens, [linear[one] for one in tokens]),
+        # A graph replays decode steps, and prompts are launched kernel by kernel: on a GPU few tokens take as long.
+        prefill_floor=min((seconds for _, seconds in whole), default=0.0),
         prefill_attention=Grid([0, *reach], reach, [[per_pair * n * (p + n / 2) for n in reach] for p in [0, *reach]]),
         decode_attention=Grid(
             sorted(attention), [1, 1 << 16], [[attention[n], attention[n] * (1 << 16)] for n in sorted(attention)]

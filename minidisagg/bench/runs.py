@@ -216,7 +216,7 @@ class Bench:
         workload, seed = self.options.workload, self.options.run.seed + REPEAT_SEED * repetition
         target = self.targets[0]
         items, report = build_items(workload, number or workload.num_prompts, seed, target.encode, self.limit)
-        if number is None and report != self._trace_report:  # it is the same for all runs
+        if repetition >= 0 and report != self._trace_report:  # it is the same for all runs
             self._trace_report = report
             self._say(f"{workload.dataset_path}: {report}")
         # A salt of its own keeps the prefix cache of earlier runs out of this one, those of a sweep too.
@@ -226,10 +226,12 @@ class Bench:
             return salted  # the server has a tokenizer
         return with_prompts(salted, target.vocab_size, seed)
 
-    async def one_run(self, side: int, repetition: int, rate: float, concurrency: int | None, title: str) -> RunRecord:
-        """One side, one repetition, under a progress bar."""
+    async def one_run(
+        self, side: int, repetition: int, rate: float, concurrency: int | None, title: str, least: int = 0
+    ) -> RunRecord:
+        """One side, one repetition, of at least so many requests, under a progress bar."""
         options, target = self.options, self.targets[side]
-        items = self._items(repetition)
+        items = self._items(repetition, max(least, options.workload.num_prompts))
         check_measurable(len(items), options.arrivals.num_warmups, math.isinf(rate))
         if not math.isnan(rate) and concurrency is None:
             seed = options.run.seed + REPEAT_SEED * repetition

@@ -74,6 +74,19 @@ def attainment(records: Iterable[RequestRecord], slo: SLO) -> float:
 
 # ---------------------------------------------------------------- search
 
+LASTING = 10.0  # times the limit on a whole prompt's time that a run lasts: at less, a queue that grows ends in time
+
+
+def least_requests(slo: SLO, rate: float) -> int:
+    """How many requests a run of the search needs at least, so that a rate which cannot be sustained shows as such.
+
+    At a rate (1 + x) times what is served, the last request of a run of T seconds waits for about x T seconds. Without
+    a limit on TTFT or E2E no queue is too long, and any number will do.
+    """
+    limits = [limit for limit in (slo.ttft, slo.e2el) if limit is not None]
+    return math.ceil(rate * LASTING * min(limits) / 1000) if limits and math.isfinite(rate) else 0
+
+
 DOUBT = 1.4  # standard errors: a ratio's two sides are both so far off, in opposite directions, in 5 % of cases
 
 

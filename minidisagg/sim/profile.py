@@ -83,6 +83,7 @@ class Profile(Key, frozen=True, kw_only=True, dict=True):
     head: Curve  # over sampled rows: the LM head
     prefill_attention: Grid  # of one prompt chunk, beyond launching it: [tokens in the cache][new tokens]
     decode_attention: Grid  # of all sequences, beyond launching it: [sequences][tokens in the cache of each]
+    prefill_floor: float = 0.0  # least seconds of a step with a prompt, where launching its kernels takes longer
     residuals: list[float] = []  # measured step times over predicted ones
     num_layers: int
     kv_bytes_per_token: int  # of all devices together, as are the weights
@@ -103,6 +104,7 @@ class Profile(Key, frozen=True, kw_only=True, dict=True):
         if prefill:
             seconds = self._dense(decode_seqs + sum(new for _, new in prefill), decode_seqs + len(prefill))
             seconds += fsum(self.prefill_attention.at(past, new) for past, new in prefill)
+            seconds = max(seconds, self.prefill_floor)
         return seconds + attention
 
     def decode_seconds(self, seqs: int, context: int, steps: int) -> list[float]:

@@ -28,7 +28,7 @@ from minidisagg.interconnect import parse_interconnect
 from minidisagg.measure import contest
 from minidisagg.measure.comparison import Comparison, compare_runs
 from minidisagg.measure.files import Files
-from minidisagg.measure.goodput import GoodputResult, search_goodput
+from minidisagg.measure.goodput import GoodputResult, least_requests, search_goodput
 from minidisagg.measure.html import write_html
 from minidisagg.measure.intervals import share_error
 from minidisagg.measure.records import RunRecord
@@ -320,6 +320,8 @@ class Study:
                     found[side.label] = stop.value
         marks = list(dict.fromkeys(mark for record in records for mark in record.marks))
         marks += [f"{label}: the search did not converge" for label, one in found.items() if not one.converged]
+        short = [label for label, one in found.items() if least_requests(self.slo, one.rate) > len(self.items)]
+        marks += [f"{label}: runs too short for a queue to outgrow the SLO, give more --num-prompts" for label in short]
         self.console.print(goodput_table(found), marks_text(marks, []))
         result = search_to_dict(found, self.slo, [], marks)
         if "verdict" in result:
