@@ -1,5 +1,6 @@
 """Random clusters, loads and faults on the simulator, one seed each. `python tests/simfuzz.py SEED` replays one;
-`python tests/simfuzz.py digest FIRST LAST` says in one number what came of many."""
+`python tests/simfuzz.py digest FIRST LAST` says in one number what came of many, and
+`python tests/simfuzz.py moving FIRST LAST` plays them with everything that moves KV."""
 
 from __future__ import annotations
 
@@ -8,16 +9,29 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
 from minidisagg.core.granularity import Granularity
 from minidisagg.core.messages import Role, SamplingParams
-from minidisagg.core.policy import ClusterView, Placement, Policy, Reject, RequestView, RoleChange, Work, WorkerOptions
+from minidisagg.core.policy import (
+    Change,
+    ClusterView,
+    Migration,
+    Placement,
+    Policy,
+    Reject,
+    Replica,
+    RequestView,
+    RoleChange,
+    Work,
+    WorkerOptions,
+)
 from minidisagg.core.router import RouterSpec
 from minidisagg.core.scheduler import BatchBuilder, View
 from minidisagg.core.spec import EngineSpec
-from minidisagg.core.tracked import StageTimes
+from minidisagg.core.tracked import Stage, StageTimes
 from minidisagg.policies.prefill_first import PrefillFirst
 from minidisagg.policies.sarathi import Sarathi
 from minidisagg.sim.cost_model import Chaos, LinearCost
@@ -69,6 +83,31 @@ class Asked(Policy):
         return answer(*given)
 
 
+class Mover(Policy):
+    """Moves whatever can be moved, at random: handoffs at any token, migrations, copies of prefixes there and back."""
+
+    def place(self, request: RequestView, cluster: ClusterView) -> Placement | Reject:
+        """Somewhere."""
+        rng, prefill, decode = cluster.rng, cluster.candidates(Role.PREFILL), cluster.candidates(Role.DECODE)
+        if not prefill or not decode:
+            return Reject(1.0, "no worker takes it")
+        split = rng.choice([None, rng.randint(1, request.prefill_len + 5)])
+        fetch = rng.choice([None, rng.choice(list(cluster.workers))])
+        where = rng.choice(prefill).name, rng.choice(decode).name
+        return Placement(*where, None, split, fetch, rng.random() < 0.5)
+
+    def rebalance(self, cluster: ClusterView) -> list[Change]:
+        """Of what there is."""
+        rng, changes = cluster.rng, list[Change]()
+        names = list(cluster.workers)
+        for request in cluster.requests() if names else []:
+            if rng.random() < 0.5:
+                changes.append(Migration(request, rng.choice(names)))
+            if rng.random() < 0.1:
+                changes.append(Replica(request, rng.choice(names), rng.choice(names)))
+        return changes
+
+
 POLICIES: list[Callable[[], Policy]] = [Policy, Asked, LateBinding, PrefillFirst, lambda: Sarathi(chunk=6)]
 
 
@@ -76,8 +115,11 @@ WHOLE = Granularity()
 GRANULARITIES = WHOLE, Granularity(whole=True), Granularity(layers=1), Granularity(layers=2), Granularity(weight=6)
 
 
-def build(seed: int, granularities: Sequence[Granularity] = (WHOLE,)) -> Simulator:
-    """A cluster with its load and its faults, all drawn from the seed, and one of these granularities."""
+def build(seed: int, granularities: Sequence[Granularity] = (WHOLE,), moving: bool = False) -> Simulator:
+    """A cluster with its load and its faults, all drawn from the seed, and one of these granularities.
+
+    `moving`: its policy moves what it can.
+    """
     rng = random.Random(seed)
     granularity = granularities[seed // 7 % len(granularities)]
     one_sided = rng.random() < 0.5
@@ -106,10 +148,22 @@ def build(seed: int, granularities: Sequence[Granularity] = (WHOLE,)) -> Simulat
     )  # fmt: skip
     policy, depth, vocab = rng.choice(POLICIES), rng.choice([0, 1, 1, 2]), rng.choice([8, 50])
     cost = LinearCost(link_page=rng.choice([0.0005, 0.02]))
+    if moving:
+        policy = Mover
+        specs = [replace(spec, decode_after=random.Random(f"{seed} {spec.name}").choice([1, 1, 4])) for spec in specs]
     sim = Simulator(specs, policy, World(cost, chaos, router, seed, vocab, depth))
     _load(sim, rng, min(spec.num_pages for spec in specs) * page_size, page_size)
     _faults(sim, rng, specs)
+    if moving:
+        for _ in range(60):
+            sim.plan(rng.random() * 2.0, partial(_migrate, sim, rng))
     return sim
+
+
+def _migrate(sim: Simulator, rng: random.Random) -> None:
+    decoding = [name for name, request in sim.router.requests.items() if request.stage is Stage.DECODE]
+    if decoding and sim.router.view.workers:
+        sim.router.migrate(rng.choice(decoding), rng.choice(list(sim.router.view.workers)), sim.now)
 
 
 def _load(sim: Simulator, rng: random.Random, capacity: int, page_size: int) -> None:
@@ -193,13 +247,13 @@ def check_times(times: StageTimes) -> str:
     return "" if abs(sum(stages) - times.e2e) < 1e-9 else f"stages add up to {sum(stages)}, not {times.e2e}"
 
 
-def run_seeds(first: int, last: int) -> tuple[dict[int, list[str]], Counter[str]]:
+def run_seeds(first: int, last: int, moving: bool = False) -> tuple[dict[int, list[str]], Counter[str]]:
     """Failing seeds with what was wrong, and how the requests of all seeds ended."""
     failures: dict[int, list[str]] = {}
     ends: Counter[str] = Counter()
     for seed in range(first, last):
         try:
-            sim = build(seed, GRANULARITIES)
+            sim = build(seed, GRANULARITIES, moving)
             wrong = check(sim)
             ends.update(outcome.finish for outcome in sim.outcomes.values())
             ends["preempted"] += sum(worker.core.scheduler.preemptions for worker in sim.workers.values())
@@ -225,6 +279,7 @@ def digest(first: int, last: int) -> str:
 if __name__ == "__main__":
     if sys.argv[1] == "digest":
         sys.exit(digest(int(sys.argv[2]), int(sys.argv[3])))
-    seeds = [int(argument) for argument in sys.argv[1:]]
-    found, ended = run_seeds(seeds[0], seeds[1] if len(seeds) > 1 else seeds[0] + 1)
+    moves = sys.argv[1] == "moving"
+    seeds = [int(argument) for argument in sys.argv[1 + moves :]]
+    found, ended = run_seeds(seeds[0], seeds[1] if len(seeds) > 1 else seeds[0] + 1, moves)
     sys.stdout.write(f"{len(found)} failing seeds {dict(list(found.items())[:5])}\n{dict(ended)}\n")

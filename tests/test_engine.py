@@ -199,7 +199,7 @@ def test_late_binding_to_itself_and_to_another() -> None:
     assert [offer.request_id for offer in hand.sent(KVOffer)] == ["b"]  # type: ignore[union-attr]
     assert sizes(hand.step()) == {"a": (4, 1)}
     hand.receive(KVGrant("b", 0, [3], 0), source="d", epoch=1)
-    assert hand.sent(KVDone) == [KVDone("b", 0, 1, 7)]
+    assert hand.sent(KVDone) == [KVDone("b", 0, 1, [7])]
 
 
 def test_a_held_request_is_given_back_when_its_lease_is_over() -> None:
@@ -231,7 +231,7 @@ def test_a_destination_says_that_offers_wait_only_while_something_runs() -> None
     hand.receive(offer("a", 8, LINK), offer("b", 8, LINK), source="p", epoch=1)
     hand.core.on(Tick(), hand.now + 0.1)
     assert not hand.sent(KVWait), "nothing runs here whose end would make room"
-    hand.receive(KVDone("a", 0, 0, 9), source="p", epoch=1)
+    hand.receive(KVDone("a", 0, 0, [9]), source="p", epoch=1)
     hand.core.on(Tick(), hand.now + 0.2)
     hand.core.on(Tick(), hand.now + 0.3)
     assert [wait.request_id for wait in hand.sent(KVWait)] == ["b"], "once a quarter of a lease"  # type: ignore[union-attr]
@@ -252,7 +252,7 @@ def test_a_destination_reserves_and_takes_over() -> None:
     hand.receive(offer("a", 6, LINK), offer("a", 6, LINK), source="p", epoch=1)
     assert [(g.pages, g.skip) for g in hand.sent(KVGrant)] == [([0, 1], 0)]  # type: ignore[union-attr]
     assert hand.core.pool.counts[PageState.INFLIGHT] == 2 and hand.core.on(Schedule(), 0.0) is None
-    hand.receive(KVDone("a", 0, 0, 9), source="p", epoch=1)
+    hand.receive(KVDone("a", 0, 0, [9]), source="p", epoch=1)
     assert hand.core.pool.counts[PageState.LIVE] == 2
     assert sizes(hand.step()) == {"a": (6, 1)}
 
@@ -443,7 +443,7 @@ def test_chunks_are_pushed_while_the_prompt_is_still_computed() -> None:
     assert pushed(hand) == [(0, 1), (1, 2)] and not hand.sent(KVDone)
     hand.step()
     assert pushed(hand) == [(0, 1), (1, 2), (3, 1)]
-    assert hand.sent(KVDone) == [KVDone("a", 0, 3, 7)]
+    assert hand.sent(KVDone) == [KVDone("a", 0, 3, [7])]
 
 
 def pushed(hand: Hand) -> list[tuple[int, int]]:
@@ -459,7 +459,7 @@ def pushed(hand: Hand) -> list[tuple[int, int]]:
 def test_only_the_first_token_after_a_handoff_tells_how_long_it_waited() -> None:
     hand = Hand()
     hand.receive(PeerUp("p", 1, ""))
-    hand.receive(offer("a", 4, LINK), KVDone("a", 0, 0, 9), source="p", epoch=1)
+    hand.receive(offer("a", 4, LINK), KVDone("a", 0, 0, [9]), source="p", epoch=1)
     hand.now += 0.5
     hand.step()
     hand.step()

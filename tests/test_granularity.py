@@ -80,7 +80,7 @@ def test_each_group_leaves_when_it_is_computed() -> None:
     assert source.sent() == [(0, 3, (0, 2)), (0, 3, (2, 4)), (0, 3, (4, 6))], "not full, but the last"
     assert not source.hand.sent(KVDone), "the first token is not known yet"
     source.end()
-    assert source.hand.sent(KVDone) == [KVDone("a", 0, 3, 7)]
+    assert source.hand.sent(KVDone) == [KVDone("a", 0, 3, [7])]
     assert len(source.sent()) == 3
 
 
@@ -126,7 +126,7 @@ def test_chunks_and_requests_are_not_reported() -> None:
             source.end()
         assert reports == [] and len(source.sent()) == pieces
         assert sum(count for _, count, _ in source.sent()) == 3
-        assert source.hand.sent(KVDone) == [KVDone("a", 0, pieces, 7)]
+        assert source.hand.sent(KVDone) == [KVDone("a", 0, pieces, [7])]
 
 
 def test_only_steps_with_a_handoff_are_reported() -> None:

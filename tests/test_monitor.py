@@ -969,13 +969,13 @@ def test_ages_are_of_the_stage() -> None:
             assert at(1.0, waiting=1) == ("waiting", 1.0)
             assert at(1.5) == ("prefilling", 0.0)
             assert at(2.0) == ("prefilling", 0.5)
-            moved = {"stage": TrackedStage.TRANSFER, "first_at": begin + 2.1}
+            moved = {"stage": TrackedStage.TRANSFER, "stage_at": begin + 2.1}
             assert at(2.5, held=1, **moved) == ("transferring", 0.4)
             assert at(2.8) == ("decode_waiting", 0.0)
             assert at(3.0) == ("decode_waiting", 0.2)
-            there = {"stage": TrackedStage.DECODE, "second_at": begin + 3.1, "workers": ["worker-0", "worker-1"]}
+            there = {"stage": TrackedStage.DECODE, "stage_at": begin + 3.1}
             assert at(3.5, **there) == ("decoding", 0.4)
-            assert at(9.0, stage=TrackedStage.TRANSFER) == ("decode_waiting", 6.9)  # nobody has watched
+            assert at(9.0, stage=TrackedStage.TRANSFER) == ("decode_waiting", 5.9)  # nobody has watched
 
         served.call(follow())
 

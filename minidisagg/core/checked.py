@@ -15,10 +15,13 @@ from minidisagg.core.messages import Role
 from minidisagg.core.plan import CODECS
 from minidisagg.core.policy import (
     Batch,
+    Change,
     ClusterView,
+    Migration,
     Placement,
     Policy,
     Reject,
+    Replica,
     RequestView,
     RoleChange,
     Stage,
@@ -74,12 +77,18 @@ class Checked(Policy):
         answer = self._ask("replace", lambda: self.asks.replace(request, cluster))
         return None if answer is None else self._placement("replace", answer, cluster)
 
-    def rebalance(self, cluster: ClusterView) -> list[RoleChange]:
-        changes = self._ask("rebalance", lambda: list(self.asks.rebalance(cluster)))
+    def rebalance(self, cluster: ClusterView) -> list[Change]:
+        changes: list[Change] = self._ask("rebalance", lambda: list(self.asks.rebalance(cluster)))
         for change in changes:
-            if not isinstance(change, RoleChange) or not isinstance(change.role, Role):
-                self._fail("rebalance", f"answered {change!r}, not a RoleChange")
+            if isinstance(change, RoleChange):
+                right = isinstance(change.role, Role)
+            else:
+                right = isinstance(change, Migration | Replica) and isinstance(change.request, RequestView)
+            if not right:
+                self._fail("rebalance", f"answered {change!r}, not a RoleChange, Migration or Replica")
             self._known("rebalance", change.worker, cluster.workers)
+            if isinstance(change, Replica):
+                self._known("rebalance", change.source, cluster.workers)
         return changes
 
     def accept(self, offer: Work, worker: WorkerView) -> bool:
@@ -136,6 +145,11 @@ class Checked(Policy):
             self._known(hook, answer.decode, cluster.workers)
         if answer.codec is not None and answer.codec not in CODECS:
             self._fail(hook, f"named the codec {answer.codec!r}; there are {', '.join(CODECS)}")
+        if answer.fetch_from is not None:
+            self._known(hook, answer.fetch_from, cluster.workers)
+        split: Any = answer.split_at
+        if split is not None and (not isinstance(split, int) or split < 1 or answer.decode is None):
+            self._fail(hook, f"answered {answer!r}: split_at is a number of tokens before a worker that is named")
         return answer
 
     def _known(self, hook: str, worker: object, workers: Collection[str]) -> None:

@@ -3,7 +3,7 @@
     Received     Submit → QUEUED; KVOffer → waits for pages, then WAIT_KV
     Schedule     the policy fills a step through the BatchBuilder; QUEUED → RUNNING
     LayersDone   the KV of some layers leaves before the others are computed
-    StepDone     sampled tokens go to the router; after prefill RUNNING → HELD if decode is elsewhere
+    StepDone     sampled tokens go to the router; RUNNING → HELD with all that is to be computed here
     PieceDone, AbortConfirmed   pieces of KV have moved, or never will
     Tick         leases, deadlines
 
@@ -44,15 +44,18 @@ from minidisagg.core.messages import (
     PeerDown,
     PeerUp,
     Released,
+    Replicate,
     SetPolicy,
     SetRole,
+    Stayed,
     StepOutput,
     Submit,
     TokenOut,
+    fetched,
 )
 from minidisagg.core.plan import NO_TOKEN, SeqKey, StepPlan, advanced
 from minidisagg.core.policy import Policy
-from minidisagg.core.request import Request, State
+from minidisagg.core.request import FOREVER, Request, State
 from minidisagg.core.requests import Requests
 from minidisagg.core.scheduler import Offer, Scheduler
 from minidisagg.core.spec import EngineSpec
@@ -78,10 +81,11 @@ class EngineCore(Accounts):
         self._step_since = 0.0  # when the oldest step in flight could begin
         self._shut_since = 0.0  # since when offers have stood before an empty worker
         self._dropped: list[SeqKey] = []  # sequences that the device may forget
+        self._fetching: dict[SeqKey, tuple[Request, str]] = {}  # by copy: who waits for it, and where it comes from
         emit = self.outbox.append
         self.outgoing = SourceLedger(spec, emit)
         self.incoming = DestinationLedger(spec, emit)
-        self.sender = Sender(spec, self.outgoing, emit, self._handoff_ended)
+        self.sender = Sender(spec, self.outgoing, emit, self._leave, self._handoff_ended)
         self.receiver = Receiver(spec, self.pool, self.incoming, emit, self._handoff_ready, self._end)
         self.scheduler = Scheduler(
             spec, load_policy(spec.policy), self.pool, lambda: len(self.receiver.transfers), self._preempted, self._fail
@@ -99,6 +103,7 @@ class EngineCore(Accounts):
             Submit: self._on_submit,
             Abort: self._on_abort,
             Migrate: self._on_migrate,
+            Replicate: self._on_replicate,
             SetRole: self._on_set_role,
             SetPolicy: self._on_set_policy,
             PeerUp: self._on_peer_up,
@@ -203,8 +208,11 @@ class EngineCore(Accounts):
                 self._fail(request, "the logits of its next token are not finite, or forbid every token")
             elif told is not None:
                 out.append(told)
-                self._on_token(request, told)
-            if request.state is State.RUNNING and request.key in self.sender.transfers:
+                if told.finish:
+                    self._end(request)
+            if request.state is State.RUNNING and end >= request.until:
+                self._leave(request)
+            elif request.state is State.RUNNING and request.key in self.sender.transfers:
                 self.sender.advance(request, self._lived)
         clock = done.ends[-1] if done.ends else self.now
         figures = done.seconds, prefill, decode, context, clock
@@ -227,6 +235,9 @@ class EngineCore(Accounts):
         for request in self.held:
             if request.key not in self.sender.transfers and self.now > request.ready_at + self.spec.lease:
                 self._give_back(request, "held for too long", failure=False)
+        for copy, (request, _) in list(self._fetching.items()):
+            if self.now > request.queued_at + self.spec.lease:
+                self._begin_without(copy)
         self.incoming.on_tick(self._lived)
         self.receiver.on_tick(self._lived)
         self.incoming.accuse(self._lived)
@@ -245,8 +256,15 @@ class EngineCore(Accounts):
         if self._stale(message.request_id, message.incarnation):
             return
         request = Request(message, self.spec.fingerprint, self.now)
+        if message.decode or message.hold:
+            request.until = message.until or request.prefill_len + self.spec.decode_after - 1
         self._add(request)
-        self.scheduler.queue(request)
+        copy = fetched(message.request_id), message.incarnation
+        alive = self.peers.get(message.after, 0) <= self.up.get(message.after, -1)
+        if message.after and alive and not self.requests.is_over(*copy):
+            request.state, self._fetching[copy] = State.WAIT_KV, (request, message.after)
+        else:
+            self.scheduler.queue(request)
 
     def _on_abort(self, source: str, message: Abort, _: float) -> None:
         self.requests.close(message.request_id, message.incarnation)
@@ -257,15 +275,37 @@ class EngineCore(Accounts):
 
     def _on_migrate(self, source: str, message: Migrate, _: float) -> None:
         request = self.requests.get((message.request_id, message.incarnation))
-        if request is None or request.state is not State.HELD or request.key in self.sender.transfers:
+        if request is None or request.key in self.sender.transfers:
             return
         if message.dest == self.spec.name:
-            request.decode, request.leaves, request.ready_at = "", False, -1.0
-            self.scheduler.run(request)
-        else:
+            if request.state is State.HELD:
+                request.decode, request.until, request.ready_at = "", FOREVER, -1.0
+                self.scheduler.run(request)
+        elif request.state is State.HELD or (request.state is State.RUNNING and not request.is_prefill):
             request.codec = message.codec or request.codec
             self.sender.offer(request, message.dest, self._lived)
-            self.sender.finish_prefill(request, request.output[-1], self._lived)
+            if request.state is State.HELD:
+                self.sender.finish(request, self._lived)
+        elif request.state is not State.DONE_INFLIGHT:
+            self._send(ROUTER, Stayed(*request.key, "it does not decode here yet"))
+
+    def _on_replicate(self, source: str, message: Replicate, _: float) -> None:
+        """A copy is a request that is over, and held until its destination has it."""
+        key = message.request_id, message.incarnation
+        if self._stale(*key):
+            return
+        request = Request(message, self.spec.fingerprint, self.now)
+        request.pages = self.pool.match(request.extend_hashes(self.spec.page_size)) if self.spec.prefix_caching else []
+        if not request.pages or self.peers.get(message.dest, 0) > self.up.get(message.dest, -1):
+            self.requests.close(*key)
+            self._send(message.dest, KVCancel(*key, 0))
+            return
+        self.pool.hold(request.pages)
+        request.until = request.num_scheduled = request.num_computed = len(request.pages) * self.spec.page_size
+        request.state, request.published = State.HELD, len(request.pages)
+        self._add(request)
+        self.sender.offer(request, message.dest, self._lived, prefix=True)
+        self._leave(request)
 
     def _on_set_role(self, source: str, message: SetRole, _: float) -> None:
         self.scheduler.role, self.scheduler.options = message.role, message.options or self.spec.options
@@ -289,6 +329,8 @@ class EngineCore(Accounts):
         if epoch > self.peers.get(worker, 0):
             self.peers[worker] = epoch
             self.scheduler.forget_offers(lambda offer: offer.source == worker)
+            for copy in [copy for copy, (_, source) in self._fetching.items() if source == worker]:
+                self._begin_without(copy)
             self.outgoing.abort(worker, peer_dead=True)
             self.incoming.on_peer_down(worker, epoch - 1, self._lived)
 
@@ -302,12 +344,21 @@ class EngineCore(Accounts):
         refusal = ""
         if offer.fingerprint != self.spec.fingerprint:
             refusal = "another model or cache layout"
-        elif request.prefill_len > self.spec.num_pages * self.spec.page_size:
+        elif max(request.length, request.prefill_len) > self.spec.num_pages * self.spec.page_size:
             refusal = "the prompt exceeds the decode worker's KV cache"
         elif self.incoming.is_dead(source, offer.link_epoch):
             refusal = "the link has been given up"
+        elif offer.prefix:  # nothing runs for it, and nobody waits for room for it
+            pages = self.scheduler.reserve(request)
+            if pages is not None:
+                self._grant(Offer(source, offer, request), pages)
+                return
+            refusal = "no room for a prefix"
         if refusal:
             self._send(source, KVFailed(*key, refusal))
+            if offer.prefix:
+                self.requests.close(*key)
+                self._begin_without(key)
             return
         self.scheduler.queue_offer(Offer(source, offer, request))
         self._grant_offers()
@@ -317,12 +368,15 @@ class EngineCore(Accounts):
         self._forget_offers(*key)
         if key not in self.requests:
             self.requests.close(*key)  # it may have overtaken the offer
+            self._begin_without(key)
         self.receiver.on_cancel(source, message, self._lived)
 
     def _on_failed(self, source: str, message: KVFailed, _: float) -> None:
         request = self.requests.get((message.request_id, message.incarnation))
         reason = self.sender.on_failed(source, message)
-        if reason is not None and request is not None:
+        if reason is not None and request is not None and request.state is State.RUNNING and not request.decode:
+            self.sender.transfers[request.key].stop()
+        elif reason is not None and request is not None:
             self._give_back(request, reason, failure=True)
 
     def _on_link_aborted(self, source: str, message: LinkAborted, now: float) -> None:
@@ -331,27 +385,26 @@ class EngineCore(Accounts):
         else:
             self.outgoing.on_peer_aborted(source, message.link_epoch)
 
-    # ------------------------------------------------------------ tokens
-
-    def _on_token(self, request: Request, told: TokenOut) -> None:
-        if told.finish:
-            self._end(request)
-        elif request.leaves and told.index == request.prefill_len - len(request.prompt):
-            self.scheduler.remove(request)
-            request.state = State.HELD
-            request.ready_at = self.now
-            if request.decode:
-                self.sender.finish_prefill(request, told.token, self._lived)
-
     # ------------------------------------------------------------ handoffs
+
+    def _leave(self, request: Request) -> None:
+        """All that is to be computed here is."""
+        self.scheduler.remove(request)
+        request.state, request.ready_at = State.HELD, self.now
+        if request.first_scheduled_at >= 0:
+            request.prefill_s += self.now - request.first_scheduled_at
+        if request.key in self.sender.transfers:
+            self.sender.finish(request, self._lived)
 
     def _grant_offers(self) -> None:
         while (taken := self.scheduler.take_offer()) is not None:
-            offer, reserved = taken
-            request = offer.request
-            request.state = State.WAIT_KV
-            self._add(request)
-            self.receiver.grant(request, offer.source, offer.message.link_epoch, reserved, self._lived)
+            self._grant(*taken)
+
+    def _grant(self, offer: Offer, reserved: list[int]) -> None:
+        request = offer.request
+        request.state = State.WAIT_KV
+        self._add(request)
+        self.receiver.grant(request, offer.source, offer.message.link_epoch, reserved, self._lived)
 
     def _refuse_where_empty(self) -> None:
         """An empty worker has room for any offer. If the policy takes none, nothing here will ever change its mind."""
@@ -364,16 +417,30 @@ class EngineCore(Accounts):
                 self._send(offer.source, KVFailed(*offer.request.key, reason))
             scheduler.forget_offers(lambda offer: True)
 
-    def _handoff_ready(self, request: Request, first_token: int) -> None:
-        request.num_scheduled = request.num_computed = request.prefill_len
-        request.output.append(first_token)
-        request.ready_at = self.now
+    def _handoff_ready(self, request: Request, done: KVDone) -> None:
+        computed = request.prefill_len + len(done.tokens) - 1 if done.tokens else request.length
+        request.num_scheduled = request.num_computed = computed
+        request.output += done.tokens
+        request.ready_at, request.prefill_s = self.now, done.prefill_s
         self.scheduler.publish(request)
-        self.scheduler.run(request)
+        if request.prefix:
+            request.state = State.HELD
+            self._end(request)
+        else:
+            self.scheduler.run(request)
+
+    def _begin_without(self, copy: SeqKey) -> None:
+        """A copy has ended, well or not: who waits for it is begun with what there is."""
+        request, _ = self._fetching.pop(copy, (None, ""))
+        if request is not None:
+            request.state = State.QUEUED
+            self.scheduler.queue(request)
 
     def _handoff_ended(self, request: Request, failure: str) -> None:
         if request.state is State.DONE_INFLIGHT:
             self._retire_if_settled(request)
+        elif request.state is State.RUNNING and not request.decode:
+            self._send(ROUTER, Stayed(*request.key, failure))
         elif failure:
             self._give_back(request, failure, failure=True)
         else:
@@ -408,6 +475,7 @@ class EngineCore(Accounts):
             return  # the receiver says when its pages are settled
         if request.state in (State.DONE_INFLIGHT, State.DONE):
             return
+        self._fetching.pop((fetched(request.request_id), request.incarnation), None)
         self.scheduler.remove(request)
         request.state = State.DONE_INFLIGHT
         if request.key in self.sender.transfers:
@@ -424,6 +492,7 @@ class EngineCore(Accounts):
             self._dropped.append(request.key)
         self.requests.remove(request)
         self.scheduler.trust(request)
+        self._begin_without(request.key)
 
     def _stale(self, request_id: str, incarnation: int) -> bool:
         """Over, aborted, or here already; a newer incarnation ends an older one that is still here."""

@@ -8,6 +8,11 @@
     KVDone    ─────────────────────────────▶ all pieces landed: pages LIVE, the request decodes here
               ◀───────────────────────────── KVAck: the source releases its pages
 
+How much is handed over is the request's `until`, a number of positions: the prompt, a part of it, or some tokens more.
+That of a request which is running, and is to go on elsewhere, is open until there is little left to send (pre-copy, as
+in the live migration of virtual machines: Clark et al., NSDI 2005; but what is written once stays, so that nothing is
+sent twice). A prefix that is copied into a peer's cache is the same, of a request that is over.
+
 Whoever wants out asks the other side (`KVCancel`, `KVFailed`) and waits: a started piece is never called back. `KVDone`
 and `KVCancel` count the pieces, so that the destination knows when all that was started has landed.
 """
@@ -24,21 +29,23 @@ from minidisagg.core.effects import Effect, Send
 from minidisagg.core.ledger import DestinationLedger, SourceLedger
 from minidisagg.core.messages import KVAck, KVBusy, KVCancel, KVDone, KVFailed, KVGrant, KVOffer, KVWait
 from minidisagg.core.plan import PlanItem, SeqKey
-from minidisagg.core.request import Request
+from minidisagg.core.request import FOREVER, Request
 from minidisagg.core.spec import EngineSpec
 
 REMEMBERED = 4096  # ended handoffs whose count of pieces is still known
 
 
 class Outgoing:
-    """Source side of one handoff: the first `length` tokens of a request."""
+    """Source side of one handoff: the first `until` positions of a request."""
 
     def __init__(self, sender: Sender, request: Request, peer: str, now: float) -> None:
         self.sender = sender
         self.request = request
         self.key = request.key
         self.peer = peer
-        self.length = request.prefill_len
+        self.open = request.until == FOREVER  # it runs on until there is little left to send
+        # Its spec there has all tokens whose KV is computed, so that the peer looks all of them up in its prefix cache.
+        self.known = max(0, request.num_computed - len(request.prompt)) if self.open else len(request.spec.emitted)
         self.codec = request.codec or sender.spec.codec
         self.deadline = now + sender.spec.lease
         self.pages: list[int] | None = None  # the destination's, once granted
@@ -46,7 +53,7 @@ class Outgoing:
         self.layers = 0  # and of those that are computed behind them, how many layers it has
         self.pieces = 0  # started
         self.flying = 0  # of them on the link
-        self.first_token: int | None = None  # prefill is complete
+        self.tokens: list[int] | None = None  # it has left: what was sampled here beyond the offered spec
         self.done = False  # KVDone is sent
         self.acked = False  # the destination has it; only completions at this end are missing
         self.stopping = False  # KVCancel follows when the last piece has landed
@@ -55,20 +62,27 @@ class Outgoing:
     def grant(self, pages: list[int], skip: int, now: float) -> None:
         """Start with what is computed already."""
         self.pages, self.sent = pages, skip
+        if self.open:
+            room = len(pages) * self.sender.spec.page_size
+            if self.request.num_scheduled > room:  # it has waited so long that it has outgrown what was asked for
+                self.stop()
+                return
+            self.request.until = room
         self.push(self.request.num_computed, self.sender.spec.num_layers, now)
 
     def push(self, end: int, layer: int, now: float) -> None:
         """Positions [0, `end`) are computed in layers [0, `layer`): send what is new of it, in whole pages.
 
-        The last page goes with the rest of the prompt even if it is not full. Where some layers of a step's pages have
+        The last page goes when all is computed, even if it is not full. Where some layers of a step's pages have
         been sent, the next call is about the same pages.
         """
         self.deadline = now + self.sender.spec.lease
         if self.pages is None or self.stopping or self.done:
             return
         size, num_layers = self.sender.spec.page_size, self.sender.spec.num_layers
-        total = -(-self.length // size)
-        ready = total if end >= self.length else 0 if self.sender.spec.granularity.whole else end // size
+        until = self.request.until
+        total, whole = -(-until // size), self.sender.spec.granularity.whole and not self.open
+        ready = total if end >= until else 0 if whole else end // size
         if ready > self.sent and layer > self.layers:
             mine, theirs = self.request.pages[self.sent : ready], self.pages[self.sent : ready]
             self.pieces += 1
@@ -77,15 +91,33 @@ class Outgoing:
             self.layers = layer
             if layer == num_layers:
                 self.sent, self.layers = ready, 0
-        if self.first_token is not None and self.sent == total:
+        if self.tokens is not None and self.sent == total:
             self.done = True
-            self.sender.emit(Send(self.peer, KVDone(*self.key, self.pieces, self.first_token)))
+            spent = 0.0 if self.tokens else self.request.prefill_s
+            self.sender.emit(Send(self.peer, KVDone(*self.key, self.pieces, self.tokens, spent)))
+        self.catch_up()
+
+    def catch_up(self) -> None:
+        """A running request leaves when the peer has all its full pages: what remains is part of a page."""
+        request = self.request
+        if not self.open or self.pages is None or self.flying or self.stopping or self.tokens is not None:
+            return
+        if self.sent >= request.num_computed // self.sender.spec.page_size:
+            request.until = request.num_scheduled
+            if request.num_computed == request.until:  # else with the step that is under way
+                self.sender.leave(request)
 
     def stop(self) -> None:
         """End the handoff from this side: no new piece, `KVCancel` once those on the link have landed."""
         if not self.stopping:
+            self._stay()
             self.stopping = True
             self._settle()
+
+    def _stay(self) -> None:
+        """A request that has not left goes on here as if nothing had been."""
+        if self.open and self.tokens is None:
+            self.request.until = FOREVER
 
     def acknowledge(self) -> None:
         """The destination has it all; its own completions may not have come in yet, and they read from the pages."""
@@ -97,9 +129,12 @@ class Outgoing:
         self.flying -= 1
         if self.stopping:
             self._settle()
+        else:
+            self.catch_up()
 
     def cut(self, reason: str) -> None:
         """No piece follows; the request is given back when the link is."""
+        self._stay()
         self.stopping, self.failure = True, reason
 
     def lost(self) -> None:
@@ -123,13 +158,16 @@ class Sender:
         spec: EngineSpec,
         ledger: SourceLedger,
         emit: Callable[[Effect], None],
+        leave: Callable[[Request], None],
         ended: Callable[[Request, str], None],
     ) -> None:
-        """`ended(request, failure)` is called when the pages are no longer needed; an empty failure means success."""
+        """`leave(request)`: a running request has nothing more to compute here. `ended(request, failure)`: the pages
+        are no longer needed; an empty failure means success."""
         self.spec = spec
         self.ledger = ledger
         self.emit = emit
         self.transfers: dict[SeqKey, Outgoing] = {}
+        self.leave = leave
         self._ended = ended
         self._past: OrderedDict[SeqKey, int] = OrderedDict()  # pieces of handoffs that are over
 
@@ -138,12 +176,18 @@ class Sender:
         """A handoff or an abort is under way."""
         return bool(self.transfers or self.ledger.aborting)
 
-    def offer(self, request: Request, peer: str, now: float) -> None:
-        """Ask `peer` for pages; called when the request's first chunk is scheduled, or later (late binding)."""
+    def offer(self, request: Request, peer: str, now: float, prefix: bool = False) -> None:
+        """Ask `peer` for pages; called when the request's first chunk is scheduled, or later: late binding, migration,
+        the copy of a `prefix`."""
         transfer = self.transfers[request.key] = Outgoing(self, request, peer, now)
         epoch = self.ledger.join(transfer, peer)
-        spec = replace(request.spec, cohort=request.cohort)
-        self.emit(Send(peer, KVOffer(*request.key, spec, self.spec.fingerprint, epoch, transfer.codec)))
+        length, size = request.until, self.spec.page_size
+        if transfer.open:  # it grows while it moves: a page more will do, or it leaves earlier
+            length = min((request.num_scheduled // size + 2) * size, len(request.prompt) + request.last_index)
+        spec = replace(request.spec, cohort=request.cohort, emitted=request.output[: transfer.known])
+        self.emit(
+            Send(peer, KVOffer(*request.key, spec, self.spec.fingerprint, epoch, transfer.codec, length, prefix))
+        )
 
     def on_grant(self, peer: str, message: KVGrant, now: float) -> None:
         """A grant for a handoff that is over gets its `KVCancel` again."""
@@ -157,9 +201,10 @@ class Sender:
         if transfer is not None and transfer.peer == peer:
             transfer.deadline = now + self.spec.lease
 
-    def finish_prefill(self, request: Request, token: int, now: float) -> None:
-        """The first token is known: the last pages go out, and `KVDone` with it."""
-        self.transfers[request.key].first_token = token
+    def finish(self, request: Request, now: float) -> None:
+        """All that is to be computed here is: the last pages go out, and `KVDone` with what was sampled."""
+        transfer = self.transfers[request.key]
+        transfer.tokens = request.output[transfer.known :]
         self.advance(request, now)
 
     def advance(self, request: Request, now: float) -> None:
@@ -169,18 +214,20 @@ class Sender:
     def reports(self, items: Sequence[PlanItem]) -> list[int]:
         """After which layers a step with these items is to be reported: the ends of the groups that leave alone."""
         spec, pages = self.spec, 0
-        for item in items:
-            transfer = self.transfers.get((item.request_id, item.incarnation))
-            if transfer is not None and not transfer.stopping:
+        for transfer, item in self._prompts(items):
+            if not transfer.stopping:
                 pages = max(pages, -(-(item.start + item.count) // spec.page_size) - item.start // spec.page_size)
         return spec.granularity.ends(spec.num_layers, pages * spec.layer_bytes) if pages else []
 
     def advance_layers(self, items: Sequence[PlanItem], layer: int, now: float) -> None:
-        """A step with these items has computed their KV in layers [0, `layer`)."""
-        for item in items:
-            transfer = self.transfers.get((item.request_id, item.incarnation))
-            if transfer is not None:
-                transfer.push(item.start + item.count, layer, now)
+        """A step with these items has computed the KV of its prompts in layers [0, `layer`)."""
+        for transfer, item in self._prompts(items):
+            transfer.push(item.start + item.count, layer, now)
+
+    def _prompts(self, items: Sequence[PlanItem]) -> list[tuple[Outgoing, PlanItem]]:
+        """What a step computes of prompts that move. A decode's one token goes with its step: it may be a graph's."""
+        moving = ((self.transfers.get((item.request_id, item.incarnation)), item) for item in items)
+        return [(one, item) for one, item in moving if one is not None and item.start < one.request.prefill_len]
 
     def on_failed(self, peer: str, message: KVFailed) -> str | None:
         """The destination wants out. Returns why if that concerns a live handoff, which is then to be stopped."""
@@ -196,14 +243,14 @@ class Sender:
     def renew(self) -> None:
         """Tell the destinations of what is still being computed that their pages are not forgotten."""
         for transfer in self.transfers.values():
-            if transfer.pages is not None and transfer.first_token is None and not transfer.stopping:
+            if transfer.pages is not None and transfer.tokens is None and not transfer.stopping:
                 self.emit(Send(transfer.peer, KVBusy(*transfer.key)))
 
     def on_tick(self, now: float, computes: bool) -> list[Request]:
         """Returns requests whose lease is over, which does not run while this worker `computes` what they are to hand
         over."""
         for transfer in self.transfers.values():
-            if computes and transfer.first_token is None:
+            if computes and transfer.tokens is None:
                 transfer.deadline = now + self.spec.lease
         return [one.request for one in self.transfers.values() if now > one.deadline and not one.stopping]
 
@@ -241,7 +288,7 @@ class Incoming:
         self.posted = 0  # pieces whose receive has been started
         self.arrived = 0  # and has ended
         self.expected: int | None = None  # pieces in all, known with KVDone or KVCancel
-        self.first_token: int | None = None
+        self.done: KVDone | None = None
         self.dropped = False  # nobody wants the request any more
 
     def expect(self, first: int, count: int, now: float) -> list[int]:
@@ -277,10 +324,10 @@ class Incoming:
             receiver.pool.cancel(self.reserved)
             receiver.free(self)
         else:
-            assert self.first_token is not None
+            assert self.done is not None
             receiver.pool.land(self.reserved)
             receiver.emit(Send(self.source, KVAck(*self.key)))
-            receiver.ready(self.request, self.first_token)
+            receiver.ready(self.request, self.done)
 
 
 class Receiver:
@@ -292,10 +339,10 @@ class Receiver:
         pool: BlockPool,
         ledger: DestinationLedger,
         emit: Callable[[Effect], None],
-        ready: Callable[[Request, int], None],
+        ready: Callable[[Request, KVDone], None],
         gone: Callable[[Request], None],
     ) -> None:
-        """`ready(request, first_token)`: its KV is here, its pages LIVE. `gone(request)`: its pages are settled."""
+        """`ready(request, done)`: its KV is here, its pages LIVE. `gone(request)`: its pages are settled."""
         self.spec = spec
         self.pool = pool
         self.ledger = ledger
@@ -326,8 +373,7 @@ class Receiver:
         """The source has started its last piece."""
         transfer = self._find(peer, message)
         if transfer is not None and transfer.expected is None:
-            transfer.expected = message.pieces
-            transfer.first_token = message.first_token
+            transfer.expected, transfer.done = message.pieces, message
             transfer.settle()
 
     def on_cancel(self, peer: str, message: KVCancel, _: float) -> None:

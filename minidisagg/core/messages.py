@@ -116,6 +116,8 @@ class Submit(OfRequest, frozen=True):
     decode: str = ""
     hold: bool = False
     codec: str = ""  # of its KV on the wire; empty: as the worker's
+    until: NonNegative = 0  # positions to compute here before it is handed over; 0: as the worker's `decode_after` says
+    after: str = ""  # the worker that copies a prefix of it here (`Replicate`): to be begun when that has ended
 
 
 class Abort(OfRequest, frozen=True):
@@ -148,10 +150,21 @@ class Reconfigure(Message, frozen=True):
 
 
 class Migrate(OfRequest, frozen=True):
-    """Hand the request's KV over to the worker `dest`."""
+    """Hand the request's KV over to the worker `dest`: at once if it is held, else while it goes on decoding."""
 
     dest: str
     codec: str = ""  # as `Submit` has it
+
+
+class Replicate(OfRequest, frozen=True):
+    """Copy what the prefix cache has of these tokens into that of the worker `dest`.
+
+    The copy has a name and an incarnation of its own, as if it were a request: see `fetched` and `returned`.
+    """
+
+    spec: RequestSpec
+    dest: str
+    codec: str = "raw"  # lossy pages would answer for nothing
 
 
 class PeerUp(Message, frozen=True):
@@ -167,6 +180,16 @@ class PeerDown(Message, frozen=True):
 
     worker: str
     epoch: int
+
+
+def fetched(request_id: str) -> str:
+    """The name of the copy that a request waits for."""
+    return f"{request_id}+"
+
+
+def returned(request_id: str) -> str:
+    """The name of the copy of what a request's decode worker has computed, on its way back."""
+    return f"{request_id}-"
 
 
 # ---------------------------------------------------------------- worker -> front end
@@ -268,6 +291,12 @@ class Released(OfRequest, frozen=True):
     failure: bool = False
 
 
+class Stayed(OfRequest, frozen=True):
+    """Its migration has come to nothing: it goes on where it was."""
+
+    reason: str
+
+
 class Failed(OfRequest, frozen=True):
     """The request cannot go on, here or on any other worker: it ends with this reason."""
 
@@ -345,6 +374,8 @@ class KVOffer(OfRequest, frozen=True):
     fingerprint: str
     link_epoch: int  # that will carry it: giving a link up touches exactly its own handoffs
     codec: str = "raw"
+    length: NonNegative = 0  # positions that may come, of a running request more than there are; 0: of the prefill
+    prefix: bool = False  # for the prefix cache alone: nothing is to be run
 
 
 class KVGrant(OfRequest, frozen=True):
@@ -382,10 +413,15 @@ class KVPiece(OfRequest, frozen=True):
 
 
 class KVDone(OfRequest, frozen=True):
-    """Source to destination: all is sent, in `pieces` pieces; the request goes on with `first_token`."""
+    """Source to destination: all is sent, in `pieces` pieces.
+
+    `tokens` were sampled beyond the offered spec; the last one's KV is not computed. Without any, the positions of the
+    offer are a part of the prompt, which took `prefill_s` seconds so far.
+    """
 
     pieces: int
-    first_token: int
+    tokens: list[TokenId]
+    prefill_s: float = 0.0
 
 
 class KVAck(OfRequest, frozen=True):
@@ -431,9 +467,9 @@ class LinkAborted(Message, frozen=True):
 
 
 AnyMessage = (
-    Submit | Abort | SetRole | SetPolicy | Reconfigure | Migrate | PeerUp | PeerDown | Hello | Logprobs | StepOutput
-    | Released | Failed | PieceSpans | Stats | Starting | Fatal | KVOffer | KVGrant | KVWait | KVBusy | KVPiece |
-    KVDone | KVAck | KVCancel | KVFailed | LinkOpen | LinkReady | LinkAborted
+    Submit | Abort | SetRole | SetPolicy | Reconfigure | Migrate | Replicate | PeerUp | PeerDown | Hello | Logprobs |
+    StepOutput | Released | Stayed | Failed | PieceSpans | Stats | Starting | Fatal | KVOffer | KVGrant | KVWait |
+    KVBusy | KVPiece | KVDone | KVAck | KVCancel | KVFailed | LinkOpen | LinkReady | LinkAborted
 )  # fmt: skip
 
 

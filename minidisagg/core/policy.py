@@ -38,11 +38,18 @@ class Placement:
     """Where a request runs. `decode=None` leaves that open until prefill ends; `decode == prefill` is colocated.
 
     `codec`: how its KV goes there, one of `core/plan.py: CODECS`; None: as the cluster's does (`--kv-codec`).
+    `split_at`: after how many positions `decode` goes on, be it in the middle of the prompt (DynaServe, arXiv
+    2504.09285); None: after the prompt, or as many tokens later as the cluster says (`--decode-after`). `fetch_from`: a
+    worker whose prefix cache is copied to `prefill` before it begins (Mooncake, FAST 2025). `returns`: what `decode`
+    computes goes back to `prefill` at its end, for the next turn of a conversation.
     """
 
     prefill: str
     decode: str | None
     codec: str | None = None
+    split_at: int | None = None
+    fetch_from: str | None = None
+    returns: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,10 +61,30 @@ class Victim:
 
 @dataclass(frozen=True)
 class RoleChange:
-    """`rebalance` asks for it: finish what is there, then flip."""
+    """`rebalance` asks for it: what decodes there goes elsewhere, if there is such a place, and it flips when empty."""
 
     worker: str
     role: Role
+
+
+@dataclass(frozen=True)
+class Migration:
+    """`rebalance` asks for it: a request that decodes goes on at `worker` (Llumnix, OSDI 2024)."""
+
+    request: RequestView
+    worker: str
+
+
+@dataclass(frozen=True)
+class Replica:
+    """`rebalance` asks for it: `worker` gets what `source` has of the request's prompt in its prefix cache."""
+
+    request: RequestView
+    source: str
+    worker: str
+
+
+Change = RoleChange | Migration | Replica
 
 
 class Hits(NamedTuple):
@@ -109,6 +136,8 @@ class ClusterView:
     rng: random.Random = field(default_factory=lambda: random.Random(0))
     # What each worker has of a request's prompt, by what it last told of its prefix cache.
     hits: Callable[[RequestView], Mapping[str, Hits]] = lambda _: {}
+    # All that have been taken in and have not ended.
+    requests: Callable[[], list[RequestView]] = list
 
     def changed(self, **values: Any) -> None:
         """For the router alone: policies look on."""
@@ -245,7 +274,10 @@ class Policy:
         return None
 
     def place(self, request: RequestView, cluster: ClusterView) -> Placement | Reject:
-        """The worker with the fewest queued tokens prefills; it decodes too if it may, else the emptiest one does."""
+        """The worker with the fewest queued tokens prefills; it decodes too if it may, else the emptiest one does.
+
+        Of a conversation, what was decoded goes back.
+        """
         prefill = cluster.candidates(Role.PREFILL)
         if not prefill:
             return Reject(1.0, "no worker takes prefill")
@@ -255,7 +287,8 @@ class Policy:
         decode = cluster.candidates(Role.DECODE)
         if not decode:
             return Reject(1.0, "no worker takes decode")
-        return Placement(first.name, min(decode, key=lambda w: (w.decoding, w.context_tokens)).name)
+        second = min(decode, key=lambda w: (w.decoding, w.context_tokens))
+        return Placement(first.name, second.name, returns=bool(request.session))
 
     def replace(self, request: RequestView, cluster: ClusterView) -> Placement | None:
         """Another place for a request whose prefill has not begun, as far as the router knows; None: leave it.
@@ -264,8 +297,8 @@ class Policy:
         """
         return None
 
-    def rebalance(self, cluster: ClusterView) -> list[RoleChange]:
-        """Change roles; called on every tick."""
+    def rebalance(self, cluster: ClusterView) -> Sequence[Change]:
+        """Change roles, move what decodes, copy what is asked for often; called on every tick."""
         return []
 
     # ------------------------------------------------------------ a worker's hooks

@@ -7,9 +7,11 @@ from enum import Enum, auto
 from typing import Any
 
 from minidisagg.core.blocks import page_hash, prefix_root
-from minidisagg.core.messages import KVOffer, RequestSpec, SamplingParams, Submit, TokenOut
+from minidisagg.core.messages import KVOffer, Replicate, RequestSpec, SamplingParams, Submit, TokenOut
 from minidisagg.core.plan import RAW, SeqKey
 from minidisagg.core.views import AnyRequest
+
+FOREVER = 1 << 62  # positions of a request that does not leave
 
 
 class State(Enum):
@@ -17,11 +19,11 @@ class State(Enum):
 
     QUEUED ──first chunk──▶ RUNNING ──last token──▶ DONE_INFLIGHT ──its last step lands──▶ DONE
     WAIT_KV ──KV complete──▶ RUNNING ──no pages──▶ DONE_INFLIGHT
-                             RUNNING ──prefill ends, decode is elsewhere──▶ HELD ──acknowledged──▶ DONE
+                             RUNNING ──all that is to be computed here──▶ HELD ──acknowledged──▶ DONE
     """
 
     QUEUED = auto()  # nothing computed, no pages
-    WAIT_KV = auto()  # pages granted, KV on its way from a peer
+    WAIT_KV = auto()  # KV on its way from a peer, into pages that are granted, or of a prefix into the cache
     RUNNING = auto()  # in the batch: a prompt begun, or decoding
     HELD = auto()  # computed here, kept until the decode worker has it
     DONE_INFLIGHT = auto()  # ended here, or given back to the router: a step or a peer still reads its pages
@@ -73,7 +75,7 @@ class Request(OfSpec):
         "inflight",
         "introduced",
         "last_index",
-        "leaves",
+        "length",
         "lossy",
         "num_computed",
         "num_scheduled",
@@ -81,6 +83,8 @@ class Request(OfSpec):
         "pages",
         "pending",
         "prefill_len",
+        "prefill_s",
+        "prefix",
         "published",
         "queued_at",
         "ready_at",
@@ -89,18 +93,22 @@ class Request(OfSpec):
         "sort_key",
         "spec",
         "state",
+        "until",
         "view",
     )
 
-    def __init__(self, source: Submit | KVOffer, fingerprint: str, now: float) -> None:
+    def __init__(self, source: Submit | KVOffer | Replicate, fingerprint: str, now: float) -> None:
         self.request_id = source.request_id
         self.incarnation = source.incarnation
         self.spec = spec = source.spec
         self.output = list(spec.emitted)
         self.cohort = spec.cohort
         self.decode = source.decode if isinstance(source, Submit) else ""
-        # It decodes elsewhere: nothing is planned here past its first token.
-        self.leaves = isinstance(source, Submit) and (source.hold or bool(source.decode))
+        self.until = FOREVER  # positions that are computed here: with them it leaves for another worker
+        offered = source if isinstance(source, KVOffer) else None
+        self.length = (offered.length if offered else 0) or spec.prefill_len  # positions that a peer hands over
+        self.prefix = bool(offered and offered.prefix)  # it is none: its KV is for the prefix cache
+        self.prefill_s = 0.0  # seconds of it that were spent elsewhere
         self.state = State.QUEUED
         self.pages: list[int] = []
         self.codec = source.codec  # of its KV on its way away from here, or to here; empty: the worker's
@@ -142,8 +150,8 @@ class Request(OfSpec):
 
     @property
     def remaining(self) -> int:
-        """Positions still to schedule: a prompt's rest, or 1 for a decode step."""
-        return self.num_tokens - self.num_scheduled
+        """Positions still to schedule here: a prompt's rest, or 1 for a decode step."""
+        return min(self.num_tokens, self.until) - self.num_scheduled
 
     @property
     def is_prefill(self) -> bool:
@@ -162,7 +170,7 @@ class Request(OfSpec):
             tokens[0],
             self.finish_reason(),
             queue_s=self.first_scheduled_at - self.queued_at if first else 0.0,
-            prefill_s=now - self.first_scheduled_at if first else 0.0,
+            prefill_s=self.prefill_s + now - self.first_scheduled_at if first else 0.0,
             wait_s=max(0.0, self.first_scheduled_at - self.ready_at) if back else 0.0,
             step_s=now - self.first_scheduled_at if back else 0.0,
             cached_tokens=self.cached_tokens if first else 0,

@@ -37,20 +37,24 @@ from minidisagg.core.messages import (
     PeerDown,
     PeerUp,
     Released,
+    Replicate,
     RequestSpec,
     Role,
     SetPolicy,
     SetRole,
     Stats,
+    Stayed,
     StepOutput,
     Submit,
     TokenOut,
     WorkerOptions,
+    fetched,
+    returned,
 )
 from minidisagg.core.plan import SeqKey
-from minidisagg.core.policy import Placement, Policy, Reject, RoleChange, WorkerStatus
+from minidisagg.core.policy import Migration, Placement, Policy, Reject, RoleChange, WorkerStatus
 from minidisagg.core.predictor import LengthPredictor, Predictor
-from minidisagg.core.tracked import Emit, Stage, Tracked
+from minidisagg.core.tracked import Emit, Stage, Tracked, tracked_of
 
 MAX_FAILURES = 3  # a request that is charged with this many ends in an error
 
@@ -99,11 +103,13 @@ class Router:
         self.paused = False  # admission is paused: new requests are parked
         self.policy_spec = ""  # of a policy that was set while running
         self._cohorts = 0  # of suspects that there have been
+        self._copies = 0  # of prefixes that `rebalance` has asked for
         self._clock = LivedTime()
         self._lived = 0.0
         self.predictor = LengthPredictor(spec.predictor)
         self.cluster = Cluster(spec.max_waiting, spec.max_waiting_tokens, spec.seed)
         self.view = self.cluster.view
+        self.view.changed(requests=lambda: [request.view for request in self.requests.values()])
 
     # ------------------------------------------------------------ clients
 
@@ -153,7 +159,7 @@ class Router:
             self._on_step(status, body)
         elif isinstance(body, Stats):
             self._on_stats(status, body)
-        elif isinstance(body, Logprobs | Released | Failed):
+        elif isinstance(body, Logprobs | Released | Failed | Stayed):
             request = self.requests.get(body.request_id)
             if request is None or request.incarnation != body.incarnation:
                 return
@@ -161,6 +167,10 @@ class Router:
                 request.logprobs.update(enumerate(body.values, body.first))
             elif isinstance(body, Released):
                 self._resubmit(request, body.reason, body.failure)
+            elif isinstance(body, Stayed):
+                if name == request.prefill and request.stage is Stage.TRANSFER:
+                    self._decode_at(request, name)
+                    request.stage, request.stage_at = Stage.DECODE, self.view.now
             else:
                 self._fail(request, body.reason)
         elif isinstance(body, Fatal):
@@ -203,14 +213,52 @@ class Router:
         if self.policy.replaces:
             self._replace_waiting()
         for change in self.policy.rebalance(self.view):
-            self.set_role(change, now)
+            if isinstance(change, RoleChange):
+                self.set_role(change, now)
+            elif isinstance(change, Migration):
+                self.migrate(change.request.request_id, change.worker, now)
+            else:
+                self._replicate(tracked_of(change.request), change.source, change.worker)
         for status in self.view.workers.values():
             if status.flipping is not None and not self.uses(status.name):
                 self._send(status.name, SetRole(status.flipping, self.spec.options.get(status.flipping)))
         self.place_parked(now)
 
+    def migrate(self, request_id: str, worker: str, now: float, codec: str = "") -> bool:
+        """A request that decodes goes on at the live `worker`; False where it does not decode, or does so there."""
+        self._set(now)
+        request = self.requests.get(request_id)
+        if request is None or request.stage is not Stage.DECODE or worker == request.decode:
+            return False
+        request.prefill = request.decode
+        self._decode_at(request, worker)
+        request.stage, request.stage_at = Stage.TRANSFER, self.view.now
+        self._send(request.prefill, Migrate(request_id, request.incarnation, worker, codec))
+        return True
+
+    def _clear(self, name: str) -> None:
+        """What decodes at a worker that flips goes on elsewhere: where there are the fewest."""
+        for request in [r for r in self.requests.values() if r.stage is Stage.DECODE and r.decode == name]:
+            others = [w for w in self.view.candidates(Role.DECODE) if w.name != name]
+            if not others:
+                return
+            self.migrate(request.request_id, min(others, key=lambda w: (w.decoding, w.name)).name, self.view.now)
+
+    def _return(self, request: Tracked) -> None:
+        """What its decode worker has computed goes back to where the next turn of its conversation begins."""
+        if request.decode in self.view.workers and request.home in self.view.workers:
+            whole = replace(request.spec, emitted=list(request.emitted))
+            copy = returned(request.request_id), request.incarnation
+            self._send(request.decode, Replicate(*copy, whole, request.home))
+
+    def _replicate(self, request: Tracked, source: str, dest: str) -> None:
+        if source != dest:
+            self._copies += 1
+            copy = f"{request.request_id}*{self._copies}"
+            self._send(source, Replicate(copy, 0, request.spec, dest))
+
     def set_role(self, change: RoleChange, now: float) -> None:
-        """Finish-then-flip: the worker gets nothing new from now on, and the new role once it is empty.
+        """The worker gets nothing new from now on, and the new role once it is empty; what decodes there migrates.
 
         A worker that is down takes the role when it is back.
         """
@@ -218,6 +266,8 @@ class Router:
         status = self.view.workers.get(change.worker)
         if status is not None:
             status.changed(flipping=change.role if change.role != status.role else None)
+            if status.flipping is not None:
+                self._clear(change.worker)
 
     def stands_still(self, name: str, seconds: float) -> bool:
         """The live worker's step takes longer than this."""
@@ -284,9 +334,15 @@ class Router:
         hints = dict(request.spec.hints)  # as they are now, where nothing is encoded on the way too
         spec = replace(request.spec, emitted=list(request.emitted), cohort=request.cohort, hints=hints)
         decode = "" if placement.decode == placement.prefill else placement.decode or ""
-        hold = placement.decode is None
-        submit = Submit(request.request_id, request.incarnation, spec, decode, hold, placement.codec or "")
-        self._send(placement.prefill, submit)
+        hold, until = placement.decode is None, placement.split_at or 0
+        request.home = placement.prefill if placement.returns else ""
+        after = placement.fetch_from or ""
+        if after == placement.prefill:
+            after = ""
+        if after:
+            self._send(after, Replicate(fetched(request.request_id), request.incarnation, spec, placement.prefill))
+        key = request.request_id, request.incarnation
+        self._send(placement.prefill, Submit(*key, spec, decode, hold, placement.codec or "", until, after))
 
     def _replace_waiting(self) -> None:
         """As a resubmission does, but nothing has been computed yet."""
@@ -314,6 +370,10 @@ class Router:
         request.decode = decode
         self.cluster.decodes(request)
 
+    def _decode_at(self, request: Tracked, worker: str) -> None:
+        self.cluster.decodes(request, -1)
+        self._bind(request, worker)
+
     def _bind_late(self, request: Tracked) -> None:
         placement = self._ask_place(request)
         if placement is None:
@@ -323,6 +383,7 @@ class Router:
             return
         self._bind(request, placement.decode)
         request.stage = Stage.TRANSFER if placement.decode != request.prefill else Stage.DECODE
+        request.stage_at = self.view.now
         migrate = Migrate(request.request_id, request.incarnation, placement.decode, placement.codec or "")
         self._send(request.prefill, migrate)
 
@@ -398,16 +459,16 @@ class Router:
             request = self.requests.get(out.request_id)
             if request is None or request.incarnation != out.incarnation or out.index < len(request.emitted):
                 continue
-            request.early[out.index] = out
+            request.early[out.index] = status.name, out
             while (next_out := request.early.pop(len(request.emitted), None)) is not None:
-                self._on_token(request, next_out, step.ends)
+                self._on_token(request, *next_out, step.ends)
 
-    def _on_token(self, request: Tracked, out: TokenOut, ends: Sequence[float]) -> None:
+    def _on_token(self, request: Tracked, source: str, out: TokenOut, ends: Sequence[float]) -> None:
         if not request.emitted:
             self.cluster.arrived(request, -1)
         if first := request.stage is Stage.PREFILL:
             self.cluster.computed(request)
-        emit = request.news(out, request.take(out, self.view.now), ends)
+        emit = request.news(out, request.take(source, out, self.view.now), ends)
         if out.finish:
             self._finish(request, replace(emit, finish=out.finish))
             return
@@ -426,6 +487,8 @@ class Router:
         if request.stage is Stage.TRANSFER and request.decode in self.view.workers:
             # The end came with the token that prefill sampled: the decode worker may still hold an offer or a grant.
             self._send(request.decode, Abort(request.request_id, request.incarnation))
+        elif last.finish in ("stop", "length") and request.home not in ("", request.decode):
+            self._return(request)
         self.cluster.release(request)
         del self.requests[request.request_id]
         self.outbox.append(replace(last, times=request.times(self.view.now)))
@@ -437,5 +500,7 @@ class Router:
         self.view.changed(now=now)
         self._lived = self._clock.at(now)
 
-    def _send(self, dest: str, body: PeerUp | PeerDown | Submit | Abort | Migrate | SetRole | SetPolicy) -> None:
+    def _send(
+        self, dest: str, body: PeerUp | PeerDown | Submit | Abort | Migrate | Replicate | SetRole | SetPolicy
+    ) -> None:
         self.outbox.append(Send(dest, body))

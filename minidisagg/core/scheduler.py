@@ -190,13 +190,17 @@ class Scheduler:
             return None
         offer = self.offers[0]
         request = offer.request
-        # A page each for what is running, or their next tokens would preempt right away.
-        tokens = request.prefill_len
-        pages = self._pages_for(request, tokens, tokens, len(self.running), self.pool.reserve)
+        pages = self.reserve(request)
         if pages is None:
             return None
         del self.offers[0]
         return offer, pages
+
+    def reserve(self, request: Request) -> list[int] | None:
+        """Pages for KV that is offered, and for the rest of its prompt: who is to go on with it waits for none."""
+        tokens = request.length if request.prefix else max(request.length, request.prefill_len)
+        # A page each for what is running, or their next tokens would preempt right away.
+        return self._pages_for(request, tokens, request.length, len(self.running), self.pool.reserve)
 
     def forget_offers(self, gone: Callable[[Offer], bool]) -> None:
         """Offers that wait are no requests yet."""
@@ -238,7 +242,7 @@ class Scheduler:
     def admit(self, request: Request) -> bool:
         """QUEUED → RUNNING with pages for all known tokens: a prompt once begun never waits for memory, and its pages
         mostly form one run, which moves faster."""
-        running, tokens = len(self.running), request.num_tokens
+        running, tokens = len(self.running), min(request.num_tokens, request.until)
         if running + self.expected() >= self.options.max_num_seqs:
             return False
         # One token at least must be computed. A page each must stay for what is running.
@@ -299,7 +303,7 @@ class Scheduler:
         for request, item in batch.members.items():
             if request.sampling.stop_token_ids:
                 return 1
-            most = min(most, request.last_index - item.index)
+            most = min(most, request.last_index - item.index, request.until - item.start)
         size, free = self.spec.page_size, self.pool.counts[PageState.FREE]
 
         def too_many(steps: int) -> bool:
@@ -388,12 +392,15 @@ class BatchBuilder:
         elif request.state is not State.RUNNING:
             return 0
         start, index, count = request.num_scheduled, len(request.output) + request.pending, 1
+        if start >= request.until:
+            return 0  # all that is to come from here is in flight
         if start < request.prefill_len:
-            count = min(request.prefill_len - start, self.tokens_left, limit or self.tokens_left)
+            rest = min(request.prefill_len, request.until) - start
+            count = min(rest, self.tokens_left, limit or self.tokens_left)
             if self._scheduler.options.chunk:
                 count = min(count, self._scheduler.options.chunk)
-        elif index >= request.last_index or request.leaves:
-            return 0  # all that is to come from here is in flight
+        elif index >= request.last_index:
+            return 0
         end = start + count
         if end > len(request.pages) * self._scheduler.spec.page_size and not self._room(request, end):
             return 0

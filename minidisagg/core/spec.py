@@ -26,6 +26,7 @@ class EngineSpec:
     granularity: Granularity = Granularity()  # noqa: RUF009 - it is frozen
     layer_bytes: int = 0  # of one page in one layer, on the wire
     codec: str = RAW  # of KV that leaves, where a placement names none
+    decode_after: int = 1  # tokens that a request is given here before its decode worker goes on, unless it names them
     prefix_caching: bool = True
     lease: float = 30.0  # seconds that a side of a handoff waits for the other
     link_timeout: float = 10.0  # seconds for one piece on a link

@@ -17,8 +17,8 @@ from minidisagg.core.views import AnyRequest
 class StageTimes(Struct, frozen=True):
     """Where a request's time went, in seconds on the router's clock; the five stages add up to `e2e` exactly.
 
-    `queue` is all before the last prefill began (its channel hop too), `transfer` what the handoff added between
-    the first and the second token beside waiting for a place in the batch.
+    `queue` is all before the last prefill began (its channel hop too), `transfer` what handoffs added between two
+    tokens beside waiting for a place in the batch.
     """
 
     queue: float
@@ -74,14 +74,16 @@ class Tracked(OfSpec):
     decode: str = ""  # worker; empty while left open
     charged: int = 0  # tokens counted on the prefill worker
     begun: bool = False  # its prefill has, by that worker's word
-    early: dict[int, TokenOut] = field(default_factory=dict)  # tokens that came before their predecessor
+    early: dict[int, tuple[str, TokenOut]] = field(default_factory=dict)  # that came before their predecessor, and from
     logprobs: dict[int, TokenLogprob] = field(default_factory=dict)  # by position, until they are emitted
     cached_tokens: int = 0
     prefill_s: float = 0.0
     wait_s: float = 0.0
-    step_s: float = 0.0
+    transfer_s: float = 0.0
     first_at: float = -1.0
-    second_at: float = -1.0
+    last_at: float = -1.0
+    stage_at: float = -1.0  # since when it decodes where it does, or is on its way from there
+    home: str = ""  # worker to which what is decoded goes back at its end, if one is to have it
     workers: list[str] = field(default_factory=list)  # where it was, in order
     _hashes: list[bytes] = field(default_factory=list)
 
@@ -111,21 +113,23 @@ class Tracked(OfSpec):
         """It cannot go on without this worker."""
         return worker == self.decode or (worker == self.prefill and self.stage is not Stage.DECODE)
 
-    def take(self, out: TokenOut, now: float) -> bool:
-        """The next token; whether a handoff or a resubmission lies in the gap before it."""
-        gap = self.stage is Stage.TRANSFER or (self.computing and self.incarnation > 0)
+    def take(self, source: str, out: TokenOut, now: float) -> bool:
+        """The next token, from the worker `source`; whether a handoff or a resubmission lies in the gap before it."""
+        moved = self.stage is Stage.TRANSFER and source == self.decode
+        gap = moved or (self.computing and self.incarnation > 0)
         if not self.emitted:
             self.first_at, self.prefill_s, self.cached_tokens = now, out.prefill_s, out.cached_tokens
-        elif len(self.emitted) == 1:
-            self.second_at = now
-            if self.stage is Stage.TRANSFER:
-                self.wait_s, self.step_s = out.wait_s, out.step_s
-        if self.computing:
-            self.stage = Stage.TRANSFER if self.decode not in ("", self.prefill) else Stage.DECODE
-        elif self.stage is Stage.TRANSFER:
-            self.stage = Stage.DECODE
-            if self.workers[-1] != self.decode:
+        elif moved and out.step_s > 0:
+            wait = min(out.wait_s, now - self.last_at)
+            self.wait_s += wait
+            self.transfer_s += max(0.0, now - self.last_at - wait - out.step_s)
+        if self.stage is not Stage.DECODE and (source == self.decode or not self.decode):
+            self.stage, self.stage_at = Stage.DECODE, now
+            if self.decode and self.workers[-1] != self.decode:
                 self.workers.append(self.decode)
+        elif self.computing:
+            self.stage, self.stage_at = Stage.TRANSFER, now
+        self.last_at = now
         self.emitted += (out.token, *out.more)
         return gap
 
@@ -155,10 +159,7 @@ class Tracked(OfSpec):
             return StageTimes(e2e, 0.0, 0.0, 0.0, 0.0, e2e)
         queue = max(0.0, self.first_at - self.arrival - self.prefill_s)
         prefill = self.first_at - self.arrival - queue
-        transfer = wait = 0.0
-        if self.step_s > 0:
-            wait = min(self.wait_s, self.second_at - self.first_at)
-            transfer = max(0.0, self.second_at - self.first_at - wait - self.step_s)
+        transfer, wait = self.transfer_s, self.wait_s
         return StageTimes(queue, prefill, transfer, wait, now - self.first_at - transfer - wait, e2e)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from typing import Any, TypeVar
 
 import msgspec
@@ -19,6 +19,7 @@ import msgspec
 from minidisagg.core.policy import (
     AnyRequest,
     Batch,
+    Change,
     ClusterView,
     Hits,
     Placement,
@@ -65,8 +66,8 @@ class Logged(Policy):
             self._log("replace", cluster.now, _placement(answer), **inputs)
         return answer
 
-    def rebalance(self, cluster: ClusterView) -> list[RoleChange]:
-        return self._routed("rebalance", cluster, self.asks.rebalance)
+    def rebalance(self, cluster: ClusterView) -> list[Change]:
+        return self._routed("rebalance", cluster, lambda seen: list(self.asks.rebalance(seen)))
 
     def accept(self, offer: Work, worker: WorkerView) -> bool:
         answer = self.asks.accept(offer, worker)
@@ -105,6 +106,8 @@ class Logged(Policy):
 
         answer = ask(replace(cluster, hits=noted))
         shown: Any = _placement(answer) if isinstance(answer, Placement) else answer
+        if hook == "rebalance":
+            shown = [_change(one) for one in answer]  # type: ignore[attr-defined]
         if isinstance(answer, Reject):
             shown = {"verdict": "reject", **msgspec.to_builtins(answer)}
         elif answer is None:
@@ -129,10 +132,15 @@ def _seen(of: object, *names: str) -> dict[str, Any]:
     return {name: getattr(of, name) for name in names}
 
 
-def _placement(answer: Placement) -> dict[str, str | None]:
-    """Its codec is named where it names one."""
-    shown = {"prefill": answer.prefill, "decode": answer.decode}
-    return shown if answer.codec is None else {**shown, "codec": answer.codec}
+def _placement(answer: Placement) -> dict[str, Any]:
+    """The two workers, and what else it says."""
+    return {name: value for name, value in asdict(answer).items() if value or name in ("prefill", "decode")}
+
+
+def _change(answer: Change) -> dict[str, Any]:
+    """A request by its name."""
+    of = {"request": answer.request.request_id} if not isinstance(answer, RoleChange) else {}
+    return {field.name: getattr(answer, field.name) for field in fields(answer)} | of
 
 
 def _request(view: AnyRequest) -> dict[str, Any]:

@@ -23,7 +23,9 @@ from minidisagg.core.handoff import Outgoing
 from minidisagg.core.plan import SeqKey
 from minidisagg.core.policy import (
     Batch,
+    Change,
     ClusterView,
+    Migration,
     Placement,
     Policy,
     Reject,
@@ -168,7 +170,7 @@ class Asked(Policy):
         self._noted("replace", request, cluster, tell(answer), other, told=tell(answer) != "stays")
         return answer
 
-    def rebalance(self, cluster: ClusterView) -> list[RoleChange]:
+    def rebalance(self, cluster: ClusterView) -> list[Change]:
         other = self._asker.ask(lambda policy: _changes(policy.rebalance(_copied_cluster(cluster)), cluster))
         answer = list(self.asks.rebalance(cluster))
         recorded = _changes(answer, cluster)
@@ -361,14 +363,22 @@ def _place(answer: Placement | Reject) -> str:
     there = answer.prefill
     if answer.decode != answer.prefill:
         there += f" → {answer.decode or 'left open'}"
+    there += f" after {answer.split_at} tokens" if answer.split_at is not None else ""
+    there += f", prefix from {answer.fetch_from}" if answer.fetch_from is not None else ""
     return there if answer.codec is None else f"{there} as {answer.codec}"
 
 
-def _changes(answer: Sequence[RoleChange], cluster: ClusterView) -> str:
+def _changes(answer: Sequence[Change], cluster: ClusterView) -> str:
     """Those that change something."""
-    workers = cluster.workers
-    new = [one for one in answer if one.role is not (workers[one.worker].flipping or workers[one.worker].role)]
-    return ", ".join(f"{one.worker} becomes {one.role.name.lower()}" for one in new) or "no change"
+    return ", ".join(filter(None, (_change(one, cluster) for one in answer))) or "no change"
+
+
+def _change(one: Change, cluster: ClusterView) -> str:
+    if not isinstance(one, RoleChange):
+        name = one.request.request_id
+        return f"{name} moves to {one.worker}" if isinstance(one, Migration) else f"{one.worker} gets {name}'s prefix"
+    worker = cluster.workers[one.worker]
+    return "" if one.role is (worker.flipping or worker.role) else f"{one.worker} becomes {one.role.name.lower()}"
 
 
 def _victim(answer: Victim | None) -> str:

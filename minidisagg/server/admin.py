@@ -281,6 +281,5 @@ def _stage(request: Tracked) -> tuple[Stage, float]:
     """The latest stage that it may be in, and since when, as far as the router can tell."""
     if request.computing:
         return "prefilling" if request.prefill else "waiting", request.arrival
-    if request.stage is tracked.Stage.TRANSFER:
-        return "decode_waiting", request.first_at
-    return "decoding", request.second_at if len(request.workers) > 1 else request.first_at
+    stage: Stage = "decode_waiting" if request.stage is tracked.Stage.TRANSFER else "decoding"
+    return stage, request.stage_at
