@@ -35,7 +35,7 @@ from minidisagg.transfer.kinds import KINDS
 LINKS = ("auto", *KINDS)
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 MODEL, CLUSTER, WORKER = ModelSettings(), ClusterSettings(), WorkerSettings()
-OF_CLUSTER = ("policy", "link", "transfer_granularity", "kv_codec", "gpu_checksums", "emulate_link")
+OF_CLUSTER = ("policy", "link", "transfer_granularity", "kv_codec", "decode_after", "gpu_checksums", "emulate_link")
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -110,6 +110,8 @@ engine_options = stack(
                      help="What of a request's KV leaves at once: all, each chunk, or N layers as they are computed."),
         click.option("--kv-codec", type=click.Choice(CODECS), default=CLUSTER.kv_codec, show_default=True,
                      help="How KV looks on the wire: as it is, or a byte a value and a scale per token and head."),
+        click.option("--decode-after", type=positive, default=CLUSTER.decode_after, show_default=True, metavar="TOKENS",
+                     help="After so many tokens a decode worker goes on: 1 is after the prompt."),
         click.option("--gpu-checksums", is_flag=True,
                      help="Check what crosses between GPUs, as is always done elsewhere."),
         click.option("--emulate-link", default=CLUSTER.emulate_link, show_default=True,

@@ -33,6 +33,8 @@ cluster_options = stack(
                      help=f"Of each card's wire: {', '.join(PRESETS)}, or 25Gbps,20us."),
         click.option("--kv-codec", type=click.Choice(CODECS), default=RAW, show_default=True,
                      help="How KV looks on the wire: int8 is half of it, and costs nothing else here."),
+        click.option("--decode-after", type=positive, default=1, show_default=True, metavar="TOKENS",
+                     help="After so many tokens a decode worker goes on: 1 is after the prompt."),
         click.option("--transfer-granularity", default="auto", show_default=True, metavar="WHAT",
                      help="request, chunk, layers:N or auto."),
         click.option("--block-size", type=positive, default=64, show_default=True, metavar="TOKENS",

@@ -152,6 +152,7 @@ def build(seed: int, granularities: Sequence[Granularity] = (WHOLE,), moving: bo
         policy = Mover
         specs = [replace(spec, decode_after=random.Random(f"{seed} {spec.name}").choice([1, 1, 4])) for spec in specs]
     sim = Simulator(specs, policy, World(cost, chaos, router, seed, vocab, depth))
+    sim.moved = 0  # type: ignore[attr-defined]
     _load(sim, rng, min(spec.num_pages for spec in specs) * page_size, page_size)
     _faults(sim, rng, specs)
     if moving:
@@ -163,7 +164,7 @@ def build(seed: int, granularities: Sequence[Granularity] = (WHOLE,), moving: bo
 def _migrate(sim: Simulator, rng: random.Random) -> None:
     decoding = [name for name, request in sim.router.requests.items() if request.stage is Stage.DECODE]
     if decoding and sim.router.view.workers:
-        sim.router.migrate(rng.choice(decoding), rng.choice(list(sim.router.view.workers)), sim.now)
+        sim.moved += sim.router.migrate(rng.choice(decoding), rng.choice(list(sim.router.view.workers)), sim.now)  # type: ignore[attr-defined]
 
 
 def _load(sim: Simulator, rng: random.Random, capacity: int, page_size: int) -> None:
@@ -256,6 +257,7 @@ def run_seeds(first: int, last: int, moving: bool = False) -> tuple[dict[int, li
             sim = build(seed, GRANULARITIES, moving)
             wrong = check(sim)
             ends.update(outcome.finish for outcome in sim.outcomes.values())
+            ends["moved"] += sim.moved  # type: ignore[attr-defined]
             ends["preempted"] += sum(worker.core.scheduler.preemptions for worker in sim.workers.values())
         except (AssertionError, RuntimeError, KeyError, ValueError, IndexError) as error:
             wrong = [repr(error)]

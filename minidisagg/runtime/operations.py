@@ -116,12 +116,22 @@ class Operations:
         self._drain()
 
     def set_role(self, worker: str, role: Role) -> None:
-        """Finish what the worker has, then flip; one that is down, when it is back. Raises `KeyError`."""
+        """Move what decodes on the worker elsewhere, finish the rest, then flip; one that is down, when it is back.
+        Raises `KeyError`."""
         if worker not in self.worker_names:
             raise KeyError(worker)
         self.router.set_role(RoleChange(worker, role), time.monotonic())
         self.tell(f"{worker} finishes, then becomes {role_name(role)}")
         self._drain()
+
+    def migrate(self, request_id: str, worker: str) -> bool:
+        """A request that decodes goes on at another live worker; False where it does not decode, or does so there."""
+        source = self.router.requests[request_id].decode
+        moves = self.router.migrate(request_id, worker, time.monotonic())
+        if moves:
+            self.tell(f"request {request_id} moves from {source} to {worker}")
+            self._drain()
+        return moves
 
     def drain(self, worker: str) -> None:
         """The worker takes nothing new, until it is restarted. Raises `KeyError`."""

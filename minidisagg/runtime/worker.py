@@ -169,6 +169,7 @@ class Worker:
             granularity=parse_granularity(config.cluster.transfer_granularity, efficient_bytes(kind, self.nic)),
             layer_bytes=cache.bytes_per_page // model.config.num_layers,
             codec=config.cluster.kv_codec,
+            decode_after=config.cluster.decode_after,
             prefix_caching=config.model.prefix_caching,
             lease=config.run.lease,
             link_timeout=config.run.link_timeout,

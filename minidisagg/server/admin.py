@@ -55,6 +55,13 @@ class RoleBody(Struct, frozen=True):
     role: Literal["prefill", "decode", "both"]
 
 
+class MigrateBody(Struct, frozen=True):
+    """POST /admin/migrate."""
+
+    request: str
+    worker: str
+
+
 class ModeBody(Struct, frozen=True):
     """POST /admin/mode."""
 
@@ -85,6 +92,7 @@ class Admin:
             web.post("/admin/mode", self.mode),
             web.post("/admin/workers/{name}/{action:role|drain|kill|restart}", self.act),
             web.post("/admin/requests/{id}/abort", self.abort),
+            web.post("/admin/migrate", self.migrate),
         ]
 
     # ------------------------------------------------------------ seeing
@@ -262,6 +270,16 @@ class Admin:
         for stage in (Role.PREFILL, Role.DECODE):
             if not any(left & stage for left in roles):
                 raise ApiError(409, f"that would leave no worker for {role_name(stage)}")
+
+    async def migrate(self, request: web.Request) -> web.Response:
+        asked = decode_plain(await self.body(request), MigrateBody)
+        if asked.request not in self.frontend.requests:
+            raise ApiError(404, f"there is no request {asked.request!r}", "request")
+        if asked.worker not in self.frontend.view.workers:
+            raise ApiError(404, f"there is no live worker {asked.worker!r}", "worker")
+        if not self.frontend.migrate(asked.request, asked.worker):
+            raise ApiError(409, f"request {asked.request} does not decode, or does so at {asked.worker} already")
+        return json_response({"migrating": asked.request, "worker": asked.worker})
 
     async def abort(self, request: web.Request) -> web.Response:
         request_id = request.match_info["id"]

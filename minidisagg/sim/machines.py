@@ -126,6 +126,7 @@ class ClusterSpec(Struct, frozen=True, kw_only=True):
     prefix_caching: bool = True
     granularity: str = "auto"
     codec: str = RAW
+    decode_after: int = 1  # tokens that a prefill worker samples before a decode worker goes on
     wire: Interconnect = Interconnect(50e9, 3e-6)  # 400 Gbit/s
     prefill: WorkerOptions = WorkerOptions(MAX_SEQS, MAX_TOKENS, 0)
     decode: WorkerOptions = WorkerOptions(MAX_SEQS, MAX_TOKENS, 0)

@@ -394,7 +394,7 @@ def read_cluster(flags: Mapping[str, Any]) -> ClusterSpec:
         groups=parse_cluster(flags["cluster"]), model=flags["model"], dtype=flags["dtype"],
         page_size=flags["block_size"], memory_utilization=flags["gpu_memory_utilization"],
         prefix_caching=not flags["no_prefix_caching"], granularity=flags["transfer_granularity"],
-        codec=flags["kv_codec"], wire=wire,
+        codec=flags["kv_codec"], decode_after=flags["decode_after"], wire=wire,
         prefill=parse_options("prefill", flags["prefill"]), decode=parse_options("decode", flags["decode"]),
     )  # fmt: skip
 

@@ -1,0 +1,172 @@
+"""KV that moves: handoffs at any token, migrations, prefixes fetched, replicated and returned change no token."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import random
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import msgspec
+import pytest
+import simfuzz
+from cluster import Load, assert_clean, cluster, greedy, needs_two_cores, prompts, settings
+
+from minidisagg.config import ClusterSettings, RunSettings
+from minidisagg.core.inputlog import read_entries
+from minidisagg.core.inputs import Received
+from minidisagg.core.messages import KVDone, KVOffer, Role
+from minidisagg.core.tracked import Stage
+
+OUTPUT = 48
+PROMPTS = prompts(80, seed=3)
+MOVER = """
+from minidisagg import Policy
+from minidisagg.core.messages import Role
+from minidisagg.core.policy import Migration, Placement, Replica
+
+
+class Mover(Policy):
+    def place(self, request, cluster):
+        rng = cluster.rng
+        split = rng.choice([None, rng.randint(1, request.prefill_len + 20)])
+        fetch = rng.choice([None, rng.choice(list(cluster.workers))])
+        where = [rng.choice(cluster.candidates(role)).name for role in (Role.PREFILL, Role.DECODE)]
+        return Placement(*where, None, split, fetch, True)
+
+    def rebalance(self, cluster):
+        rng, names = cluster.rng, sorted(cluster.workers)
+        changes = [Migration(r, rng.choice(names[:2])) for r in cluster.requests() if rng.random() < 0.7]
+        return changes + [Replica(r, *rng.sample(names, 2)) for r in cluster.requests()[:1]]
+"""
+
+
+@cache
+def mover() -> str:
+    """The policy's file, which workers load too."""
+    path = Path(tempfile.mkdtemp(prefix="mover-")) / "mover.py"
+    atexit.register(shutil.rmtree, path.parent)
+    path.write_text(MOVER)
+    return f"{path}:Mover"
+
+
+def shape(link: str, granularity: str = "auto", pages: int = 400) -> ClusterSettings:
+    """A prefill worker and two that decode."""
+    made = settings("disagg", link, pages, policy=mover(), granularity=granularity, chunk=16)
+    return msgspec.structs.replace(made, decode_workers=2)
+
+
+async def tokens_of(made: ClusterSettings, run: RunSettings, twice: bool = False) -> list[list[int]]:
+    """Of all prompts, and once more with each answer as a prompt that goes on, as the next turn of a conversation."""
+    async with cluster(made, run) as frontend:
+        load = Load(frontend)
+        first = load.submit_all(PROMPTS, greedy(OUTPUT))
+        await load.finished()
+        if twice:
+            await asyncio.sleep(0.3)  # what goes back is under way
+            load.submit_all([[*one.prompt, *one.tokens, 7, 8, 9] for one in first], greedy(OUTPUT))
+            await load.finished()
+        await assert_clean(frontend)
+    assert {one.finish for one in load.results} == {"length"}, [one.error for one in load.results if one.error][:3]
+    return [one.tokens for one in load.results]
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[list[int]]:
+    """One colocated worker's."""
+    return asyncio.run(tokens_of(settings("colocated", pages=400), RunSettings(), twice=True))
+
+
+@pytest.fixture(autouse=True)
+def more_workers_than_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr("minidisagg.runtime.launch.assign_cpus", lambda _: [[0], [1], [1]])
+    yield
+
+
+def handoffs(logs: Path) -> Counter[str]:
+    """What came of all offers that were seen to their end, by the inputs of the workers."""
+    found: Counter[str] = Counter()
+    for path in logs.glob("*-*.inputs"):
+        offers: dict[tuple[str, int], KVOffer] = {}
+        with path.open("rb") as file:
+            for entry, _ in read_entries(file)[1]:
+                body = entry.what.envelope.body if isinstance(entry.what, Received) else None
+                if isinstance(body, KVOffer):
+                    offers[body.request_id, body.incarnation] = body
+                elif isinstance(body, KVDone) and (offer := offers.get((body.request_id, body.incarnation))):
+                    beyond = len(offer.spec.emitted) + len(body.tokens)
+                    kind = f"copy{offer.request_id[-1]}" if offer.prefix else "decoding" if beyond > 1 else "prompt"
+                    found["part" if not body.tokens and not offer.prefix else kind] += 1
+                    found["migrated"] += bool(offer.spec.emitted)
+    return found
+
+
+SUITE = [("shm", "layers:1"), ("unix", "request")]
+PRODUCT = [(link, unit) for link in ("gloo", "shm", "tcp", "unix") for unit in ("request", "chunk", "layers:1", "auto")]
+
+
+@needs_two_cores
+@pytest.mark.parametrize(
+    ("link", "granularity"), [*SUITE, *(pytest.param(*p, marks=pytest.mark.slow) for p in PRODUCT if p not in SUITE)]
+)
+def test_whatever_moves_changes_no_token(
+    link: str, granularity: str, expected: list[list[int]], tmp_path: Path
+) -> None:
+    run = RunSettings(record_dir=str(tmp_path), step_ahead=int(link == "unix"))
+    assert asyncio.run(tokens_of(shape(link, granularity), run, twice=True)) == expected
+    found = handoffs(tmp_path)
+    assert min(found[kind] for kind in ("part", "prompt", "decoding")) >= 5, found
+    assert min(found[kind] for kind in ("migrated", "copy+", "copy-")) >= 2, found
+
+
+@needs_two_cores
+def test_role_flips_and_migrations_under_load_lose_and_repeat_no_token() -> None:
+    many = prompts(24, seed=5, longest=200)
+
+    async def run(made: ClusterSettings) -> tuple[list[list[int]], int, int]:
+        async with cluster(made) as frontend:
+            load, rng, moved, flips = Load(frontend), random.Random(1), 0, 0
+            load.submit_all(many, greedy(300))
+            while load.open:
+                await asyncio.sleep(0.005)
+                decoding = [r for r in frontend.requests.values() if r.stage is Stage.DECODE]
+                workers = frontend.view.workers
+                steady = [n for n in ("decode-0", "decode-1") if n in workers and workers[n].takes(Role.DECODE)]
+                if decoding and len(steady) == 2:
+                    one = rng.choice(decoding)
+                    moved += frontend.migrate(one.request_id, next(n for n in steady if n != one.decode))
+                    if rng.random() < 0.1:
+                        frontend.set_role(rng.choice(steady), Role.PREFILL)
+                        flips += 1
+                for name, worker in workers.items():
+                    if name.startswith("decode") and worker.role is Role.PREFILL and worker.flipping is None:
+                        frontend.set_role(name, Role.DECODE)
+                        flips += 1
+            await load.finished()
+            await assert_clean(frontend)
+            return [one.tokens for one in load.results], moved, flips
+
+    tokens, moved, flips = asyncio.run(run(msgspec.structs.replace(shape("shm"), policy="fcfs")))
+    assert tokens == asyncio.run(run(settings("colocated", pages=400)))[0]
+    assert moved >= 100 and flips >= 20, (moved, flips)
+
+
+# ---------------------------------------------------------------- simulated, with faults
+
+
+def test_random_moves_with_faults() -> None:
+    failures, ends = simfuzz.run_seeds(0, 80, moving=True)
+    assert not failures
+    assert ends["length"] > 300 and ends["moved"] > 200, ends
+
+
+@pytest.mark.slow
+def test_ten_thousand_migrations_with_faults() -> None:
+    failures, ends = simfuzz.run_seeds(1000, 3600, moving=True)
+    assert not failures
+    assert ends["moved"] > 10_000, ends
