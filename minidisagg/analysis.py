@@ -11,14 +11,14 @@ Each frame begins with the run that a row is of, `OF_RUN`: `side` (A, B, …), `
 clock of the run's requests, which is virtual in a simulation, else the front end's monotonic one. What is not known is
 NaN.
 
-requests    a row per request. `index`: its place in the workload, the same on all sides; `request_id`, and `engine_id`,
-            its name in the other frames; `scheduled`, `sent` (instants); `prompt_len`, `output_len` (tokens, as asked
-            for), `tokens` (received), `cached_tokens` (of the prompt, prefix hits); `finish_reason`, `error`,
-            `rejected`; `measured`: it counts in latencies, being neither warm-up nor drain; `ttft`, `ttst`, `e2el`
-            (from `scheduled` to the first, second, last token), `tpot`, `max_itl` (durations, of requests that
-            completed, as `measure/stats.py` defines them); `queue`, `prefill`, `transfer`, `decode_wait`, `decode`
-            (durations of its stages); `token_times` (instants), `handoffs` (i: between tokens i and i + 1), `workers`
-            (in order)
+requests    a row per request. `index`: its place in the workload, the same on all sides; `turn`: its place in its
+            session, from 0; `request_id`, and `engine_id`, its name in the other frames; `scheduled`, `sent`
+            (instants); `prompt_len`, `output_len` (tokens, as asked for), `tokens` (received), `cached_tokens` (of the
+            prompt, prefix hits); `finish_reason`, `error`, `rejected`; `measured`: it counts in latencies, being
+            neither warm-up nor drain; `ttft`, `ttst`, `e2el` (from `scheduled` to the first, second, last token),
+            `tpot`, `max_itl` (durations, of requests that completed, as `measure/stats.py` defines them); `queue`,
+            `prefill`, `transfer`, `decode_wait`, `decode` (durations of its stages); `token_times` (instants),
+            `handoffs` (i: between tokens i and i + 1), `workers` (in order)
 steps       a row per step of a worker: `worker`; `kind` (prefill, decode, mixed); `begin`, `end` (instants), `seconds`;
             `prefill_tokens`, `decode_tokens` (computed), `context_tokens` (KV tokens that it read); `requests`, the
             `engine_id` of each that it gave a token. None of a server that ran already, and none of a simulated run
@@ -63,8 +63,9 @@ OF_RUN = ("side", "label", "concurrency", "repetition")
 LATENCIES = ("ttft", "ttst", "e2el", "tpot", "max_itl")
 COLUMNS = {
     "requests": (
-        "index", "request_id", "engine_id", "scheduled", "sent", "prompt_len", "output_len", "tokens", "cached_tokens",
-        "finish_reason", "error", "rejected", "measured", *LATENCIES, *STAGES, "token_times", "handoffs", "workers",
+        "index", "turn", "request_id", "engine_id", "scheduled", "sent", "prompt_len", "output_len", "tokens",
+        "cached_tokens", "finish_reason", "error", "rejected", "measured", *LATENCIES, *STAGES, "token_times",
+        "handoffs", "workers",
     ),
     "steps": (
         "worker", "kind", "begin", "end", "seconds", "prefill_tokens", "decode_tokens", "context_tokens", "requests",

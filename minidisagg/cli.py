@@ -289,6 +289,7 @@ def bench(model: str, mode: str, against: str, base_url: str, **flags: Any) -> i
     minidisagg bench --mode both --find-goodput --preset quick
     minidisagg bench --mode colocated --request-rate inf --num-prompts 64
     minidisagg bench --dataset-name azure --dataset-path azure_conv.csv --trace-scale-len 0.2
+    minidisagg bench --dataset-name multiturn --multiturn-turns 6 --multiturn-think-time 2
     minidisagg bench --base-url http://127.0.0.1:8000 --request-rate 4
     """
     given = given_flags()
@@ -366,6 +367,7 @@ def simulate(**flags: Any) -> int:
     minidisagg simulate
     minidisagg simulate --cluster prefill=2@h100,decode=2@h100 --compare colocated:sarathi:chunk=512,disagg -j 2
     minidisagg simulate --compare fcfs,./mine.py:Mine --request-rate 0.8x
+    minidisagg simulate --dataset-name multiturn --multiturn-input-len 4000 --multiturn-think-time 10
     minidisagg simulate --model llama-70b --dtype fp8 --cluster prefill=1@h100x4,decode=1@h100x4 --find-goodput
     minidisagg simulate --cluster prefill=8@h100,decode=8@h100 --block-size 512 \\
         --dataset-name mooncake --dataset-path conversation_trace.jsonl --num-prompts 12031

@@ -11,7 +11,8 @@ from click.core import ParameterSource
 
 from minidisagg.measure.goodput import parse_slo
 from minidisagg.measure.settings import ReportSettings, Trials, check_measurable
-from minidisagg.options import positive, stack
+from minidisagg.options import FiniteRange, positive, stack
+from minidisagg.workload.multiturn import MULTITURN, Multiturn
 from minidisagg.workload.settings import (
     DATASETS,
     SYNTHETIC,
@@ -23,7 +24,7 @@ from minidisagg.workload.settings import (
 )
 
 SLO_PAIR, NUMBER = re.compile(r"(ttft|tpot|itl|e2el?):"), re.compile(r"[\d.]+")
-ARRIVALS, WORKLOAD, TRIALS = Arrivals(), Workload(), Trials()
+ARRIVALS, WORKLOAD, TRIALS, SESSIONS = Arrivals(), Workload(), Trials(), Multiturn()
 
 
 class SpreadCommand(click.Command):
@@ -64,13 +65,15 @@ load_options = stack(
         click.option("--request-rate", metavar="RATE",
                      help="Requests per second, inf, or 0.5x: half of what one prefill worker does one request at a "
                           "time under fcfs, whatever the sides' policies (bench measures it, on the disagg side if "
-                          f"there is one).  [default: {ARRIVALS.request_rate}x, or the trace's own times]"),
+                          "there is one). Of multiturn all turns count: 8 are 2 sessions of 4 turns per second.  "
+                          f"[default: {ARRIVALS.request_rate}x, or the trace's own times]"),
         click.option("--burstiness", type=float, default=ARRIVALS.burstiness, show_default=True,
                      help="Shape of the gaps between arrivals: 1 is a Poisson process, less is burstier."),
         click.option("--max-concurrency", default="", metavar="N[,N…]",
-                     help="Closed loop: as many requests at a time. A list is a sweep."),
+                     help="Closed loop: as many requests at a time, or sessions of multiturn. A list is a sweep."),
         click.option("--num-prompts", type=positive,
-                     help=f"Of each run.  [default: {WORKLOAD.num_prompts}; with --preset quick by the rate]"),
+                     help="Of each run; of multiturn they are turns, not sessions.  "
+                          f"[default: {WORKLOAD.num_prompts}; with --preset quick by the rate]"),
         click.option("--num-warmups", type=click.IntRange(min=0), default=ARRIVALS.num_warmups, show_default=True),
         click.option("--repeats", type=positive, default=TRIALS.repeats, show_default=True),
         click.option("--dataset-name", type=DatasetName(), default=WORKLOAD.dataset_name, show_default=True,
@@ -83,6 +86,20 @@ load_options = stack(
         click.option("--random-output-len", type=positive, default=WORKLOAD.output_len, show_default=True),
         click.option("--random-range-ratio", type=float, default=WORKLOAD.range_ratio, show_default=True,
                      help="Lengths are uniform in [1 - r, 1 + r] of the above."),
+        click.option("--multiturn-turns", type=positive, default=SESSIONS.turns, show_default=True, metavar="N",
+                     help="Of a session of multiturn, which these ask for: each turn's prompt is the whole turn before "
+                          "with its sampled answer, and new tokens."),
+        click.option("--multiturn-system-len", type=click.IntRange(min=0), default=SESSIONS.system_len,
+                     show_default=True, help="Tokens of a system prompt that all sessions share."),
+        click.option("--multiturn-input-len", type=positive, default=SESSIONS.input_len, show_default=True,
+                     help="Tokens that the user adds to it in the first turn."),
+        click.option("--multiturn-turn-len", type=positive, default=SESSIONS.turn_len, show_default=True,
+                     help="Tokens that the user adds in each later turn."),
+        click.option("--multiturn-output-len", type=positive, default=SESSIONS.output_len, show_default=True),
+        click.option("--multiturn-range-ratio", type=float, default=SESSIONS.range_ratio, show_default=True,
+                     help="Turns and lengths are uniform in [1 - r, 1 + r] of these, the system prompt's is exact."),
+        click.option("--multiturn-think-time", type=FiniteRange(min=0), default=SESSIONS.think_time, show_default=True,
+                     metavar="S", help="Mean seconds from a turn's last token to the next turn, exponential."),
         click.option("--trace-speedup", type=float, default=WORKLOAD.trace_speedup, show_default=True,
                      help="Divides the trace's times."),
         click.option("--trace-scale-len", type=float, default=WORKLOAD.trace_scale_len, show_default=True,
@@ -111,16 +128,17 @@ def given_flags() -> set[str]:
 
 
 def _dataset(flags: dict[str, Any]) -> str:
-    """Lengths are of random prompts: who gives them means those, and they are not dropped in silence."""
+    """Lengths are of random prompts or of sessions: who gives them means those, and they are not dropped in silence."""
     given = given_flags()
-    lengths = [name for name in flags if name.startswith("random_") and name in given]
+    lengths = {flag: flag.partition("_")[0] for flag in flags if flag in given}
+    lengths = {flag: of for flag, of in lengths.items() if of in ("random", MULTITURN)}
     name = str(flags["dataset_name"])
-    if not lengths or name == "random":
-        return name
-    if "dataset_name" in given:
-        flag = lengths[0].replace("_", "-")
-        raise ValueError(f"--{flag} is of --dataset-name random, and {name} has lengths of its own")
-    return "random"
+    if "dataset_name" not in given:
+        name = next(iter(lengths.values()), name)
+    for flag, of in lengths.items():
+        if of != name:
+            raise ValueError(f"--{flag.replace('_', '-')} is of --dataset-name {of}, and {name} has lengths of its own")
+    return name
 
 
 def read_load(flags: dict[str, Any], preset: str = "", fit: bool = False) -> Load:
@@ -138,6 +156,7 @@ def read_load(flags: dict[str, Any], preset: str = "", fit: bool = False) -> Loa
         trace_speedup=flags["trace_speedup"],
         trace_scale_len=flags["trace_scale_len"],
         fit=fit and dataset == "random",
+        multiturn=Multiturn(**{name: flags[f"{MULTITURN}_{name}"] for name in Multiturn.__struct_fields__}),
     )
     default_rate = (0.0, False) if workload.has_times else (ARRIVALS.request_rate, ARRIVALS.relative)
     rate, relative = parse_rate(flags["request_rate"]) if flags["request_rate"] else default_rate

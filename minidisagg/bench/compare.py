@@ -50,6 +50,7 @@ from minidisagg.measure.timeline import write_timeline
 from minidisagg.model.loader import load_config
 from minidisagg.model.pull import ensure
 from minidisagg.workload.arrivals import arrival_times
+from minidisagg.workload.multiturn import MULTITURN
 from minidisagg.workload.settings import build_items, check_length, describe_workload
 
 SEARCH = {"": {"max_runs": 16, "tolerance": 0.05}, "quick": {"max_runs": 10, "tolerance": 0.1}}  # by preset
@@ -126,6 +127,11 @@ def run(options: BenchOptions, api_key: str = "") -> int:
     console = Console(stderr=options.report.json)
     # What can be known to be wrong is told before anything is started.
     arrival_times(1, 1.0, options.arrivals.burstiness)
+    if options.server is not None and options.workload.dataset_name == MULTITURN:
+        raise ValueError(
+            f"--dataset-name {MULTITURN} goes on from the tokens that were sampled, and a server answers in text: "
+            "measure an engine that bench starts, without --base-url"
+        )
     items, _ = build_items(options.workload, options.workload.num_prompts or quick_prompts(options, math.nan))
     at_once = math.isinf(options.arrivals.request_rate) and not options.arrivals.max_concurrency
     check_measurable(len(items), options.arrivals.num_warmups, at_once)  # a trace may hold fewer than were asked for

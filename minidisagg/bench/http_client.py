@@ -199,17 +199,7 @@ class HttpLoadGenerator(LoadGenerator):
             return await super().run(max_concurrency)
 
     def _send(self, item: WorkItem, scheduled: float) -> None:
-        prompt_len = item.prompt_len if item.prompt is None else len(item.prompt)
-        record = RequestRecord(
-            request_id=str(item.index),
-            index=item.index,
-            scheduled=scheduled,
-            sent=time.monotonic(),
-            prompt_len=prompt_len,
-            output_len=item.output_len,
-        )
-        self.records.append(record)
-        self._tasks.create_task(self._request(record, item))
+        self._tasks.create_task(self._request(self._record(item, scheduled), item))
 
     def body(self, item: WorkItem) -> dict[str, object]:
         """The request: token ids where the workload has them, else its text; greedy, and of exactly its length."""
@@ -241,7 +231,7 @@ class HttpLoadGenerator(LoadGenerator):
             end = Emit(record.request_id, finish=answer.finish, times=answer.times)
             if item.prompt is None and answer.prompt_tokens:
                 record.prompt_len = answer.prompt_tokens  # the workload's was an estimate
-        self._finish(record, end)
+        self._finish(item, record, end)
 
     async def _stream(self, answer: Answer, body: bytes) -> None:
         url = f"{self.server.base_url}/v1/completions"

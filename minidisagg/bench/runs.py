@@ -33,8 +33,7 @@ from minidisagg.measure.records import RequestRecord, RunRecord
 from minidisagg.measure.run_directory import run_name
 from minidisagg.measure.settings import check_measurable
 from minidisagg.measure.timeline import Timeline
-from minidisagg.workload.arrivals import arrival_times
-from minidisagg.workload.lengths import WorkItem, with_arrivals, with_prompts
+from minidisagg.workload.lengths import WorkItem, at_rate, with_prompts
 from minidisagg.workload.settings import TEXTS, build_items, check_length, describe_workload
 
 CALIBRATION, QUICK_CALIBRATION, LOOK = 6, 4, 2  # requests one at a time; the last for a first look
@@ -216,7 +215,9 @@ class Bench:
         workload, seed = self.options.workload, self.options.run.seed + REPEAT_SEED * repetition
         target = self.targets[0]
         items, report = build_items(workload, number or workload.num_prompts, seed, target.encode, self.limit)
-        if repetition >= 0 and report != self._trace_report:  # it is the same for all runs
+        if repetition < 0:  # alone, a turn has its whole prompt to itself: nothing of it is in a cache
+            items = [replace(item, turn=0, new_len=0, session="") for item in items]
+        elif report != self._trace_report:  # it is the same for all runs
             self._trace_report = report
             self._say(f"{workload.dataset_path}: {report}")
         # A salt of its own keeps the prefix cache of earlier runs out of this one, those of a sweep too.
@@ -235,7 +236,7 @@ class Bench:
         check_measurable(len(items), options.arrivals.num_warmups, math.isinf(rate))
         if not math.isnan(rate) and concurrency is None:
             seed = options.run.seed + REPEAT_SEED * repetition
-            items = with_arrivals(items, arrival_times(len(items), rate, options.arrivals.burstiness, seed))
+            items = at_rate(items, rate, options.arrivals.burstiness, seed)
         await self._begin(target, name=run_name(repetition, concurrency))
         before = await target.fresh_stats()
         cpu, started = time.process_time(), time.monotonic()

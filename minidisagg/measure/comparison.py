@@ -13,7 +13,7 @@ from msgspec import Struct
 from minidisagg.measure.goodput import SLO, GoodputResult
 from minidisagg.measure.intervals import RUN_NOISE, STATISTICS, Ratio, center, compare
 from minidisagg.measure.records import RunRecord
-from minidisagg.measure.stats import RATES, Samples, samples_of, summarize, value_of, void_reasons
+from minidisagg.measure.stats import RATES, Samples, samples_of, summarize, unsteady, value_of, void_reasons
 
 # What the verdict weighs: enough to show both sides of the trade, few enough not to find a winner by looking often.
 VERDICT = (
@@ -91,7 +91,7 @@ def values_of(samples: Sequence[Samples]) -> dict[str, float]:
 
 def marks_of(runs: Sequence[RunRecord], repeats: int) -> list[str]:
     """What limits the use of these runs, one line each; `repeats` are those of each side."""
-    marks = list(dict.fromkeys(mark for run in runs for mark in run.marks))
+    marks = list(dict.fromkeys(mark for run in runs for mark in (*run.marks, unsteady(run)) if mark))
     fewest = min(len(run.requests) for run in runs)
     if fewest < PUBLISHABLE_REQUESTS:
         marks.append(f"{fewest} requests a run (< {PUBLISHABLE_REQUESTS})")

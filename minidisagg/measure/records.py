@@ -9,6 +9,11 @@ from msgspec import Struct, field
 
 STAGES = ("queue", "prefill", "transfer", "decode_wait", "decode")
 ORACLE = "oracle: the policies knew how long each output would be"  # the mark of a run
+COMPLETED = ("stop", "length")  # how a request ends that has not failed
+UNSENT, NOT_SENT = (
+    "unsent",
+    "not sent: an earlier turn of its session failed",
+)  # how its later turns end, and their error
 TRIM = 0.05  # of the requests, at each end of a run: they are not measured (see `stats`)
 
 
@@ -17,6 +22,7 @@ class RequestRecord(Struct, kw_only=True, omit_defaults=True):
 
     request_id: str
     index: int = 0  # its place in the workload: pairs it with the same request of another run
+    turn: int = 0  # in its session, whose turns have indices in a row
     scheduled: float  # when it should have been sent: TTFT counts from here
     sent: float
     prompt_len: int

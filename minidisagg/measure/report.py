@@ -24,7 +24,7 @@ from minidisagg.measure.comparison import (
 from minidisagg.measure.goodput import GoodputResult
 from minidisagg.measure.intervals import STATISTICS, Ratio
 from minidisagg.measure.records import STAGES
-from minidisagg.measure.stats import LATENCIES, MAX_FRONTEND_SHARE, MAX_SEND_LAG, RATES, send_lag
+from minidisagg.measure.stats import LATENCIES, MAX_FRONTEND_SHARE, MAX_SEND_LAG, RATES, send_lag, ttft_of_turn
 
 LATENCY_TITLES = ("TTFT", "2nd token", "TPOT", "ITL, no handoffs", "handoff gap", "max ITL", "E2E")
 RATE_TITLES = ("requests/s", "output tok/s", "total tok/s", "goodput req/s")
@@ -100,6 +100,29 @@ def _single_table(side: Side) -> Table:
     if "attainment" in side.values:
         table.add_row(Text("SLO attainment", style="bold"), share(side.values["attainment"]))
     return table
+
+
+def turn_table(comparison: Comparison) -> Table | None:
+    """TTFT by the turn of a session, and how much of its prompt was in a prefix cache; None without sessions."""
+    table = _table("TTFT by turn (ms)", "cached: share of the prompts' tokens that were prefix hits")
+    table.add_column("turn", justify="right")
+    for side in comparison.sides:
+        for head in (f"{side.label}\np50", "\np90", "\ncached"):
+            table.add_column(head, justify="right", no_wrap=True, overflow="ellipsis")
+    if comparison.b is not None:
+        table.add_column("B / A of p50", justify="right", no_wrap=True)
+    for turn in range(1 + max(request.turn for side in comparison.sides for request in side.runs[0].requests)):
+        name, cells = ttft_of_turn(turn), list[str]()
+        if not any(f"p50_{name}" in side.values for side in comparison.sides):
+            continue
+        for side in comparison.sides:
+            done = [request for run in side.runs for request in run.requests if request.turn == turn and request.ok]
+            cached, prompts = sum(r.cached_tokens for r in done), sum(r.prompt_len for r in done)
+            cells += [milliseconds(side.values.get(f"{kind}_{name}")) for kind in ("p50", "p90")]
+            cells.append(share(cached / prompts if prompts else None))
+        ratio = comparison.ratios.get(f"p50_{name}", UNKNOWN)
+        table.add_row(str(turn + 1), *cells, *([ratio_text(ratio)] if comparison.b is not None else []))
+    return table if table.row_count else None
 
 
 def stage_table(comparison: Comparison) -> Table | None:
@@ -248,7 +271,7 @@ def head_text(comparison: Comparison) -> Text:
 def render(comparison: Comparison) -> Group:
     """The whole report, for a rich console."""
     parts: list[RenderableType] = [head_text(comparison)]
-    for draw in (main_table, stage_table, worker_table, link_table, overhead_text):
+    for draw in (main_table, turn_table, stage_table, worker_table, link_table, overhead_text):
         if (drawn := draw(comparison)) is not None:
             parts += [Text(""), drawn]
     if comparison.marks or comparison.void:

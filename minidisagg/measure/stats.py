@@ -12,24 +12,29 @@ and attainment. The cut goes by schedule, never by outcome, so both sides of a c
 Rates count what happened between the first kept arrival and the first one of the drain: tokens emitted, by whichever
 request, requests finished, prompts begun. When all arrive at once there is no steady state: then only `num_warmups`
 are dropped and the rates' window ends with the last token.
+
+When a session's later turns come depends on what became of the earlier ones. They stand in the schedule where their
+session begins: so it is whole sessions that are left out, and the order is the same for both sides. In the goodput of
+the window is what was due in it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
 from minidisagg.measure.goodput import SLO
-from minidisagg.measure.records import STAGES, TRIM, RequestRecord, RunRecord
+from minidisagg.measure.records import STAGES, TRIM, UNSENT, RequestRecord, RunRecord
 
 Array = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 MAX_SEND_LAG = 0.05  # p99 send lag, of the TTFT limit
+MAX_SESSION = 0.25  # of the window
 MAX_FRONTEND_SHARE = 0.20  # of one core
 LATENCIES = ("ttft", "ttst", "tpot", "itl", "handoff", "max_itl", "e2el")
 RATES = ("request_throughput", "output_throughput", "total_token_throughput", "request_goodput")
@@ -66,39 +71,60 @@ class Samples(Struct, frozen=True):
     """All of a run's metrics by name, before any statistic is taken."""
 
     window: Window
-    schedule: list[tuple[int, float, int, int]]  # (index, arrival after the first, prompt, output) of every request
+    # (index, arrival of its session's first turn after the run's first one, prompt, output) of every request
+    schedule: list[tuple[int, float, int, int]]
     metrics: dict[str, Sample]
 
 
+def beginning(run: RunRecord) -> Callable[[RequestRecord], float]:
+    """When a request's session began; of a request without one, when it was due."""
+    due = {r.index: r.scheduled for r in run.requests}
+    return lambda r: due[r.index - r.turn] if r.turn else r.scheduled
+
+
+def unsteady(run: RunRecord) -> str:
+    """Where the window is too short for sessions to end as often as they begin, as they do in the load that was asked
+    for, a line that says so."""
+    begin, window = beginning(run), window_of(run)
+    lasts = {r.index - r.turn: (r.token_times or [r.scheduled])[-1] - begin(r) for r in by_schedule(run) if r.turn}
+    mean = sum(lasts.values()) / max(1, len(lasts))
+    if run.max_concurrency or window.last == len(run.requests) or mean <= MAX_SESSION * window.seconds:
+        return ""
+    return f"sessions last {mean:.1f} s, and the load grew for as long of {window.seconds:.1f} s: more --num-prompts"
+
+
 def by_schedule(run: RunRecord) -> list[RequestRecord]:
-    """The run's requests in the order in which they should have been sent."""
-    return sorted(run.requests, key=lambda r: (r.scheduled, r.index))
+    """The run's requests in the order in which they, or their sessions, should have begun."""
+    begin = beginning(run)
+    return sorted(run.requests, key=lambda r: (begin(r), r.index))
 
 
 def window_of(run: RunRecord, trim: float = TRIM) -> Window:
     """The measured window of a run (see the module's text). Raises ValueError where nothing is left to measure."""
-    requests = by_schedule(run)
+    requests, begin = by_schedule(run), beginning(run)
     n = len(requests)
     if n <= run.num_warmups:
         raise ValueError(f"{run.label}: {n} requests, of which {run.num_warmups} are warm-up: nothing to measure")
     last_token = max(
         (r.token_times[-1] for r in requests if r.token_times), default=requests[-1].scheduled + run.wall_s
     )
-    at_once = requests[0].scheduled == requests[-1].scheduled
+    firsts = sum(not r.turn for r in requests)
+    at_once = begin(requests[0]) == begin(requests[-1]) or firsts <= (run.max_concurrency or 0)
     cut = 0 if at_once else math.ceil(trim * n)
     first, last = max(run.num_warmups, cut), n - cut
     if first >= last:
         raise ValueError(
             f"{run.label}: {n} requests are too few to leave out {first} at the start and {cut} at the end"
         )
-    end = requests[last].scheduled if last < n else last_token
-    return Window(first, last, requests[first].scheduled, end)
+    end = begin(requests[last]) if last < n else last_token
+    return Window(first, last, begin(requests[first]), end)
 
 
 def samples_of(run: RunRecord, slo: SLO | None = None, trim: float = TRIM) -> Samples:
     """Every metric of a run. Latencies and attainment are of the kept requests, rates of the window."""
     window = window_of(run, trim)
-    requests = by_schedule(run)
+    requests, begin = by_schedule(run), beginning(run)
+    sessions = any(r.turn for r in requests)
     pools: dict[str, tuple[list[float], list[int]]] = {}
 
     def put(name: str, position: int, *values: float) -> None:
@@ -115,24 +141,35 @@ def samples_of(run: RunRecord, slo: SLO | None = None, trim: float = TRIM) -> Sa
         put("request_throughput", position, float(done))
         put("output_throughput", position, float(inside))
         put("total_token_throughput", position, float(inside + (request.prompt_len if began else 0)))
-        if not window.first <= position < window.last:
+        kept = window.first <= position < window.last
+        if slo is not None and (window.start <= request.scheduled < closed if sessions else kept):
+            put("request_goodput", position, float(slo.met_by(request)))
+        if not kept:
             continue
         if slo is not None:
-            met = float(slo.met_by(request))
-            put("attainment", position, met)
-            put("request_goodput", position, met)
+            put("attainment", position, float(slo.met_by(request)))
         if request.ok:
             for name, values in latencies_of(request, tokens).items():
                 put(name, position, *values)
-    kept = window.last - window.first
+            if sessions:
+                put(ttft_of_turn(request.turn), position, tokens[0] - request.scheduled)
     metrics = {}
+    measured = window.last - window.first
     for name, (values, owner) in pools.items():
         seconds = window.seconds if name in RATES else 0.0
-        half = {"attainment": 0.5 / kept, "request_goodput": 0.5 / window.seconds if window.seconds else 0.0}
+        half = {
+            "attainment": 0.5 / measured,
+            "request_goodput": 0.5 / window.seconds if window.seconds else 0.0,
+        }
         metrics[name] = Sample(np.array(values), np.array(owner, dtype=np.int64), seconds, half.get(name, 0.0))
-    origin = requests[0].scheduled
-    schedule = [(r.index, round(r.scheduled - origin, 6), r.prompt_len, r.output_len) for r in requests]
+    origin = begin(requests[0])
+    schedule = [(r.index, round(begin(r) - origin, 6), r.prompt_len, r.output_len) for r in requests]
     return Samples(window, schedule, metrics)
+
+
+def ttft_of_turn(turn: int) -> str:
+    """The metric's name; people count turns from 1."""
+    return f"ttft_turn_{turn + 1}"
 
 
 def latencies_of(request: RequestRecord, tokens: Array) -> dict[str, list[float]]:
@@ -202,7 +239,7 @@ def summarize(run: RunRecord, samples: Samples, slo: SLO | None = None) -> dict[
 
 def send_lag(requests: Iterable[RequestRecord], quantile: float = 99.0) -> float:
     """How late the client sent, in seconds: a percentile of sent - scheduled."""
-    lags = [r.sent - r.scheduled for r in requests]
+    lags = [r.sent - r.scheduled for r in requests if r.finish_reason != UNSENT]
     return float(np.percentile(lags, quantile)) if lags else 0.0
 
 

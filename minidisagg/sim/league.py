@@ -53,8 +53,7 @@ from minidisagg.sim.profile import Profile
 from minidisagg.sim.simulate import simulate
 from minidisagg.sim.simulation import Settings, capacity_of, derived_slo, profiles_of
 from minidisagg.sim.study import REPEAT_SEED, SimSide, colocated, decisions_of, describe_cluster, read_cluster
-from minidisagg.workload.arrivals import arrival_times
-from minidisagg.workload.lengths import WorkItem, with_arrivals
+from minidisagg.workload.lengths import WorkItem, at_rate
 from minidisagg.workload.settings import DATASETS, TRACES, Workload, build_items, describe_workload
 
 WORKLOADS = "synth:mooncake-conversation", "synth:azure-code-2023", "synth:azure-conv-2023"
@@ -156,7 +155,8 @@ def ideal_rate(cluster: ClusterSpec, items: Sequence[WorkItem], tpot: float | No
     count, outputs, known, rests = len(items), sum(item.output_len for item in items), set[int](), []
     for item in items:
         hits = next((n for n, block in enumerate(item.blocks) if block not in known), len(item.blocks))
-        cached = min(hits * item.block_size, item.prompt_len - 1) if cluster.prefix_caching else 0
+        known_len = item.prompt_len - item.new_len if item.new_len else hits * item.block_size
+        cached = min(known_len, item.prompt_len - 1) if cluster.prefix_caching else 0
         rests.append((cached, item.prompt_len - cached))
         known.update(item.blocks)
     context = sum(item.output_len * (item.prompt_len + item.output_len / 2) for item in items) / outputs
@@ -200,7 +200,7 @@ def _conditions(options: LeagueOptions, limit: int) -> list[tuple[Condition, Wor
 def play(run: Run) -> Played:
     """Carry it out, and keep what the tables need."""
     began, items = time.process_time(), _items(run.workload, run.seed, run.limit)
-    items = with_arrivals(items, arrival_times(len(items), run.rate, 1.0, run.seed))
+    items = at_rate(items, run.rate, 1.0, run.seed)
     settings = Settings(
         slo=run.slo, seed=run.seed, num_warmups=WARMUPS, predictor=run.predictor, time_limit=run.time_limit
     )  # fmt: skip

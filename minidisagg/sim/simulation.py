@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
 import msgspec
 from msgspec import Struct
@@ -20,13 +19,23 @@ from minidisagg.core.predictor import Predictor
 from minidisagg.core.router import RouterSpec
 from minidisagg.core.spec import EngineSpec
 from minidisagg.measure.goodput import SLO
-from minidisagg.measure.records import ORACLE, LinkRecord, RequestRecord, RunRecord, WorkerRecord
+from minidisagg.measure.records import (
+    COMPLETED,
+    NOT_SENT,
+    ORACLE,
+    UNSENT,
+    LinkRecord,
+    RequestRecord,
+    RunRecord,
+    WorkerRecord,
+)
 from minidisagg.sim.machines import ClusterSpec, MachineCosts, find_profile
 from minidisagg.sim.profile import Profile
 from minidisagg.sim.recording import Recording
 from minidisagg.sim.simulator import Simulator
-from minidisagg.sim.world import World
-from minidisagg.workload.lengths import WorkItem
+from minidisagg.sim.world import Outcome, World
+from minidisagg.workload.lengths import WorkItem, prompt_tokens
+from minidisagg.workload.multiturn import first_turns, rests
 
 LOOK = 4096  # events between two looks at the clock
 PIECE_BYTES = 128 << 20  # that `auto` layer groups weigh at least: a millisecond of a fast wire
@@ -35,6 +44,7 @@ LEASE = 600.0  # seconds that a side of a handoff waits for the other: a policy 
 STANDSTILL = 3600.0  # seconds without a step after which nobody will ever do one
 FOREVER = 1e9  # seconds: a simulated request waits as long as it takes
 UNLIMITED = 1 << 60
+VOCABULARY = 1 << 15  # of a session's tokens, which are there, unlike those of a trace
 MakePolicy = Callable[[], Policy]
 
 
@@ -42,7 +52,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     """How a workload is offered, and how it is judged."""
 
     slo: SLO | None = None  # None: 8 unloaded prefills of the mean prompt, 2 unloaded steps
-    max_concurrency: int | None = None  # closed loop
+    max_concurrency: int | None = None  # closed loop, of so many sessions where the workload has some
     seed: int = 0
     num_warmups: int = 0
     predictor: Predictor = "none"
@@ -85,7 +95,9 @@ class Simulation:
         self._capacity, self._longest = capacity, max(item.output_len for item in workload)
         self.sent: dict[str, float] = {}
         self.ended = 0.0, 0  # the last request: when, and after how many events
-        self._waiting = sorted(workload, key=lambda item: item.arrival_s)[::-1]
+        self._rests = rests(workload)
+        self._waiting = sorted(first_turns(workload), key=lambda item: item.arrival_s)[::-1]
+        self._coming = 0  # requests whose time is set
         self._left = len(workload)
         self.sim.on_end = self._on_end
 
@@ -117,7 +129,7 @@ class Simulation:
         """To the end of the last request. Raises TimeoutError, and PolicyError where that never comes."""
         if self.settings.max_concurrency is None:
             for item in self._waiting:
-                self.sim.plan(item.arrival_s, partial(self._send, item))
+                self._plan(item, item.arrival_s)
             self._waiting.clear()
         else:
             for _ in range(min(self.settings.max_concurrency, len(self._waiting))):
@@ -125,9 +137,7 @@ class Simulation:
         told, steps, since = self._left, 0, self.sim.now
         while self._left:
             self.sim.run_events(LOOK, lambda: not self._left)
-            if steps != (steps := sum(worker.core.steps for worker in self.sim.workers.values())) or len(
-                self.sent
-            ) < len(self.items):
+            if steps != (steps := sum(worker.core.steps for worker in self.sim.workers.values())) or self._coming:
                 since = self.sim.now
             elif self.sim.now > since + STANDSTILL:
                 raise PolicyError(f"policy {self.sim.router.policy.name}: {self._left} requests would wait for ever")
@@ -137,14 +147,33 @@ class Simulation:
                 progress(told - self._left)
                 told = self._left
 
+    def _plan(self, item: WorkItem, time: float) -> None:
+        self._coming += 1
+
+        def arrive() -> None:
+            self._coming -= 1
+            self._send(item)
+
+        self.sim.plan(time, arrive)
+
+    def _prompt(self, item: WorkItem) -> Sequence[int]:
+        """A session's are tokens, so that the core itself names their pages, and those of the answers in between."""
+        if not item.new_len:
+            return range(item.prompt_len)
+        new = prompt_tokens(item, VOCABULARY, self.settings.seed)
+        if not item.turn:
+            return new
+        before = self.sim.outcomes[str(item.index - 1)]
+        return [*before.spec.prompt, *before.tokens, *new]
+
     def _send(self, item: WorkItem) -> None:
         slo, name = self.settings.slo, str(item.index)
         # A user sets one limit for all outputs, and it is no hint: the longest of them, where the cache can hold it.
         limit = max(item.output_len, min(self._longest, self._capacity - item.prompt_len))
         sampling = SamplingParams(max_tokens=limit, temperature=0.0, ignore_eos=True)
         spec = RequestSpec(
-            prompt=range(item.prompt_len), sampling=sampling, arrival=self.sim.now, session=item.session,
-            hashes=page_names(item, self.cluster.page_size) if self.cluster.prefix_caching else [],
+            prompt=self._prompt(item), sampling=sampling, arrival=self.sim.now, session=item.session,
+            hashes=page_names(item, self.cluster.page_size) if self.cluster.prefix_caching and not item.new_len else [],
             ends_after=item.output_len,
             slo_ttft=slo.ttft / 1e3 if slo and slo.ttft else None,
             slo_tpot=slo.tpot / 1e3 if slo and slo.tpot else None,
@@ -153,11 +182,18 @@ class Simulation:
         self.sim.send(name, spec)
 
     def _on_end(self, request_id: str) -> None:
+        outcome, rest = self.sim.outcomes[request_id], self._rests[self.items[request_id].index]
         self._left -= 1
         self.ended = self.sim.now, self.sim.happened
+        if rest and outcome.finish in COMPLETED:
+            self._plan(rest[0], outcome.token_times[-1] + rest[0].think_s)
+            return
+        for item in rest:
+            self.sent[str(item.index)] = self.sim.now
+            self.sim.outcomes[str(item.index)] = Outcome(outcome.spec, finish=UNSENT, error=NOT_SENT)
+        self._left -= len(rest)
         if self._waiting:
-            item = self._waiting.pop()
-            self.sim.plan(self.sim.now, partial(self._send, item))
+            self._plan(self._waiting.pop(), self.sim.now)
 
     # ------------------------------------------------------------ what came of it
 
@@ -170,10 +206,11 @@ class Simulation:
             stages.pop("e2e", None)
             requests.append(
                 RequestRecord(
-                    request_id=name, index=item.index, scheduled=at, sent=at, prompt_len=item.prompt_len,
-                    output_len=item.output_len, token_times=outcome.token_times, finish_reason=outcome.finish,
-                    error=outcome.error, rejected=outcome.finish == "reject", stages=stages,
-                    handoffs=outcome.handoffs, cached_tokens=outcome.cached_tokens, workers=outcome.workers,
+                    request_id=name, index=item.index, turn=item.turn, scheduled=at, sent=at,
+                    prompt_len=item.prompt_len, output_len=item.output_len, token_times=outcome.token_times,
+                    finish_reason=outcome.finish, error=outcome.error, rejected=outcome.finish == "reject",
+                    stages=stages, handoffs=outcome.handoffs, cached_tokens=outcome.cached_tokens,
+                    workers=outcome.workers,
                 )
             )  # fmt: skip
         workers, links = [], []

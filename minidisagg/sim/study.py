@@ -57,8 +57,7 @@ from minidisagg.sim.processes import side_by_side
 from minidisagg.sim.profile import SUFFIXES
 from minidisagg.sim.simulate import Result, simulate
 from minidisagg.sim.simulation import Settings, capacity_of, derived_slo, profiles_of
-from minidisagg.workload.arrivals import arrival_times
-from minidisagg.workload.lengths import WorkItem, with_arrivals
+from minidisagg.workload.lengths import WorkItem, at_rate
 from minidisagg.workload.settings import Arrivals, Workload, build_items, describe_workload
 
 REPEAT_SEED = 1_000_003  # repetition r of seed s draws its workload from s + r · this, as `bench` does
@@ -209,7 +208,7 @@ class Study:
         items = self._items(repetition) if repetition else self.items
         seed = options.seed + REPEAT_SEED * repetition
         if not math.isnan(rate) and concurrency is None:
-            items = with_arrivals(items, arrival_times(len(items), rate, options.arrivals.burstiness, seed))
+            items = at_rate(items, rate, options.arrivals.burstiness, seed)
         settings = Settings(
             slo=self.slo, max_concurrency=concurrency, seed=seed, num_warmups=options.arrivals.num_warmups,
             predictor=options.predictor, time_limit=options.time_limit,

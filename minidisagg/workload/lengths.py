@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from msgspec import Struct
 from msgspec.structs import replace
 
-from minidisagg.workload.arrivals import keyed_random
+from minidisagg.workload.arrivals import arrival_times, keyed_random
 from minidisagg.workload.corpus import PASSAGES, QUESTIONS
 
 Encode = Callable[[str], list[int]]
@@ -24,6 +24,10 @@ class WorkItem(Struct, frozen=True, kw_only=True):
 
     `blocks` are a trace's names for consecutive pieces of `block_size` prompt tokens (the last one may be partial):
     equal names mean equal tokens, so they stand for the prefix sharing of the trace without the tokens.
+
+    A later turn of a session (`turn` > 0) follows the turn before in the workload, and comes `think_s` seconds after
+    that one's last token. Its `prompt_len` counts the whole prompt, its `prompt` has only what is new: see
+    `workload/multiturn.py`.
     """
 
     index: int
@@ -36,6 +40,10 @@ class WorkItem(Struct, frozen=True, kw_only=True):
     block_size: int = 0
     salt: str = ""  # separates prefix caches of different tenants
     session: str = ""
+    turn: int = 0  # in its session
+    think_s: float = 0.0
+    new_len: int = 0  # tokens that the user of a session adds; 0: it is no turn of one
+    system_len: int = 0  # of a first turn: tokens before these, which all sessions share
 
 
 def random_items(
@@ -86,10 +94,14 @@ def prompt_tokens(item: WorkItem, vocab_size: int, seed: int = 0) -> list[int]:
     """The item's prompt, `prompt_len` token ids below `vocab_size`.
 
     Depends on (seed, index) only, or on (seed, block names) where the item has blocks: two items that share a block
-    name share its tokens. A shorter item of the same index has a prefix of the longer one's prompt.
+    name share its tokens. A shorter item of the same index has a prefix of the longer one's prompt. Of a session's turn
+    it is what its user adds, after the system prompt if it is the first, and depends on (seed, session, turn) only.
     """
     if item.prompt is not None:
         return item.prompt
+    if item.new_len:
+        system = _random_tokens(item.system_len, vocab_size, "system", seed)
+        return system + _random_tokens(item.new_len, vocab_size, "words", seed, item.session, item.turn)
     if not item.blocks:
         return _random_tokens(item.prompt_len, vocab_size, "prompt", seed, item.index)
     tokens: list[int] = []
@@ -107,6 +119,18 @@ def with_prompts(items: Iterable[WorkItem], vocab_size: int, seed: int = 0) -> l
 def with_arrivals(items: Sequence[WorkItem], times: Sequence[float]) -> list[WorkItem]:
     """The items at these times, for data sets that have none."""
     return [replace(item, arrival_s=t) for item, t in zip(items, times, strict=True)]
+
+
+def at_rate(items: Sequence[WorkItem], request_rate: float, burstiness: float = 1.0, seed: int = 0) -> list[WorkItem]:
+    """The items in an open loop of so many requests per second, as `arrival_times` says.
+
+    Later turns of sessions count as requests, but have no times of their own: sessions begin at as much less than this
+    rate as they have turns.
+    """
+    firsts = [item for item in items if not item.turn]
+    rate = request_rate * (len(firsts) / max(1, len(items)))  # of sessions of one turn it is the same to the last bit
+    times = iter(arrival_times(len(firsts), rate, burstiness, seed))
+    return [item if item.turn else replace(item, arrival_s=next(times)) for item in items]
 
 
 def _random_tokens(count: int, vocab_size: int, *key: int | str) -> list[int]:

@@ -8,13 +8,14 @@ from pathlib import Path
 from msgspec import Struct
 
 from minidisagg.workload.lengths import Encode, WorkItem, random_items, text_items
+from minidisagg.workload.multiturn import MULTITURN, Multiturn, multiturn_items
 from minidisagg.workload.synth import SYNTH, synth_items
 from minidisagg.workload.traces import TraceReport, fitted, load_trace
 
 TEXTS = ("text", "sharegpt")  # data sets whose prompts are texts
 TRACES = ("sharegpt", "azure", "mooncake", "burstgpt")  # data sets that are a file
 SYNTHETIC = "synth:"  # and a name of `SYNTH`
-DATASETS = ("random", "text", *TRACES, *(SYNTHETIC + name for name in SYNTH))
+DATASETS = ("random", "text", MULTITURN, *TRACES, *(SYNTHETIC + name for name in SYNTH))
 
 
 class Workload(Struct, frozen=True, kw_only=True):
@@ -33,6 +34,7 @@ class Workload(Struct, frozen=True, kw_only=True):
     fit: bool = False
     trace_speedup: float = 1.0
     trace_scale_len: float = 1.0
+    multiturn: Multiturn = Multiturn()
 
     @property
     def has_times(self) -> bool:
@@ -63,6 +65,8 @@ def build_items(
         return random_items(count, workload.input_len, workload.output_len, workload.range_ratio, seed), ""
     if workload.dataset_name == "text":
         return text_items(count, workload.output_len, encode, seed), ""
+    if workload.dataset_name == MULTITURN:
+        return multiturn_items(count, workload.multiturn, seed), ""
     changes = workload.trace_speedup, workload.trace_scale_len
     if workload.dataset_name.startswith(SYNTHETIC):
         items = synth_items(workload.dataset_name.removeprefix(SYNTHETIC), count, seed)
@@ -87,18 +91,29 @@ def describe_workload(workload: Workload) -> str:
         return f"random {workload.input_len} in, {workload.output_len} out{spread}"
     if workload.dataset_name == "text":
         return f"English text, {workload.output_len} out"
+    if workload.dataset_name == MULTITURN:
+        like = workload.multiturn
+        return (
+            f"sessions of {like.turns} turns, {like.system_len} + {like.input_len} in, then {like.turn_len} more each, "
+            f"{like.output_len} out ± {like.range_ratio:.0%}, think time {like.think_time:g} s"
+        )
     if workload.dataset_name.startswith(SYNTHETIC):
         return f"like {workload.dataset_name.removeprefix(SYNTHETIC)}"
     return f"{workload.dataset_name} trace {Path(workload.dataset_path).name}"
 
 
 def check_length(workload: Workload, limit: int) -> None:
-    """Raises ValueError where a random request can be longer than `limit` tokens. Traces are clamped to it."""
+    """Raises ValueError where a random request, or a session, can be longer than `limit` tokens. Traces are clamped."""
     longest = sum(math.ceil(mean * (1 + workload.range_ratio)) for mean in (workload.input_len, workload.output_len))
     if workload.dataset_name == "random" and longest > limit:
         raise ValueError(
             f"--random-input-len {workload.input_len} and --random-output-len {workload.output_len} make requests of "
             f"up to {longest} tokens, more than the limit of {limit}"
+        )
+    if workload.dataset_name == MULTITURN and workload.multiturn.longest > limit:
+        raise ValueError(
+            f"sessions can grow to {workload.multiturn.longest} tokens, more than the limit of {limit}: fewer "
+            "--multiturn-turns, or shorter ones"
         )
 
 
