@@ -11,7 +11,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -237,6 +237,9 @@ def test_a_full_disk_ends_writing_with_one_warning_and_reading_goes_on(
     assert [put(pool, number) for number in (3, 4, 5)] == [Put(False)] * 3
     assert right(pool, digest(1), SMALL) and right(pool, digest(2), SMALL) and not right(pool, digest(3), SMALL)
     assert len(files.names) == 2
+    files.capacity *= 9
+    assert put(pool, 3) == Put(False)  # it does not try so soon
+    files.capacity = 0
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert record.message.startswith("store: nothing is written to /disk for now, what is there is read: [Errno")
@@ -244,7 +247,7 @@ def test_a_full_disk_ends_writing_with_one_warning_and_reading_goes_on(
     monkeypatch.setattr(time, "monotonic", lambda: now + tier_module.RETRY + 1)
     assert not put(pool, 3).written and len(caplog.records) == 1  # it has tried again, and says nothing new
     monkeypatch.setattr(time, "monotonic", lambda: now + 2 * tier_module.RETRY + 2)
-    files.capacity *= 9
+    files.capacity = 9 * SMALL_FILE
     assert put(pool, 3).written and put(pool, 4).written
     files.capacity = 0
     assert not put(pool, 5).written and len(caplog.records) == 2
@@ -322,6 +325,24 @@ def test_pages_are_there_after_a_restart_and_memory_goes_at_the_end(tmp_path: Pa
     assert [right(Pool(tiers, LAYOUT), digest(number)) for number in range(5)] == [False, True, True, False, False]
 
 
+def test_the_order_of_use_is_known_to_less_than_a_tick_of_the_kernel(tmp_path: Path) -> None:
+    pool, order = Pool(on_disk(tmp_path, 6, 0), LAYOUT), [3, 1, 5, 2, 4]
+    pages = {number: content(digest(number)) for number in range(11)}
+    into, gone = memoryview(bytearray(BYTES)), list[bytes]()
+    for number in (*range(1, 6), 0):
+        pool.put(digest(number), [pages[number]])
+    for number in order:
+        assert pool.get(digest(number), into)
+    for number in range(6, 11):
+        gone += pool.put(digest(number), [pages[number]]).evicted
+    assert gone == [digest(number) for number in (0, 3, 1, 5, 2)]
+    for number in range(11, 31):  # what is written after a use is younger
+        assert pool.get(digest(number - 1), into)
+        pool.put(digest(number), [content(digest(number))])
+        before, after = (pool.tiers[0].files.stat(tmp_path / "dram" / digest(n).hex()) for n in (number - 1, number))
+        assert before is not None and after is not None and before.used < after.used
+
+
 # ---------------------------------------------------------------- processes
 
 
@@ -349,14 +370,14 @@ def test_a_limit_is_that_of_all_processes_together(tmp_path: Path, start: StartP
 
 
 def test_two_processes_put_the_same_pages_at_once(tmp_path: Path, start: StartPeer) -> None:
-    tiers = on_disk(tmp_path, 50, 0)
+    tiers = on_disk(tmp_path, 50, 50)
     peers = [start(obey, tiers), start(obey, tiers)]
     for peer in peers:
         peer.tell("put", range(50))
     written = [peer.hear() for peer in peers]
     assert [one + other for one, other in zip(*written, strict=True)] == [1] * 50
     assert all(right(Pool(tiers, LAYOUT), digest(number)) for number in range(50))
-    assert len(list((tmp_path / "dram").iterdir())) == 51
+    assert [len(list(tmp_path.glob(f"{tier}/*"))) for tier in ("dram", "ssd")] == [51, 1]  # and the locks
 
 
 # ---------------------------------------------------------------- the thread
@@ -377,7 +398,7 @@ class Slow:
         into[:] = digest * len(into)
         return digest != b"x"
 
-    def put(self, digest: bytes, parts: list[bytes]) -> Put:
+    def put(self, digest: bytes, parts: Sequence[bytes | memoryview]) -> Put:
         self.go.acquire()
         self.asked.append(f"put {digest.decode()}")
         return Put(True, (b"old",))

@@ -77,6 +77,7 @@ class Files:
         with open(path, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
             for part in parts:
                 file.write(part)
+        self.touch(path)
 
     def fsync(self, path: Path) -> None:
         """A file's bytes, or a directory's names, are on the disk afterwards."""

@@ -30,20 +30,17 @@ class MooncakeStore:
                 f"Mooncake cannot be used: {error}; it takes pip install 'minidisagg[mooncake]', and Debian's "
                 "libibverbs1, libnuma1 and libcurl4"
             ) from None
+        host, _, port = spec.mooncake.rpartition(":")
+        try:
+            own = _own_address(host.strip("[]"), int(port))
+        except OSError as error:
+            raise ValueError(f"Mooncake's master at {spec.mooncake} does not answer: {error}") from None
         self.layout, self.corrupt = layout, 0
         self._store = MooncakeDistributedStore()
-        host, _, port = spec.mooncake.rpartition(":")
-        status = self._store.setup(
-            _own_address(host, int(port)),
-            spec.metadata or PEER_TO_PEER,
-            spec.dram,
-            LOCAL_BUFFER,
-            "tcp",
-            "",  # no RDMA device
-            spec.mooncake,
-        )
+        metadata = spec.metadata or PEER_TO_PEER
+        status = self._store.setup(own, metadata, spec.dram, LOCAL_BUFFER, "tcp", "", spec.mooncake)  # "": no RDMA
         if status:
-            raise ValueError(f"Mooncake's master at {spec.mooncake} cannot be used (its error {status})")
+            raise ValueError(f"Mooncake at {spec.mooncake} cannot be set up: its error {status}")
 
     def has(self, digest: bytes) -> bool:
         """Whether a `get` may find it."""
@@ -79,7 +76,6 @@ class MooncakeStore:
 
 
 def _own_address(host: str, port: int) -> str:
-    """By which the master's host, and so the others, can reach this one; nothing is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, port))
+    """By which the master's host, and so the others, reach this one; without a master Mooncake would try for minutes."""
+    with socket.create_connection((host, port), timeout=5.0) as probe:
         return str(probe.getsockname()[0])

@@ -34,7 +34,7 @@ class Pool:
         self.layout, self.corrupt = layout, 0  # pages that were found damaged, and dropped
         self.tiers: list[Tier] = []
         self._files = files or Files()
-        self._gone: list[str] = []
+        self._gone: list[str] = []  # from one of the tiers at least
         for spec in reversed(tiers):
             self.tiers.insert(0, Tier(spec, self._files, self.tiers[0] if self.tiers else None, self._gone))
 

@@ -29,7 +29,7 @@ _serial = itertools.count()
 
 
 class Tier:
-    """Pages that it evicts go to the tier `below`; the names of those that nobody keeps are appended to `gone`."""
+    """Pages that it evicts go to the tier `below`, if there is one, and their names to the list `gone`."""
 
     def __init__(self, spec: TierSpec, files: Files, below: Tier | None, gone: list[str]) -> None:
         self.spec, self.files = spec, files
@@ -74,9 +74,8 @@ class Tier:
     def drop(self, name: str) -> None:
         """A page that is good for nothing."""
         with suppress(OSError), self.files.lock(self._lock) as tally:
-            if entry := self.files.stat(self.directory / name):
-                self.files.unlink(self.directory / name)
-                tally.total -= entry.size
+            self.files.unlink(self.directory / name)
+            self._look(tally)  # it may have changed its size
 
     def add(self, name: str, parts: Sequence[bytes | bytearray | memoryview]) -> bool:
         """Whether it was written: it is not where it is here already, is too large, or writing fails."""
@@ -128,14 +127,13 @@ class Tier:
         self._oldest = deque(sorted(pages, key=lambda entry: entry.used))
 
     def _evict(self, entry: Entry) -> None:
-        path, kept = self.directory / entry.name, False
-        if self._below is not None and not (kept := self._below.touch(entry.name)):
+        path = self.directory / entry.name
+        if self._below is not None and not self._below.touch(entry.name):
             data = bytearray(entry.size)
             self.files.read(path, [data])
-            kept = self._below.add(entry.name, [data])
+            self._below.add(entry.name, [data])
         self.files.unlink(path)
-        if not kept:
-            self._gone.append(entry.name)
+        self._gone.append(entry.name)
 
     def _clean(self) -> None:
         """What writers have left that are dead."""
