@@ -387,7 +387,7 @@ class Slow:
     """A store that waits for `go` before each page, and notes what it was asked."""
 
     def __init__(self) -> None:
-        self.corrupt, self.asked, self.go = 0, list[str](), threading.Semaphore(0)
+        self.corrupt, self.asked, self.go, self.promotions = 0, list[str](), threading.Semaphore(0), 0
 
     def has(self, digest: bytes) -> bool:
         return False
@@ -402,6 +402,11 @@ class Slow:
         self.go.acquire()
         self.asked.append(f"put {digest.decode()}")
         return Put(True, (b"old",))
+
+    def promote(self) -> bool:
+        self.promotions -= 1
+        self.asked += ["promote"] if self.promotions >= 0 else []
+        return self.promotions >= 0
 
 
 def collect(background: Background, woken: threading.Semaphore, count: int) -> list[Loaded | Saved]:
@@ -421,17 +426,20 @@ def test_loads_go_before_saves_and_saves_are_bounded() -> None:
     while background._saves and len(background._saves) > 1:  # the thread has begun with the first
         time.sleep(0.001)
     background.load("k", [b"p", b"x", b"q"], views)
-    store.go.release(4)
-    assert collect(background, woken, 3) == [
+    background.load("l", [b"q"], views[:1])
+    store.promotions = 2
+    store.go.release(5)
+    assert collect(background, woken, 4) == [
         Saved(b"a", Put(True, (b"old",))),
         Loaded("k", 1),
+        Loaded("l", 1),
         Saved(b"b", Put(True, (b"old",))),
     ]
-    assert store.asked == ["put a", "get p", "get x", "put b"]
-    assert bytes(views[0]) == b"pppp" and bytes(views[2]) == bytes(4)
+    assert store.asked == ["put a", "get p", "get x", "get q", "promote", "promote", "put b"]
+    assert bytes(views[0]) == b"qqqq" and bytes(views[2]) == bytes(4)
     assert background.save(b"c", bytes(10))  # there is room again
     counters = background.counters
-    assert (counters.hits, counters.misses, counters.bytes_read, counters.bytes_written) == (1, 2, 4, 10)
+    assert (counters.hits, counters.misses, counters.bytes_read, counters.bytes_written) == (2, 2, 8, 10)
     assert (counters.evictions, counters.dropped) == (2, 1)
     store.go.release()
     collect(background, woken, 1)

@@ -29,6 +29,10 @@ class Store(Protocol):
         """Store it, unless it is there."""
         ...
 
+    def promote(self) -> bool:
+        """Do a piece of what follows from loads and nobody waits for; False where there is none."""
+        ...
+
 
 class Loaded(NamedTuple):
     """Of the load `key`, so many pages are in place, from the first on: a prefix ends where a page is missing."""
@@ -120,6 +124,8 @@ class Background:
                 return
             self.counters.corrupt = self._store.corrupt
             self._wake()
+            while not self._loads and self._store.promote():
+                pass
 
     def _load(self, key: Hashable, digests: Sequence[bytes], views: Sequence[memoryview]) -> Loaded:
         counters, began, pages = self.counters, time.monotonic(), 0

@@ -70,12 +70,16 @@ class MooncakeStore:
         head = seal(self.layout, digest, payload)
         return Put(self._store.put_parts(digest.hex(), head, payload) == 0)
 
+    def promote(self) -> bool:
+        """There is one tier."""
+        return False
+
     def close(self) -> None:
         """Give back what this process has lent, with the pages in it."""
         self._store.close()
 
 
 def _own_address(host: str, port: int) -> str:
-    """By which the master's host, and so the others, reach this one; without a master Mooncake would try for minutes."""
+    """By which the master's host, and so the others, reach this one; Mooncake would try for a minute and more."""
     with socket.create_connection((host, port), timeout=5.0) as probe:
         return str(probe.getsockname()[0])

@@ -7,6 +7,7 @@ the first tier; what that one evicts goes to the next, and what is found there c
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import NamedTuple
@@ -27,13 +28,14 @@ class Put(NamedTuple):
 class Pool:
     """`tiers` from the fastest to the slowest; `layout` says what else two caches must share (`KVCache.fingerprint`).
 
-    `get` and `put` are one thread's; `has` is anybody's. What goes wrong with a file is a miss, or is not written.
+    All but `has` is one thread's. What goes wrong with a file is a miss, or is not written.
     """
 
     def __init__(self, tiers: Sequence[TierSpec], layout: str, files: Files | None = None) -> None:
         self.layout, self.corrupt = layout, 0  # pages that were found damaged, and dropped
         self.tiers: list[Tier] = []
         self._files = files or Files()
+        self._found: deque[str] = deque()  # in a slower tier
         self._gone: list[str] = []  # from one of the tiers at least
         for spec in reversed(tiers):
             self.tiers.insert(0, Tier(spec, self._files, self.tiers[0] if self.tiers else None, self._gone))
@@ -54,7 +56,7 @@ class Pool:
             if verdict is Verdict.GOOD:
                 tier.touch(name)
                 if tier is not self.tiers[0]:
-                    self.tiers[0].add(name, [head, into])
+                    self._found.append(name)
                 return True
             if verdict is Verdict.BAD:
                 self.corrupt += 1
@@ -71,6 +73,19 @@ class Pool:
         gone = dict.fromkeys(self._gone)
         self._gone.clear()
         return Put(written, tuple(bytes.fromhex(lost) for lost in gone if not self._holds(lost)))
+
+    def promote(self) -> bool:
+        """Copy a page that `get` has found in a slower tier to the first one; False where there is none to copy.
+
+        Apart from `get`, as making room there may take a write to the disk, for which nobody who loads should wait.
+        """
+        if not self._found:
+            return False
+        name = self._found.popleft()
+        data = next(filter(None, (tier.load(name) for tier in self.tiers)), None)
+        if data is not None:
+            self.tiers[0].add(name, [data])
+        return True
 
     def remove(self) -> None:
         """At the engine's end, when no worker is left: what would not outlive the machine goes."""

@@ -71,6 +71,12 @@ class Tier:
         except OSError:
             return None
 
+    def load(self, name: str) -> bytearray | None:
+        """The whole file."""
+        entry = self.files.stat(self.directory / name)
+        data = bytearray(entry.size if entry else 0)
+        return None if self.read(name, [data]) is None else data
+
     def drop(self, name: str) -> None:
         """A page that is good for nothing."""
         with suppress(OSError), self.files.lock(self._lock) as tally:
@@ -128,9 +134,7 @@ class Tier:
 
     def _evict(self, entry: Entry) -> None:
         path = self.directory / entry.name
-        if self._below is not None and not self._below.touch(entry.name):
-            data = bytearray(entry.size)
-            self.files.read(path, [data])
+        if self._below is not None and not self._below.touch(entry.name) and (data := self.load(entry.name)):
             self._below.add(entry.name, [data])
         self.files.unlink(path)
         self._gone.append(entry.name)
