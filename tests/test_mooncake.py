@@ -78,7 +78,7 @@ def wait_for(port: int, master: subprocess.Popen[bytes], log: Path) -> None:
 
 def test_pages_go_through_mooncake_and_come_back(spec: StoreSpec) -> None:
     store, name, into = MooncakeStore(spec, LAYOUT), digest(1), memoryview(bytearray(BYTES))
-    data = content(name, BYTES)
+    data = memoryview(content(name, BYTES))
     try:
         assert not store.has(name) and not store.get(name, into)
         assert store.put(name, [data[:1000], data[1000:]]) == Put(True) and store.has(name)
@@ -92,7 +92,7 @@ def test_pages_go_through_mooncake_and_come_back(spec: StoreSpec) -> None:
             other.close()
         assert store.get(name, into) and (store.corrupt, other.corrupt) == (0, 0)
         head = seal(LAYOUT, digest(2), data)
-        assert store._store.put_parts(digest(2).hex(), head, data[:-1] + b"?") == 0
+        assert store._store.put_parts(digest(2).hex(), head, bytes(data[:-1]) + b"?") == 0
         assert not store.get(digest(2), into) and store.corrupt == 1 and not store.has(digest(2))
         pages = {digest(number): content(digest(number), BYTES) for number in range(3, 60)}
         assert not all([store.put(name, [page]).written for name, page in pages.items()])  # they do not all fit

@@ -309,6 +309,10 @@ def test_a_page_in_parts_is_their_sum(tmp_path: Path) -> None:
     pool, name = Pool(on_disk(tmp_path, 3, 0), LAYOUT), digest(1)
     data = memoryview(content(name))
     assert pool.put(name, [data[:1], data[1:5000], data[5000:]]).written and right(pool, name)
+    name = digest(2)
+    words = memoryview(content(name)).cast("q")
+    assert pool.put(name, [words]).written and right(pool, name)
+    assert int.from_bytes((tmp_path / "dram" / "lock").read_bytes(), "little") == 2 * FILE
 
 
 def test_pages_are_there_after_a_restart_and_memory_goes_at_the_end(tmp_path: Path) -> None:
@@ -464,7 +468,7 @@ def test_closing_drops_what_waits_or_does_it_first(drain: bool) -> None:
 def test_a_pool_in_the_background(tmp_path: Path) -> None:
     woken, name = threading.Semaphore(0), digest(1)
     background = Background(Pool(on_disk(tmp_path, 1, 2), LAYOUT), woken.release, 1 << 20)
-    assert background.save(name, content(name))
+    assert background.save(name, memoryview(content(name)).cast("q"))
     assert collect(background, woken, 1) == [Saved(name, Put(True))]
     path = tmp_path / "dram" / name.hex()
     into = memoryview(bytearray(BYTES))
@@ -473,6 +477,7 @@ def test_a_pool_in_the_background(tmp_path: Path) -> None:
     path.write_bytes(bytes(FILE))
     background.load(8, [name], [into])
     assert collect(background, woken, 1) == [Loaded(8, 0)] and background.counters.corrupt == 1
+    assert background.counters.bytes_written == BYTES
     assert background.counters.seconds_loading > 0 and background.counters.seconds_saving > 0
     background.close()
 

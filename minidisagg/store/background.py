@@ -70,7 +70,7 @@ class Background:
         self.counters = Counters()
         self._store, self._wake, self._max_bytes = store, wake, max_bytes
         self._loads: deque[tuple[Hashable, Sequence[bytes], Sequence[memoryview]]] = deque()
-        self._saves: deque[tuple[bytes, bytes | memoryview]] = deque()
+        self._saves: deque[tuple[bytes, memoryview]] = deque()
         self._waiting = 0  # bytes of saves, the one under way too
         self._closing = False
         self._changed = threading.Condition()
@@ -86,6 +86,7 @@ class Background:
 
     def save(self, digest: bytes, data: bytes | memoryview) -> bool:
         """Write it some time; False, and nothing happens, where too much waits already."""
+        data = memoryview(data).cast("B")
         with self._changed:
             if self._closing or self._waiting + len(data) > self._max_bytes:
                 self.counters.dropped += 1
@@ -139,7 +140,7 @@ class Background:
         counters.seconds_loading += time.monotonic() - began
         return Loaded(key, pages)
 
-    def _save(self, digest: bytes, data: bytes | memoryview) -> Saved:
+    def _save(self, digest: bytes, data: memoryview) -> Saved:
         counters, began = self.counters, time.monotonic()
         put = self._store.put(digest, [data])
         counters.bytes_written += len(data) if put.written else 0

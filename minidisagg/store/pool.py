@@ -68,7 +68,7 @@ class Pool:
         name = digest.hex()
         written = False
         if not any([tier.touch(name) for tier in self.tiers]):
-            payload = parts[0] if len(parts) == 1 else b"".join(parts)
+            payload = memoryview(parts[0] if len(parts) == 1 else b"".join(parts)).cast("B")
             written = self._write(name, [seal(self.layout, digest, payload), payload])
         gone = dict.fromkeys(self._gone)
         self._gone.clear()
