@@ -13,12 +13,12 @@ from minidisagg.core.messages import Role
 from minidisagg.core.plan import RAW
 from minidisagg.core.policy import WorkerOptions
 from minidisagg.core.predictor import Predictor
+from minidisagg.sizes import parse_size
 
 DEFAULT_MODEL = "smollm2-135m"
 Mode = Literal["colocated", "disagg"]
 MODES: tuple[Mode, ...] = ("colocated", "disagg")
 STAGES = ("queue", "prefill", "transfer", "decode_wait", "decode")
-UNITS = {"k": 10, "m": 20, "g": 30, "t": 40}
 
 
 class ModelSettings(Struct, frozen=True, kw_only=True):
@@ -110,19 +110,6 @@ class WorkerConfig(Struct, frozen=True, kw_only=True):
     cluster: ClusterSettings
     run: RunSettings
     run_dir: str
-
-
-def parse_size(text: str) -> int:
-    """ "512M", "1.5GiB", "4096" → bytes."""
-    digits = text.strip().lower().removesuffix("b").removesuffix("i")
-    unit = UNITS.get(digits[-1:], 0)
-    try:
-        size = int(float(digits[:-1] if unit else digits) * (1 << unit))
-    except ValueError:
-        raise ValueError(f"{text!r} is not a size; write 512M or 1.5GiB") from None
-    if size <= 0:
-        raise ValueError(f"a size must be positive, not {text!r}")
-    return size
 
 
 def parse_cpus(text: str) -> list[int]:

@@ -19,7 +19,6 @@ from minidisagg.config import (
     RunSettings,
     WorkerSettings,
     check_worker,
-    parse_size,
     parse_worker,
 )
 from minidisagg.core.granularity import parse_granularity
@@ -29,6 +28,7 @@ from minidisagg.core.predictor import PREDICTORS
 from minidisagg.interconnect import PRESETS, parse_interconnect
 from minidisagg.measure.settings import IN_RUN
 from minidisagg.ranges import explained
+from minidisagg.sizes import parse_size
 from minidisagg.transfer.emulate import announcement
 from minidisagg.transfer.kinds import KINDS
 

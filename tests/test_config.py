@@ -21,7 +21,6 @@ from minidisagg.config import (
     WorkerSettings,
     assign_cpus,
     parse_cpus,
-    parse_size,
     parse_worker,
 )
 from minidisagg.core.messages import Role, SamplingParams
@@ -35,6 +34,7 @@ from minidisagg.options import (
     read_sampling,
     sampling_options,
 )
+from minidisagg.sizes import parse_size
 from minidisagg.workload.settings import parse_rate
 
 # ---------------------------------------------------------------- parsing

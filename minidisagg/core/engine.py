@@ -18,9 +18,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from minidisagg.core.accounts import Accounts
 from minidisagg.core.blocks import BlockPool
-from minidisagg.core.effects import Effect, Send
+from minidisagg.core.copies import Copies
+from minidisagg.core.effects import Effect
+from minidisagg.core.ends import Ends
 from minidisagg.core.handoff import Receiver, Sender
 from minidisagg.core.inputs import AbortConfirmed, Input, LayersDone, PieceDone, Received, Schedule, StepDone, Tick
 from minidisagg.core.ledger import DestinationLedger, SourceLedger
@@ -28,8 +29,6 @@ from minidisagg.core.lived import LivedTime
 from minidisagg.core.messages import (
     ROUTER,
     Abort,
-    AnyMessage,
-    Failed,
     KVAck,
     KVBusy,
     KVCancel,
@@ -43,7 +42,6 @@ from minidisagg.core.messages import (
     Migrate,
     PeerDown,
     PeerUp,
-    Released,
     Replicate,
     SetPolicy,
     SetRole,
@@ -61,7 +59,7 @@ from minidisagg.core.scheduler import Offer, Scheduler
 from minidisagg.core.spec import EngineSpec
 
 
-class EngineCore(Accounts):
+class EngineCore(Ends):
     """One worker's."""
 
     def __init__(self, spec: EngineSpec, load_policy: Callable[[str], Policy]) -> None:
@@ -81,7 +79,6 @@ class EngineCore(Accounts):
         self._step_since = 0.0  # when the oldest step in flight could begin
         self._shut_since = 0.0  # since when offers have stood before an empty worker
         self._dropped: list[SeqKey] = []  # sequences that the device may forget
-        self._fetching: dict[SeqKey, tuple[Request, str]] = {}  # by copy: who waits for it, and where it comes from
         emit = self.outbox.append
         self.outgoing = SourceLedger(spec, emit)
         self.incoming = DestinationLedger(spec, emit)
@@ -90,6 +87,7 @@ class EngineCore(Accounts):
         self.scheduler = Scheduler(
             spec, load_policy(spec.policy), self.pool, lambda: len(self.receiver.transfers), self._preempted, self._fail
         )
+        self.copies = Copies(spec, self.pool, self.requests, emit, self.scheduler.queue)
         self._inputs: dict[type, Callable[[Any], StepPlan | None]] = {
             Received: self._on_received,
             Schedule: self._on_schedule,
@@ -235,9 +233,7 @@ class EngineCore(Accounts):
         for request in self.held:
             if request.key not in self.sender.transfers and self.now > request.ready_at + self.spec.lease:
                 self._give_back(request, "held for too long", failure=False)
-        for copy, (request, _) in list(self._fetching.items()):
-            if self.now > request.queued_at + self.spec.lease:
-                self._begin_without(copy)
+        self.copies.on_tick(self.now)
         self.incoming.on_tick(self._lived)
         self.receiver.on_tick(self._lived)
         self.incoming.accuse(self._lived)
@@ -260,10 +256,7 @@ class EngineCore(Accounts):
             request.until = message.until or request.prefill_len + self.spec.decode_after - 1
         self._add(request)
         copy = fetched(message.request_id), message.incarnation
-        alive = self.peers.get(message.after, 0) <= self.up.get(message.after, -1)
-        if message.after and alive and not self.requests.is_over(*copy):
-            request.state, self._fetching[copy] = State.WAIT_KV, (request, message.after)
-        else:
+        if not (self._alive(message.after) and self.copies.wait(request, copy, message.after)):
             self.scheduler.queue(request)
 
     def _on_abort(self, source: str, message: Abort, _: float) -> None:
@@ -290,22 +283,14 @@ class EngineCore(Accounts):
             self._send(ROUTER, Stayed(*request.key, "it does not decode here yet"))
 
     def _on_replicate(self, source: str, message: Replicate, _: float) -> None:
-        """A copy is a request that is over, and held until its destination has it."""
-        key = message.request_id, message.incarnation
-        if self._stale(*key):
+        if self._stale(message.request_id, message.incarnation):
             return
-        request = Request(message, self.spec.fingerprint, self.now)
-        request.pages = self.pool.match(request.extend_hashes(self.spec.page_size)) if self.spec.prefix_caching else []
-        if not request.pages or self.peers.get(message.dest, 0) > self.up.get(message.dest, -1):
-            self.requests.close(*key)
-            self._send(message.dest, KVCancel(*key, 0))
-            return
-        self.pool.hold(request.pages)
-        request.until = request.num_scheduled = request.num_computed = len(request.pages) * self.spec.page_size
-        request.state, request.published = State.HELD, len(request.pages)
-        self._add(request)
-        self.sender.offer(request, message.dest, self._lived, prefix=True)
-        self._leave(request)
+        if not self._alive(message.dest):
+            self.copies.refuse(message)
+        elif (request := self.copies.held(message, self.now)) is not None:
+            self._add(request)
+            self.sender.offer(request, message.dest, self._lived, prefix=True)
+            self._leave(request)
 
     def _on_set_role(self, source: str, message: SetRole, _: float) -> None:
         self.scheduler.role, self.scheduler.options = message.role, message.options or self.spec.options
@@ -324,13 +309,16 @@ class EngineCore(Accounts):
     def _on_peer_down(self, source: str, message: PeerDown, _: float) -> None:
         self._fence_peer(message.worker, message.epoch + 1)
 
+    def _alive(self, worker: str) -> bool:
+        """For all that is known here."""
+        return self.peers.get(worker, 0) <= self.up.get(worker, -1)
+
     def _fence_peer(self, worker: str, epoch: int) -> None:
         """All processes of this worker before `epoch` are dead; known already, it changes nothing."""
         if epoch > self.peers.get(worker, 0):
             self.peers[worker] = epoch
             self.scheduler.forget_offers(lambda offer: offer.source == worker)
-            for copy in [copy for copy, (_, source) in self._fetching.items() if source == worker]:
-                self._begin_without(copy)
+            self.copies.on_peer_down(worker)
             self.outgoing.abort(worker, peer_dead=True)
             self.incoming.on_peer_down(worker, epoch - 1, self._lived)
 
@@ -358,7 +346,7 @@ class EngineCore(Accounts):
             self._send(source, KVFailed(*key, refusal))
             if offer.prefix:
                 self.requests.close(*key)
-                self._begin_without(key)
+                self.copies.ended(key)
             return
         self.scheduler.queue_offer(Offer(source, offer, request))
         self._grant_offers()
@@ -368,7 +356,7 @@ class EngineCore(Accounts):
         self._forget_offers(*key)
         if key not in self.requests:
             self.requests.close(*key)  # it may have overtaken the offer
-            self._begin_without(key)
+            self.copies.ended(key)
         self.receiver.on_cancel(source, message, self._lived)
 
     def _on_failed(self, source: str, message: KVFailed, _: float) -> None:
@@ -429,13 +417,6 @@ class EngineCore(Accounts):
         else:
             self.scheduler.run(request)
 
-    def _begin_without(self, copy: SeqKey) -> None:
-        """A copy has ended, well or not: who waits for it is begun with what there is."""
-        request, _ = self._fetching.pop(copy, (None, ""))
-        if request is not None:
-            request.state = State.QUEUED
-            self.scheduler.queue(request)
-
     def _handoff_ended(self, request: Request, failure: str) -> None:
         if request.state is State.DONE_INFLIGHT:
             self._retire_if_settled(request)
@@ -445,75 +426,3 @@ class EngineCore(Accounts):
             self._give_back(request, failure, failure=True)
         else:
             self._end(request)
-
-    # ------------------------------------------------------------ ends
-
-    def _give_back(self, request: Request, reason: str, failure: bool) -> None:
-        if request.state in (State.DONE_INFLIGHT, State.DONE):
-            return
-        self._end(request)
-        self._send(ROUTER, Released(request.request_id, request.incarnation, reason, failure))
-
-    def _preempted(self, request: Request) -> None:
-        """The router places the recomputation, in colocated mode too: one mechanism, cheap by the prefix cache. Under
-        FCFS the request is the first again, since it keeps its arrival time."""
-        self._give_back(request, "preempted", failure=False)
-
-    def _fail(self, request: Request, reason: str) -> None:
-        """It can go on nowhere."""
-        if request.state in (State.DONE_INFLIGHT, State.DONE):
-            return
-        if request.key in self.requests:  # else it is only offered
-            self._end(request)
-        self._send(ROUTER, Failed(request.request_id, request.incarnation, reason))
-
-    def _end(self, request: Request) -> None:
-        """Out of every queue at once; the pages go when no step and no peer can touch them any more."""
-        if request.state is State.WAIT_KV and request.pages:
-            if request.key in self.receiver.transfers:
-                self.receiver.drop(request, "aborted")
-            return  # the receiver says when its pages are settled
-        if request.state in (State.DONE_INFLIGHT, State.DONE):
-            return
-        self._fetching.pop((fetched(request.request_id), request.incarnation), None)
-        self.scheduler.remove(request)
-        request.state = State.DONE_INFLIGHT
-        if request.key in self.sender.transfers:
-            self.sender.transfers[request.key].stop()
-        self._retire_if_settled(request)
-
-    def _retire_if_settled(self, request: Request) -> None:
-        if request.state is State.DONE or request.inflight or request.key in self.sender.transfers:
-            return
-        request.state = State.DONE
-        self.pool.drop(request.pages)
-        request.pages = []
-        if request.introduced:
-            self._dropped.append(request.key)
-        self.requests.remove(request)
-        self.scheduler.trust(request)
-        self._begin_without(request.key)
-
-    def _stale(self, request_id: str, incarnation: int) -> bool:
-        """Over, aborted, or here already; a newer incarnation ends an older one that is still here."""
-        if self.requests.is_over(request_id, incarnation) or (request_id, incarnation) in self.requests:
-            return True
-        for request in self.requests.of(request_id):
-            if request.incarnation > incarnation:
-                return True
-            self._end(request)
-        self._forget_offers(request_id, incarnation)
-        return False
-
-    def _forget_offers(self, request_id: str, incarnation: int) -> None:
-        """Offers that wait are no requests yet; their source hears of the end from the router."""
-        self.scheduler.forget_offers(
-            lambda offer: offer.request.request_id == request_id and offer.request.incarnation <= incarnation
-        )
-
-    def _add(self, request: Request) -> None:
-        self.requests.add(request)
-        self.scheduler.suspect(request)
-
-    def _send(self, dest: str, body: AnyMessage) -> None:
-        self.outbox.append(Send(dest, body))

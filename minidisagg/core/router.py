@@ -19,12 +19,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from msgspec import Struct
 from msgspec.structs import replace
 
 from minidisagg.core.checked import Checked, PolicyError
 from minidisagg.core.cluster import Cluster
-from minidisagg.core.effects import Send
 from minidisagg.core.lived import Heartbeat, LivedTime
 from minidisagg.core.messages import (
     Abort,
@@ -33,11 +31,9 @@ from minidisagg.core.messages import (
     Fatal,
     Hello,
     Logprobs,
-    Migrate,
     PeerDown,
     PeerUp,
     Released,
-    Replicate,
     RequestSpec,
     Role,
     SetPolicy,
@@ -45,29 +41,20 @@ from minidisagg.core.messages import (
     Stats,
     Stayed,
     StepOutput,
-    Submit,
     TokenOut,
     WorkerOptions,
-    fetched,
-    returned,
 )
+from minidisagg.core.placing import Kill as Kill
+from minidisagg.core.placing import Placing
+from minidisagg.core.placing import RouterEffect as RouterEffect
 from minidisagg.core.plan import SeqKey
-from minidisagg.core.policy import Migration, Placement, Policy, Reject, RoleChange, WorkerStatus
+from minidisagg.core.policy import Policy, Reject, RoleChange, WorkerStatus
 from minidisagg.core.predictor import LengthPredictor, Predictor
-from minidisagg.core.tracked import Emit, Stage, Tracked, tracked_of
+from minidisagg.core.tracked import Emit, Stage, Tracked
 
 MAX_FAILURES = 3  # a request that is charged with this many ends in an error
 
 
-class Kill(Struct, frozen=True):
-    """The supervisor must kill this worker's process and wait for it."""
-
-    worker: str
-    epoch: int
-    reason: str
-
-
-RouterEffect = Send | Emit | Kill
 Suspects = Collection[SeqKey] | None
 
 
@@ -85,7 +72,7 @@ class RouterSpec:
     options: Mapping[Role, WorkerOptions] = field(default_factory=dict)  # that a worker takes with a role; else its own
 
 
-class Router:
+class Router(Placing):
     """Places requests on workers and follows them to their end."""
 
     def __init__(self, spec: RouterSpec, policy: Policy) -> None:
@@ -215,47 +202,12 @@ class Router:
         for change in self.policy.rebalance(self.view):
             if isinstance(change, RoleChange):
                 self.set_role(change, now)
-            elif isinstance(change, Migration):
-                self.migrate(change.request.request_id, change.worker, now)
             else:
-                self._replicate(tracked_of(change.request), change.source, change.worker)
+                self.move(change)
         for status in self.view.workers.values():
             if status.flipping is not None and not self.uses(status.name):
                 self._send(status.name, SetRole(status.flipping, self.spec.options.get(status.flipping)))
         self.place_parked(now)
-
-    def migrate(self, request_id: str, worker: str, now: float, codec: str = "") -> bool:
-        """A request that decodes goes on at the live `worker`; False where it does not decode, or does so there."""
-        self._set(now)
-        request = self.requests.get(request_id)
-        if request is None or request.stage is not Stage.DECODE or worker == request.decode:
-            return False
-        request.prefill = request.decode
-        self._decode_at(request, worker)
-        request.stage, request.stage_at = Stage.TRANSFER, self.view.now
-        self._send(request.prefill, Migrate(request_id, request.incarnation, worker, codec))
-        return True
-
-    def _clear(self, name: str) -> None:
-        """What decodes at a worker that flips goes on elsewhere: where there are the fewest."""
-        for request in [r for r in self.requests.values() if r.stage is Stage.DECODE and r.decode == name]:
-            others = [w for w in self.view.candidates(Role.DECODE) if w.name != name]
-            if not others:
-                return
-            self.migrate(request.request_id, min(others, key=lambda w: (w.decoding, w.name)).name, self.view.now)
-
-    def _return(self, request: Tracked) -> None:
-        """What its decode worker has computed goes back to where the next turn of its conversation begins."""
-        if request.decode in self.view.workers and request.home in self.view.workers:
-            whole = replace(request.spec, emitted=list(request.emitted))
-            copy = returned(request.request_id), request.incarnation
-            self._send(request.decode, Replicate(*copy, whole, request.home))
-
-    def _replicate(self, request: Tracked, source: str, dest: str) -> None:
-        if source != dest:
-            self._copies += 1
-            copy = f"{request.request_id}*{self._copies}"
-            self._send(source, Replicate(copy, 0, request.spec, dest))
 
     def set_role(self, change: RoleChange, now: float) -> None:
         """The worker gets nothing new from now on, and the new role once it is empty; what decodes there migrates.
@@ -306,86 +258,7 @@ class Router:
         """The counters that hooks see equal what the log says."""
         self.cluster.check_integrity(self.requests.values())
 
-    # ------------------------------------------------------------ placing
-
-    def _place(self, request: Tracked, new: bool) -> None:
-        view = self.view
-        if self.paused or not view.anybody(Role.PREFILL) or not view.anybody(Role.DECODE):
-            self.parked.append(request.request_id)
-            return
-        placement = self._ask_place(request)
-        if placement is None:
-            return
-        if isinstance(placement, Reject):
-            if new:
-                del self.requests[request.request_id]
-                self.cluster.arrived(request, -1)
-                self._reject(request.request_id, placement)
-            else:  # accepted once: it is not turned away any more
-                self.parked.append(request.request_id)
-            return
-        self._send_to(request, placement)
-
-    def _send_to(self, request: Tracked, placement: Placement) -> None:
-        request.prefill, request.stage = placement.prefill, Stage.PREFILL
-        self.cluster.charge(request)
-        self._bind(request, placement.decode or "")
-        request.workers.append(placement.prefill)
-        hints = dict(request.spec.hints)  # as they are now, where nothing is encoded on the way too
-        spec = replace(request.spec, emitted=list(request.emitted), cohort=request.cohort, hints=hints)
-        decode = "" if placement.decode == placement.prefill else placement.decode or ""
-        hold, until = placement.decode is None, placement.split_at or 0
-        request.home = placement.prefill if placement.returns else ""
-        after = placement.fetch_from or ""
-        if after == placement.prefill:
-            after = ""
-        if after:
-            self._send(after, Replicate(fetched(request.request_id), request.incarnation, spec, placement.prefill))
-        key = request.request_id, request.incarnation
-        self._send(placement.prefill, Submit(*key, spec, decode, hold, placement.codec or "", until, after))
-
-    def _replace_waiting(self) -> None:
-        """As a resubmission does, but nothing has been computed yet."""
-        for request in [r for r in self.requests.values() if r.stage is Stage.PREFILL and not r.begun]:
-            try:
-                placement = self.policy.replace(request.view, self.view)
-            except PolicyError as error:
-                self._fail(request, str(error))
-                continue
-            there = request.prefill, request.decode or None
-            if placement is not None and (placement.prefill, placement.decode) != there:
-                self._abandon(request)
-                request.incarnation += 1
-                self._send_to(request, placement)
-
-    def _ask_place(self, request: Tracked) -> Placement | Reject | None:
-        """None: the policy has no answer, and the request has failed."""
-        try:
-            return self.policy.place(request.view, self.view)
-        except PolicyError as error:
-            self._fail(request, str(error))
-            return None
-
-    def _bind(self, request: Tracked, decode: str) -> None:
-        request.decode = decode
-        self.cluster.decodes(request)
-
-    def _decode_at(self, request: Tracked, worker: str) -> None:
-        self.cluster.decodes(request, -1)
-        self._bind(request, worker)
-
-    def _bind_late(self, request: Tracked) -> None:
-        placement = self._ask_place(request)
-        if placement is None:
-            return
-        if isinstance(placement, Reject) or placement.decode is None:
-            self._resubmit(request, "no worker takes decode", failure=False)
-            return
-        self._bind(request, placement.decode)
-        request.stage = Stage.TRANSFER if placement.decode != request.prefill else Stage.DECODE
-        request.stage_at = self.view.now
-        migrate = Migrate(request.request_id, request.incarnation, placement.decode, placement.codec or "")
-        self._send(request.prefill, migrate)
+    # ------------------------------------------------------------ giving up
 
     def _abandon(self, request: Tracked) -> None:
         """Abort this incarnation wherever it may be."""
@@ -499,8 +372,3 @@ class Router:
     def _set(self, now: float) -> None:
         self.view.changed(now=now)
         self._lived = self._clock.at(now)
-
-    def _send(
-        self, dest: str, body: PeerUp | PeerDown | Submit | Abort | Migrate | Replicate | SetRole | SetPolicy
-    ) -> None:
-        self.outbox.append(Send(dest, body))

@@ -118,7 +118,8 @@ class Simulation:
         return EngineSpec(
             name, 1, role, pages_of(cluster, profile), cluster.page_size, profile.num_layers, "sim",
             granularity=parse_granularity(cluster.granularity, PIECE_BYTES),
-            codec=cluster.codec, decode_after=cluster.decode_after, layer_bytes=profile.kv_bytes_per_token * cluster.page_size // profile.num_layers,
+            codec=cluster.codec, decode_after=cluster.decode_after,
+            layer_bytes=profile.kv_bytes_per_token * cluster.page_size // profile.num_layers,
             prefix_caching=cluster.prefix_caching, lease=LEASE, link_timeout=FOREVER, step_deadline=FOREVER,
             options=cluster.options(role),
         )  # fmt: skip

@@ -1,0 +1,186 @@
+"""Where requests go: to begin, once they have begun, and while they decode; and prefixes, before and after."""
+
+from __future__ import annotations
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from minidisagg.core.checked import Checked, PolicyError
+from minidisagg.core.cluster import Cluster
+from minidisagg.core.effects import Send
+from minidisagg.core.messages import (
+    Abort,
+    Migrate,
+    PeerDown,
+    PeerUp,
+    Replicate,
+    Role,
+    SetPolicy,
+    SetRole,
+    Submit,
+    fetched,
+    returned,
+)
+from minidisagg.core.policy import ClusterView, Migration, Placement, Reject, Replica
+from minidisagg.core.tracked import Emit, Stage, Tracked, tracked_of
+
+
+class Kill(Struct, frozen=True):
+    """The supervisor must kill this worker's process and wait for it."""
+
+    worker: str
+    epoch: int
+    reason: str
+
+
+RouterEffect = Send | Emit | Kill
+
+
+class Placing:
+    """Of a `Router`, which has the parts."""
+
+    policy: Checked
+    outbox: list[RouterEffect]
+    requests: dict[str, Tracked]
+    parked: list[str]
+    paused: bool
+    cluster: Cluster
+    view: ClusterView
+    _copies: int
+
+    def _set(self, now: float) -> None:
+        raise NotImplementedError
+
+    def _fail(self, request: Tracked, reason: str) -> None:
+        raise NotImplementedError
+
+    def _reject(self, request_id: str, verdict: Reject) -> None:
+        raise NotImplementedError
+
+    def _resubmit(self, request: Tracked, reason: str, failure: bool) -> None:
+        raise NotImplementedError
+
+    def _abandon(self, request: Tracked) -> None:
+        raise NotImplementedError
+
+    def _place(self, request: Tracked, new: bool) -> None:
+        view = self.view
+        if self.paused or not view.anybody(Role.PREFILL) or not view.anybody(Role.DECODE):
+            self.parked.append(request.request_id)
+            return
+        placement = self._ask_place(request)
+        if placement is None:
+            return
+        if isinstance(placement, Reject):
+            if new:
+                del self.requests[request.request_id]
+                self.cluster.arrived(request, -1)
+                self._reject(request.request_id, placement)
+            else:  # accepted once: it is not turned away any more
+                self.parked.append(request.request_id)
+            return
+        self._send_to(request, placement)
+
+    def _send_to(self, request: Tracked, placement: Placement) -> None:
+        request.prefill, request.stage = placement.prefill, Stage.PREFILL
+        self.cluster.charge(request)
+        self._bind(request, placement.decode or "")
+        request.workers.append(placement.prefill)
+        hints = dict(request.spec.hints)  # as they are now, where nothing is encoded on the way too
+        spec = replace(request.spec, emitted=list(request.emitted), cohort=request.cohort, hints=hints)
+        decode = "" if placement.decode == placement.prefill else placement.decode or ""
+        hold, until = placement.decode is None, placement.split_at or 0
+        request.home = placement.prefill if placement.returns else ""
+        key, after = (request.request_id, request.incarnation), placement.fetch_from or ""
+        if after == placement.prefill:
+            after = ""
+        if after:
+            self._send(after, Replicate(fetched(key[0]), key[1], spec, placement.prefill))
+        self._send(placement.prefill, Submit(*key, spec, decode, hold, placement.codec or "", until, after))
+
+    def _replace_waiting(self) -> None:
+        """As a resubmission does, but nothing has been computed yet."""
+        for request in [r for r in self.requests.values() if r.stage is Stage.PREFILL and not r.begun]:
+            try:
+                placement = self.policy.replace(request.view, self.view)
+            except PolicyError as error:
+                self._fail(request, str(error))
+                continue
+            there = request.prefill, request.decode or None
+            if placement is not None and (placement.prefill, placement.decode) != there:
+                self._abandon(request)
+                request.incarnation += 1
+                self._send_to(request, placement)
+
+    def _ask_place(self, request: Tracked) -> Placement | Reject | None:
+        """None: the policy has no answer, and the request has failed."""
+        try:
+            return self.policy.place(request.view, self.view)
+        except PolicyError as error:
+            self._fail(request, str(error))
+            return None
+
+    def _bind(self, request: Tracked, decode: str) -> None:
+        request.decode = decode
+        self.cluster.decodes(request)
+
+    def _decode_at(self, request: Tracked, worker: str) -> None:
+        self.cluster.decodes(request, -1)
+        self._bind(request, worker)
+
+    def _bind_late(self, request: Tracked) -> None:
+        placement = self._ask_place(request)
+        if placement is None:
+            return
+        if isinstance(placement, Reject) or placement.decode is None:
+            self._resubmit(request, "no worker takes decode", failure=False)
+            return
+        self._bind(request, placement.decode)
+        request.stage = Stage.TRANSFER if placement.decode != request.prefill else Stage.DECODE
+        request.stage_at = self.view.now
+        migrate = Migrate(request.request_id, request.incarnation, placement.decode, placement.codec or "")
+        self._send(request.prefill, migrate)
+
+    # ------------------------------------------------------------ moving
+
+    def move(self, change: Migration | Replica) -> None:
+        """As `rebalance` says."""
+        request = tracked_of(change.request)
+        if isinstance(change, Migration):
+            self.migrate(request.request_id, change.worker, self.view.now)
+        elif change.source != change.worker:
+            self._copies += 1
+            copy = f"{request.request_id}*{self._copies}"
+            self._send(change.source, Replicate(copy, 0, request.spec, change.worker))
+
+    def migrate(self, request_id: str, worker: str, now: float, codec: str = "") -> bool:
+        """A request that decodes goes on at the live `worker`; False where it does not decode, or does so there."""
+        self._set(now)
+        request = self.requests.get(request_id)
+        if request is None or request.stage is not Stage.DECODE or worker == request.decode:
+            return False
+        request.prefill = request.decode
+        self._decode_at(request, worker)
+        request.stage, request.stage_at = Stage.TRANSFER, self.view.now
+        self._send(request.prefill, Migrate(request_id, request.incarnation, worker, codec))
+        return True
+
+    def _clear(self, name: str) -> None:
+        """What decodes at a worker that flips goes on elsewhere: where there are the fewest."""
+        for request in [r for r in self.requests.values() if r.stage is Stage.DECODE and r.decode == name]:
+            others = [w for w in self.view.candidates(Role.DECODE) if w.name != name]
+            if not others:
+                return
+            self.migrate(request.request_id, min(others, key=lambda w: (w.decoding, w.name)).name, self.view.now)
+
+    def _return(self, request: Tracked) -> None:
+        """What its decode worker has computed goes back to where the next turn of its conversation begins."""
+        if request.decode in self.view.workers and request.home in self.view.workers:
+            whole = replace(request.spec, emitted=list(request.emitted))
+            copy = returned(request.request_id), request.incarnation
+            self._send(request.decode, Replicate(*copy, whole, request.home))
+
+    def _send(
+        self, dest: str, body: PeerUp | PeerDown | Submit | Abort | Migrate | Replicate | SetRole | SetPolicy
+    ) -> None:
+        self.outbox.append(Send(dest, body))

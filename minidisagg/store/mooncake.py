@@ -1,0 +1,85 @@
+"""The same over Mooncake's own store (github.com/kvcache-ai/Mooncake), which pools the memory of many hosts.
+
+    mooncake_master --enable_http_metadata_server=true --http_metadata_server_port=8080
+    --store mooncake:HOST:50051,METADATA=http://HOST:8080/metadata
+
+Its pages carry the same head, so a wrong byte on the way is a miss here too. Eviction is its master's.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+
+from minidisagg.store.page import HEAD_BYTES, Verdict, judge, seal
+from minidisagg.store.pool import Put
+from minidisagg.store.spec import StoreSpec
+
+LOCAL_BUFFER = 128 << 20  # bytes for what is on its way: some pages
+PEER_TO_PEER = "P2PHANDSHAKE"  # what Mooncake calls a cluster without a metadata server
+
+
+class MooncakeStore:
+    """Over TCP. Raises `ValueError` in one line where it is not installed, or its master does not answer."""
+
+    def __init__(self, spec: StoreSpec, layout: str) -> None:
+        try:
+            from mooncake.store import MooncakeDistributedStore
+        except ImportError as error:
+            raise ValueError(
+                f"Mooncake cannot be used: {error}; it takes pip install 'minidisagg[mooncake]', and Debian's "
+                "libibverbs1, libnuma1 and libcurl4"
+            ) from None
+        host, _, port = spec.mooncake.rpartition(":")
+        try:
+            own = _own_address(host.strip("[]"), int(port))
+        except OSError as error:
+            raise ValueError(f"Mooncake's master at {spec.mooncake} does not answer: {error}") from None
+        self.layout, self.corrupt = layout, 0
+        self._store = MooncakeDistributedStore()
+        metadata = spec.metadata or PEER_TO_PEER
+        status = self._store.setup(own, metadata, spec.dram, LOCAL_BUFFER, "tcp", "", spec.mooncake)  # "": no RDMA
+        if status:
+            raise ValueError(f"Mooncake at {spec.mooncake} cannot be set up: its error {status}")
+
+    def has(self, digest: bytes) -> bool:
+        """Whether a `get` may find it."""
+        return bool(self._store.is_exist(digest.hex()) == 1)
+
+    def get(self, digest: bytes, into: memoryview) -> bool:
+        """As `Pool.get`."""
+        found = self._store.get_buffer(digest.hex())
+        if found is None:
+            return False
+        data, into = memoryview(found).cast("B"), into.cast("B")
+        payload = data[HEAD_BYTES:]
+        verdict = judge(bytes(data[:HEAD_BYTES]), len(data), self.layout, digest, payload)
+        if verdict is Verdict.GOOD and len(payload) == len(into):
+            into[:] = payload
+            return True
+        if verdict is Verdict.BAD:
+            self.corrupt += 1
+            self._store.remove(digest.hex(), True)
+        return False
+
+    def put(self, digest: bytes, parts: Sequence[bytes | memoryview]) -> Put:
+        """As `Pool.put`; what its master evicts is not told."""
+        if self.has(digest):
+            return Put(False)
+        payload = parts[0] if len(parts) == 1 else b"".join(parts)
+        head = seal(self.layout, digest, payload)
+        return Put(self._store.put_parts(digest.hex(), head, payload) == 0)
+
+    def promote(self) -> bool:
+        """There is one tier."""
+        return False
+
+    def close(self) -> None:
+        """Give back what this process has lent, with the pages in it."""
+        self._store.close()
+
+
+def _own_address(host: str, port: int) -> str:
+    """By which the master's host, and so the others, reach this one; Mooncake would try for a minute and more."""
+    with socket.create_connection((host, port), timeout=5.0) as probe:
+        return str(probe.getsockname()[0])

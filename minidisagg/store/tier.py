@@ -1,0 +1,152 @@
+"""One directory of pages with a limit in bytes, which all workers of a host share.
+
+A page is a file named by its digest. It is written under another name, made durable where that means something, and
+renamed, so that a name stands for a whole page or for none, whenever its writer dies. Recency is the file's time.
+Whoever has the lock evicts and keeps the count of bytes; readers need no lock. Nothing here raises because of a file.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from minidisagg.store.files import Entry, Files, Tally
+from minidisagg.store.spec import TierSpec
+
+RETRY = 60.0  # seconds without writing after a write has failed
+ABANDONED = 600.0  # seconds after which a temporary file has no writer, even if a process has its number
+_PAGE = re.compile(r"[0-9a-f]{64}")
+_TEMPORARY = re.compile(r"[0-9a-f]{64}\.(\d+)-\d+\.tmp")
+
+logger = logging.getLogger("minidisagg")
+_serial = itertools.count()
+
+
+class Tier:
+    """Pages that it evicts go to the tier `below`, if there is one, and their names to the list `gone`."""
+
+    def __init__(self, spec: TierSpec, files: Files, below: Tier | None, gone: list[str]) -> None:
+        self.spec, self.files = spec, files
+        self.directory = Path(spec.directory)
+        self._below, self._gone = below, gone
+        self._lock = self.directory / "lock"
+        self._oldest: deque[Entry] = deque()  # from the last look at the directory
+        self._failing = False
+        self._resumes = 0.0  # nothing is written before (`time.monotonic()`)
+        try:
+            files.make(self.directory)
+            if spec.durable:
+                files.fsync(self.directory.parent)
+            self._clean()
+            with files.lock(self._lock) as tally:
+                self._look(tally)
+        except OSError as error:
+            self._failed(error)
+
+    def has(self, name: str) -> bool:
+        """Whether a page of this name is here; that it can be read is another matter."""
+        try:
+            return self.files.stat(self.directory / name) is not None
+        except OSError:
+            return False
+
+    def touch(self, name: str) -> bool:
+        """The page was used; False where there is none."""
+        try:
+            self.files.touch(self.directory / name)
+        except OSError:
+            return False
+        return True
+
+    def read(self, name: str, buffers: Sequence[bytearray | memoryview]) -> int | None:
+        """The file's size, or None where there is none that can be read."""
+        try:
+            return self.files.read(self.directory / name, buffers)
+        except OSError:
+            return None
+
+    def load(self, name: str) -> bytearray | None:
+        """The whole file."""
+        entry = self.files.stat(self.directory / name)
+        data = bytearray(entry.size if entry else 0)
+        return None if self.read(name, [data]) is None else data
+
+    def drop(self, name: str) -> None:
+        """A page that is good for nothing."""
+        with suppress(OSError), self.files.lock(self._lock) as tally:
+            self.files.unlink(self.directory / name)
+            self._look(tally)  # it may have changed its size
+
+    def add(self, name: str, parts: Sequence[bytes | bytearray | memoryview]) -> bool:
+        """Whether it was written: it is not where it is here already, is too large, or writing fails."""
+        size = sum(len(part) for part in parts)
+        if size > self.spec.limit or time.monotonic() < self._resumes:
+            return False
+        path = self.directory / name
+        temporary = self.directory / f"{name}.{self.files.pid}-{next(_serial)}.tmp"
+        try:
+            self.files.make(self.directory)
+            self.files.write(temporary, parts)
+            if self.spec.durable:
+                self.files.fsync(temporary)  # before the rename: a name must never outlive its bytes
+            with self.files.lock(self._lock) as tally:
+                written = self.files.stat(path) is None
+                if written:
+                    self._make_room(tally, size)
+                    self.files.rename(temporary, path)
+                    tally.total += size
+                else:
+                    self.files.unlink(temporary)
+            if written and self.spec.durable:
+                self.files.fsync(self.directory)
+        except OSError as error:
+            with suppress(OSError):
+                self.files.unlink(temporary)
+            self._failed(error)
+            return False
+        self._failing = False
+        return written
+
+    def _make_room(self, tally: Tally, size: int) -> None:
+        """Evict, the least recently used first, until `size` more bytes are within the limit.
+
+        A list of the directory serves many evictions: whose time has not changed since is older than all that has come.
+        """
+        while tally.total + size > self.spec.limit:
+            if not self._oldest:
+                self._look(tally)
+                continue
+            entry = self._oldest.popleft()
+            if self.files.stat(self.directory / entry.name) == entry:
+                self._evict(entry)
+                tally.total -= entry.size
+
+    def _look(self, tally: Tally) -> None:
+        pages = [entry for entry in self.files.list(self.directory) if _PAGE.fullmatch(entry.name)]
+        tally.total = sum(entry.size for entry in pages)
+        self._oldest = deque(sorted(pages, key=lambda entry: entry.used))
+
+    def _evict(self, entry: Entry) -> None:
+        path = self.directory / entry.name
+        if self._below is not None and not self._below.touch(entry.name) and (data := self.load(entry.name)):
+            self._below.add(entry.name, [data])
+        self.files.unlink(path)
+        self._gone.append(entry.name)
+
+    def _clean(self) -> None:
+        """What writers have left that are dead."""
+        for entry in self.files.list(self.directory):
+            match = _TEMPORARY.fullmatch(entry.name)
+            if match and (not self.files.alive(int(match[1])) or time.time() - entry.used / 1e9 > ABANDONED):
+                self.files.unlink(self.directory / entry.name)
+
+    def _failed(self, error: OSError) -> None:
+        if not self._failing:
+            logger.warning("store: nothing is written to %s for now, what is there is read: %s", self.directory, error)
+        self._failing, self._resumes = True, time.monotonic() + RETRY

@@ -1,0 +1,527 @@
+"""The store of KV pages: no wrong byte whatever stops, fails or is damaged, and who has to go when it is full."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import random
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+import pytest
+from lossy import LossyFiles, Stop
+from storepeer import BYTES, FILE, LAYOUT, Peer, content, digest, obey, raise_writers, right
+
+from minidisagg.store import files as files_module
+from minidisagg.store import spec as spec_module
+from minidisagg.store import tier as tier_module
+from minidisagg.store.background import Background, Loaded, Saved
+from minidisagg.store.page import ROW, checksum
+from minidisagg.store.pool import Pool, Put
+from minidisagg.store.spec import StoreSpec, TierSpec, parse_store
+
+DRAM, SSD = Path("/memory"), Path("/disk")  # of the file layer that is no real one
+SMALL = 50  # bytes of its pages
+SMALL_FILE = FILE - BYTES + SMALL
+StartPeer = Callable[..., Peer]
+
+
+def small(files: LossyFiles, dram: int, ssd: int) -> Pool:
+    """So many pages fit into each tier."""
+    tiers = [TierSpec(str(DRAM), dram * SMALL_FILE, False), TierSpec(str(SSD), ssd * SMALL_FILE, True)]
+    return Pool([tier for tier in tiers if tier.limit], LAYOUT, files)
+
+
+def put(pool: Pool, number: int) -> Put:
+    return pool.put(digest(number), [content(digest(number), SMALL)])
+
+
+def held(pool: Pool, numbers: range, tier: int = 0) -> list[int]:
+    return [number for number in numbers if pool.tiers[tier].has(digest(number).hex())]
+
+
+def on_disk(tmp_path: Path, dram: int, ssd: int) -> list[TierSpec]:
+    """Real directories for so many pages."""
+    tiers = [TierSpec(str(tmp_path / "dram"), dram * FILE, False), TierSpec(str(tmp_path / "ssd"), ssd * FILE, True)]
+    return [tier for tier in tiers if tier.limit]
+
+
+@pytest.fixture
+def start() -> Iterator[StartPeer]:
+    """Starts peers, which end with the test."""
+    peers: list[Peer] = []
+
+    def start(target: Callable[..., None], *args: object) -> Peer:
+        peers.append(Peer(target, *args))
+        return peers[-1]
+
+    yield start
+    for peer in peers:
+        peer.kill()
+
+
+# ---------------------------------------------------------------- stops
+
+
+@pytest.mark.parametrize("dram", [0, 3], ids=["disk", "memory and disk"])
+def test_a_stop_at_any_operation_leaves_right_pages_or_none(dram: int) -> None:
+    """1,000 stops in all: of the process, or of the power."""
+    everything, powers, seen = [digest(number) for number in range(20)], 0, 0
+    for seed in range(50):
+        files, dice, stored = LossyFiles(seed, DRAM), random.Random(seed), set[bytes]()
+        for _ in range(10):
+            files.countdown = dice.randint(1, 80)
+            try:
+                pool = small(files, dram, 8)
+                while True:
+                    name = dice.choice(everything)
+                    if dice.random() < 0.3:
+                        right(pool, name, SMALL)
+                    else:
+                        done = pool.put(name, [content(name, SMALL)])
+                        files.unlinked.clear()  # what an eviction removed has been told now
+                        stored -= set(done.evicted)
+                        stored |= {name} if done.written else set()
+            except Stop:
+                pass
+            if power := dice.random() < 0.5:
+                powers += 1
+                files.lose_power()
+            else:
+                files.kill()
+            pool = small(files, dram, 8)
+            assert not [path for path in files.names if path.suffix == ".tmp"]
+            if not power or not dram:  # what has not been evicted from memory yet is lost with it
+                assert not [name for name in stored if not pool.has(name) and name.hex() not in files.unlinked]
+            seen += sum(right(pool, name, SMALL) for name in everything)
+            assert pool.corrupt == 0  # no checksum was needed for it
+            assert files.tallies[SSD / "lock"] == sum(entry.size for entry in files.list(SSD))
+            stored = {name for name in stored if pool.has(name)}
+            files.unlinked.clear()
+    assert powers > 200 and seen > 2000
+
+
+def test_twenty_killed_writers_leave_right_pages_or_none(tmp_path: Path, start: StartPeer) -> None:
+    dice, tiers, seen, cut_short = random.Random(7), on_disk(tmp_path, 6, 15), 0, 0
+    nurse = start(raise_writers, tiers)
+    for turn in range(20):
+        nurse.pipe.send(7 * turn)
+        pid = nurse.pipe.recv()
+        time.sleep(dice.uniform(0.0, 0.05))
+        os.kill(pid, signal.SIGKILL)
+        assert nurse.pipe.recv() == pid
+        cut_short += len(list(tmp_path.glob("*/*.tmp")))
+        pool = Pool(tiers, LAYOUT)
+        for tier in pool.tiers:
+            sizes = [path.stat().st_size for path in tier.directory.iterdir() if path.name != "lock"]
+            assert sizes == [FILE] * len(sizes) and sum(sizes) <= tier.spec.limit + FILE
+        seen += sum(right(pool, digest(number)) for number in range(40))
+        assert pool.corrupt == 0
+    assert seen > 100 and cut_short > 5
+
+
+def test_a_living_writer_keeps_its_temporary_file(tmp_path: Path, start: StartPeer) -> None:
+    peer = start(obey, tiers := on_disk(tmp_path, 0, 2))
+    living, dead, stranger = (tmp_path / "ssd" / f"{'0' * 64}.{pid}-0.tmp" for pid in (peer.process.pid, 1 << 30, "x"))
+    for path in (living, dead, stranger):
+        path.touch()
+    Pool(tiers, LAYOUT)
+    assert living.exists() and stranger.exists() and not dead.exists()
+    os.utime(living, (0, 0))
+    Pool(tiers, LAYOUT)
+    assert not living.exists()
+
+
+# ---------------------------------------------------------------- damage
+
+
+def damage_bit(data: bytearray) -> None:
+    data[-1] ^= 1
+
+
+def swap_rows(data: bytearray) -> None:
+    first = len(data) - BYTES
+    one, other = slice(first, first + ROW), slice(first + ROW, first + 2 * ROW)
+    data[one], data[other] = data[other], data[one]
+
+
+def cut_off(data: bytearray) -> None:
+    del data[-1:]
+
+
+def cut_off_head(data: bytearray) -> None:
+    del data[20:]
+
+
+def lengthen(data: bytearray) -> None:
+    data.append(0)
+
+
+def other_version(data: bytearray) -> None:
+    data[8] += 1
+
+
+def other_digest(data: bytearray) -> None:
+    data[44] ^= 1
+
+
+def all_zero(data: bytearray) -> None:
+    data[:] = bytes(len(data))
+
+
+@pytest.mark.parametrize(
+    "damage", [damage_bit, swap_rows, cut_off, cut_off_head, lengthen, other_version, other_digest, all_zero]
+)
+def test_a_damaged_page_is_a_miss_and_goes(damage: Callable[[bytearray], None], tmp_path: Path) -> None:
+    tiers, name = on_disk(tmp_path, 0, 3), digest(1)
+    pool, path = Pool(tiers, LAYOUT), tmp_path / "ssd" / name.hex()
+    assert pool.put(name, [content(name)]) == Put(True) and right(pool, name)
+    data = bytearray(path.read_bytes())
+    damage(data)
+    path.write_bytes(data)
+    assert not right(pool, name)
+    assert not path.exists() and pool.corrupt == 1
+    assert pool.put(name, [content(name)]).written and right(pool, name)
+    assert int.from_bytes((tmp_path / "ssd" / "lock").read_bytes(), "little") == path.stat().st_size == FILE
+
+
+def test_a_page_of_another_layout_is_a_miss_and_stays(tmp_path: Path) -> None:
+    tiers, name = on_disk(tmp_path, 0, 3), digest(1)
+    pool, other = Pool(tiers, LAYOUT), Pool(tiers, "layers=4")
+    pool.put(name, [content(name)])
+    assert not right(other, name) and other.corrupt == 0
+    assert not right(pool, name, BYTES - 1) and not right(pool, name, BYTES + 1)
+    assert right(pool, name)
+
+
+def test_a_page_that_is_damaged_in_memory_comes_from_the_disk(tmp_path: Path) -> None:
+    pool, name = Pool(on_disk(tmp_path, 1, 3), LAYOUT), digest(1)
+    for number in (1, 2):
+        pool.put(digest(number), [content(digest(number))])
+    assert right(pool, name)  # from the disk, where its copy stays
+    path = tmp_path / "dram" / name.hex()
+    path.write_bytes(bytes(FILE))
+    assert right(pool, name) and pool.corrupt == 1
+    assert path.stat().st_size == FILE and right(Pool(on_disk(tmp_path, 1, 0), LAYOUT), name)
+
+
+def test_any_changed_byte_changes_the_checksum() -> None:
+    for size in (1, 7, ROW - 1, ROW, ROW + 1, 3 * ROW + 5):
+        data = bytearray(random.Random(size).randbytes(size))
+        total = checksum(bytes(data))
+        assert checksum(memoryview(data)) == total and checksum(bytes(size)) == 0
+        for place in random.Random(size).sample(range(size), min(size, 50)):
+            data[place] ^= 1 << place % 8
+            assert checksum(memoryview(data)) != total
+            data[place] ^= 1 << place % 8
+
+
+# ---------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
+def test_a_full_disk_ends_writing_with_one_warning_and_reading_goes_on(
+    code: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = LossyFiles(1, DRAM)
+    pool = small(files, 0, 8)
+    assert put(pool, 1).written and put(pool, 2).written
+    files.capacity, files.refusal = 2 * SMALL_FILE, code
+    assert [put(pool, number) for number in (3, 4, 5)] == [Put(False)] * 3
+    assert right(pool, digest(1), SMALL) and right(pool, digest(2), SMALL) and not right(pool, digest(3), SMALL)
+    assert len(files.names) == 2
+    files.capacity *= 9
+    assert put(pool, 3) == Put(False)  # it does not try so soon
+    files.capacity = 0
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.message.startswith("store: nothing is written to /disk for now, what is there is read: [Errno")
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + tier_module.RETRY + 1)
+    assert not put(pool, 3).written and len(caplog.records) == 1  # it has tried again, and says nothing new
+    monkeypatch.setattr(time, "monotonic", lambda: now + 2 * tier_module.RETRY + 2)
+    files.capacity = 9 * SMALL_FILE
+    assert put(pool, 3).written and put(pool, 4).written
+    files.capacity = 0
+    assert not put(pool, 5).written and len(caplog.records) == 2
+
+
+def test_a_directory_that_cannot_be_made_is_a_store_without_pages(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "ssd").touch()
+    pool = Pool(on_disk(tmp_path, 0, 3), LAYOUT)
+    assert pool.put(digest(1), [content(digest(1))]) == Put(False)
+    assert not pool.has(digest(1)) and not right(pool, digest(1))
+    assert len(caplog.records) == 1
+
+
+def test_an_owner_of_the_lock_that_stands_still_is_not_waited_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files_module, "PATIENCE", 0.05)
+    pool = Pool(on_disk(tmp_path, 0, 3), LAYOUT)
+    pool.put(digest(1), [content(digest(1))])
+    with open(tmp_path / "ssd" / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert not pool.put(digest(2), [content(digest(2))]).written
+        assert right(pool, digest(1))
+    assert "was locked for 0.05 s" in caplog.text and len(list((tmp_path / "ssd").iterdir())) == 2
+
+
+# ---------------------------------------------------------------- tiers
+
+
+def test_what_memory_evicts_goes_to_disk_and_comes_back_when_it_is_used() -> None:
+    pool = small(LossyFiles(1, DRAM), 2, 3)
+    everything = range(1, 8)
+    assert [put(pool, number) for number in (1, 2, 3, 4)] == [Put(True)] * 4
+    assert held(pool, everything) == [3, 4] and held(pool, everything, 1) == [1, 2]
+    assert right(pool, digest(1), SMALL)
+    assert held(pool, everything) == [1, 4] and held(pool, everything, 1) == [1, 2, 3]
+    assert put(pool, 5) == Put(True, (digest(2),))  # 4 goes down, and 2 is the oldest there
+    assert held(pool, everything) == [1, 5] and held(pool, everything, 1) == [1, 3, 4]
+    assert put(pool, 6) == Put(True)  # of 1 the disk has a copy
+    assert held(pool, everything) == [5, 6] and held(pool, everything, 1) == [1, 3, 4]
+    assert put(pool, 3) == Put(False)  # it is there, and counts as used
+    assert put(pool, 7) == Put(True, (digest(4),))
+    assert held(pool, everything) == [6, 7] and held(pool, everything, 1) == [1, 3, 5]
+
+
+def test_a_page_that_memory_refuses_goes_to_disk() -> None:
+    pool = small(LossyFiles(1, DRAM), 1, 9)
+    name = digest(1)
+    assert pool.put(name, [content(name, 2 * SMALL)]).written
+    assert held(pool, range(3)) == [] and held(pool, range(3), 1) == [1]
+    assert right(pool, name, 2 * SMALL)
+    huge = content(digest(2), 9 * SMALL_FILE)
+    assert pool.put(digest(2), [huge]) == Put(False)
+
+
+def test_a_page_in_parts_is_their_sum(tmp_path: Path) -> None:
+    pool, name = Pool(on_disk(tmp_path, 3, 0), LAYOUT), digest(1)
+    data = memoryview(content(name))
+    assert pool.put(name, [data[:1], data[1:5000], data[5000:]]).written and right(pool, name)
+    name = digest(2)
+    words = memoryview(content(name)).cast("q")
+    assert pool.put(name, [words]).written and right(pool, name)
+    assert int.from_bytes((tmp_path / "dram" / "lock").read_bytes(), "little") == 2 * FILE
+
+
+def test_pages_are_there_after_a_restart_and_memory_goes_at_the_end(tmp_path: Path) -> None:
+    tiers = on_disk(tmp_path, 2, 2)
+    pool = Pool(tiers, LAYOUT)
+    for number in range(4):
+        pool.put(digest(number), [content(digest(number))])
+    pool = Pool(tiers, LAYOUT)
+    assert all(pool.has(digest(number)) for number in range(4)) and not pool.has(digest(4))
+    assert pool.put(digest(4), [content(digest(4))]) == Put(True, (digest(0),))  # what was there counts
+    pool.remove()
+    pool.remove()
+    assert [path.name for path in tmp_path.iterdir()] == ["ssd"]
+    assert [right(Pool(tiers, LAYOUT), digest(number)) for number in range(5)] == [False, True, True, False, False]
+
+
+def test_the_order_of_use_is_known_to_less_than_a_tick_of_the_kernel(tmp_path: Path) -> None:
+    pool, order = Pool(on_disk(tmp_path, 6, 0), LAYOUT), [3, 1, 5, 2, 4]
+    pages = {number: content(digest(number)) for number in range(11)}
+    into, gone = memoryview(bytearray(BYTES)), list[bytes]()
+    for number in (*range(1, 6), 0):
+        pool.put(digest(number), [pages[number]])
+    for number in order:
+        assert pool.get(digest(number), into)
+    for number in range(6, 11):
+        gone += pool.put(digest(number), [pages[number]]).evicted
+    assert gone == [digest(number) for number in (0, 3, 1, 5, 2)]
+    for number in range(11, 31):  # what is written after a use is younger
+        assert pool.get(digest(number - 1), into)
+        pool.put(digest(number), [content(digest(number))])
+        before, after = (pool.tiers[0].files.stat(tmp_path / "dram" / digest(n).hex()) for n in (number - 1, number))
+        assert before is not None and after is not None and before.used < after.used
+
+
+# ---------------------------------------------------------------- processes
+
+
+def test_the_least_recently_used_page_of_all_processes_goes_first(tmp_path: Path, start: StartPeer) -> None:
+    tiers = on_disk(tmp_path, 0, 3)
+    one, other = start(obey, tiers), start(obey, tiers)
+    assert one.ask("put", 1, 2) == [True, True] and other.ask("put", 3) == [True]
+    assert other.ask("get", 1) == [True]  # 2 is the oldest now
+    assert one.ask("put", 4) == [True]
+    assert other.ask("get", 1, 2, 3, 4) == [True, False, True, True]
+    assert one.ask("get", 1) == [True] and other.ask("put", 3) == [False]
+    assert other.ask("put", 5) == [True]  # 4, since 1 and 3 were used
+    assert one.ask("get", 1, 3, 4, 5) == [True, True, False, True]
+
+
+def test_a_limit_is_that_of_all_processes_together(tmp_path: Path, start: StartPeer) -> None:
+    tiers = on_disk(tmp_path, 0, 5)
+    peers = [start(obey, tiers), start(obey, tiers)]
+    for first, peer in zip((0, 100), peers, strict=True):
+        peer.tell("put", range(first, first + 60))
+    assert all(all(peer.hear()) for peer in peers)
+    pages = [path for path in (tmp_path / "ssd").iterdir() if path.name != "lock"]
+    assert len(pages) == 5
+    assert int.from_bytes((tmp_path / "ssd" / "lock").read_bytes(), "little") == 5 * FILE
+
+
+def test_two_processes_put_the_same_pages_at_once(tmp_path: Path, start: StartPeer) -> None:
+    tiers = on_disk(tmp_path, 50, 50)
+    peers = [start(obey, tiers), start(obey, tiers)]
+    for peer in peers:
+        peer.tell("put", range(50))
+    written = [peer.hear() for peer in peers]
+    assert [one + other for one, other in zip(*written, strict=True)] == [1] * 50
+    assert all(right(Pool(tiers, LAYOUT), digest(number)) for number in range(50))
+    assert [len(list(tmp_path.glob(f"{tier}/*"))) for tier in ("dram", "ssd")] == [51, 1]  # and the locks
+
+
+# ---------------------------------------------------------------- the thread
+
+
+class Slow:
+    """A store that waits for `go` before each page, and notes what it was asked."""
+
+    def __init__(self) -> None:
+        self.corrupt, self.asked, self.go, self.promotions = 0, list[str](), threading.Semaphore(0), 0
+
+    def has(self, digest: bytes) -> bool:
+        return False
+
+    def get(self, digest: bytes, into: memoryview) -> bool:
+        self.go.acquire()
+        self.asked.append(f"get {digest.decode()}")
+        into[:] = digest * len(into)
+        return digest != b"x"
+
+    def put(self, digest: bytes, parts: Sequence[bytes | memoryview]) -> Put:
+        self.go.acquire()
+        self.asked.append(f"put {digest.decode()}")
+        return Put(True, (b"old",))
+
+    def promote(self) -> bool:
+        self.promotions -= 1
+        self.asked += ["promote"] if self.promotions >= 0 else []
+        return self.promotions >= 0
+
+
+def collect(background: Background, woken: threading.Semaphore, count: int) -> list[Loaded | Saved]:
+    done: list[Loaded | Saved] = []
+    for _ in range(count):
+        assert woken.acquire(timeout=10)
+        done += background.poll()
+    return done
+
+
+def test_loads_go_before_saves_and_saves_are_bounded() -> None:
+    store, woken = Slow(), threading.Semaphore(0)
+    background = Background(store, woken.release, max_bytes=10)
+    views = [memoryview(bytearray(4)) for _ in range(3)]
+    assert background.save(b"a", b"12345") and background.save(b"b", b"12345")
+    assert not background.save(b"c", b"1")
+    while background._saves and len(background._saves) > 1:  # the thread has begun with the first
+        time.sleep(0.001)
+    background.load("k", [b"p", b"x", b"q"], views)
+    background.load("l", [b"q"], views[:1])
+    store.promotions = 2
+    store.go.release(5)
+    assert collect(background, woken, 4) == [
+        Saved(b"a", Put(True, (b"old",))),
+        Loaded("k", 1),
+        Loaded("l", 1),
+        Saved(b"b", Put(True, (b"old",))),
+    ]
+    assert store.asked == ["put a", "get p", "get x", "get q", "promote", "promote", "put b"]
+    assert bytes(views[0]) == b"qqqq" and bytes(views[2]) == bytes(4)
+    assert background.save(b"c", bytes(10))  # there is room again
+    counters = background.counters
+    assert (counters.hits, counters.misses, counters.bytes_read, counters.bytes_written) == (2, 2, 8, 10)
+    assert (counters.evictions, counters.dropped) == (2, 1)
+    store.go.release()
+    collect(background, woken, 1)
+    background.close()
+
+
+@pytest.mark.parametrize("drain", [False, True])
+def test_closing_drops_what_waits_or_does_it_first(drain: bool) -> None:
+    store = Slow()
+    background = Background(store, lambda: None, max_bytes=100)
+    for name in (b"a", b"b", b"c"):
+        assert background.save(name, b"1")
+    while len(background._saves) > 2:
+        time.sleep(0.001)
+    threading.Timer(0.05, store.go.release, [3]).start()
+    background.close(drain)
+    assert store.asked == (["put a", "put b", "put c"] if drain else ["put a"])
+    assert background.counters.dropped == (0 if drain else 2)
+    assert not background.save(b"d", b"1")
+
+
+def test_a_pool_in_the_background(tmp_path: Path) -> None:
+    woken, name = threading.Semaphore(0), digest(1)
+    background = Background(Pool(on_disk(tmp_path, 1, 2), LAYOUT), woken.release, 1 << 20)
+    assert background.save(name, memoryview(content(name)).cast("q"))
+    assert collect(background, woken, 1) == [Saved(name, Put(True))]
+    path = tmp_path / "dram" / name.hex()
+    into = memoryview(bytearray(BYTES))
+    background.load(7, [name], [into])
+    assert collect(background, woken, 1) == [Loaded(7, 1)] and into == content(name)
+    path.write_bytes(bytes(FILE))
+    background.load(8, [name], [into])
+    assert collect(background, woken, 1) == [Loaded(8, 0)] and background.counters.corrupt == 1
+    assert background.counters.bytes_written == BYTES
+    assert background.counters.seconds_loading > 0 and background.counters.seconds_saving > 0
+    background.close()
+
+
+# ---------------------------------------------------------------- the spec
+
+
+def test_specs() -> None:
+    both = parse_store("local:DRAM=2GiB,SSD=/path:with:colons:20GiB")
+    assert both == StoreSpec(dram=2 << 30, ssd=20 << 30, ssd_path="/path:with:colons")
+    assert msgspec.json.decode(msgspec.json.encode(both), type=StoreSpec) == both
+    memory, disk = both.tiers()
+    assert disk == TierSpec("/path:with:colons", 20 << 30, True)
+    assert re.fullmatch(r"/dev/shm/minidisagg-store-[0-9a-f]{16}", memory.directory) and memory.limit == 2 << 30
+    assert parse_store("local:DRAM=2048M,SSD=/path:with:colons:20GiB").tiers() == both.tiers()
+    others = [parse_store("local:DRAM=2GiB"), msgspec.structs.replace(both, engine="another")]
+    assert len({spec.tiers()[0].directory for spec in (both, *others)}) == 3
+    assert parse_store("local:SSD=here:1M").tiers() == [TierSpec(str(Path.cwd() / "here"), 1 << 20, True)]
+    assert parse_store("mooncake:host:50051") == StoreSpec(mooncake="host:50051", dram=spec_module.LENT)
+    assert parse_store("mooncake:[::1]:1,DRAM=1M,METADATA=http://h:8080/metadata") == StoreSpec(
+        mooncake="[::1]:1", dram=1 << 20, metadata="http://h:8080/metadata"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("", "store '': write local:DRAM=2GiB,SSD=/path:20GiB or mooncake:HOST:PORT"),
+        ("redis:h:1", "store 'redis:h:1': write local"),
+        ("local:", "'' is not DRAM=… or SSD=…, each once"),
+        ("local:HBM=1G", "'HBM=1G' is not DRAM=… or SSD=…, each once"),
+        ("local:DRAM=1G,DRAM=1G", "'DRAM=1G' is not DRAM=… or SSD=…, each once"),
+        ("local:DRAM=", "'DRAM=' is not"),
+        ("local:DRAM=much", "'much' is not a size; write 512M or 1.5GiB"),
+        ("local:SSD=20GiB", "write SSD=/path:20GiB"),
+        ("local:SSD=/path", "write SSD=/path:20GiB"),
+        ("local:SSD=/path:", "'' is not a size"),
+        ("mooncake:host", "'host' is not HOST:PORT of Mooncake's master"),
+        ("mooncake:host:port", "'host:port' is not HOST:PORT"),
+        ("mooncake:host:70000", "'host:70000' is not HOST:PORT"),
+        ("mooncake:h:1,SSD=/p:1G", "'SSD=/p:1G' is not DRAM=… or METADATA=…, each once"),
+    ],
+)
+def test_no_spec(text: str, line: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(line)) as caught:
+        parse_store(text)
+    assert "\n" not in str(caught.value)
