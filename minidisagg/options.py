@@ -29,13 +29,16 @@ from minidisagg.interconnect import PRESETS, parse_interconnect
 from minidisagg.measure.settings import IN_RUN
 from minidisagg.ranges import explained
 from minidisagg.sizes import parse_size
+from minidisagg.store.spec import parse_store
 from minidisagg.transfer.emulate import announcement
 from minidisagg.transfer.kinds import KINDS
 
 LINKS = ("auto", *KINDS)
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 MODEL, CLUSTER, WORKER = ModelSettings(), ClusterSettings(), WorkerSettings()
-OF_CLUSTER = ("policy", "link", "transfer_granularity", "kv_codec", "decode_after", "gpu_checksums", "emulate_link")
+OF_CLUSTER = (
+    "policy", "link", "transfer_granularity", "kv_codec", "kv_store", "decode_after", "gpu_checksums", "emulate_link",
+)  # fmt: skip
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -110,6 +113,9 @@ engine_options = stack(
                      help="What of a request's KV leaves at once: all, each chunk, or N layers as they are computed."),
         click.option("--kv-codec", type=click.Choice(CODECS), default=CLUSTER.kv_codec, show_default=True,
                      help="How KV looks on the wire: as it is, or a byte a value and a scale per token and head."),
+        click.option("--kv-store", default=CLUSTER.kv_store, metavar="local:DRAM=2GiB,SSD=/path:20GiB",
+                     help="Keep KV pages below the caches too, for all workers of this host, and with SSD beyond its "
+                          "end; or mooncake:HOST:PORT."),
         click.option("--decode-after", type=positive, default=CLUSTER.decode_after, show_default=True, metavar="TOKENS",
                      help="After so many tokens a decode worker goes on: 1 is after the prompt."),
         click.option("--gpu-checksums", is_flag=True,
@@ -159,6 +165,10 @@ def read_engine(
         **{key: number for key, number in numbers.items() if number is not None},
     )
     parse_granularity(cluster.transfer_granularity, 1)
+    if cluster.kv_store:
+        parse_store(cluster.kv_store)
+        if flags["no_prefix_caching"]:
+            raise ValueError("--kv-store keeps what the prefix caches know, and --no-prefix-caching is given")
     if cluster.gpu_checksums and cluster.kv_codec != RAW:
         raise ValueError(f"--gpu-checksums are of pages as they are, and --kv-codec is {cluster.kv_codec}")
     if mode == "disagg" and not (cluster.prefill_workers and cluster.decode_workers):

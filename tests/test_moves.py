@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import pytest
@@ -19,7 +20,7 @@ from cluster import Load, assert_clean, cluster, greedy, needs_two_cores, prompt
 
 from minidisagg.config import ClusterSettings, RunSettings
 from minidisagg.core.inputlog import read_entries
-from minidisagg.core.inputs import Received
+from minidisagg.core.inputs import Loaded, Received
 from minidisagg.core.messages import KVDone, KVOffer, Role
 from minidisagg.core.tracked import Stage
 
@@ -84,7 +85,8 @@ def expected() -> list[list[int]]:
 
 @pytest.fixture(autouse=True)
 def more_workers_than_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("minidisagg.runtime.launch.assign_cpus", lambda _: [[0], [1], [1]])
+    cpus = [[0], [1], [1]]
+    monkeypatch.setattr("minidisagg.runtime.launch.assign_cpus", lambda made: cpus[: len(made.roles())])
     yield
 
 
@@ -151,8 +153,8 @@ def test_role_flips_and_migrations_under_load_lose_and_repeat_no_token() -> None
             await assert_clean(frontend)
             return [one.tokens for one in load.results], moved, flips
 
-    tokens, moved, flips = asyncio.run(run(msgspec.structs.replace(shape("shm"), policy="fcfs")))
-    assert tokens == asyncio.run(run(settings("colocated", pages=400)))[0]
+    tokens, moved, flips = asyncio.run(run(msgspec.structs.replace(shape("shm", pages=2400), policy="fcfs")))
+    assert tokens == asyncio.run(run(settings("colocated", pages=2400)))[0]
     assert moved >= 100 and flips >= 20, (moved, flips)
 
 
@@ -170,3 +172,53 @@ def test_ten_thousand_migrations_with_faults() -> None:
     failures, ends = simfuzz.run_seeds(1000, 3600, moving=True)
     assert not failures
     assert ends["moved"] > 10_000, ends
+
+
+# ---------------------------------------------------------------- the store
+
+
+def stored(made: ClusterSettings, store: str) -> ClusterSettings:
+    """With a store below caches that hold few prompts."""
+    return msgspec.structs.replace(made, kv_store=store)
+
+
+def loads(logs: Path) -> list[int]:
+    """How many pages came of each load, in all workers."""
+    found = []
+    for path in logs.glob("*-*.inputs"):
+        with path.open("rb") as file:
+            found += [entry.what.pages for entry, _ in read_entries(file)[1] if isinstance(entry.what, Loaded)]
+    return found
+
+
+@needs_two_cores
+@pytest.mark.parametrize("tiers", ["DRAM=64M", "SSD={}:64M", "DRAM=2M,SSD={}:64M"])
+@pytest.mark.parametrize("mode", ["colocated", "disagg"])
+def test_hits_in_the_store_change_no_token(
+    tiers: str, mode: Literal["colocated", "disagg"], expected: list[list[int]], tmp_path: Path
+) -> None:
+    made = stored(settings(mode, "shm", 150), "local:" + tiers.format(tmp_path / "ssd"))
+    for start in range(1 + ("SSD" in tiers)):
+        logs = tmp_path / f"logs-{start}"
+        logs.mkdir()
+        assert asyncio.run(tokens_of(made, RunSettings(record_dir=str(logs)), twice=True)) == expected
+        found = loads(logs)
+        if start:  # of the first prompts, too, all pages are there
+            assert sum(pages > 0 for pages in found) >= 0.7 * len(found) and len(found) >= len(PROMPTS), found
+        else:
+            assert sum(pages > 0 for pages in found) >= 10, found
+
+
+@needs_two_cores
+def test_pages_through_a_lossy_codec_answer_for_nothing_in_the_store(tmp_path: Path) -> None:
+    """What a decode worker has of a lossy handoff is in the store, under names that no prompt asks for."""
+    plain = settings("disagg", "shm", 150, dtype="float32")
+    store = f"local:SSD={tmp_path / 'ssd'}:64M"
+
+    def run(made: ClusterSettings) -> list[list[int]]:
+        return asyncio.run(tokens_of(made, RunSettings(), twice=True))
+
+    exact = run(plain)
+    lossy = run(stored(msgspec.structs.replace(plain, kv_codec="int8"), store))
+    assert lossy != exact  # or this tells nothing
+    assert run(stored(plain, store)) == exact

@@ -10,6 +10,7 @@ from minidisagg.core.request import Request, State
 from minidisagg.core.requests import Requests
 from minidisagg.core.scheduler import Scheduler
 from minidisagg.core.spec import EngineSpec
+from minidisagg.core.tiers import Tiers
 
 
 class StalledError(RuntimeError):
@@ -26,6 +27,7 @@ class Accounts:
     scheduler: Scheduler
     sender: Sender
     receiver: Receiver
+    tiers: Tiers
     steps: int
 
     def stats(self) -> Stats:
@@ -54,7 +56,7 @@ class Accounts:
     @property
     def idle(self) -> bool:
         """No request, no step, no transfer."""
-        return not self.requests and not self.plans and not self.scheduler.offers
+        return not (self.requests or self.plans or self.scheduler.offers or self.tiers.busy)
 
     @property
     def held(self) -> list[Request]:
@@ -72,6 +74,8 @@ class Accounts:
                 reserved = [p for p in request.pages if self.pool.state[p] > PageState.CACHED]
             for page in request.pages:
                 holders[page] += page not in reserved
+        for page in self.tiers.held():
+            holders[page] += 1
         if holders != self.pool.refs:
             wrong = [page for page in range(self.spec.num_pages) if holders[page] != self.pool.refs[page]]
             raise IntegrityError(f"pages {wrong[:8]} have other references than holders")
@@ -79,7 +83,7 @@ class Accounts:
     def check_stall(self) -> None:
         """An empty step is right while something else here makes progress, or while there is nothing to do."""
         scheduler = self.scheduler
-        if self.plans or self.sender.busy or self.receiver.busy or self.held:
+        if self.plans or self.sender.busy or self.receiver.busy or self.held or self.tiers.busy:
             return
         if scheduler.waiting or scheduler.running:
             raise StalledError(

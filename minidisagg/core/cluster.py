@@ -15,7 +15,7 @@ from types import MappingProxyType
 
 from minidisagg.core.blocks import short
 from minidisagg.core.costs import StepLearner
-from minidisagg.core.messages import Hello, Stats, StepOutput
+from minidisagg.core.messages import Hello, Stats, StepOutput, Stored
 from minidisagg.core.policy import ClusterView, Hits, RequestView, WorkerStatus
 from minidisagg.core.tracked import Stage, Tracked, tracked_of
 
@@ -35,6 +35,7 @@ class Cluster:
     def __init__(self, max_waiting: int, max_waiting_tokens: int, seed: int) -> None:
         self.workers: dict[str, WorkerStatus] = {}  # those that are up
         self._known: dict[str, Known] = {}
+        self._stored: set[bytes] = set()  # `short` hashes of the pages in the host's store
         workers = MappingProxyType(self.workers)
         self.view = ClusterView(0.0, workers, 0, 0, max_waiting, max_waiting_tokens, random.Random(seed), self._hits)
 
@@ -94,6 +95,11 @@ class Cluster:
         known.prefixes.update(step.stored)
         known.prefixes.difference_update(step.removed)
 
+    def on_stored(self, message: Stored) -> None:
+        """How the store has changed, by the word of a worker."""
+        self._stored.update(map(short, message.stored))
+        self._stored.difference_update(map(short, message.removed))
+
     def on_stats(self, status: WorkerStatus, stats: Stats) -> None:
         """A few times a second."""
         known, nbytes = self._known[status.name], sum(link.bytes for link in stats.links)
@@ -111,8 +117,10 @@ class Cluster:
         tracked, hits = tracked_of(request), {}
         for name, known in self._known.items():
             hashes = tracked.hashes(known.hello.fingerprint, known.hello.page_size)
-            pages = next((n for n, digest in enumerate(hashes) if short(digest) not in known.prefixes), len(hashes))
-            hits[name] = Hits(pages * known.hello.page_size)
+            pages = end = next((n for n, one in enumerate(hashes) if short(one) not in known.prefixes), len(hashes))
+            while end < len(hashes) and (short(hashes[end]) in self._stored or short(hashes[end]) in known.prefixes):
+                end += 1
+            hits[name] = Hits(pages * known.hello.page_size, (end - pages) * known.hello.page_size)
         return hits
 
     # ------------------------------------------------------------ invariants

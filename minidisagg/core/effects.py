@@ -40,7 +40,23 @@ class AbortLink(Struct, frozen=True, array_like=True):
     peer_dead: bool
 
 
-Effect = Send | OpenLink | StartPiece | AbortLink
+class LoadPages(Struct, frozen=True, array_like=True):
+    """Fill these pages with what the store has under these digests, from the first on; `Loaded` says how far."""
+
+    request_id: str
+    incarnation: int
+    digests: list[bytes]
+    pages: list[int]
+
+
+class SavePage(Struct, frozen=True, array_like=True):
+    """Write the page to the store some time; until `Saved` it stays as it is."""
+
+    digest: bytes
+    page: int
+
+
+Effect = Send | OpenLink | StartPiece | AbortLink | LoadPages | SavePage
 
 E = TypeVar("E")
 

@@ -5,6 +5,7 @@
     LayersDone   the KV of some layers leaves before the others are computed
     StepDone     sampled tokens go to the router; RUNNING → HELD with all that is to be computed here
     PieceDone, AbortConfirmed   pieces of KV have moved, or never will
+    Loaded, Saved               pages have come from the store, or gone there
     Tick         leases, deadlines
 
 Sans-IO: these inputs come through the one door `on`, with the time, and effects go out through `outbox`, so that the
@@ -23,7 +24,18 @@ from minidisagg.core.copies import Copies
 from minidisagg.core.effects import Effect
 from minidisagg.core.ends import Ends
 from minidisagg.core.handoff import Receiver, Sender
-from minidisagg.core.inputs import AbortConfirmed, Input, LayersDone, PieceDone, Received, Schedule, StepDone, Tick
+from minidisagg.core.inputs import (
+    AbortConfirmed,
+    Input,
+    LayersDone,
+    Loaded,
+    PieceDone,
+    Received,
+    Saved,
+    Schedule,
+    StepDone,
+    Tick,
+)
 from minidisagg.core.ledger import DestinationLedger, SourceLedger
 from minidisagg.core.lived import LivedTime
 from minidisagg.core.messages import (
@@ -57,6 +69,7 @@ from minidisagg.core.request import FOREVER, Request, State
 from minidisagg.core.requests import Requests
 from minidisagg.core.scheduler import Offer, Scheduler
 from minidisagg.core.spec import EngineSpec
+from minidisagg.core.tiers import Tiers
 
 
 class EngineCore(Ends):
@@ -87,7 +100,9 @@ class EngineCore(Ends):
         self.scheduler = Scheduler(
             spec, load_policy(spec.policy), self.pool, lambda: len(self.receiver.transfers), self._preempted, self._fail
         )
-        self.copies = Copies(spec, self.pool, self.requests, emit, self.scheduler.queue)
+        self.copies = Copies(spec, self.pool, self.requests, emit, self._begin)
+        self.tiers = Tiers(spec, self.pool, emit, self.scheduler.queue)
+        self.scheduler.published = self.tiers.save
         self._inputs: dict[type, Callable[[Any], StepPlan | None]] = {
             Received: self._on_received,
             Schedule: self._on_schedule,
@@ -95,6 +110,8 @@ class EngineCore(Ends):
             StepDone: self._on_step_done,
             PieceDone: self._on_piece_done,
             AbortConfirmed: self._on_abort_confirmed,
+            Loaded: self._on_loaded,
+            Saved: self._on_saved,
             Tick: self._on_tick,
         }
         self._messages: dict[type, Callable[[str, Any, float], None]] = {
@@ -225,6 +242,12 @@ class EngineCore(Ends):
     def _on_abort_confirmed(self, done: AbortConfirmed) -> None:
         (self.outgoing if done.outgoing else self.incoming).on_aborted(done.peer, done.link_epoch)
 
+    def _on_loaded(self, done: Loaded) -> None:
+        self.tiers.on_loaded(done)
+
+    def _on_saved(self, done: Saved) -> None:
+        self.tiers.on_saved(done)
+
     def _on_tick(self, tick: Tick) -> None:
         computes = bool(self.plans) and self._lived <= self._step_since + self.spec.step_deadline
         self.outgoing.on_tick(self._lived)
@@ -256,7 +279,13 @@ class EngineCore(Ends):
             request.until = message.until or request.prefill_len + self.spec.decode_after - 1
         self._add(request)
         copy = fetched(message.request_id), message.incarnation
-        if not (self._alive(message.after) and self.copies.wait(request, copy, message.after)):
+        alive = message.after and self._alive(message.after)
+        if not (alive and self.copies.wait(request, copy, message.after)):
+            self._begin(request)
+
+    def _begin(self, request: Request) -> None:
+        """No other worker has more of it: what the store has is fetched first."""
+        if not self.tiers.load(request):
             self.scheduler.queue(request)
 
     def _on_abort(self, source: str, message: Abort, _: float) -> None:
@@ -276,7 +305,7 @@ class EngineCore(Ends):
                 self.scheduler.run(request)
         elif request.state is State.HELD or (request.state is State.RUNNING and not request.is_prefill):
             request.codec = message.codec or request.codec
-            self.sender.offer(request, message.dest, self._lived)
+            self.sender.offer(request, message.dest, self._lived, message.anew)
             if request.state is State.HELD:
                 self.sender.finish(request, self._lived)
         elif request.state is not State.DONE_INFLIGHT:
@@ -311,7 +340,7 @@ class EngineCore(Ends):
 
     def _alive(self, worker: str) -> bool:
         """For all that is known here."""
-        return self.peers.get(worker, 0) <= self.up.get(worker, -1)
+        return self.peers.get(worker, 0) <= self.up.get(worker, 0)
 
     def _fence_peer(self, worker: str, epoch: int) -> None:
         """All processes of this worker before `epoch` are dead; known already, it changes nothing."""
@@ -360,12 +389,9 @@ class EngineCore(Ends):
         self.receiver.on_cancel(source, message, self._lived)
 
     def _on_failed(self, source: str, message: KVFailed, _: float) -> None:
-        request = self.requests.get((message.request_id, message.incarnation))
-        reason = self.sender.on_failed(source, message)
-        if reason is not None and request is not None and request.state is State.RUNNING and not request.decode:
-            self.sender.transfers[request.key].stop()
-        elif reason is not None and request is not None:
-            self._give_back(request, reason, failure=True)
+        request = self.sender.on_failed(source, message)
+        if request is not None:
+            self._give_back(request, message.reason, failure=True)
 
     def _on_link_aborted(self, source: str, message: LinkAborted, now: float) -> None:
         if message.outgoing:

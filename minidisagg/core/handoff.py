@@ -38,10 +38,10 @@ REMEMBERED = 4096  # ended handoffs whose count of pieces is still known
 class Outgoing:
     """Source side of one handoff: the first `until` positions of a request."""
 
-    def __init__(self, sender: Sender, request: Request, peer: str, now: float) -> None:
+    def __init__(self, sender: Sender, request: Request, peer: str, anew: int, now: float) -> None:
         self.sender = sender
         self.request = request
-        self.key = request.key
+        self.key = request.request_id, anew if anew >= 0 else request.incarnation  # its name at both ends
         self.peer = peer
         self.open = request.until == FOREVER  # it runs on until there is little left to send
         # Its spec there has all tokens whose KV is computed, so that the peer looks all of them up in its prefix cache.
@@ -166,7 +166,8 @@ class Sender:
         self.spec = spec
         self.ledger = ledger
         self.emit = emit
-        self.transfers: dict[SeqKey, Outgoing] = {}
+        self.transfers: dict[SeqKey, Outgoing] = {}  # by the request's own key
+        self._named: dict[SeqKey, Outgoing] = {}  # by the handoff's
         self.leave = leave
         self._ended = ended
         self._past: OrderedDict[SeqKey, int] = OrderedDict()  # pieces of handoffs that are over
@@ -176,18 +177,18 @@ class Sender:
         """A handoff or an abort is under way."""
         return bool(self.transfers or self.ledger.aborting)
 
-    def offer(self, request: Request, peer: str, now: float, prefix: bool = False) -> None:
+    def offer(self, request: Request, peer: str, now: float, anew: int = -1, prefix: bool = False) -> None:
         """Ask `peer` for pages; called when the request's first chunk is scheduled, or later: late binding, migration,
         the copy of a `prefix`."""
-        transfer = self.transfers[request.key] = Outgoing(self, request, peer, now)
+        transfer = self.transfers[request.key] = Outgoing(self, request, peer, anew, now)
+        self._named[transfer.key] = transfer
         epoch = self.ledger.join(transfer, peer)
         length, size = request.until, self.spec.page_size
         if transfer.open:  # it grows while it moves: a page more will do, or it leaves earlier
             length = min((request.num_scheduled // size + 2) * size, len(request.prompt) + request.last_index)
         spec = replace(request.spec, cohort=request.cohort, emitted=request.output[: transfer.known])
-        self.emit(
-            Send(peer, KVOffer(*request.key, spec, self.spec.fingerprint, epoch, transfer.codec, length, prefix))
-        )
+        what = spec, self.spec.fingerprint, epoch, transfer.codec, length, prefix
+        self.emit(Send(peer, KVOffer(*transfer.key, *what)))
 
     def on_grant(self, peer: str, message: KVGrant, now: float) -> None:
         """A grant for a handoff that is over gets its `KVCancel` again."""
@@ -197,7 +198,7 @@ class Sender:
 
     def on_wait(self, peer: str, message: KVWait, now: float) -> None:
         """The offer stands in the destination's queue: its lease begins anew."""
-        transfer = self.transfers.get((message.request_id, message.incarnation))
+        transfer = self._named.get((message.request_id, message.incarnation))
         if transfer is not None and transfer.peer == peer:
             transfer.deadline = now + self.spec.lease
 
@@ -229,14 +230,20 @@ class Sender:
         moving = ((self.transfers.get((item.request_id, item.incarnation)), item) for item in items)
         return [(one, item) for one, item in moving if one is not None and item.start < one.request.prefill_len]
 
-    def on_failed(self, peer: str, message: KVFailed) -> str | None:
-        """The destination wants out. Returns why if that concerns a live handoff, which is then to be stopped."""
+    def on_failed(self, peer: str, message: KVFailed) -> Request | None:
+        """The destination wants out. Returns the request of a live handoff, which cannot go on: it has left. One that
+        still runs here stays."""
         transfer = self._find_or_cancel(peer, message)
-        return None if transfer is None or transfer.stopping else message.reason
+        if transfer is None or transfer.stopping:
+            return None
+        if transfer.open and transfer.tokens is None:
+            transfer.stop()
+            return None
+        return transfer.request
 
     def on_ack(self, peer: str, message: KVAck, _: float) -> None:
         """The destination has it all."""
-        transfer = self.transfers.get((message.request_id, message.incarnation))
+        transfer = self._named.get((message.request_id, message.incarnation))
         if transfer is not None and transfer.peer == peer and transfer.done:
             transfer.acknowledge()
 
@@ -256,7 +263,7 @@ class Sender:
 
     def forget(self, transfer: Outgoing, failure: str) -> None:
         """It is over."""
-        del self.transfers[transfer.key]
+        del self.transfers[transfer.request.key], self._named[transfer.key]
         self._past[transfer.key] = transfer.pieces
         if len(self._past) > REMEMBERED:
             self._past.popitem(last=False)
@@ -265,7 +272,7 @@ class Sender:
     def _find_or_cancel(self, peer: str, message: KVGrant | KVFailed) -> Outgoing | None:
         """The handoff with this peer; one that is over is called off once more, since the word may have been lost."""
         key = message.request_id, message.incarnation
-        transfer = self.transfers.get(key)
+        transfer = self._named.get(key)
         if transfer is None:
             self.emit(Send(peer, KVCancel(*key, self._past.get(key, 0))))
         return transfer if transfer is not None and transfer.peer == peer else None

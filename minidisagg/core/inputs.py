@@ -70,8 +70,24 @@ class AbortConfirmed(Struct, frozen=True, tag=True, array_like=True):
     outgoing: bool
 
 
+class Loaded(Struct, frozen=True, tag=True, array_like=True):
+    """So many pages of a `LoadPages` are filled, from the first on; the store has no more of them."""
+
+    request_id: str
+    incarnation: int
+    pages: int
+
+
+class Saved(Struct, frozen=True, tag=True, array_like=True):
+    """What came of a `SavePage`: whether the store has it now, and which pages have left it since the last one."""
+
+    digest: bytes
+    kept: bool
+    evicted: list[bytes] = []
+
+
 class Tick(Struct, frozen=True, tag=True, array_like=True):
     """Some time has passed: leases and deadlines. A driver makes one a few times a second."""
 
 
-Input = Received | Schedule | StepDone | LayersDone | PieceDone | AbortConfirmed | Tick
+Input = Received | Schedule | StepDone | LayersDone | PieceDone | AbortConfirmed | Loaded | Saved | Tick

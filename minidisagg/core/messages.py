@@ -78,10 +78,14 @@ class Reconfigure(Message, frozen=True):
 
 
 class Migrate(OfRequest, frozen=True):
-    """Hand the request's KV over to the worker `dest`: at once if it is held, else while it goes on decoding."""
+    """Hand the request's KV over to the worker `dest`: at once if it is held, else while it goes on decoding.
+
+    There it is the incarnation `anew`: it may have been there before.
+    """
 
     dest: str
     codec: str = ""  # as `Submit` has it
+    anew: int = -1  # -1: the same one
 
 
 class Replicate(OfRequest, frozen=True):
@@ -223,6 +227,13 @@ class Stayed(OfRequest, frozen=True):
     """Its migration has come to nothing: it goes on where it was."""
 
     reason: str
+
+
+class Stored(Message, frozen=True):
+    """Pages that the host's store has gained, and lost."""
+
+    stored: list[bytes]
+    removed: list[bytes]
 
 
 class Failed(OfRequest, frozen=True):
@@ -396,8 +407,8 @@ class LinkAborted(Message, frozen=True):
 
 AnyMessage = (
     Submit | Abort | SetRole | SetPolicy | Reconfigure | Migrate | Replicate | PeerUp | PeerDown | Hello | Logprobs |
-    StepOutput | Released | Stayed | Failed | PieceSpans | Stats | Starting | Fatal | KVOffer | KVGrant | KVWait |
-    KVBusy | KVPiece | KVDone | KVAck | KVCancel | KVFailed | LinkOpen | LinkReady | LinkAborted
+    StepOutput | Released | Stayed | Stored | Failed | PieceSpans | Stats | Starting | Fatal | KVOffer | KVGrant |
+    KVWait | KVBusy | KVPiece | KVDone | KVAck | KVCancel | KVFailed | LinkOpen | LinkReady | LinkAborted
 )  # fmt: skip
 
 

@@ -109,7 +109,7 @@ class Placing:
             there = request.prefill, request.decode or None
             if placement is not None and (placement.prefill, placement.decode) != there:
                 self._abandon(request)
-                request.incarnation += 1
+                request.renew()
                 self._send_to(request, placement)
 
     def _ask_place(self, request: Tracked) -> Placement | Reject | None:
@@ -162,8 +162,14 @@ class Placing:
         request.prefill = request.decode
         self._decode_at(request, worker)
         request.stage, request.stage_at = Stage.TRANSFER, self.view.now
-        self._send(request.prefill, Migrate(request_id, request.incarnation, worker, codec))
+        request.before = before = request.renew()
+        self._send(request.prefill, Migrate(request_id, before, worker, codec, request.incarnation))
         return True
+
+    def _stayed(self, request: Tracked) -> None:
+        self._decode_at(request, request.prefill)
+        request.stage, request.stage_at = Stage.DECODE, self.view.now
+        request.incarnation, request.before = request.before, -1
 
     def _clear(self, name: str) -> None:
         """What decodes at a worker that flips goes on elsewhere: where there are the fewest."""

@@ -88,9 +88,10 @@ Change = RoleChange | Migration | Replica
 
 
 class Hits(NamedTuple):
-    """Prompt tokens whose KV a worker holds already, on its device."""
+    """Prompt tokens whose KV a worker holds already on its `device`, and those after them that are in a `store`."""
 
     device: int
+    store: int = 0
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ from minidisagg.core.messages import (
     Stats,
     Stayed,
     StepOutput,
+    Stored,
     TokenOut,
     WorkerOptions,
 )
@@ -146,18 +147,19 @@ class Router(Placing):
             self._on_step(status, body)
         elif isinstance(body, Stats):
             self._on_stats(status, body)
+        elif isinstance(body, Stored):
+            self.cluster.on_stored(body)
         elif isinstance(body, Logprobs | Released | Failed | Stayed):
             request = self.requests.get(body.request_id)
-            if request is None or request.incarnation != body.incarnation:
+            if request is None or not request.speaks(name, body.incarnation):
                 return
             if isinstance(body, Logprobs):
                 request.logprobs.update(enumerate(body.values, body.first))
             elif isinstance(body, Released):
                 self._resubmit(request, body.reason, body.failure)
             elif isinstance(body, Stayed):
-                if name == request.prefill and request.stage is Stage.TRANSFER:
-                    self._decode_at(request, name)
-                    request.stage, request.stage_at = Stage.DECODE, self.view.now
+                if body.incarnation == request.before:
+                    self._stayed(request)
             else:
                 self._fail(request, body.reason)
         elif isinstance(body, Fatal):
@@ -181,7 +183,7 @@ class Router(Placing):
             self._send(other, PeerDown(name, epoch))
         users = [request for request in self.requests.values() if request.uses(name)]
         if suspects:
-            self._accuse([r for r in users if (r.request_id, r.incarnation) in suspects])
+            self._accuse([r for r in users if {(r.request_id, r.incarnation), (r.request_id, r.before)} & {*suspects}])
         for request in users:
             self._resubmit(request, f"worker {name} failed", failure=suspects is None)
 
@@ -288,7 +290,7 @@ class Router(Placing):
             error = f"failed {request.failures} times, last: {reason}"
             self._finish(request, Emit(request.request_id, finish="error", error=error))
             return
-        request.incarnation += 1
+        request.renew()
         request.early.clear()
         request.begun, request.stage = False, Stage.PARKED
         self._place(request, new=False)
@@ -330,7 +332,8 @@ class Router(Placing):
                 begun.begun = True
         for out in step.tokens:
             request = self.requests.get(out.request_id)
-            if request is None or request.incarnation != out.incarnation or out.index < len(request.emitted):
+            known = request is not None and request.speaks(status.name, out.incarnation)
+            if request is None or not known or out.index < len(request.emitted):
                 continue
             request.early[out.index] = status.name, out
             while (next_out := request.early.pop(len(request.emitted), None)) is not None:

@@ -105,6 +105,7 @@ class Scheduler:
         self.policy = Checked(policy)
         self.pool = pool
         self.expected = expected
+        self.published: Callable[[int, bytes], None] = lambda page, digest: None  # a page is in the prefix cache
         self._preempted = preempted
         self._failed = failed
         self.now = 0.0
@@ -273,6 +274,7 @@ class Scheduler:
             hashes = request.extend_hashes(self.spec.page_size)
             for index in range(request.published, full):
                 self.pool.publish(request.pages[index], hashes[index])
+                self.published(request.pages[index], hashes[index])
             request.published = full
 
     # ------------------------------------------------------------ steps

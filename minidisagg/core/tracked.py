@@ -67,6 +67,8 @@ class Tracked(OfSpec):
     deadline: float
     emitted: list[int] = field(default_factory=list)
     incarnation: int = 0
+    before: int = -1  # while it migrates: its incarnation where it comes from
+    newest: int = 0  # of its incarnations
     failures: int = 0
     cohort: int = 0  # of suspects; 0: nobody suspects it
     stage: Stage = Stage.PARKED
@@ -104,6 +106,17 @@ class Tracked(OfSpec):
             self._hashes = self.spec.hashes or page_hashes(root, self.prompt, page_size)
         return self._hashes
 
+    def renew(self) -> int:
+        """The next incarnation; what it was before."""
+        before = self.incarnation
+        self.newest += 1
+        self.incarnation, self.before = self.newest, -1
+        return before
+
+    def speaks(self, worker: str, incarnation: int) -> bool:
+        """That worker's word about this incarnation counts."""
+        return incarnation == self.incarnation or (incarnation == self.before and worker == self.prefill)
+
     @property
     def computing(self) -> bool:
         """This incarnation has no token yet."""
@@ -124,7 +137,7 @@ class Tracked(OfSpec):
             self.wait_s += wait
             self.transfer_s += max(0.0, now - self.last_at - wait - out.step_s)
         if self.stage is not Stage.DECODE and (source == self.decode or not self.decode):
-            self.stage, self.stage_at = Stage.DECODE, now
+            self.stage, self.stage_at, self.before = Stage.DECODE, now, -1
             if self.decode and self.workers[-1] != self.decode:
                 self.workers.append(self.decode)
         elif self.computing:

@@ -29,11 +29,22 @@ import msgspec
 
 from minidisagg.config import WorkerConfig
 from minidisagg.core.checked import PolicyError
-from minidisagg.core.effects import AbortLink, OpenLink, Send, StartPiece, drain
+from minidisagg.core.effects import AbortLink, LoadPages, OpenLink, Send, StartPiece, drain
 from minidisagg.core.engine import EngineCore
 from minidisagg.core.granularity import parse_granularity
 from minidisagg.core.inputlog import RecordingCore
-from minidisagg.core.inputs import AbortConfirmed, Input, LayersDone, PieceDone, Received, Schedule, StepDone, Tick
+from minidisagg.core.inputs import (
+    AbortConfirmed,
+    Input,
+    LayersDone,
+    Loaded,
+    PieceDone,
+    Received,
+    Saved,
+    Schedule,
+    StepDone,
+    Tick,
+)
 from minidisagg.core.messages import (
     ROUTER,
     AnyMessage,
@@ -60,6 +71,7 @@ from minidisagg.runtime.device import Step, StepResult
 from minidisagg.runtime.linkset import LinkHooks, LinkSet, link_kind
 from minidisagg.runtime.load import max_model_len, most_seqs
 from minidisagg.runtime.runner import Runner
+from minidisagg.runtime.storage import Storage, store_of
 from minidisagg.transfer.codec import codecs_for
 from minidisagg.transfer.emulate import make_nic
 from minidisagg.transfer.kinds import ONE_SIDED, efficient_bytes
@@ -81,6 +93,7 @@ class Worker:
         self.done = asyncio.Event()
         self.failure = ""
         self.record: BinaryIO | None = None  # the input log
+        self.storage: Storage | None = None
         self.next_config: WorkerConfig | None = None  # that it takes once nothing is left to do
         self.peers: dict[str, str] = {}  # addresses of the live workers
         self.channels: dict[str, Channel] = {}
@@ -116,6 +129,8 @@ class Worker:
         for task in self.tasks:
             task.cancel()
         await self.links.close()
+        if self.storage is not None:
+            await self.storage.close()
         self.runner.close()
         if self.record is not None:
             self.record.close()
@@ -170,6 +185,7 @@ class Worker:
             layer_bytes=cache.bytes_per_page // model.config.num_layers,
             codec=config.cluster.kv_codec,
             decode_after=config.cluster.decode_after,
+            store=bool(config.cluster.kv_store),
             prefix_caching=config.model.prefix_caching,
             lease=config.run.lease,
             link_timeout=config.run.link_timeout,
@@ -198,6 +214,9 @@ class Worker:
         clock = self.now if config.run.trace else None
         hooks = LinkHooks(self._carry_out, self._on_news, self._on_failure, clock)
         self.links = self.make_links(config.name, host, hooks)
+        if config.cluster.kv_store:
+            spec = store_of(config.cluster.kv_store, config.run_dir)
+            self.storage = Storage(spec, cache.data, self.core.spec.fingerprint, self._on_news)
 
     async def _begin_epoch(self, config: WorkerConfig) -> None:
         """The next epoch, as after a start, on the same process, weights, memory and channels.
@@ -207,6 +226,9 @@ class Worker:
         """
         self.core.check_integrity()
         await self.links.close()
+        if self.storage is not None:
+            await self.storage.close()
+            self.storage = None
         await self.runner.on_device(self.runner.device.begin, most_seqs(config.cluster))
         self.config, self.checked = config, 0
         self._make_core()
@@ -268,7 +290,7 @@ class Worker:
             self._drain()  # the core gives up the links that it knows of, and what is left is for nobody
             self.links.on_peer_down(body.worker, body.epoch)
 
-    def _on_news(self, what: LayersDone | PieceDone | AbortConfirmed) -> None:
+    def _on_news(self, what: LayersDone | PieceDone | AbortConfirmed | Loaded | Saved) -> None:
         if self._guarded(self._tell, what):
             self._advance()
 
@@ -351,6 +373,10 @@ class Worker:
                 self.links.open(effect.peer, effect.link_epoch)
             elif isinstance(effect, AbortLink):
                 self.links.abort(effect)
+            elif isinstance(effect, LoadPages):
+                self.storage.load(effect)  # type: ignore[union-attr]  # a core whose spec has a store
+            else:
+                self.storage.save(effect)  # type: ignore[union-attr]
 
     def _carry_out(self, effect: Send) -> None:
         self._send(effect.dest, effect.body)

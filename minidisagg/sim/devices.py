@@ -29,6 +29,14 @@ class TimingOnly:
         """The pages of a piece are in the other worker's cache."""
 
 
+    def page(self, page: int) -> object:
+        """What is in it, to be kept elsewhere."""
+        return None
+
+    def put(self, page: int, content: object) -> None:
+        """That is in it now."""
+
+
 class HashChain(TimingOnly):
     """With `check`, it is an error when a step or a link touches a page that is not its own, and when a request starts
     from KV that is not its own."""
@@ -85,6 +93,20 @@ class HashChain(TimingOnly):
             dest._expect(remote, PageState.INFLIGHT, PageState.QUARANTINED)
         planes = range(*piece.layers) if self.planes > 1 else range(1)
         self.memory.copy(planes, piece.pages, dest.memory, remote)
+
+    def page(self, page: int) -> object:
+        """As above."""
+        if self.check:
+            self._expect([page], PageState.LIVE)
+        return [list(plane[page]) for plane in self.memory.planes]
+
+    def put(self, page: int, content: object) -> None:
+        """As above."""
+        assert isinstance(content, list)
+        if self.check:
+            self._expect([page], PageState.INFLIGHT)
+        for plane, slots in zip(self.memory.planes, content, strict=True):
+            plane[page] = list(slots)
 
     def _expect(self, pages: Sequence[int], *states: PageState) -> None:
         for page in pages:

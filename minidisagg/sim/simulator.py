@@ -25,7 +25,7 @@ import msgspec
 from minidisagg.core.effects import AbortLink, OpenLink, Send, StartPiece, drain
 from minidisagg.core.engine import EngineCore
 from minidisagg.core.inputs import AbortConfirmed, Input, LayersDone, PieceDone, Received, Schedule, StepDone, Tick
-from minidisagg.core.messages import ROUTER, AnyMessage, Envelope, Hello, LinkStats, PeerUp, RequestSpec, SamplingParams
+from minidisagg.core.messages import ROUTER, AnyMessage, Envelope, Hello, PeerUp, RequestSpec, SamplingParams
 from minidisagg.core.plan import Piece, StepPlan, advanced
 from minidisagg.core.policy import Policy
 from minidisagg.core.router import Kill, Router
@@ -33,6 +33,7 @@ from minidisagg.core.spec import EngineSpec
 from minidisagg.core.tracked import Emit
 from minidisagg.sim.cost_model import wire_bytes
 from minidisagg.sim.devices import HashChain, TimingOnly
+from minidisagg.sim.shelf import Shelf
 from minidisagg.sim.world import UNHEEDED, Observer, Outcome, SimWorker, Step, World
 
 TICK = 0.25  # seconds between ticks
@@ -53,6 +54,7 @@ class Simulator:
         self.outcomes: dict[str, Outcome] = {}
         self.poison: set[str] = set()
         self.orderly = not world.tokens and self.chaos == type(self.chaos)()
+        self.shelf = Shelf(world.seed, self.chaos.break_transfer)
         self.deaths = 0
         self.happened = 0
         self.one_sided = any(spec.one_sided_links for spec in specs)
@@ -309,6 +311,12 @@ class Simulator:
                 self._abort_link(worker, effect)
             elif isinstance(effect, OpenLink):
                 self._targets[worker.core.spec.name, effect.link_epoch] = self.workers[effect.peer]
+            else:
+                seconds, what = self.shelf.carry_out(worker.device, effect)
+                self.at(self.now + seconds, partial(self._inside, worker, partial(self._shelved, worker, what)))
+
+    def _shelved(self, worker: SimWorker, what: Callable[[], Input]) -> None:
+        worker.core.on(what(), self.now)
 
     def _schedule(self, worker: SimWorker) -> None:
         most = worker.device.most if self.world.equal_steps and not self.world.depth else 1
@@ -424,14 +432,7 @@ class Simulator:
         """When a piece has arrived that both its ends have started; `piece` is what `worker`, one of them, knows."""
         dest = piece.peer if worker is source else worker.core.spec.name
         begins, arrives = self.cost.transfer(source.core.spec, dest, piece, self.now)
-        sent = source.sent.get(dest) or LinkStats(dest, "sim")
-        source.sent[dest] = msgspec.structs.replace(
-            sent,
-            transfers=sent.transfers + 1,
-            bytes=sent.bytes + int(wire_bytes(source.core.spec, piece)),
-            seconds=sent.seconds + arrives - begins,
-            queue_seconds=sent.queue_seconds + begins - self.now,
-        )
+        source.has_sent(dest, int(wire_bytes(source.core.spec, piece)), arrives - begins, begins - self.now)
         return arrives
 
     def _copy(self, source: SimWorker, piece: Piece, dest: SimWorker, remote: list[int]) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+import msgspec
+
 from minidisagg.core.engine import EngineCore
 from minidisagg.core.messages import Envelope, KVAck, KVBusy, KVGrant, KVPiece, KVWait, LinkStats, RequestSpec
 from minidisagg.core.plan import StepPlan
@@ -64,6 +66,17 @@ class SimWorker:
         self.device_free_at = 0.0
         self.busy = 0.0  # seconds of all steps that have ended
         self.sent: dict[str, LinkStats] = {}  # by peer, since its start
+
+    def has_sent(self, dest: str, nbytes: int, seconds: float, queued: float) -> None:
+        """A piece, to this peer."""
+        sent = self.sent.get(dest) or LinkStats(dest, "sim")
+        self.sent[dest] = msgspec.structs.replace(
+            sent,
+            transfers=sent.transfers + 1,
+            bytes=sent.bytes + nbytes,
+            seconds=sent.seconds + seconds,
+            queue_seconds=sent.queue_seconds + queued,
+        )
 
     @property
     def repeats(self) -> bool:

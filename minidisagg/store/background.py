@@ -63,36 +63,41 @@ class Counters:
     corrupt: int = 0
 
 
-class Background:
-    """`wake` is called from the thread when `poll` has something; saves that wait hold at most `max_bytes`."""
+Land = Callable[[int, memoryview], None]  # puts the i-th page of a load in its place
+Read = Callable[[], memoryview]  # a page as it is
 
-    def __init__(self, store: Store, wake: Callable[[], None], max_bytes: int) -> None:
+
+class Background:
+    """`wake` is called from the thread when `poll` has something; at most `max_saves` pages of `page_bytes` wait."""
+
+    def __init__(self, store: Store, wake: Callable[[], None], page_bytes: int, max_saves: int) -> None:
         self.counters = Counters()
-        self._store, self._wake, self._max_bytes = store, wake, max_bytes
-        self._loads: deque[tuple[Hashable, Sequence[bytes], Sequence[memoryview]]] = deque()
-        self._saves: deque[tuple[bytes, memoryview]] = deque()
-        self._waiting = 0  # bytes of saves, the one under way too
+        self._store, self._wake, self._max_saves = store, wake, max_saves
+        self._buffer = memoryview(bytearray(page_bytes))  # a page between file and cache
+        self._loads: deque[tuple[Hashable, Sequence[bytes], Land]] = deque()
+        self._saves: deque[tuple[bytes, Read]] = deque()
+        self._waiting = 0  # saves, the one under way too
         self._closing = False
         self._changed = threading.Condition()
         self._done: deque[Loaded | Saved] = deque()
         self._thread = threading.Thread(target=self._run, name="store", daemon=True)
         self._thread.start()
 
-    def load(self, key: Hashable, digests: Sequence[bytes], views: Sequence[memoryview]) -> None:
-        """Read these pages of a prefix into the views, which stay the caller's to keep until it is polled."""
+    def load(self, key: Hashable, digests: Sequence[bytes], land: Land) -> None:
+        """Read these pages of a prefix; `land` gets each in turn, on this thread."""
         with self._changed:
-            self._loads.append((key, digests, views))
+            self._loads.append((key, digests, land))
             self._changed.notify()
 
-    def save(self, digest: bytes, data: bytes | memoryview) -> bool:
-        """Write it some time; False, and nothing happens, where too much waits already."""
-        data = memoryview(data).cast("B")
+    def save(self, digest: bytes, read: Read) -> bool:
+        """Write what `read` says on this thread, some time, unless it is there by then; the page stays as it is until
+        this has been polled. False, and nothing happens, where too much waits already."""
         with self._changed:
-            if self._closing or self._waiting + len(data) > self._max_bytes:
+            if self._closing or self._waiting >= self._max_saves:
                 self.counters.dropped += 1
                 return False
-            self._waiting += len(data)
-            self._saves.append((digest, data))
+            self._waiting += 1
+            self._saves.append((digest, read))
             self._changed.notify()
         return True
 
@@ -128,24 +133,25 @@ class Background:
             while not self._loads and self._store.promote():
                 pass
 
-    def _load(self, key: Hashable, digests: Sequence[bytes], views: Sequence[memoryview]) -> Loaded:
+    def _load(self, key: Hashable, digests: Sequence[bytes], land: Land) -> Loaded:
         counters, began, pages = self.counters, time.monotonic(), 0
-        for digest, view in zip(digests, views, strict=True):
-            if not self._store.get(digest, view):
+        for digest in digests:
+            if not self._store.get(digest, self._buffer):
                 break
+            land(pages, self._buffer)
             pages += 1
-            counters.bytes_read += view.nbytes
+            counters.bytes_read += len(self._buffer)
         counters.hits += pages
         counters.misses += len(digests) - pages
         counters.seconds_loading += time.monotonic() - began
         return Loaded(key, pages)
 
-    def _save(self, digest: bytes, data: memoryview) -> Saved:
+    def _save(self, digest: bytes, read: Read) -> Saved:
         counters, began = self.counters, time.monotonic()
-        put = self._store.put(digest, [data])
-        counters.bytes_written += len(data) if put.written else 0
+        put = Put(False) if self._store.has(digest) else self._store.put(digest, [read()])
+        counters.bytes_written += len(self._buffer) if put.written else 0
         counters.evictions += len(put.evicted)
         counters.seconds_saving += time.monotonic() - began
         with self._changed:
-            self._waiting -= len(data)
+            self._waiting -= 1
         return Saved(digest, put)

@@ -88,9 +88,11 @@ class Pool:
         return True
 
     def remove(self) -> None:
-        """At the engine's end, when no worker is left: what would not outlive the machine goes."""
+        """At the engine's end, when no worker is left: what would not outlive the machine goes, to a disk if there is
+        one."""
         for tier in self.tiers:
             if not tier.spec.durable:
+                tier.sink()
                 with suppress(OSError):
                     self._files.remove(tier.directory)
 

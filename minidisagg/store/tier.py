@@ -113,6 +113,18 @@ class Tier:
         self._failing = False
         return written
 
+    def sink(self) -> None:
+        """What is only here goes to the tier below, the oldest first: what is used most is the last to be evicted."""
+        if self._below is None:
+            return
+        try:
+            pages = [entry for entry in self.files.list(self.directory) if _PAGE.fullmatch(entry.name)]
+            for entry in sorted(pages, key=lambda entry: entry.used):
+                if not self._below.touch(entry.name) and (data := self.load(entry.name)):
+                    self._below.add(entry.name, [data])
+        except OSError as error:
+            self._failed(error)
+
     def _make_room(self, tally: Tally, size: int) -> None:
         """Evict, the least recently used first, until `size` more bytes are within the limit.
 
