@@ -60,6 +60,7 @@ class ClusterSettings(Struct, frozen=True, kw_only=True):
     link: str = "auto"
     transfer_granularity: str = "auto"
     kv_store: str = ""  # below the prefix caches of all workers: local:DRAM=2GiB,SSD=/path:20GiB
+    handoff: Literal["direct", "store"] = "direct"  # of a prefill: point to point, or through that store
     kv_codec: str = RAW  # how KV looks on the wire, where a placement does not say
     decode_after: int = 1  # tokens that a prefill worker samples before a decode worker goes on, likewise
     gpu_checksums: bool = False  # of what crosses between GPUs, where all bytes would be read once more at either end

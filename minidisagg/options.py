@@ -37,7 +37,8 @@ LINKS = ("auto", *KINDS)
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 MODEL, CLUSTER, WORKER = ModelSettings(), ClusterSettings(), WorkerSettings()
 OF_CLUSTER = (
-    "policy", "link", "transfer_granularity", "kv_codec", "kv_store", "decode_after", "gpu_checksums", "emulate_link",
+    "policy", "link", "transfer_granularity", "kv_codec", "kv_store", "handoff", "decode_after", "gpu_checksums",
+    "emulate_link",
 )  # fmt: skip
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -116,6 +117,8 @@ engine_options = stack(
         click.option("--kv-store", default=CLUSTER.kv_store, metavar="local:DRAM=2GiB,SSD=/path:20GiB",
                      help="Keep KV pages below the caches too, for all workers of this host, and with SSD beyond its "
                           "end; or mooncake:HOST:PORT."),
+        click.option("--handoff", type=click.Choice(["direct", "store"]), default=CLUSTER.handoff, show_default=True,
+                     help="Of a prefill to its decode worker: point to point, or through --kv-store."),
         click.option("--decode-after", type=positive, default=CLUSTER.decode_after, show_default=True, metavar="TOKENS",
                      help="After so many tokens a decode worker goes on: 1 is after the prompt."),
         click.option("--gpu-checksums", is_flag=True,
@@ -165,6 +168,8 @@ def read_engine(
         **{key: number for key, number in numbers.items() if number is not None},
     )
     parse_granularity(cluster.transfer_granularity, 1)
+    if cluster.handoff == "store" and not cluster.kv_store:
+        raise ValueError("--handoff store goes through --kv-store, and none is given")
     if cluster.kv_store:
         parse_store(cluster.kv_store)
         if flags["no_prefix_caching"]:

@@ -152,7 +152,10 @@ def build(seed: int, granularities: Sequence[Granularity] = (WHOLE,), moving: bo
         policy = Mover
         store = random.Random(f"store {seed}").random() < 0.5
         after = [random.Random(f"{seed} {spec.name}").choice([1, 1, 4]) for spec in specs]
-        specs = [replace(one, decode_after=n, store=store) for one, n in zip(specs, after, strict=True)]
+        specs = [
+            replace(one, decode_after=n, store=store, through_store=store and seed % 3 == 0)
+            for one, n in zip(specs, after, strict=True)
+        ]
     sim = Simulator(specs, policy, World(cost, chaos, router, seed, vocab, depth))
     sim.moved = 0  # type: ignore[attr-defined]
     _load(sim, rng, min(spec.num_pages for spec in specs) * page_size, page_size)

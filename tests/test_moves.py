@@ -24,8 +24,8 @@ from minidisagg.core.inputs import Loaded, Received
 from minidisagg.core.messages import KVDone, KVOffer, Role
 from minidisagg.core.tracked import Stage
 
-OUTPUT = 48
-PROMPTS = prompts(80, seed=3)
+OUTPUT = 32
+PROMPTS = prompts(48, seed=3)
 MOVER = """
 from minidisagg import Policy
 from minidisagg.core.messages import Role

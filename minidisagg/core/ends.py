@@ -5,7 +5,7 @@ from __future__ import annotations
 from minidisagg.core.accounts import Accounts
 from minidisagg.core.copies import Copies
 from minidisagg.core.effects import Effect, Send
-from minidisagg.core.messages import ROUTER, AnyMessage, Failed, Released
+from minidisagg.core.messages import ROUTER, AnyMessage, Failed, KVFailed, Released
 from minidisagg.core.plan import SeqKey
 from minidisagg.core.request import Request, State
 
@@ -16,6 +16,19 @@ class Ends(Accounts):
     outbox: list[Effect]
     copies: Copies
     _dropped: list[SeqKey]
+    _lived: float
+    _shut_since: float
+
+    def _refuse_where_empty(self) -> None:
+        """An empty worker has room for any offer. If the policy takes none, nothing here will ever change its mind."""
+        scheduler = self.scheduler
+        if not scheduler.offers or self.requests or self.plans or self.sender.busy or self.receiver.busy:
+            self._shut_since = self._lived
+        elif self._lived > self._shut_since + self.spec.lease / 2:
+            for offer in scheduler.offers:
+                reason = f"policy {scheduler.policy.name}: accept refuses it though worker {self.spec.name} is empty"
+                self._send(offer.source, KVFailed(*offer.request.key, reason))
+            scheduler.forget_offers(lambda offer: True)
 
     def _give_back(self, request: Request, reason: str, failure: bool) -> None:
         if request.state in (State.DONE_INFLIGHT, State.DONE):

@@ -52,6 +52,7 @@ from minidisagg.core.messages import (
     KVWait,
     LinkAborted,
     Migrate,
+    Parted,
     PeerDown,
     PeerUp,
     Replicate,
@@ -110,7 +111,7 @@ class EngineCore(Ends):
             StepDone: self._on_step_done,
             PieceDone: self._on_piece_done,
             AbortConfirmed: self._on_abort_confirmed,
-            Loaded: self._on_loaded,
+            Loaded: self.tiers.on_loaded,
             Saved: self._on_saved,
             Tick: self._on_tick,
         }
@@ -165,7 +166,7 @@ class EngineCore(Ends):
             self.check_stall()
             return None
         for request in batch.begun:
-            if request.decode:
+            if request.decode and not (self.spec.through_store and request.until >= request.prefill_len):
                 self.sender.offer(request, request.decode, self._lived)
         self.steps += 1
         repeat = self.scheduler.equal_steps(batch, what.most) if what.most > 1 and not self.plans else 1
@@ -235,6 +236,7 @@ class EngineCore(Ends):
         output = StepOutput(done.step_id, out, *figures, done.ends, *self.pool.news(), begun)
         self.scheduler.learner.learn(output)
         self._send(ROUTER, output)
+        self._part()  # after its last token
 
     def _on_piece_done(self, done: PieceDone) -> None:
         (self.outgoing if done.send else self.incoming).on_piece_done(done, self._lived)
@@ -242,11 +244,9 @@ class EngineCore(Ends):
     def _on_abort_confirmed(self, done: AbortConfirmed) -> None:
         (self.outgoing if done.outgoing else self.incoming).on_aborted(done.peer, done.link_epoch)
 
-    def _on_loaded(self, done: Loaded) -> None:
-        self.tiers.on_loaded(done)
-
     def _on_saved(self, done: Saved) -> None:
         self.tiers.on_saved(done)
+        self._part()
 
     def _on_tick(self, tick: Tick) -> None:
         computes = bool(self.plans) and self._lived <= self._step_since + self.spec.step_deadline
@@ -409,6 +409,13 @@ class EngineCore(Ends):
             request.prefill_s += self.now - request.first_scheduled_at
         if request.key in self.sender.transfers:
             self.sender.finish(request, self._lived)
+        elif request.decode:
+            self.tiers.part(request)
+
+    def _part(self) -> None:
+        for request in self.tiers.parted():
+            self._send(ROUTER, Parted(*request.key))
+            self._end(request)
 
     def _grant_offers(self) -> None:
         while (taken := self.scheduler.take_offer()) is not None:
@@ -419,17 +426,6 @@ class EngineCore(Ends):
         request.state = State.WAIT_KV
         self._add(request)
         self.receiver.grant(request, offer.source, offer.message.link_epoch, reserved, self._lived)
-
-    def _refuse_where_empty(self) -> None:
-        """An empty worker has room for any offer. If the policy takes none, nothing here will ever change its mind."""
-        scheduler = self.scheduler
-        if not scheduler.offers or self.requests or self.plans or self.sender.busy or self.receiver.busy:
-            self._shut_since = self._lived
-        elif self._lived > self._shut_since + self.spec.lease / 2:
-            for offer in scheduler.offers:
-                reason = f"policy {scheduler.policy.name}: accept refuses it though worker {self.spec.name} is empty"
-                self._send(offer.source, KVFailed(*offer.request.key, reason))
-            scheduler.forget_offers(lambda offer: True)
 
     def _handoff_ready(self, request: Request, done: KVDone) -> None:
         computed = request.prefill_len + len(done.tokens) - 1 if done.tokens else request.length

@@ -187,8 +187,8 @@ class Sender:
         if transfer.open:  # it grows while it moves: a page more will do, or it leaves earlier
             length = min((request.num_scheduled // size + 2) * size, len(request.prompt) + request.last_index)
         spec = replace(request.spec, cohort=request.cohort, emitted=request.output[: transfer.known])
-        what = spec, self.spec.fingerprint, epoch, transfer.codec, length, prefix
-        self.emit(Send(peer, KVOffer(*transfer.key, *what)))
+        layout = self.spec.fingerprint
+        self.emit(Send(peer, KVOffer(*transfer.key, spec, layout, epoch, transfer.codec, length, prefix)))
 
     def on_grant(self, peer: str, message: KVGrant, now: float) -> None:
         """A grant for a handoff that is over gets its `KVCancel` again."""

@@ -229,6 +229,10 @@ class Stayed(OfRequest, frozen=True):
     reason: str
 
 
+class Parted(OfRequest, frozen=True):
+    """All that was to be computed here is, and its pages are in the store: its decode worker may take it from there."""
+
+
 class Stored(Message, frozen=True):
     """Pages that the host's store has gained, and lost."""
 
@@ -407,8 +411,8 @@ class LinkAborted(Message, frozen=True):
 
 AnyMessage = (
     Submit | Abort | SetRole | SetPolicy | Reconfigure | Migrate | Replicate | PeerUp | PeerDown | Hello | Logprobs |
-    StepOutput | Released | Stayed | Stored | Failed | PieceSpans | Stats | Starting | Fatal | KVOffer | KVGrant |
-    KVWait | KVBusy | KVPiece | KVDone | KVAck | KVCancel | KVFailed | LinkOpen | LinkReady | LinkAborted
+    StepOutput | Released | Stayed | Parted | Stored | Failed | PieceSpans | Stats | Starting | Fatal | KVOffer |
+    KVGrant | KVWait | KVBusy | KVPiece | KVDone | KVAck | KVCancel | KVFailed | LinkOpen | LinkReady | LinkAborted
 )  # fmt: skip
 
 

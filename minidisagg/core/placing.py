@@ -166,6 +166,13 @@ class Placing:
         self._send(request.prefill, Migrate(request_id, before, worker, codec, request.incarnation))
         return True
 
+    def _parted(self, request: Tracked) -> None:
+        """It goes on from what the store has of it."""
+        request.renew()
+        request.prefill = request.decode
+        spec = replace(request.spec, emitted=list(request.emitted), cohort=request.cohort)
+        self._send(request.decode, Submit(request.request_id, request.incarnation, spec))
+
     def _stayed(self, request: Tracked) -> None:
         self._decode_at(request, request.prefill)
         request.stage, request.stage_at = Stage.DECODE, self.view.now

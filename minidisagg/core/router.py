@@ -31,6 +31,7 @@ from minidisagg.core.messages import (
     Fatal,
     Hello,
     Logprobs,
+    Parted,
     PeerDown,
     PeerUp,
     Released,
@@ -149,7 +150,7 @@ class Router(Placing):
             self._on_stats(status, body)
         elif isinstance(body, Stored):
             self.cluster.on_stored(body)
-        elif isinstance(body, Logprobs | Released | Failed | Stayed):
+        elif isinstance(body, Logprobs | Released | Failed | Stayed | Parted):
             request = self.requests.get(body.request_id)
             if request is None or not request.speaks(name, body.incarnation):
                 return
@@ -157,6 +158,9 @@ class Router(Placing):
                 request.logprobs.update(enumerate(body.values, body.first))
             elif isinstance(body, Released):
                 self._resubmit(request, body.reason, body.failure)
+            elif isinstance(body, Parted):
+                if request.stage is Stage.TRANSFER and request.decode in self.view.workers:
+                    self._parted(request)
             elif isinstance(body, Stayed):
                 if body.incarnation == request.before:
                     self._stayed(request)

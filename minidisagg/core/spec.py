@@ -29,6 +29,7 @@ class EngineSpec:
     decode_after: int = 1  # tokens that a request is given here before its decode worker goes on, unless it names them
     prefix_caching: bool = True
     store: bool = False  # there is one below the prefix cache
+    through_store: bool = False  # handoffs go through it, and not point to point
     lease: float = 30.0  # seconds that a side of a handoff waits for the other
     link_timeout: float = 10.0  # seconds for one piece on a link
     step_deadline: float = 120.0  # seconds for one step: until then a worker that computes is alive

@@ -40,6 +40,7 @@ class Tiers:
         self.spec, self.pool = spec, pool
         self.loading: dict[SeqKey, Loading] = {}
         self.saving: dict[bytes, int] = {}  # pages that are held for it
+        self._parting: list[Request] = []  # that leave through the store
         self._emit, self._begin = emit, begin
 
     @property
@@ -96,3 +97,14 @@ class Tiers:
         """Or not: a store that has no room takes nothing, and what it had may have left it."""
         self.pool.drop([self.saving.pop(done.digest)])
         self._emit(Send(ROUTER, Stored([done.digest] if done.kept else [], done.evicted)))
+
+    def part(self, request: Request) -> None:
+        """It leaves through the store, once all its pages are there."""
+        self._parting.append(request)
+
+    def parted(self) -> list[Request]:
+        """Those of which all pages are there, since the last time."""
+        held = [request for request in self._parting if request.state is State.HELD]
+        gone = [request for request in held if not any(digest in self.saving for digest in request.hashes)]
+        self._parting = [request for request in held if request not in gone]
+        return gone

@@ -132,10 +132,10 @@ class Tracked(OfSpec):
         gap = moved or (self.computing and self.incarnation > 0)
         if not self.emitted:
             self.first_at, self.prefill_s, self.cached_tokens = now, out.prefill_s, out.cached_tokens
-        elif moved and out.step_s > 0:
+        elif moved and (step := out.step_s or out.prefill_s) > 0:  # from the store, the last page is computed anew
             wait = min(out.wait_s, now - self.last_at)
             self.wait_s += wait
-            self.transfer_s += max(0.0, now - self.last_at - wait - out.step_s)
+            self.transfer_s += max(0.0, now - self.last_at - wait - step)
         if self.stage is not Stage.DECODE and (source == self.decode or not self.decode):
             self.stage, self.stage_at, self.before = Stage.DECODE, now, -1
             if self.decode and self.workers[-1] != self.decode:

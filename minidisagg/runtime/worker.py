@@ -31,7 +31,6 @@ from minidisagg.config import WorkerConfig
 from minidisagg.core.checked import PolicyError
 from minidisagg.core.effects import AbortLink, LoadPages, OpenLink, Send, StartPiece, drain
 from minidisagg.core.engine import EngineCore
-from minidisagg.core.granularity import parse_granularity
 from minidisagg.core.inputlog import RecordingCore
 from minidisagg.core.inputs import (
     AbortConfirmed,
@@ -60,7 +59,6 @@ from minidisagg.core.messages import (
     Starting,
 )
 from minidisagg.core.plan import StepPlan
-from minidisagg.core.spec import EngineSpec
 from minidisagg.model.config import ModelConfig
 from minidisagg.model.loader import load_config
 from minidisagg.policies import make_policy
@@ -71,10 +69,10 @@ from minidisagg.runtime.device import Step, StepResult
 from minidisagg.runtime.linkset import LinkHooks, LinkSet, link_kind
 from minidisagg.runtime.load import max_model_len, most_seqs
 from minidisagg.runtime.runner import Runner
+from minidisagg.runtime.specs import engine_spec
 from minidisagg.runtime.storage import Storage, store_of
 from minidisagg.transfer.codec import codecs_for
 from minidisagg.transfer.emulate import make_nic
-from minidisagg.transfer.kinds import ONE_SIDED, efficient_bytes
 from minidisagg.transfer.links import LinkHost
 
 TICK = 0.25  # seconds between ticks and Stats
@@ -170,28 +168,8 @@ class Worker:
 
     def _make_core(self) -> None:
         """The core of this epoch, and the log of its inputs."""
-        config, cache, model, kind = self.config, self.runner.device.cache, self.runner.device.model, self.link_kind
-        spec = EngineSpec(
-            name=config.name,
-            epoch=config.epoch,
-            role=config.role,
-            num_pages=cache.num_pages,
-            page_size=cache.page_size,
-            num_layers=model.config.num_layers,
-            fingerprint=cache.fingerprint(model.config),
-            policy=config.cluster.policy,
-            one_sided_links=kind in ONE_SIDED,
-            granularity=parse_granularity(config.cluster.transfer_granularity, efficient_bytes(kind, self.nic)),
-            layer_bytes=cache.bytes_per_page // model.config.num_layers,
-            codec=config.cluster.kv_codec,
-            decode_after=config.cluster.decode_after,
-            store=bool(config.cluster.kv_store),
-            prefix_caching=config.model.prefix_caching,
-            lease=config.run.lease,
-            link_timeout=config.run.link_timeout,
-            step_deadline=config.run.step_deadline,
-            options=config.settings.options(),
-        )
+        config, kind = self.config, self.link_kind
+        spec = engine_spec(config, self.runner.device, kind, self.nic)
         load_policy = partial(make_policy, who=config.name, log_dir=config.run.decision_dir)
         if self.record is not None:
             self.record.close()
@@ -203,7 +181,7 @@ class Worker:
         else:
             self.core = EngineCore(spec, load_policy)
         ahead = config.run.step_ahead
-        self.depth = ahead if ahead >= 0 else int(model.device.type == "cuda")
+        self.depth = ahead if ahead >= 0 else int(self.runner.device.model.device.type == "cuda")
 
     def _make_links(self) -> None:
         config, cache = self.config, self.runner.device.cache

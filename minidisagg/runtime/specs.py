@@ -1,0 +1,37 @@
+"""What a worker's core is built from, by its settings and its device."""
+
+from __future__ import annotations
+
+from minidisagg.config import WorkerConfig
+from minidisagg.core.granularity import parse_granularity
+from minidisagg.core.spec import EngineSpec
+from minidisagg.runtime.device import Device
+from minidisagg.transfer.emulate import Nic
+from minidisagg.transfer.kinds import ONE_SIDED, efficient_bytes
+
+
+def engine_spec(config: WorkerConfig, device: Device, kind: str, nic: Nic | None) -> EngineSpec:
+    """`kind`: of its links; `nic`: what emulates their interconnect."""
+    cache, model = device.cache, device.model
+    return EngineSpec(
+        name=config.name,
+        epoch=config.epoch,
+        role=config.role,
+        num_pages=cache.num_pages,
+        page_size=cache.page_size,
+        num_layers=model.config.num_layers,
+        fingerprint=cache.fingerprint(model.config),
+        policy=config.cluster.policy,
+        one_sided_links=kind in ONE_SIDED,
+        granularity=parse_granularity(config.cluster.transfer_granularity, efficient_bytes(kind, nic)),
+        layer_bytes=cache.bytes_per_page // model.config.num_layers,
+        codec=config.cluster.kv_codec,
+        decode_after=config.cluster.decode_after,
+        store=bool(config.cluster.kv_store),
+        through_store=config.cluster.handoff == "store",
+        prefix_caching=config.model.prefix_caching,
+        lease=config.run.lease,
+        link_timeout=config.run.link_timeout,
+        step_deadline=config.run.step_deadline,
+        options=config.settings.options(),
+    )
