@@ -211,7 +211,10 @@ class Router(Placing):
             else:
                 self.move(change)
         for status in self.view.workers.values():
-            if status.flipping is not None and not self.uses(status.name):
+            if status.flipping is None:
+                continue
+            self._clear(status.name)  # again and again: what was on its way there is there now
+            if not self.uses(status.name):
                 self._send(status.name, SetRole(status.flipping, self.spec.options.get(status.flipping)))
         self.place_parked(now)
 
@@ -224,8 +227,6 @@ class Router(Placing):
         status = self.view.workers.get(change.worker)
         if status is not None:
             status.changed(flipping=change.role if change.role != status.role else None)
-            if status.flipping is not None:
-                self._clear(change.worker)
 
     def stands_still(self, name: str, seconds: float) -> bool:
         """The live worker's step takes longer than this."""
