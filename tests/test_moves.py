@@ -62,16 +62,15 @@ def shape(link: str, granularity: str = "auto", pages: int = 400) -> ClusterSett
     return msgspec.structs.replace(made, decode_workers=2)
 
 
-async def tokens_of(made: ClusterSettings, run: RunSettings, twice: bool = False) -> list[list[int]]:
-    """Of all prompts, and once more with each answer as a prompt that goes on, as the next turn of a conversation."""
+async def tokens_of(made: ClusterSettings, run: RunSettings, count: int = len(PROMPTS)) -> list[list[int]]:
+    """Of so many prompts, and then of each answer as a prompt that goes on, as the next turn of a conversation."""
     async with cluster(made, run) as frontend:
         load = Load(frontend)
-        first = load.submit_all(PROMPTS, greedy(OUTPUT))
+        first = load.submit_all(PROMPTS[:count], greedy(OUTPUT))
         await load.finished()
-        if twice:
-            await asyncio.sleep(0.3)  # what goes back is under way
-            load.submit_all([[*one.prompt, *one.tokens, 7, 8, 9] for one in first], greedy(OUTPUT))
-            await load.finished()
+        await asyncio.sleep(0.3)  # what goes back is under way
+        load.submit_all([[*one.prompt, *one.tokens, 7, 8, 9] for one in first], greedy(OUTPUT))
+        await load.finished()
         await assert_clean(frontend)
     assert {one.finish for one in load.results} == {"length"}, [one.error for one in load.results if one.error][:3]
     return [one.tokens for one in load.results]
@@ -80,7 +79,7 @@ async def tokens_of(made: ClusterSettings, run: RunSettings, twice: bool = False
 @pytest.fixture(scope="module")
 def expected() -> list[list[int]]:
     """One colocated worker's."""
-    return asyncio.run(tokens_of(settings("colocated", pages=400), RunSettings(), twice=True))
+    return asyncio.run(tokens_of(settings("colocated", pages=400), RunSettings()))
 
 
 @pytest.fixture(autouse=True)
@@ -120,7 +119,7 @@ def test_whatever_moves_changes_no_token(
     link: str, granularity: str, expected: list[list[int]], tmp_path: Path
 ) -> None:
     run = RunSettings(record_dir=str(tmp_path), step_ahead=int(link == "unix"))
-    assert asyncio.run(tokens_of(shape(link, granularity), run, twice=True)) == expected
+    assert asyncio.run(tokens_of(shape(link, granularity), run)) == expected
     found = handoffs(tmp_path)
     assert min(found[kind] for kind in ("part", "prompt", "decoding")) >= 5, found
     assert min(found[kind] for kind in ("migrated", "copy+", "copy-")) >= 2, found
@@ -192,42 +191,59 @@ def loads(logs: Path) -> list[int]:
     return found
 
 
+FEW = 20  # prompts of those tests
+
+
+@pytest.fixture
+def disk() -> Iterator[Path]:
+    """A directory where a sync costs nothing, as on no disk."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as path:
+        yield Path(path)
+
+
+TIERS = ["DRAM=64M", "SSD={}:64M", "DRAM=1M,SSD={}:64M"]
+STORES = [("colocated", TIERS[1]), ("disagg", TIERS[2])]
+OTHERS = [(mode, tiers) for mode in ("colocated", "disagg") for tiers in TIERS if (mode, tiers) not in STORES]
+
+
+def few(expected: list[list[int]]) -> list[list[int]]:
+    """Of both turns."""
+    return expected[:FEW] + expected[len(PROMPTS) : len(PROMPTS) + FEW]
+
+
 @needs_two_cores
-@pytest.mark.parametrize("tiers", ["DRAM=64M", "SSD={}:64M", "DRAM=2M,SSD={}:64M"])
-@pytest.mark.parametrize("mode", ["colocated", "disagg"])
+@pytest.mark.parametrize(("mode", "tiers"), [*STORES, *(pytest.param(*p, marks=pytest.mark.slow) for p in OTHERS)])
 def test_hits_in_the_store_change_no_token(
-    tiers: str, mode: Literal["colocated", "disagg"], expected: list[list[int]], tmp_path: Path
+    mode: Literal["colocated", "disagg"], tiers: str, expected: list[list[int]], tmp_path: Path, disk: Path
 ) -> None:
-    made = stored(settings(mode, "shm", 150), "local:" + tiers.format(tmp_path / "ssd"))
+    made = stored(settings(mode, "shm", 80), "local:" + tiers.format(disk))
     for start in range(1 + ("SSD" in tiers)):
         logs = tmp_path / f"logs-{start}"
         logs.mkdir()
-        assert asyncio.run(tokens_of(made, RunSettings(record_dir=str(logs)), twice=True)) == expected
+        assert asyncio.run(tokens_of(made, RunSettings(record_dir=str(logs)), FEW)) == few(expected)
         found = loads(logs)
         if start:  # of the first prompts, too, all pages are there
-            assert sum(pages > 0 for pages in found) >= 0.7 * len(found) and len(found) >= len(PROMPTS), found
+            assert sum(pages > 0 for pages in found) >= 0.7 * len(found) and len(found) >= FEW // 2, found
         else:
-            assert sum(pages > 0 for pages in found) >= 10, found
+            assert sum(pages > 0 for pages in found) >= 3, found
 
 
 @needs_two_cores
 def test_handoffs_through_the_store_change_no_token(expected: list[list[int]], tmp_path: Path) -> None:
-    made = stored(settings("disagg", "shm", 150), f"local:DRAM=8M,SSD={tmp_path / 'ssd'}:64M")
-    logs = tmp_path / "logs"
-    logs.mkdir()
-    run = RunSettings(record_dir=str(logs))
-    assert asyncio.run(tokens_of(msgspec.structs.replace(made, handoff="store"), run, twice=True)) == expected
-    assert not handoffs(logs) and len(loads(logs)) > 1.5 * len(PROMPTS)
+    made = stored(settings("disagg", "shm", 150), "local:DRAM=8M")
+    run = RunSettings(record_dir=str(tmp_path))
+    assert asyncio.run(tokens_of(msgspec.structs.replace(made, handoff="store"), run, FEW)) == few(expected)
+    assert not handoffs(tmp_path) and len(loads(tmp_path)) > 1.5 * FEW
 
 
 @needs_two_cores
-def test_pages_through_a_lossy_codec_answer_for_nothing_in_the_store(tmp_path: Path) -> None:
+def test_pages_through_a_lossy_codec_answer_for_nothing_in_the_store(disk: Path) -> None:
     """What a decode worker has of a lossy handoff is in the store, under names that no prompt asks for."""
     plain = settings("disagg", "shm", 150, dtype="float32")
-    store = f"local:SSD={tmp_path / 'ssd'}:64M"
+    store = f"local:SSD={disk}:64M"  # which outlives the first engine
 
     def run(made: ClusterSettings) -> list[list[int]]:
-        return asyncio.run(tokens_of(made, RunSettings(), twice=True))
+        return asyncio.run(tokens_of(made, RunSettings(), FEW))
 
     exact = run(plain)
     lossy = run(stored(msgspec.structs.replace(plain, kv_codec="int8"), store))
