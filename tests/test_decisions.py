@@ -129,7 +129,8 @@ def again(line: Line, policy: Policy) -> Any:
         answer = getattr(policy, hook)(SimpleNamespace(**line["request"]), cluster_of(line))
         if answer is None:
             return {"verdict": "accept"}
-        told = {key: value for key, value in msgspec.to_builtins(answer).items() if (key, value) != ("codec", None)}
+        always = "prefill", "decode", "retry_after", "reason"
+        told = {key: value for key, value in msgspec.to_builtins(answer).items() if value or key in always}
         return ({"verdict": "reject"} if isinstance(answer, Reject) else {}) | told
     worker = worker_of(line)
     if hook == "accept":

@@ -87,7 +87,7 @@ def test_the_engine_is_measured_and_simulated(tmp_path: Path) -> None:
     done = CliRunner().invoke(cli, args, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     said = " ".join(done.output.split())
-    assert "decode 1 sequences" in said and "chunk after 128 tokens" in said and f"--cluster both=1@{path}" in said
+    assert "decode 1 sequences" in said and "chunk after 256 tokens" in said and f"--cluster both=1@{path}" in said
     profile = load_profile(str(path), "dummy:tiny", "float32")
     assert profile.num_layers == 2 and len(profile.residuals) > 50 and profile.constant >= 0.0
     assert replace(profile, residuals=[]).pages(128) * 128 * profile.kv_bytes_per_token == 512 << 20
