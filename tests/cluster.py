@@ -20,10 +20,12 @@ from minidisagg.core.router import RouterSpec
 from minidisagg.core.tracked import Emit, StageTimes, Tracked
 from minidisagg.runtime import forkserver
 from minidisagg.runtime.frontend import Frontend
+from minidisagg.store.lifetime import store_of
 
 PAGE = 8
 MODEL = ModelSettings(model="dummy:tiny,std=0.15", block_size=PAGE)
 PAGE_BYTES = {"float64": 8192, "float32": 4096}  # 8 tokens of 2 layers, K and V, 2 heads of 16
+STORES_OF_TESTS = "minidisagg-store-test-"  # directories in shared memory, which tests beside this one may have, too
 DEADLINE = 120.0  # seconds for any load in these tests
 
 needs_two_cores = pytest.mark.skipif(
@@ -206,6 +208,11 @@ def gone(pid: int) -> bool:
         return True
 
 
+def in_shared_memory() -> set[str]:
+    """What is there and no store's: whose name says which engine's it is."""
+    return {name for name in os.listdir("/dev/shm") if not name.startswith("minidisagg-store-")}
+
+
 @asynccontextmanager
 async def cluster(
     shape: ClusterSettings,
@@ -214,7 +221,7 @@ async def cluster(
     model: ModelSettings = MODEL,
 ) -> AsyncIterator[Frontend]:  # fmt: skip
     """A started front end; at the end no child, no shared memory, no socket and no directory of it may be left."""
-    before, shared = descendants(os.getpid()), set(os.listdir("/dev/shm"))
+    before, shared = descendants(os.getpid()), in_shared_memory()
     frontend = await Frontend.start(model, shape, run or RunSettings(), router)
     try:
         yield frontend
@@ -223,4 +230,7 @@ async def cluster(
     kept = {server._process.pid for server in forkserver._servers.values()}  # tests/conftest.py
     assert descendants(os.getpid()) <= before | kept
     assert not frontend.run_dir.exists()
-    assert set(os.listdir("/dev/shm")) <= shared
+    assert in_shared_memory() <= shared
+    if shape.kv_store:
+        tiers = store_of(shape.kv_store, str(frontend.run_dir)).tiers()
+        assert not any(os.path.exists(tier.directory) for tier in tiers if not tier.durable)  # noqa: ASYNC240

@@ -16,7 +16,7 @@ from typing import Literal
 import msgspec
 import pytest
 import simfuzz
-from cluster import Load, assert_clean, cluster, greedy, needs_two_cores, prompts, settings
+from cluster import STORES_OF_TESTS, Load, assert_clean, cluster, greedy, needs_two_cores, prompts, settings
 
 from minidisagg.config import ClusterSettings, RunSettings
 from minidisagg.core.inputlog import read_entries
@@ -197,7 +197,7 @@ FEW = 20  # prompts of those tests
 @pytest.fixture
 def disk() -> Iterator[Path]:
     """A directory where a sync costs nothing, as on no disk."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as path:
+    with tempfile.TemporaryDirectory(prefix=STORES_OF_TESTS, dir="/dev/shm") as path:
         yield Path(path)
 
 

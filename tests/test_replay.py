@@ -345,7 +345,7 @@ def test_real_runs_under_five_policies_replay_to_the_same_plans(tmp_path: Path, 
                 told = RunSettings(record_dir=str(tmp_path / str(number)))
                 await frontend.reconfigure(replace(base, policy=policy), told)
                 load = Load(frontend)
-                load.submit_all(prompts(14, seed=number, longest=120), greedy(36))
+                load.submit_all(prompts(20, seed=number, longest=120), greedy(36))
                 assert {result.finish for result in await load.finished()} == {"length"}
                 await assert_clean(frontend)
                 stats = frontend.stats  # fresh, since it is clean

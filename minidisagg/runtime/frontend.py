@@ -50,8 +50,6 @@ from minidisagg.runtime.channel import Channel, ChannelError, listen
 from minidisagg.runtime.launch import Supervisor
 from minidisagg.runtime.operations import Operations
 from minidisagg.runtime.rundir import make_run_dir
-from minidisagg.runtime.storage import store_of
-from minidisagg.store.pool import Pool
 
 TICK = 0.25
 STATS_TIMEOUT = 5.0  # seconds; a worker reports four times a second
@@ -167,8 +165,6 @@ class Frontend(Operations):
         await self.supervisor.stop()
         if self._server is not None:
             self._server.close()
-        if self.cluster.kv_store and not (store := store_of(self.cluster.kv_store, str(self.run_dir))).mooncake:
-            Pool(store.tiers(), "").remove()
         shutil.rmtree(self.run_dir, True)  # a few small files; at the interpreter's exit there are no threads to ask
         os.close(self._owner)
         self._close_log()

@@ -22,6 +22,7 @@ from minidisagg.core.plan import SeqKey
 from minidisagg.model.loader import load_config
 from minidisagg.runtime.blackbox import read_notes
 from minidisagg.runtime.forkserver import Child, ForkServer, fork_server
+from minidisagg.store.lifetime import end_store
 
 # Weights on huge pages: a decode step streams all of them. What a step frees stays in the process, since the next step
 # would fault it in again, zeroed: together 1.5 times the throughput of 16 sequences on two cores. One arena, since a
@@ -132,6 +133,8 @@ class Supervisor:
                         process.kill()
                 await asyncio.wait(waiting)
         self._release()
+        for config in list(self._configs.values())[:1]:  # one store is all workers'
+            end_store(config.cluster.kv_store, config.run_dir)
 
     async def _start(self, name: str) -> None:
         config = msgspec.structs.replace(self._configs[name], epoch=self._configs[name].epoch + 1)

@@ -8,7 +8,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from msgspec.structs import replace
 from torch import Tensor
 
 from minidisagg.core.effects import LoadPages, SavePage
@@ -17,14 +16,9 @@ from minidisagg.store.background import Background, Store
 from minidisagg.store.background import Loaded as Filled
 from minidisagg.store.mooncake import MooncakeStore
 from minidisagg.store.pool import Pool
-from minidisagg.store.spec import StoreSpec, parse_store
+from minidisagg.store.spec import StoreSpec
 
 MAX_SAVES = 64  # pages that wait to be written, and are held in the cache meanwhile
-
-
-def store_of(text: str, run_dir: str) -> StoreSpec:
-    """As `--kv-store` says, with memory of this engine's own. Raises `ValueError`."""
-    return replace(parse_store(text), engine=run_dir)
 
 
 class Storage:

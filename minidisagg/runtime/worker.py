@@ -70,7 +70,8 @@ from minidisagg.runtime.linkset import LinkHooks, LinkSet, link_kind
 from minidisagg.runtime.load import max_model_len, most_seqs
 from minidisagg.runtime.runner import Runner
 from minidisagg.runtime.specs import engine_spec
-from minidisagg.runtime.storage import Storage, store_of
+from minidisagg.runtime.storage import Storage
+from minidisagg.store.lifetime import store_of
 from minidisagg.transfer.codec import codecs_for
 from minidisagg.transfer.emulate import make_nic
 from minidisagg.transfer.links import LinkHost
