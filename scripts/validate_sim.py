@@ -9,7 +9,7 @@ quantile beside what two runs of the engine differ by: no simulator can be close
 3. Loads are drawn from the seed: lengths, rate, policy. Each is run twice on the engine, colocated and disaggregated,
    and simulated with nothing else fitted.
 
-An idle machine with two cores or more; about 3 minutes a case.
+An idle machine with two cores or more; 3 to 12 minutes a case, by how fast it is.
 """
 
 from __future__ import annotations
