@@ -14,6 +14,7 @@ from minidisagg.core.messages import (
     PeerDown,
     PeerUp,
     Replicate,
+    RequestSpec,
     Role,
     SetPolicy,
     SetRole,
@@ -34,6 +35,12 @@ class Kill(Struct, frozen=True):
 
 
 RouterEffect = Send | Emit | Kill
+
+
+def _spec_now(request: Tracked) -> RequestSpec:
+    """What is known of it: its hints as they are now, where nothing is encoded on the way too."""
+    hints = dict(request.spec.hints)
+    return replace(request.spec, emitted=list(request.emitted), cohort=request.cohort, hints=hints)
 
 
 class Placing:
@@ -86,15 +93,13 @@ class Placing:
         self.cluster.charge(request)
         self._bind(request, placement.decode or "")
         request.workers.append(placement.prefill)
-        hints = dict(request.spec.hints)  # as they are now, where nothing is encoded on the way too
-        spec = replace(request.spec, emitted=list(request.emitted), cohort=request.cohort, hints=hints)
+        spec = _spec_now(request)
         decode = "" if placement.decode == placement.prefill else placement.decode or ""
         hold, until = placement.decode is None, placement.split_at or 0
         request.home = placement.prefill if placement.returns else ""
-        key, after = (request.request_id, request.incarnation), placement.fetch_from or ""
-        if after == placement.prefill:
-            after = ""
-        if after:
+        key, after = (request.request_id, request.incarnation), ""
+        if placement.fetch_from not in (None, placement.prefill):
+            after = placement.fetch_from or ""
             self._send(after, Replicate(fetched(key[0]), key[1], spec, placement.prefill))
         self._send(placement.prefill, Submit(*key, spec, decode, hold, placement.codec or "", until, after))
 
@@ -153,7 +158,7 @@ class Placing:
             copy = f"{request.request_id}*{self._copies}"
             self._send(change.source, Replicate(copy, 0, request.spec, change.worker))
 
-    def migrate(self, request_id: str, worker: str, now: float, codec: str = "") -> bool:
+    def migrate(self, request_id: str, worker: str, now: float) -> bool:
         """A request that decodes goes on at the live `worker`; False where it does not decode, or does so there."""
         self._set(now)
         request = self.requests.get(request_id)
@@ -163,15 +168,14 @@ class Placing:
         self._decode_at(request, worker)
         request.stage, request.stage_at = Stage.TRANSFER, self.view.now
         request.before = before = request.renew()
-        self._send(request.prefill, Migrate(request_id, before, worker, codec, request.incarnation))
+        self._send(request.prefill, Migrate(request_id, before, worker, anew=request.incarnation))
         return True
 
     def _parted(self, request: Tracked) -> None:
         """It goes on from what the store has of it."""
         request.renew()
         request.prefill = request.decode
-        spec = replace(request.spec, emitted=list(request.emitted), cohort=request.cohort)
-        self._send(request.decode, Submit(request.request_id, request.incarnation, spec))
+        self._send(request.decode, Submit(request.request_id, request.incarnation, _spec_now(request)))
 
     def _stayed(self, request: Tracked) -> None:
         self._decode_at(request, request.prefill)
@@ -189,9 +193,8 @@ class Placing:
     def _return(self, request: Tracked) -> None:
         """What its decode worker has computed goes back to where the next turn of its conversation begins."""
         if request.decode in self.view.workers and request.home in self.view.workers:
-            whole = replace(request.spec, emitted=list(request.emitted))
             copy = returned(request.request_id), request.incarnation
-            self._send(request.decode, Replicate(*copy, whole, request.home))
+            self._send(request.decode, Replicate(*copy, _spec_now(request), request.home))
 
     def _send(
         self, dest: str, body: PeerUp | PeerDown | Submit | Abort | Migrate | Replicate | SetRole | SetPolicy
