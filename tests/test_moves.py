@@ -17,12 +17,16 @@ import msgspec
 import pytest
 import simfuzz
 from cluster import STORES_OF_TESTS, Load, assert_clean, cluster, greedy, needs_two_cores, prompts, settings
+from stepwise import spec
 
 from minidisagg.config import ClusterSettings, RunSettings
+from minidisagg.core.blocks import PageState
 from minidisagg.core.inputlog import read_entries
 from minidisagg.core.inputs import Loaded, Received
 from minidisagg.core.messages import KVDone, KVOffer, Role
+from minidisagg.core.policy import ClusterView, Placement, Policy, RequestView
 from minidisagg.core.tracked import Stage
+from minidisagg.sim.simulator import Simulator
 
 OUTPUT = 32
 PROMPTS = prompts(48, seed=3)
@@ -249,3 +253,38 @@ def test_pages_through_a_lossy_codec_answer_for_nothing_in_the_store(disk: Path)
     lossy = run(stored(msgspec.structs.replace(plain, kv_codec="int8"), store))
     assert lossy != exact  # or this tells nothing
     assert run(stored(plain, store)) == exact
+
+
+# ---------------------------------------------------------------- nobody waits for a lease
+
+LONG = list(range(100, 148))
+
+
+class Fetching(Policy):
+    """The second request begins elsewhere, with what the first has left."""
+
+    def place(self, request: RequestView, cluster: ClusterView) -> Placement:
+        return Placement("w0", "w0") if request.request_id == "a" else Placement("w1", "w1", fetch_from="w0")
+
+
+def seconds(sim: Simulator) -> tuple[float, float]:
+    """From the second request's arrival to its first and its second token."""
+    for name, at in ("a", 0.0), ("b", 2.0):
+        sim.submit(name, LONG, greedy(4), at)
+    sim.run()
+    assert not simfuzz.verdict(sim)
+    first, second = sim.outcomes["b"].token_times[:2]
+    return first - 2.0, second - 2.0
+
+
+def test_a_request_begins_when_the_prefix_that_it_waits_for_has_come() -> None:
+    sim = Simulator([spec("w0", Role.BOTH), spec("w1", Role.BOTH)], Fetching)
+    first, _ = seconds(sim)
+    assert sim.outcomes["b"].cached_tokens > 0 and first < 0.3
+
+
+def test_a_request_whose_pages_are_all_in_the_store_leaves_with_its_last_token() -> None:
+    store = {"store": True, "through_store": True}
+    sim = Simulator([spec("w0", Role.PREFILL, **store), spec("w1", Role.DECODE, **store)], Policy)
+    _, second = seconds(sim)
+    assert second < 0.3 and sim.workers["w1"].core.pool.counts[PageState.CACHED] > 0
