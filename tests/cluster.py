@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import os
 import random
+import re
+import shutil
 import signal
+import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -68,6 +73,16 @@ def prompts(count: int, seed: int = 0, shortest: int = 8, longest: int = 512) ->
         prompt = random_prompt(rng, round(shortest * (longest / shortest) ** rng.random()))
         made.append((shared[index % 3] + prompt)[:longest] if index % 5 == 0 else prompt)
     return made
+
+
+@cache
+def policy_file(source: str) -> str:
+    """`FILE.py:CLASS` of the one policy in this text; workers load it from there too."""
+    path = Path(tempfile.mkdtemp(prefix="policy-")) / "policy.py"
+    atexit.register(shutil.rmtree, path.parent)
+    path.write_text(source)
+    (name,) = re.findall(r"^class (\w+)", source, re.MULTILINE)
+    return f"{path}:{name}"
 
 
 @dataclass

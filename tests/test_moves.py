@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
 import random
-import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 import pytest
 import simfuzz
-from cluster import STORES_OF_TESTS, Load, assert_clean, cluster, greedy, needs_two_cores, prompts, settings
+from cluster import (
+    STORES_OF_TESTS,
+    Load,
+    assert_clean,
+    cluster,
+    greedy,
+    needs_two_cores,
+    policy_file,
+    prompts,
+    settings,
+)
 from stepwise import spec
 
 from minidisagg.config import ClusterSettings, RunSettings
@@ -51,18 +58,9 @@ class Mover(Policy):
 """
 
 
-@cache
-def mover() -> str:
-    """The policy's file, which workers load too."""
-    path = Path(tempfile.mkdtemp(prefix="mover-")) / "mover.py"
-    atexit.register(shutil.rmtree, path.parent)
-    path.write_text(MOVER)
-    return f"{path}:Mover"
-
-
 def shape(link: str, granularity: str = "auto", pages: int = 400) -> ClusterSettings:
     """A prefill worker and two that decode."""
-    made = settings("disagg", link, pages, policy=mover(), granularity=granularity, chunk=16)
+    made = settings("disagg", link, pages, policy=policy_file(MOVER), granularity=granularity, chunk=16)
     return msgspec.structs.replace(made, decode_workers=2)
 
 

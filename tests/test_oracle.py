@@ -6,12 +6,9 @@ In float64 rounding does not depend on the batch's shape in practice, so tokens 
 from __future__ import annotations
 
 import asyncio
-import atexit
 import math
 import random
-import shutil
 import signal
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,6 +27,7 @@ from cluster import (
     cluster,
     greedy,
     needs_two_cores,
+    policy_file,
     prompts,
     run_to_end,
     send_signal,
@@ -78,22 +76,13 @@ class Thirds(Policy):
 """
 
 
-@cache
-def thirds() -> str:
-    """The policy of all these runs; workers load it from its file."""
-    path = Path(tempfile.mkdtemp(prefix="thirds-")) / "thirds.py"
-    atexit.register(shutil.rmtree, path.parent)
-    path.write_text(THIRDS)
-    return f"{path}:Thirds"
-
-
 # What leaves at once over each link in the suite, and with --full over each.
 GRANULARITY = {"gloo": "layers:1", "shm": "layers:1", "unix": "chunk", "tcp": "request", "": "auto"}
 
 
 async def measure(link: str, granularity: str, logs: Path, ahead: int) -> Run:
     shape = settings(
-        "disagg" if link else "colocated", link or "auto", POOL, policy=thirds(), granularity=granularity
+        "disagg" if link else "colocated", link or "auto", POOL, policy=policy_file(THIRDS), granularity=granularity
     )
     async with cluster(shape, RunSettings(record_dir=str(logs), step_ahead=ahead)) as frontend:
         tokens = await run_to_end(frontend, PROMPTS, greedy(OUTPUT))
@@ -352,7 +341,7 @@ def test_kills_in_mid_transfer_change_no_token(colocated: Run) -> None:
 )
 def test_a_kill_at_a_random_moment_changes_no_token(link: str, colocated: Run) -> None:
     async def run(victim: str, after: float) -> list[list[int]]:
-        shape = settings("disagg" if link else "colocated", link or "auto", POOL, policy=thirds())
+        shape = settings("disagg" if link else "colocated", link or "auto", POOL, policy=policy_file(THIRDS))
         async with cluster(shape) as frontend:
             load = Load(frontend)
             load.submit_all(PROMPTS, greedy(OUTPUT))
