@@ -224,8 +224,19 @@ def gone(pid: int) -> bool:
 
 
 def in_shared_memory() -> set[str]:
-    """What is there and no store's: whose name says which engine's it is."""
-    return {name for name in os.listdir("/dev/shm") if not name.startswith("minidisagg-store-")}
+    """What an engine could have left there: no store, whose name says which engine's it is, and no semaphore.
+
+    Tests that run beside this one make both: pools of processes have semaphores.
+    """
+    return {name for name in os.listdir("/dev/shm") if not name.startswith(("minidisagg-store-", "sem."))}
+
+
+def assert_left_no_shared_memory(before: set[str], within: float = 5.0) -> None:
+    """What is new since `before` goes away: what a test beside this one has made does, what was forgotten does not."""
+    deadline = time.monotonic() + within
+    while left := in_shared_memory() - before:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
 
 
 @asynccontextmanager
@@ -245,7 +256,7 @@ async def cluster(
     kept = {server._process.pid for server in forkserver._servers.values()}  # tests/conftest.py
     assert descendants(os.getpid()) <= before | kept
     assert not frontend.run_dir.exists()
-    assert in_shared_memory() <= shared
+    assert_left_no_shared_memory(shared)
     if shape.kv_store:
         tiers = store_of(shape.kv_store, str(frontend.run_dir)).tiers()
         assert not any(os.path.exists(tier.directory) for tier in tiers if not tier.durable)  # noqa: ASYNC240

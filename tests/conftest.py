@@ -73,9 +73,10 @@ def charged(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 @pytest.fixture
 def make_pair(tmp_path: Path) -> Iterator[Callable[..., Pair]]:
     """Makes pairs; afterwards nothing may be left in the run directory and in shared memory."""
+    from cluster import assert_left_no_shared_memory, in_shared_memory
     from linkpair import Pair
 
-    before, pairs = set(os.listdir("/dev/shm")), list[Pair]()
+    before, pairs = in_shared_memory(), list[Pair]()
     run_dir = tmp_path / "run"
     run_dir.mkdir(mode=0o700)
 
@@ -87,5 +88,4 @@ def make_pair(tmp_path: Path) -> Iterator[Callable[..., Pair]]:
     for pair in pairs:
         pair.close()
     assert os.listdir(run_dir) == []
-    mine = {name for name in set(os.listdir("/dev/shm")) - before if not name.startswith("sem.")}
-    assert mine == set()
+    assert_left_no_shared_memory(before)

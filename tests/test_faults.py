@@ -18,9 +18,11 @@ from cluster import (
     Result,
     all_up,
     assert_clean,
+    assert_left_no_shared_memory,
     cluster,
     gone,
     greedy,
+    in_shared_memory,
     needs_two_cores,
     prompts,
     random_prompt,
@@ -270,7 +272,7 @@ except KeyboardInterrupt:
 @needs_two_cores
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_the_front_end_is_interrupted_in_the_middle_of_a_thousand_requests(number: signal.Signals) -> None:
-    shared = set(os.listdir("/dev/shm"))
+    shared = in_shared_memory()
     command = [sys.executable, "-W", "error", "-c", SCRIPT, str(Path(__file__).parent)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stderr is not None
@@ -285,7 +287,7 @@ def test_the_front_end_is_interrupted_in_the_middle_of_a_thousand_requests(numbe
     while not all(gone(int(pid)) for pid in pids):
         assert time.monotonic() < deadline, "workers outlive the front end"
         time.sleep(0.02)
-    assert set(os.listdir("/dev/shm")) <= shared
+    assert_left_no_shared_memory(shared)
     if number == signal.SIGINT:  # nobody can tidy up after a SIGKILL, but the workers die with their parent
         assert process.returncode == 130, errors
         assert errors == ""

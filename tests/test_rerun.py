@@ -117,9 +117,7 @@ def test_what_differs_is_said(here: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "\n" not in str(caught.value)
 
 
-def test_sweeps_searches_profiles_and_infinite_rates_come_again(
-    here: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_sweeps_searches_profiles_and_infinite_rates_come_again(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     profile = msgspec.json.encode([load_profile("h100_sxm", "llama-8b")])
     for args in (["--request-rate", "inf"], ["--max-concurrency", "1,3"], ["--find-goodput"]):
         shutil.rmtree("out", ignore_errors=True)
