@@ -1,21 +1,22 @@
 """Is the simulator right about this machine? The engine measured, the same loads simulated, and the error of each
 quantile beside what two runs of the engine differ by: no simulator can be closer than that.
 
-    python scripts/validate_sim.py --seed 7 [--cases 10] [--model dummy:smollm2-135m] [--out validation.json]
+    python scripts/validate_sim.py --seed 7 [--cases 10] [--model smollm2-135m] [--requests 80] [--out validation.json]
 
 1. One worker alone is measured (`minidisagg profile`).
-2. Two fixed loads are run on the engine, colocated and disaggregated, and their steps scale the profile: beside a
-   neighbour, in mixed steps and with messages to answer, steps take longer than alone. The wire is what the links did.
-3. Loads are drawn from the seed: lengths, rate, policy. Each is run twice on the engine, colocated and disaggregated,
-   and simulated with nothing else fitted.
+2. Loads are drawn from the seed: lengths, rate, policy. Each is run twice on the engine, colocated and disaggregated.
+   Before each, one of two fixed loads is run: a machine's speed changes within an hour.
+3. The fixed loads' steps scale the profile, for each mode: beside a neighbour that computes, too, in mixed steps and
+   with messages to answer, steps take longer than alone. The wire is what the links did. Then the drawn loads are
+   simulated with nothing else fitted; a figure predicted is the mean of a few simulations' (their steps scatter).
 
-An idle machine with two cores or more; 3 to 12 minutes a case, by how fast it is.
+The default model is SmolLM2's shape with a fifth of its layers: five times as many requests in the same time, and tails
+are of many requests. An idle machine with two cores or more; 3 to 5 minutes a case, by how fast it is.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import statistics
 import sys
@@ -26,13 +27,14 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 from msgspec.structs import replace
 from rich.console import Console
 from rich.table import Table
 
 from minidisagg.bench.client import LoadGenerator, worker_records
-from minidisagg.bench.profiler import KEPT, Watch, measure
+from minidisagg.bench.profiler import KEPT, Watch, error_table, measure
 from minidisagg.bench.sides import Workers
 from minidisagg.config import ClusterSettings, ModelSettings, RunSettings, WorkerSettings
 from minidisagg.core.messages import Role, StepOutput, WorkerOptions
@@ -50,14 +52,15 @@ from minidisagg.workload.lengths import WorkItem, random_items, with_arrivals, w
 
 MODES = ("colocated", "disagg")
 POLICIES = ("fcfs", "sarathi:chunk=64", "prefill_first")
-REQUESTS, SEQS, BUDGET, PAGE = 80, 16, 1024, 128
+SEQS, BUDGET, PAGE = 16, 1024, 128
+SIMULATIONS = 5  # of each load
 FIT = (11, 0.6), (12, 0.3)  # seeds and rates of the fixed loads
 QUANTILES = (("ttft", 50), ("ttft", 90), ("ttft", 99), ("tpot", 50), ("tpot", 90))
 BARS = {"p99 ttft": (0.15, 0.0), "attainment": (0.05, 0.0)}  # else 10 %, or 1.5 times what the engine differs by
 
 
 class Case(NamedTuple):
-    """A load; `rate` in prefills of its mean prompt."""
+    """A load; `rate` of what one worker sustains that only prefills or only decodes, whichever is less."""
 
     seed: int
     prompt: int
@@ -65,20 +68,39 @@ class Case(NamedTuple):
     spread: float
     rate: float
     policy: str
+    requests: int
 
-    def items(self, prefill: float) -> list[WorkItem]:
-        """Its requests, where one prefill takes so many seconds."""
-        items = random_items(REQUESTS, self.prompt, self.output, self.spread, self.seed)
-        return with_arrivals(items, arrival_times(REQUESTS, self.rate / prefill, 1.0, self.seed))
+    def items(self, profile: Profile) -> list[WorkItem]:
+        """Its requests, for a worker of this profile."""
+        prefill = profile.step_seconds([(0, self.prompt)], 0, 0)
+        decode = self.output * profile.step_seconds((), SEQS, SEQS * (self.prompt + self.output // 2)) / SEQS
+        items = random_items(self.requests, self.prompt, self.output, self.spread, self.seed)
+        rate = self.rate / max(prefill, decode)
+        return with_arrivals(items, arrival_times(self.requests, rate, 1.0, self.seed))
+
+    def slo(self, profile: Profile) -> SLO:
+        """Eight prefills, two steps alone."""
+        prefill, step = profile.step_seconds([(0, self.prompt)], 0, 0), profile.step_seconds((), 1, self.prompt)
+        return SLO(ttft=8e3 * prefill, tpot=2e3 * step)
 
 
-def draw(seed: int, number: int) -> Case:
+def draw(seed: int, number: int, requests: int) -> Case:
     """The number-th case of a seed."""
     rng = random.Random(f"{seed} {number}")
     return Case(
         seed * 1000 + number, rng.choice((64, 128, 256)), rng.choice((16, 32, 64)), rng.choice((0.0, 0.5)),
-        rng.uniform(0.3, 0.7), rng.choice(POLICIES),
+        rng.uniform(0.3, 0.7), rng.choice(POLICIES), requests,
     )  # fmt: skip
+
+
+class Measured(NamedTuple):
+    """What the engine made of a case, once or twice."""
+
+    case: Case
+    mode: str
+    items: list[WorkItem]
+    slo: SLO
+    seen: list[dict[str, float]]
 
 
 class Engine:
@@ -164,68 +186,85 @@ def figures(records: list[RequestRecord], slo: SLO) -> dict[str, float]:
 
 
 def simulated(
-    profile: Profile, wire: Interconnect, mode: str, case: Case, items: list[WorkItem]
-) -> list[RequestRecord]:
-    """The same load on the same cluster, in no time."""
+    profile: Profile, wire: Interconnect, mode: str, case: Case, items: list[WorkItem], slo: SLO
+) -> dict[str, float]:
+    """The figures of the same load on the same cluster, in no time."""
     roles = [Role.BOTH] * 2 if mode == "colocated" else [Role.PREFILL, Role.DECODE]
     options = WorkerOptions(SEQS, BUDGET, 0)
     cluster = ClusterSpec(
         groups=tuple(Group(role, 1, "here") for role in roles), model=profile.model, dtype=profile.dtype,
         page_size=PAGE, wire=wire, prefill=options, decode=options,
     )  # fmt: skip
-    settings = Settings(seed=case.seed)
-    simulation = Simulation(cluster, partial(load_policy, case.policy), items, settings, {"here": profile})
-    simulation.play(0.0, None)
-    return simulation.record(case.policy).requests
+    found = []
+    for number in range(SIMULATIONS):
+        settings = Settings(seed=case.seed + number)
+        simulation = Simulation(cluster, partial(load_policy, case.policy), items, settings, {"here": profile})
+        simulation.play(0.0, None)
+        found.append(figures(simulation.record(case.policy).requests, slo))
+    return {name: statistics.fmean(one[name] for one in found) for name in found[0]}
 
 
-async def validate(model: ModelSettings, seed: int, cases: int, console: Console) -> dict[str, object]:
+async def validate(model: ModelSettings, seed: int, cases: int, requests: int, console: Console) -> dict[str, object]:
     """All of it."""
     began = time.monotonic()
     worker = WorkerSettings(max_num_seqs=SEQS, max_num_batched_tokens=BUDGET)
     one = replace(worker, cpus="0")
     alone = ClusterSettings(prefill_workers=1, decode_workers=0, prefill=one, decode=one)
     without = replace(model, prefix_caching=False)
-    profile, _, _ = await measure(without, alone, RunSettings(), "here", 60.0, console)
+    profile, decodes, prompts = await measure(without, alone, RunSettings(), "here", 120.0, console)
+    console.print(error_table(profile, decodes, prompts))
     shape = ClusterSettings(mode="colocated", prefill=worker, decode=worker)
-    rows: list[dict[str, object]] = []
+
+    def limits(profile: Profile, case: Case) -> SLO:
+        prefill, step = profile.step_seconds([(0, case.prompt)], 0, 0), profile.step_seconds((), 1, case.prompt)
+        return SLO(ttft=8e3 * prefill, tpot=2e3 * step)
+
+    watches: dict[str, list[Watch]] = {mode: [] for mode in MODES}
+    rates, fits, drawn = list[float](), list[Measured](), list[Measured]()
     async with AsyncExitStack() as stack:
         engine = Engine(model, Workers(model, shape))
         stack.push_async_callback(engine.workers.stop)
-        watches, rates = [], []
-        for fit_seed, rate in FIT:
-            case = Case(fit_seed, 128, 32, 0.5, rate, "fcfs")
-            for mode in MODES:
-                items = case.items(profile.step_seconds([(0, case.prompt)], 0, 0))
-                _, watch, bandwidth = await engine.run(mode, "fcfs", items)
-                watches.append(watch)
-                rates += [bandwidth] if bandwidth else []
-        loaded, wire = scaled(profile, watches), Interconnect(statistics.median(rates), 200e-6)
-        console.print(f"{time.monotonic() - began:4.0f} s  fitted: wire {wire}", style="dim")
         for number in range(cases):
-            case = draw(seed, number)
-            prefill = loaded.step_seconds([(0, case.prompt)], 0, 0)
-            slo = SLO(ttft=8e3 * prefill, tpot=2e3 * loaded.step_seconds((), 1, case.prompt))
-            items = case.items(prefill)
-            for mode in MODES:
-                runs = [(await engine.run(mode, case.policy, items))[0] for _ in range(2)]
-                one, two = (figures(records, slo) for records in runs)
-                guess = figures(simulated(loaded, wire, mode, case, items), slo)
-                rows.append({"case": case._asdict(), "mode": mode, "engine": [one, two], "simulated": guess})
+            fit_seed, rate = FIT[number % len(FIT)]
+            for case in (Case(fit_seed, 128, 32, 0.5, rate, "fcfs", requests), draw(seed, number, requests)):
+                # How loads are drawn and where their limits lie must not hang on the mode: from the worker alone.
+                items, slo, fitted = case.items(profile), case.slo(profile), case.seed == fit_seed
+                for mode in MODES:
+                    seen = []
+                    for _ in range(1 if fitted else 2):
+                        records, watch, bandwidth = await engine.run(mode, case.policy, items)
+                        seen.append(figures(records, slo))
+                        if fitted:
+                            watches[mode].append(watch)
+                            rates += [bandwidth] if bandwidth else []
+                    (fits if fitted else drawn).append(Measured(case, mode, items, slo, seen))
             console.print(f"{time.monotonic() - began:4.0f} s  case {number + 1} of {cases}: {case}", style="dim")
-    console.print(summary(rows))
-    return {"seed": seed, "model": model.model, "rows": rows}
+    loaded = {mode: scaled(profile, watches[mode]) for mode in MODES}
+    wire = Interconnect(statistics.median(rates), 200e-6)
+
+    def rows(measured: list[Measured]) -> list[dict[str, object]]:
+        return [
+            {"case": m.case._asdict(), "mode": m.mode, "engine": m.seen,
+             "simulated": simulated(loaded[m.mode], wire, m.mode, m.case, m.items, m.slo)}
+            for m in measured
+        ]  # fmt: skip
+
+    found = {"seed": seed, "model": model.model, "fitted": rows(fits), "rows": rows(drawn), "wire": str(wire)}
+    console.print(f"fitted: wire {wire}", style="dim")
+    console.print(summary(found["fitted"], "The loads that were fitted: simulated against one run of the engine"))
+    console.print(summary(found["rows"], "Drawn loads: simulated against the engine"))
+    return found | {"profiles": loaded}
 
 
-def summary(rows: list[dict[str, object]]) -> Table:
+def summary(rows: list[dict[str, object]], title: str) -> Table:
     """Median and worst error of each figure, beside the floor."""
-    table = Table(title="Simulated against the engine")
+    table = Table(title=title, title_justify="left")
     for head in ("", "|error| median", "90 %", "engine against itself, median", "90 %", "within bar", "right winner"):
         table.add_column(head, justify="right" if head else "left")
     for name in [f"p{q} {name}" for name, q in QUANTILES] + ["attainment"]:
         errors, floor = list[float](), list[float]()
         for row in rows:
-            one, two = (run[name] for run in row["engine"])  # type: ignore[index, union-attr]
+            one, two = (row["engine"][at][name] for at in (0, -1))  # type: ignore[index, union-attr]
             guess, mean = row["simulated"][name], (one + two) / 2  # type: ignore[index]
             scale = 1.0 if name == "attainment" else mean
             errors.append(abs(guess - mean) / scale)
@@ -254,14 +293,15 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--cases", type=int, default=10)
-    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--model", default="dummy:smollm2-135m,layers=6")
+    parser.add_argument("--requests", type=int, default=120, help="of each run")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     console = Console(stderr=True)
     ensure(args.model, lambda text: console.print(text))
-    result = asyncio.run(validate(ModelSettings(model=args.model), args.seed, args.cases, console))
+    result = asyncio.run(validate(ModelSettings(model=args.model), args.seed, args.cases, args.requests, console))
     if args.out:
-        args.out.write_text(json.dumps(result, indent=1))
+        args.out.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
 
 
 if __name__ == "__main__":

@@ -165,11 +165,15 @@ def fit(decodes: Sequence[Decode], prompts: Sequence[Prompt], about: Profile) ->
     most = [2 * (b - a) / (m * m - n * n) for (n, a), (m, b) in pairwise(sorted(whole)) if n >= chunk]
     per_pair = max(0.0, min([slope / chunk, *most]))  # seconds for one token to attend to another
     linear: dict[int, float] = {}
-    attention: dict[int, float] = {}
-    for seqs, steps in grouped((one.seqs, (one.context / one.seqs, one.seconds)) for one in decodes).items():
-        base, slope = line(steps)
-        attention[seqs] = max(0.0, slope)
-        linear[seqs] = max(0.0, (base if slope > 0 else statistics.median(s for _, s in steps)) - overhead)
+    attention: dict[int, float] = {}  # seconds per token of each sequence's context
+    for seqs, steps in sorted(grouped((one.seqs, (one.context / one.seqs, one.seconds)) for one in decodes).items()):
+        contexts = [context for context, _ in steps]
+        if max(contexts) >= 2 * min(contexts) or not attention:
+            attention[seqs] = max(0.0, line(steps)[1])
+        else:  # time was out, or the cache full: the few tokens of one context tell of noise, fewer sequences of slope
+            fewer = max(attention)
+            attention[seqs] = attention[fewer] * seqs / fewer
+        linear[seqs] = max(0.0, statistics.median(s - attention[seqs] * context for context, s in steps) - overhead)
     for new, seconds in whole:
         if new > max(attention):
             linear[new] = seconds - per_pair * new * new / 2
