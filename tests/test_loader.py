@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from minidisagg.core.plan import PlanItem
 from minidisagg.model.config import ModelConfig, RopeConfig
 from minidisagg.model.dummy import SHAPES, parameter_shapes
-from minidisagg.model.loader import cache_dir, cached_path, load_config, load_weights, resolve
+from minidisagg.model.loader import cache_dir, cached_path, identity, load_config, load_weights, resolve
 
 torch.set_num_threads(1)
 
@@ -64,6 +65,23 @@ def one_line(error: pytest.ExceptionInfo[BaseException]) -> str:
     message = str(error.value)
     assert message and "\n" not in message
     return message
+
+
+def test_pages_are_of_these_weights_and_of_no_others(tmp_path: Path) -> None:
+    """A store's pages outlive the engine, and a directory's name says nothing of what is in it."""
+    (tmp_path / "a").mkdir()
+    model, _ = write_model(tmp_path / "a")
+    same = shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert identity(model) == identity(str(same))
+    weights = load_file(same / "model.safetensors")
+    for name in weights:
+        other = shutil.copytree(tmp_path / "a", tmp_path / name)
+        save_file(weights | {name: weights[name] * 1.01}, other / "model.safetensors")
+        assert identity(str(other)) != identity(model), name
+    theta = shutil.copytree(tmp_path / "a", tmp_path / "theta")
+    config = json.loads((theta / "config.json").read_text())
+    (theta / "config.json").write_text(json.dumps(config | {"rope_theta": 5e5}))
+    assert identity(str(theta)) != identity(model)
 
 
 # ---------------------------------------------------------------- where

@@ -118,17 +118,26 @@ def test_a_worker_that_dies_afterwards_comes_back_as_what_it_is_now() -> None:
     asyncio.run(run())
 
 
-def test_a_worker_that_dies_on_the_way_does_not_stop_it() -> None:
+@pytest.mark.parametrize(
+    ("mode", "victim", "other"), [("colocated", "worker-0", "worker-1"), ("disagg", "decode-0", "prefill-0")]
+)
+def test_a_worker_that_dies_on_the_way_does_not_stop_it(mode: Mode, victim: str, other: str) -> None:
     async def run() -> None:
-        async with cluster(shape("colocated")) as frontend:
-            send_signal(frontend, "worker-0", signal.SIGSTOP)  # it will not hear of it
+        async with cluster(shape(mode)) as frontend:
+            await run_to_end(frontend, SHARED, greedy(4))  # they have talked, if there was something to say
+            send_signal(frontend, victim, signal.SIGSTOP)  # it will not hear of it
             change = asyncio.create_task(frontend.reconfigure(shape("disagg"), RunSettings()))
             await asyncio.sleep(0.1)
             assert not change.done()
-            frontend.supervisor.processes["worker-0"].kill()
+            frontend.supervisor.processes[victim].kill()
             await change
-            assert roles(frontend) == {"worker-0": Role.PREFILL, "worker-1": Role.DECODE}
-            await run_to_end(frontend, SHARED, greedy(4))
+            assert set(roles(frontend).values()) == {Role.PREFILL, Role.DECODE} and {*roles(frontend)} == {
+                victim,
+                other,
+            }
+            load = Load(frontend)
+            load.submit_all(SHARED, greedy(4))
+            await load.finished(within=10.0)  # less than a lease
             await assert_clean(frontend)
 
     asyncio.run(run())

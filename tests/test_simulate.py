@@ -16,7 +16,7 @@ from minidisagg.cli import cli
 from minidisagg.core.checked import PolicyError
 from minidisagg.core.messages import Role
 from minidisagg.core.plan import Piece, PlanItem, StepPlan
-from minidisagg.core.policy import ClusterView, Placement, Policy, Reject, RequestView
+from minidisagg.core.policy import ClusterView, Migration, Placement, Policy, Reject, RequestView
 from minidisagg.core.scheduler import Scheduler
 from minidisagg.core.spec import EngineSpec
 from minidisagg.interconnect import Interconnect
@@ -50,6 +50,15 @@ def seen(result: Result) -> list[object]:
 
 
 # ---------------------------------------------------------------- equal steps at one event
+
+
+class Moves(Policy):
+    """On each tick the oldest requests go on decoding elsewhere."""
+
+    def rebalance(self, cluster: ClusterView) -> list[Migration]:
+        names = [worker.name for worker in cluster.candidates(Role.DECODE)]
+        oldest = [request for request in cluster.requests() if request.decode in names][:6]
+        return [Migration(one, names[(names.index(one.decode) + 1) % len(names)]) for one in oldest]
 
 
 class ByCosts(Policy):
@@ -104,6 +113,8 @@ def steps_done(monkeypatch: pytest.MonkeyPatch) -> Done:
         ("prefill=1@h100,decode=2@h200", "sarathi:chunk=300", {"granularity": "layers:8"}),
         ("prefill=2@h100,decode=1@h100", "costs", {"wire": Interconnect(1e9, 1e-3)}),
         ("both=1@h100,prefill=1@a100,decode=1@h100", "prefill_first", {"granularity": "request"}),
+        ("prefill=1@h100,decode=2@h100", "moves", {}),
+        ("prefill=1@h100,decode=2@h100", "moves", {"wire": Interconnect(1e9, 1e-3), "pages": 60}),
         ("prefill=1@h100,decode=1@h100", "fcfs", {"pages": 40}),  # preemptions, and a prefix cache that is full
     ],
 )
@@ -117,7 +128,7 @@ def test_equal_steps_at_one_event_change_no_plan_no_token_and_no_time(
     assert not profile.residuals
     results, done = [], []
     for equal in (True, False):
-        make = ByCosts if policy == "costs" else lambda: load_policy(policy)
+        make = {"costs": ByCosts, "moves": Moves}.get(policy) or (lambda: load_policy(policy))
         results.append(simulate(make, load(60, 12.0), spec(text, **changes), Settings(equal_steps=equal, seed=3)))
         done.append(set(steps_done))
         steps_done.clear()
@@ -126,7 +137,9 @@ def test_equal_steps_at_one_event_change_no_plan_no_token_and_no_time(
     assert done[0] == done[1] and len(done[0]) >= 60 and once.steps == one_by_one.steps
     assert all(len(r.token_times) == r.output_len for r in once.run.requests)
     assert once.events < (1.0 if "pages" in changes else 0.7) * one_by_one.events
-    if "pages" in changes:
+    if policy == "moves":
+        assert sum(len(r.handoffs) > 1 for r in once.run.requests) > 10
+    elif "pages" in changes:
         assert any(len(r.workers) > 2 for r in once.run.requests), "nobody was preempted"
 
 
@@ -375,6 +388,10 @@ def test_a_trace_keeps_its_own_times(tmp_path: Path, capsys: pytest.CaptureFixtu
     command(tmp_path / "b", *where, "--find-goodput")
     command(tmp_path / "c", "--policy", "fcfs")
     assert "own times" not in capsys.readouterr().out
+    command(tmp_path / "d", "--policy", "fcfs", "--request-rate", "trace")
+    assert "60 requests at the trace's own times" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--request-rate trace: random has no times of its own"):
+        command(tmp_path / "e", "--dataset-name", "random", "--request-rate", "trace")
 
 
 def test_a_sweep_and_a_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,7 +71,8 @@ def test_a_damaged_slot_shows() -> None:
 def test_a_write_into_a_page_of_someone_else_is_an_error() -> None:
     sim = Simulator([spec("w0")], Policy)
     with pytest.raises(IntegrityError, match="page 0 of w0 is in use while it is FREE"):
-        sim._copy(sim.workers["w0"], Piece("w0", 1, 0, True, "a", 0, [], [], 0, (0, 2)), sim.workers["w0"], [0])
+        device = sim.workers["w0"].device
+        device.send(Piece("w0", 1, 0, True, "a", 0, [], [], 0, (0, 2)), device, [0])
 
 
 def test_a_worker_that_was_stopped_twice_does_all_in_order() -> None:

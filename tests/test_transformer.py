@@ -242,13 +242,13 @@ def test_cache_memory_sizes_and_fingerprint() -> None:
     assert cache.data.numel() * 2 == cache.nbytes == 8 * cache.bytes_per_page
     assert num_pages_for(8 * cache.bytes_per_page + 5, config, PAGE, torch.bfloat16) == 8
     prints = {
-        cache.fingerprint(config),
-        cache.fingerprint(shape("LlamaForCausalLM", name="other")),
-        KVCache(config, 8, 2 * PAGE, torch.bfloat16, CPU).fingerprint(config),
-        KVCache(config, 8, PAGE, torch.float16, CPU).fingerprint(config),
+        cache.fingerprint(config, "w"),
+        cache.fingerprint(config, "other"),
+        KVCache(config, 8, 2 * PAGE, torch.bfloat16, CPU).fingerprint(config, "w"),
+        KVCache(config, 8, PAGE, torch.float16, CPU).fingerprint(config, "w"),
     }
     assert len(prints) == 4
-    assert KVCache(config, 5, PAGE, torch.bfloat16, CPU).fingerprint(config) in prints  # its size is its own
+    assert KVCache(config, 5, PAGE, torch.bfloat16, CPU).fingerprint(config, "w") in prints  # its size is its own
     with pytest.raises(ValueError, match="GiB are free"):
         KVCache(config, 1 << 40, PAGE, torch.bfloat16, CPU)
 

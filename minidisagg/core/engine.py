@@ -36,7 +36,7 @@ from minidisagg.core.inputs import (
     StepDone,
     Tick,
 )
-from minidisagg.core.ledger import DestinationLedger, SourceLedger
+from minidisagg.core.ledger import EPOCH_BITS, DestinationLedger, SourceLedger
 from minidisagg.core.lived import LivedTime
 from minidisagg.core.messages import (
     ROUTER,
@@ -102,7 +102,7 @@ class EngineCore(Ends):
             spec, load_policy(spec.policy), self.pool, lambda: len(self.receiver.transfers), self._preempted, self._fail
         )
         self.copies = Copies(spec, self.pool, self.requests, emit, self._begin)
-        self.tiers = Tiers(spec, self.pool, emit, self.scheduler.queue)
+        self.tiers = Tiers(spec, self.pool, emit, self.scheduler.queue, self._part)
         self.scheduler.published = self.tiers.save
         self._inputs: dict[type, Callable[[Any], StepPlan | None]] = {
             Received: self._on_received,
@@ -112,7 +112,7 @@ class EngineCore(Ends):
             PieceDone: self._on_piece_done,
             AbortConfirmed: self._on_abort_confirmed,
             Loaded: self.tiers.on_loaded,
-            Saved: self._on_saved,
+            Saved: self.tiers.on_saved,
             Tick: self._on_tick,
         }
         self._messages: dict[type, Callable[[str, Any, float], None]] = {
@@ -236,7 +236,7 @@ class EngineCore(Ends):
         output = StepOutput(done.step_id, out, *figures, done.ends, *self.pool.news(), begun)
         self.scheduler.learner.learn(output)
         self._send(ROUTER, output)
-        self._part()  # after its last token
+        self.tiers.let_go()  # after its last token
 
     def _on_piece_done(self, done: PieceDone) -> None:
         (self.outgoing if done.send else self.incoming).on_piece_done(done, self._lived)
@@ -244,15 +244,12 @@ class EngineCore(Ends):
     def _on_abort_confirmed(self, done: AbortConfirmed) -> None:
         (self.outgoing if done.outgoing else self.incoming).on_aborted(done.peer, done.link_epoch)
 
-    def _on_saved(self, done: Saved) -> None:
-        self.tiers.on_saved(done)
-        self._part()
-
     def _on_tick(self, tick: Tick) -> None:
         computes = bool(self.plans) and self._lived <= self._step_since + self.spec.step_deadline
         self.outgoing.on_tick(self._lived)
         for request in self.sender.on_tick(self._lived, computes):
             self._give_back(request, "the decode worker granted no pages in time", failure=False)
+        self.tiers.on_tick(self.now)
         for request in self.held:
             if request.key not in self.sender.transfers and self.now > request.ready_at + self.spec.lease:
                 self._give_back(request, "held for too long", failure=False)
@@ -276,16 +273,16 @@ class EngineCore(Ends):
             return
         request = Request(message, self.spec.fingerprint, self.now)
         if message.decode or message.hold:
-            request.until = message.until or request.prefill_len + self.spec.decode_after - 1
+            until = message.until or request.prefill_len + self.spec.decode_after - 1
+            request.until = min(until, request.longest)
         self._add(request)
         copy = fetched(message.request_id), message.incarnation
-        alive = message.after and self._alive(message.after)
-        if not (alive and self.copies.wait(request, copy, message.after)):
+        if not (message.after and self._alive(message.after) and self.copies.wait(request, copy, message.after)):
             self._begin(request)
 
     def _begin(self, request: Request) -> None:
         """No other worker has more of it: what the store has is fetched first."""
-        if not self.tiers.load(request):
+        if not self.tiers.load(request, self.now, len(self.scheduler.running)):
             self.scheduler.queue(request)
 
     def _on_abort(self, source: str, message: Abort, _: float) -> None:
@@ -300,10 +297,12 @@ class EngineCore(Ends):
         if request is None or request.key in self.sender.transfers:
             return
         if message.dest == self.spec.name:
+            request.decode, request.until, request.ready_at = "", FOREVER, -1.0
             if request.state is State.HELD:
-                request.decode, request.until, request.ready_at = "", FOREVER, -1.0
                 self.scheduler.run(request)
         elif request.state is State.HELD or (request.state is State.RUNNING and not request.is_prefill):
+            if message.anew < 0:  # bound late, it cannot stay
+                request.decode = message.dest
             request.codec = message.codec or request.codec
             self.sender.offer(request, message.dest, self._lived, message.anew)
             if request.state is State.HELD:
@@ -346,7 +345,7 @@ class EngineCore(Ends):
         """All processes of this worker before `epoch` are dead; known already, it changes nothing."""
         if epoch > self.peers.get(worker, 0):
             self.peers[worker] = epoch
-            self.scheduler.forget_offers(lambda offer: offer.source == worker)
+            self.scheduler.forget_offers(lambda o: o.source == worker and o.message.link_epoch >> EPOCH_BITS < epoch)
             self.copies.on_peer_down(worker)
             self.outgoing.abort(worker, peer_dead=True)
             self.incoming.on_peer_down(worker, epoch - 1, self._lived)
@@ -412,10 +411,9 @@ class EngineCore(Ends):
         elif request.decode:
             self.tiers.part(request)
 
-    def _part(self) -> None:
-        for request in self.tiers.parted():
-            self._send(ROUTER, Parted(*request.key))
-            self._end(request)
+    def _part(self, request: Request) -> None:
+        self._send(ROUTER, Parted(*request.key))
+        self._end(request)
 
     def _grant_offers(self) -> None:
         while (taken := self.scheduler.take_offer()) is not None:

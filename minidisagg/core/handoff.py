@@ -185,7 +185,7 @@ class Sender:
         epoch = self.ledger.join(transfer, peer)
         length, size = request.until, self.spec.page_size
         if transfer.open:  # it grows while it moves: a page more will do, or it leaves earlier
-            length = min((request.num_scheduled // size + 2) * size, len(request.prompt) + request.last_index)
+            length = min((request.num_scheduled // size + 2) * size, request.longest)
         spec = replace(request.spec, cohort=request.cohort, emitted=request.output[: transfer.known])
         layout = self.spec.fingerprint
         self.emit(Send(peer, KVOffer(*transfer.key, spec, layout, epoch, transfer.codec, length, prefix)))

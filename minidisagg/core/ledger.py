@@ -273,7 +273,7 @@ class DestinationLedger:
         """The source has stopped for good: that confirms this end's abort too, or begins it."""
         if (peer, link_epoch) in self.aborting:
             self._emit(AbortLink(peer, link_epoch, False, True))
-        elif not self.is_dead(peer, link_epoch):
+        elif (peer, link_epoch) in self.links or not self.is_dead(peer, link_epoch):
             self.abort(peer, link_epoch, True, now)
 
     def on_peer_down(self, peer: str, epoch: int, now: float) -> None:

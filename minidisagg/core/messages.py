@@ -260,6 +260,18 @@ class LinkStats(Struct, frozen=True, array_like=True):
     late: int = 0  # pieces that an emulated interconnect would have brought sooner than the link did
 
 
+class StoreStats(Struct, frozen=True, array_like=True):
+    """What one worker has had of the store, and given to it."""
+
+    hits: int = 0  # pages
+    misses: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    seconds: float = 0.0  # in which its thread was at work
+    dropped: int = 0  # pages that were not saved: too many waited
+    corrupt: int = 0  # pages that were not what had been written, and are gone
+
+
 class Stats(Message, frozen=True):
     """A worker's state, sent on every tick; `steps` lets the router tell a live thread from a live device."""
 
@@ -285,6 +297,7 @@ class Stats(Message, frozen=True):
     bytes_read: float = 0.0  # weight and KV bytes that all steps had to read
     cpu_seconds: float = 0.0
     clock: float = 0.0  # the worker's monotonic clock when it sent this
+    store: StoreStats | None = None
 
 
 class Starting(Message, frozen=True):

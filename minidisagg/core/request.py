@@ -158,6 +158,11 @@ class Request(OfSpec):
         """Still computing tokens that it did not sample here."""
         return self.num_scheduled < self.prefill_len
 
+    @property
+    def longest(self) -> int:
+        """Its tokens at the latest end."""
+        return len(self.prompt) + self.last_index
+
     def take(self, tokens: Sequence[int], now: float) -> TokenOut:
         """What was sampled for it, in its place."""
         first = len(self.output) == self.prefill_len - len(self.prompt)

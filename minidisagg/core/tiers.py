@@ -28,20 +28,26 @@ class Loading(NamedTuple):
     cached: list[int]
     digests: list[bytes]
     pages: list[int]
+    since: float
 
 
 class Tiers:
     """Of one worker; without a store it does nothing."""
 
     def __init__(
-        self, spec: EngineSpec, pool: BlockPool, emit: Callable[[Effect], None], begin: Callable[[Request], None]
+        self,
+        spec: EngineSpec,
+        pool: BlockPool,
+        emit: Callable[[Effect], None],
+        begin: Callable[[Request], None],
+        leave: Callable[[Request], None],
     ) -> None:
-        """`begin(request)`: what could be loaded for it is here."""
+        """`begin(request)`: what could be loaded for it is here. `leave(request)`: all of it is in the store."""
         self.spec, self.pool = spec, pool
         self.loading: dict[SeqKey, Loading] = {}
         self.saving: dict[bytes, int] = {}  # pages that are held for it
         self._parting: list[Request] = []  # that leave through the store
-        self._emit, self._begin = emit, begin
+        self._emit, self._begin, self._leave = emit, begin, leave
 
     @property
     def busy(self) -> bool:
@@ -54,35 +60,45 @@ class Tiers:
 
     # ------------------------------------------------------------ up
 
-    def load(self, request: Request) -> bool:
-        """Fetch what the store may have of its prompt; False where there is nothing to fetch, or no room for it."""
+    def load(self, request: Request, now: float, spare: int) -> bool:
+        """Fetch what the store may have of its prompt; False where there is nothing to fetch, or no room for it beside
+        `spare` pages."""
         size = self.spec.page_size
-        if not self.spec.store or not self.spec.prefix_caching:
+        if not self.spec.store or not self.spec.prefix_caching or request.key in self.loading:
             return False
         digests = request.extend_hashes(size)[: (request.num_tokens - 1) // size]  # one token at least is computed
         cached = self.pool.match(digests)
         missing = digests[len(cached) :]
         self.pool.hold(cached)
-        pages = self.pool.reserve(len(missing)) if missing else None
+        room = self.pool.available - spare
+        pages = self.pool.reserve(len(missing)) if 0 < len(missing) <= room else None
         if pages is None:
             self.pool.drop(cached)
             return False
         request.state = State.WAIT_KV
-        self.loading[request.key] = Loading(request, cached, missing, pages)
+        self.loading[request.key] = Loading(request, cached, missing, pages, now)
         self._emit(LoadPages(*request.key, missing, pages))
         return True
 
     def on_loaded(self, done: Loaded) -> None:
         """So many are there, from the first on."""
-        request, cached, digests, pages = self.loading.pop((done.request_id, done.incarnation))
+        request, cached, digests, pages, _ = self.loading.pop((done.request_id, done.incarnation))
         self.pool.land(pages[: done.pages])
         self.pool.cancel(pages[done.pages :])
         for page, digest in zip(pages[: done.pages], digests, strict=False):
             self.pool.publish(page, digest)
         self.pool.drop([*cached, *pages[: done.pages]])
-        if request.state is State.WAIT_KV:  # else it has ended meanwhile
+        if request.state is State.WAIT_KV:  # else it has ended, or begun without
             request.state = State.QUEUED
             self._begin(request)
+
+    def on_tick(self, now: float) -> None:
+        """A store that does not answer is waited for no longer; pages that it was to fill stay reserved till then."""
+        for one in self.loading.values():
+            if one.request.state is State.WAIT_KV and now > one.since + self.spec.lease:
+                one.request.state = State.QUEUED
+                self._begin(one.request)
+        self.let_go(now)
 
     # ------------------------------------------------------------ down
 
@@ -97,14 +113,19 @@ class Tiers:
         """Or not: a store that has no room takes nothing, and what it had may have left it."""
         self.pool.drop([self.saving.pop(done.digest)])
         self._emit(Send(ROUTER, Stored([done.digest] if done.kept else [], done.evicted)))
+        self.let_go()
 
     def part(self, request: Request) -> None:
         """It leaves through the store, once all its pages are there."""
         self._parting.append(request)
 
-    def parted(self) -> list[Request]:
-        """Those of which all pages are there, since the last time."""
+    def let_go(self, now: float = 0.0) -> None:
+        """Those leave of which all pages are there, and who has waited for long enough."""
         held = [request for request in self._parting if request.state is State.HELD]
-        gone = [request for request in held if not any(digest in self.saving for digest in request.hashes)]
+        gone = [
+            request for request in held
+            if now > request.ready_at + self.spec.lease or not any(digest in self.saving for digest in request.hashes)
+        ]  # fmt: skip
         self._parting = [request for request in held if request not in gone]
-        return gone
+        for request in gone:
+            self._leave(request)

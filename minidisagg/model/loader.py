@@ -6,9 +6,11 @@ one line that names the file and says what to do.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +61,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "attn_logit_softcapping": (), "attention_chunk_size": (), "no_rope_layers": ([],), "rope_interleaved": (False,),
     "alibi": (False,), "use_parallel_residual": (False,), "use_qk_norm": (False,), "qk_layernorm": (False,),
 }  # fmt: skip
+SAMPLE = 256  # bytes of a tensor, at three places, that tell it from another
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _DTYPE_ALIASES = {"float": "float32", "half": "float16"}
 _EMBEDDINGS, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -301,6 +304,31 @@ def load_weights(model: str, config: ModelConfig) -> dict[str, torch.Tensor]:
         if name not in weights:
             raise ValueError(f"{directory}: weight {name} is missing from its safetensors; download the model again")
     return weights
+
+
+@cache
+def identity(model: str) -> str:
+    """What its KV depends on, as a hex digest: the same on every host, another after a change to any weight.
+
+    Of each tensor some bytes are read, not all: a store's pages outlive the engine, and a start must not take a minute
+    more. The name of the directory is not in it.
+    """
+    if model.startswith(PREFIX):
+        return model
+    directory = resolve(model)
+    facts = hashlib.sha256((directory / "config.json").read_bytes())
+    for path in _weight_files(directory):
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = file.read(size)
+            facts.update(header)
+            for name, tensor in sorted(json.loads(header).items()):
+                if name != "__metadata__":
+                    begin, end = tensor["data_offsets"]
+                    for at in (begin, (begin + end) // 2, max(begin, end - SAMPLE)):
+                        file.seek(8 + size + at)
+                        facts.update(file.read(min(SAMPLE, end - at)))
+    return facts.hexdigest()
 
 
 def _tie(weights: dict[str, torch.Tensor]) -> None:

@@ -67,10 +67,13 @@ class KVCache:
         """Zero whole pages: attention multiplies what lies beyond a context by 0, which a stale NaN would survive."""
         self.data[:, :, pages] = 0
 
-    def fingerprint(self, config: ModelConfig) -> str:
-        """Hex digest of all that two caches must share before a page of one means the same in the other."""
+    def fingerprint(self, config: ModelConfig, weights: str) -> str:
+        """Hex digest of all that two caches must share before a page of one means the same in the other.
+
+        `weights`: what tells the model from any other of its shape (`loader.identity`).
+        """
         facts = [
-            config.name,
+            weights,
             config.architecture,
             list(self.data.shape[:2] + self.data.shape[3:]),
             [config.hidden_size, config.intermediate_size, config.num_heads, config.vocab_size],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from minidisagg.config import WorkerConfig
 from minidisagg.core.granularity import parse_granularity
 from minidisagg.core.spec import EngineSpec
+from minidisagg.model.loader import identity
 from minidisagg.runtime.device import Device
 from minidisagg.transfer.emulate import Nic
 from minidisagg.transfer.kinds import ONE_SIDED, efficient_bytes
@@ -20,7 +21,7 @@ def engine_spec(config: WorkerConfig, device: Device, kind: str, nic: Nic | None
         num_pages=cache.num_pages,
         page_size=cache.page_size,
         num_layers=model.config.num_layers,
-        fingerprint=cache.fingerprint(model.config),
+        fingerprint=cache.fingerprint(model.config, identity(model.config.name)),
         policy=config.cluster.policy,
         one_sided_links=kind in ONE_SIDED,
         granularity=parse_granularity(config.cluster.transfer_granularity, efficient_bytes(kind, nic)),

@@ -12,28 +12,27 @@ from torch import Tensor
 
 from minidisagg.core.effects import LoadPages, SavePage
 from minidisagg.core.inputs import Loaded, Saved
+from minidisagg.core.messages import StoreStats
 from minidisagg.store.background import Background, Store
 from minidisagg.store.background import Loaded as Filled
 from minidisagg.store.mooncake import MooncakeStore
 from minidisagg.store.pool import Pool
 from minidisagg.store.spec import StoreSpec
 
-MAX_SAVES = 64  # pages that wait to be written, and are held in the cache meanwhile
-
 
 class Storage:
     """`on_news` hears what has come of loads and saves, on the event loop."""
 
     def __init__(
-        self, spec: StoreSpec, kv: Tensor, fingerprint: str, on_news: Callable[[Loaded | Saved], None]
+        self, spec: StoreSpec, kv: Tensor, fingerprint: str, max_saves: int, on_news: Callable[[Loaded | Saved], None]
     ) -> None:
-        """Raises `ValueError` where there is no such store."""
+        """At most `max_saves` pages wait to be written. Raises `ValueError` where there is no such store."""
         layout = f"{fingerprint} {kv.shape[4]}"  # and the page size, which two caches may differ in
         store: Store = MooncakeStore(spec, layout) if spec.mooncake else Pool(spec.tiers(), layout)
         self._kv, self._on_news, self._loop = kv, on_news, asyncio.get_running_loop()
         self._bytes = kv.view(torch.uint8)
         self._page = self._bytes[:, :, 0].shape
-        self._background = Background(store, self._wake, self._bytes[:, :, 0].numel(), MAX_SAVES)
+        self._background = Background(store, self._wake, self._bytes[:, :, 0].numel(), max_saves)
         self._stream = torch.cuda.Stream(kv.device) if kv.is_cuda else None  # type: ignore[no-untyped-call]
 
     def load(self, effect: LoadPages) -> None:
@@ -45,6 +44,12 @@ class Storage:
         """Its page is held until the core has heard of it."""
         if not self._background.save(effect.digest, partial(self._get, effect.page)):
             self._loop.call_soon(self._on_news, Saved(effect.digest, False))
+
+    def stats(self) -> StoreStats:
+        """Since the start."""
+        c = self._background.counters
+        seconds = c.seconds_loading + c.seconds_saving
+        return StoreStats(c.hits, c.misses, c.bytes_read, c.bytes_written, seconds, c.dropped, c.corrupt)
 
     async def close(self) -> None:
         """What has not begun is dropped: the cache's memory goes next."""
@@ -59,7 +64,7 @@ class Storage:
                 assert isinstance(done.key, tuple)
                 self._on_news(Loaded(str(done.key[0]), done.key[1], done.pages))
             else:
-                self._on_news(Saved(done.digest, True, list(done.put.evicted)))
+                self._on_news(Saved(done.digest, done.kept, list(done.put.evicted)))
 
     # numpy copies on the thread that asks. torch would wake a team of threads beside the device's own, which then stops
     # spinning: half its speed.

@@ -77,6 +77,7 @@ from minidisagg.transfer.emulate import make_nic
 from minidisagg.transfer.links import LinkHost
 
 TICK = 0.25  # seconds between ticks and Stats
+MAX_SAVES = 64  # pages that wait for the store, and are held in the cache meanwhile; a handoff needs all of them there
 UNSENT = 10_000  # messages kept for a peer whose address has not come yet
 
 
@@ -195,7 +196,8 @@ class Worker:
         self.links = self.make_links(config.name, host, hooks)
         if config.cluster.kv_store:
             spec = store_of(config.cluster.kv_store, config.run_dir)
-            self.storage = Storage(spec, cache.data, self.core.spec.fingerprint, self._on_news)
+            most = self.core.spec.num_pages if self.core.spec.through_store else MAX_SAVES
+            self.storage = Storage(spec, cache.data, self.core.spec.fingerprint, most, self._on_news)
 
     async def _begin_epoch(self, config: WorkerConfig) -> None:
         """The next epoch, as after a start, on the same process, weights, memory and channels.
@@ -248,14 +250,15 @@ class Worker:
     def _take(self, envelope: Envelope) -> None:
         body = envelope.body
         if isinstance(body, PeerUp):
+            if self.peers.get(body.worker, body.address) != body.address:  # a death that this one was not told of
+                self._hang_up(body.worker)
             self.peers[body.worker] = body.address
             if body.worker in self.unsent:
                 self._spawn(self._connect_peer(body.worker))
         elif isinstance(body, PeerDown):
             self.peers.pop(body.worker, None)
             self.unsent.pop(body.worker, None)
-            if (gone := self.channels.pop(body.worker, None)) is not None:
-                gone.close()
+            self._hang_up(body.worker)
         if isinstance(body, LinkOpen):
             if envelope.epoch >= self.core.peers.get(envelope.source, 0):  # else its process is dead already
                 self.links.on_link_open(envelope.source, body)
@@ -302,6 +305,7 @@ class Worker:
             bytes_read=self.bytes_read,
             cpu_seconds=time.process_time(),
             clock=self.now(),
+            store=self.storage.stats() if self.storage else None,
         )
 
     # ------------------------------------------------------------ outputs
@@ -374,6 +378,10 @@ class Worker:
             self._stop(f"{dest} cannot be reached")
         elif first and dest in self.peers:
             self._spawn(self._connect_peer(dest))
+
+    def _hang_up(self, peer: str) -> None:
+        if (gone := self.channels.pop(peer, None)) is not None:
+            gone.close()
 
     async def _connect_peer(self, peer: str) -> None:
         address = self.peers[peer]

@@ -400,7 +400,7 @@ class Simulator:
                 return
             if piece.send:
                 ok = self.rng.random() >= self.chaos.break_transfer
-                self._copy(worker, piece, receiver, piece.remote)
+                worker.device.send(piece, receiver.device, piece.remote)
             else:  # bytes that went to this worker's dead predecessor fail the checksum
                 ok = self._targets[piece.peer, piece.link_epoch] is worker
             worker.core.on(PieceDone(piece.peer, piece.link_epoch, piece.seq, piece.send, ok), self.now)
@@ -415,15 +415,16 @@ class Simulator:
         receiving = receiver.alive and (names[1], names[0], send.link_epoch, False) not in self._dead_ends
         sending = sender.alive and (names[0], names[1], send.link_epoch, True) not in self._dead_ends
         if receiving and sending and receive.pages:  # else they are thrown away
-            self._copy(sender, send, receiver, receive.pages)
+            sender.device.send(send, receiver.device, receive.pages)
         for worker, piece, there in ((sender, send, sending), (receiver, receive, receiving)):
             if there:
                 done = PieceDone(piece.peer, piece.link_epoch, piece.seq, piece.send, ok and sending and receiving)
-                self._inside(worker, partial(self._tell, worker, done), not piece.send and self._completes(worker))
+                self._inside(worker, partial(self._tell, worker, done), self._matters(worker, piece))
 
-    def _completes(self, worker: SimWorker) -> bool:
-        """A piece that lands may be the last of its request, which then decodes."""
-        return any(transfer.expected is not None for transfer in worker.core.receiver.transfers.values())
+    def _matters(self, worker: SimWorker, piece: Piece) -> bool:
+        """It may be the last of a request that then decodes here, or of one that then leaves."""
+        sent, received = worker.core.sender.transfers.values(), worker.core.receiver.transfers.values()
+        return any(one.open for one in sent) if piece.send else any(one.expected is not None for one in received)
 
     def _tell(self, worker: SimWorker, what: Input) -> None:
         worker.core.on(what, self.now)
@@ -434,9 +435,6 @@ class Simulator:
         begins, arrives = self.cost.transfer(source.core.spec, dest, piece, self.now)
         source.has_sent(dest, int(wire_bytes(source.core.spec, piece)), arrives - begins, begins - self.now)
         return arrives
-
-    def _copy(self, source: SimWorker, piece: Piece, dest: SimWorker, remote: list[int]) -> None:
-        source.device.send(piece, dest.device, remote)
 
     def _abort_link(self, worker: SimWorker, effect: AbortLink) -> None:
         """Confirmed after a while; a one-sided destination only if the source has stopped."""

@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import msgspec
 
 from minidisagg.core.engine import EngineCore
-from minidisagg.core.messages import Envelope, KVAck, KVBusy, KVGrant, KVPiece, KVWait, LinkStats, RequestSpec
+from minidisagg.core.messages import Envelope, KVAck, KVBusy, KVPiece, KVWait, LinkStats, RequestSpec
 from minidisagg.core.plan import StepPlan
 from minidisagg.core.router import RouterSpec
 from minidisagg.core.tracked import Emit, StageTimes
@@ -19,7 +19,7 @@ from minidisagg.sim.devices import TimingOnly
 from minidisagg.sim.recording import Recording
 
 # Messages that change nothing of what is computed next where only decodes run, and that no hook of a policy sees.
-UNHEEDED = KVPiece, KVBusy, KVWait, KVGrant, KVAck
+UNHEEDED = KVPiece, KVBusy, KVWait, KVAck
 
 
 @dataclass

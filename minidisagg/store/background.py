@@ -46,6 +46,7 @@ class Saved(NamedTuple):
 
     digest: bytes
     put: Put
+    kept: bool  # it is there
 
 
 @dataclass
@@ -148,10 +149,11 @@ class Background:
 
     def _save(self, digest: bytes, read: Read) -> Saved:
         counters, began = self.counters, time.monotonic()
-        put = Put(False) if self._store.has(digest) else self._store.put(digest, [read()])
+        there = self._store.has(digest)
+        put = Put(False) if there else self._store.put(digest, [read()])
         counters.bytes_written += len(self._buffer) if put.written else 0
         counters.evictions += len(put.evicted)
         counters.seconds_saving += time.monotonic() - began
         with self._changed:
             self._waiting -= 1
-        return Saved(digest, put)
+        return Saved(digest, put, there or put.written)
