@@ -65,6 +65,18 @@ class LinkState(Struct, frozen=True, kw_only=True):
     late: int = 0  # that the real link brought later than the emulated one would have
 
 
+class StoreState(Struct, frozen=True, kw_only=True):
+    """What a worker has had of the store, and given to it; counters, of pages where nothing else is said."""
+
+    hits: int
+    misses: int
+    bytes_read: int
+    bytes_written: int
+    seconds: float  # in which its thread was at work
+    dropped: int  # not saved: too many waited
+    corrupt: int  # not what had been written, and removed
+
+
 class WorkerStats(Struct, frozen=True, kw_only=True):
     """What a worker last said of itself: `core/messages.py: Stats` has the same fields, and says what they are."""
 
@@ -90,6 +102,7 @@ class WorkerStats(Struct, frozen=True, kw_only=True):
     bytes_read: float
     cpu_seconds: float
     clock: float
+    store: StoreState | None = None  # None: there is no store
 
 
 class WorkerState(Struct, frozen=True, kw_only=True):

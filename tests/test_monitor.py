@@ -40,10 +40,11 @@ from minidisagg.admin_schema import (
     Snapshot,
     Stage,
     StepRecord,
+    StoreState,
     WorkerState,
     WorkerStats,
 )
-from minidisagg.core.messages import Envelope, LinkStats, SamplingParams, Stats, StepOutput
+from minidisagg.core.messages import Envelope, LinkStats, SamplingParams, Stats, StepOutput, StoreStats
 from minidisagg.core.tracked import Stage as TrackedStage
 from minidisagg.monitor.app import MonitorError, MonitorOptions, read_events, run_monitor
 from minidisagg.monitor.keys import POLICIES, Post, SetLoad, Ui, press
@@ -116,7 +117,7 @@ def a_link(peer: str, transfers: int, moved: int, seconds: float, failures: int 
 
 def some_stats(links: Sequence[LinkState] = (), **given: float) -> WorkerStats:
     zeros: dict[str, Any] = dict.fromkeys(WorkerStats.__struct_fields__, 0)
-    return WorkerStats(**(zeros | given | {"links": list(links)}))
+    return WorkerStats(**(zeros | {"store": None} | given | {"links": list(links)}))
 
 
 def a_worker(
@@ -801,7 +802,7 @@ def test_another_version_is_refused_in_one_line(tmp_path: Path, recorded: list[b
 
 
 def test_the_schema_has_all_that_workers_say() -> None:
-    for ours, theirs in ((WorkerStats, Stats), (LinkState, LinkStats)):
+    for ours, theirs in ((WorkerStats, Stats), (LinkState, LinkStats), (StoreState, StoreStats)):
         assert ours.__struct_fields__ == theirs.__struct_fields__
 
 

@@ -14,6 +14,7 @@ import msgspec
 import pytest
 import simfuzz
 from cluster import (
+    PAGE_BYTES,
     STORES_OF_TESTS,
     Load,
     assert_clean,
@@ -22,6 +23,7 @@ from cluster import (
     needs_two_cores,
     policy_file,
     prompts,
+    run_to_end,
     settings,
 )
 from stepwise import spec
@@ -30,9 +32,11 @@ from minidisagg.config import ClusterSettings, RunSettings
 from minidisagg.core.blocks import PageState
 from minidisagg.core.inputlog import read_entries
 from minidisagg.core.inputs import Loaded, Received
-from minidisagg.core.messages import KVDone, KVOffer, Role
+from minidisagg.core.messages import KVDone, KVOffer, Role, StoreStats
 from minidisagg.core.policy import ClusterView, Placement, Policy, RequestView
 from minidisagg.core.tracked import Stage
+from minidisagg.server.history import History
+from minidisagg.server.metrics import Metrics
 from minidisagg.sim.simulator import Simulator
 
 OUTPUT = 32
@@ -239,6 +243,25 @@ def test_handoffs_through_the_store_change_no_token(expected: list[list[int]], t
 
 
 @needs_two_cores
+def test_what_workers_and_the_store_gave_each_other_is_counted() -> None:
+    async def run() -> StoreStats | None:
+        async with cluster(stored(settings("colocated", "shm", 80), "local:DRAM=64M")) as frontend:
+            for _ in range(2):
+                await run_to_end(frontend, PROMPTS[:FEW], greedy(OUTPUT))
+            (stats,) = (await frontend.fresh_stats()).values()
+            metrics = Metrics(frontend, History(frontend)).render().decode()
+            assert f'kv_store_hits_total{{role="both",worker="worker-0"}} {stats.store.hits:.1f}' in metrics
+            return stats.store
+
+    store = asyncio.run(run())
+    assert store is not None and store.hits > FEW and store.misses and store.seconds > 0.0 and not store.corrupt
+    page = PAGE_BYTES["float64"]
+    assert (
+        store.bytes_written % page == 0 and store.bytes_read == store.hits * page and store.bytes_written > FEW * page
+    )
+
+
+@needs_two_cores
 def test_pages_through_a_lossy_codec_answer_for_nothing_in_the_store(disk: Path) -> None:
     """What a decode worker has of a lossy handoff is in the store, under names that no prompt asks for."""
     plain = settings("disagg", "shm", 150, dtype="float32")
@@ -251,6 +274,75 @@ def test_pages_through_a_lossy_codec_answer_for_nothing_in_the_store(disk: Path)
     lossy = run(stored(msgspec.structs.replace(plain, kv_codec="int8"), store))
     assert lossy != exact  # or this tells nothing
     assert run(stored(plain, store)) == exact
+
+
+# ---------------------------------------------------------------- the oracle can fail
+
+SPOILER = """
+import gc
+from minidisagg.core.handoff import Incoming
+from minidisagg.core.tiers import Tiers
+from minidisagg.runtime.kv_cache import KVCache
+
+
+def spoil(pages):
+    (cache,) = (one for one in gc.get_objects() if isinstance(one, KVCache))
+    cache.data[:, :, pages[len(pages) // 2]] = 0
+
+
+def came(incoming):
+    request, tokens = incoming.request, incoming.done.tokens if incoming.done else []
+    if request.prefix:
+        return {"+": "fetched", "-": "returned"}.get(request.request_id[-1], "replicated")
+    if request.output:
+        return "migrated"
+    return "prompt" if len(tokens) == 1 else "decoding" if tokens else "part"
+
+
+def settle(self):
+    whole = self.expected is not None and self.arrived >= max(self.expected, self.posted)
+    if whole and not self.dropped and self.reserved and came(self) == KIND:
+        spoil(self.reserved)
+    settled(self)
+
+
+def on_loaded(self, done):
+    loading = self.loading[done.request_id, done.incarnation]
+    if done.pages and KIND == ("swapped" if loading.request.output else "stored"):
+        spoil(loading.pages[: done.pages])
+    loaded(self, done)
+
+
+settled, Incoming.settle = Incoming.settle, settle
+loaded, Tiers.on_loaded = Tiers.on_loaded, on_loaded
+"""
+MOVED = ["part", "prompt", "decoding", "migrated", "fetched", "returned", "replicated"]
+
+
+@needs_two_cores
+@pytest.mark.parametrize(
+    "kind", [*(pytest.param(k, marks=[] if k in ("migrated", "fetched") else pytest.mark.slow) for k in MOVED)]
+)
+def test_one_page_zeroed_where_it_comes_changes_the_tokens(kind: str, expected: list[list[int]]) -> None:
+    """A policy file is how test code gets into the workers."""
+    made = msgspec.structs.replace(shape("shm"), policy=policy_file(f"KIND = {kind!r}\n" + SPOILER + MOVER))
+    assert asyncio.run(tokens_of(made, RunSettings())) != expected
+
+
+@needs_two_cores
+@pytest.mark.parametrize(
+    ("kind", "handoff"),
+    [("stored", "direct"), ("swapped", "direct"), pytest.param("swapped", "store", marks=pytest.mark.slow)],
+)
+def test_one_page_zeroed_on_its_way_from_the_store_changes_the_tokens(
+    kind: str, handoff: str, expected: list[list[int]]
+) -> None:
+    policy = policy_file(
+        f"KIND = {kind!r}\n" + SPOILER + "from minidisagg import Policy\n\n\nclass Plain(Policy): ...\n"
+    )
+    made = settings("colocated" if handoff == "direct" else "disagg", "shm", 80 if handoff == "direct" else 150)
+    made = msgspec.structs.replace(stored(made, "local:DRAM=64M"), policy=policy, handoff=handoff)
+    assert asyncio.run(tokens_of(made, RunSettings(), FEW)) != few(expected)
 
 
 # ---------------------------------------------------------------- nobody waits for a lease
@@ -281,8 +373,69 @@ def test_a_request_begins_when_the_prefix_that_it_waits_for_has_come() -> None:
     assert sim.outcomes["b"].cached_tokens > 0 and first < 0.3
 
 
+def test_a_request_begins_without_a_store_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Apart(Policy):
+        def place(self, request: RequestView, cluster: ClusterView) -> Placement:
+            return Placement(*["w0" if request.request_id == "a" else "w1"] * 2)
+
+    sim = Simulator([spec(name, Role.BOTH, store=True, lease=2.0, num_pages=64) for name in ("w0", "w1")], Apart)
+    sim.submit("a", LONG, greedy(4), 0.0)
+    sim.run()
+    monkeypatch.setattr("minidisagg.sim.shelf.SECONDS", 10.0)  # of each page
+    sim.submit("b", LONG, greedy(4), sim.now)
+    began = sim.now
+    sim.run()
+    assert not simfuzz.verdict(sim)
+    assert 2.0 < sim.outcomes["b"].token_times[0] - began < 3.0 and not sim.outcomes["b"].cached_tokens
+
+
 def test_a_request_whose_pages_are_all_in_the_store_leaves_with_its_last_token() -> None:
     store = {"store": True, "through_store": True}
     sim = Simulator([spec("w0", Role.PREFILL, **store), spec("w1", Role.DECODE, **store)], Policy)
     _, second = seconds(sim)
     assert second < 0.3 and sim.workers["w1"].core.pool.counts[PageState.CACHED] > 0
+
+
+def test_a_request_leaves_without_a_store_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minidisagg.sim.shelf.SECONDS", 10.0)  # of each page
+    store = {"store": True, "through_store": True, "lease": 2.0, "num_pages": 64}
+    sim = Simulator([spec("w0", Role.PREFILL, **store), spec("w1", Role.DECODE, **store)], Policy)
+    sim.submit("a", LONG, greedy(4), 0.0)
+    sim.run()
+    assert not simfuzz.verdict(sim)
+    first, second, *_ = sim.outcomes["a"].token_times
+    assert second - first < 5.0 and sim.outcomes["a"].finish == "length"  # a lease to leave, one to begin
+
+
+class Late(Policy):
+    """The decode worker is named when the first token is there."""
+
+    there = "w1"
+
+    def place(self, request: RequestView, cluster: ClusterView) -> Placement:
+        return Placement("w0", self.there if request.prefill else None)
+
+
+class LateHere(Late):
+    there = "w0"
+
+
+@pytest.mark.parametrize("policy", [Late, LateHere])
+def test_a_worker_that_is_named_late_gets_what_decodes_some_steps_more(policy: type[Policy]) -> None:
+    sim = Simulator([spec(name, Role.BOTH, decode_after=4) for name in ("w0", "w1")], policy)
+    sim.submit("a", LONG, greedy(12), 0.0)
+    sim.run()
+    assert not simfuzz.verdict(sim) and sim.outcomes["a"].token_times[-1] < 2.0  # no lease
+    assert sim.outcomes["a"].handoffs == ([3] if policy is Late else [])
+
+
+class Beyond(Policy):
+    def place(self, request: RequestView, cluster: ClusterView) -> Placement:
+        return Placement("w0", "w1", split_at=500)
+
+
+def test_a_split_beyond_the_end_needs_no_more_room_than_the_request() -> None:
+    sim = Simulator([spec("w0", Role.PREFILL), spec("w1", Role.DECODE)], Beyond)
+    sim.submit("a", LONG, greedy(8), 0.0)
+    sim.run()
+    assert not simfuzz.verdict(sim) and sim.outcomes["a"].finish == "length"

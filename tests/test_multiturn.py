@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster import needs_two_cores
+from cluster import MODEL, PAGE, PAGE_BYTES, cluster, greedy, needs_two_cores, settings
 from msgspec.structs import replace
 
 from minidisagg.bench.client import LoadGenerator
@@ -35,7 +35,7 @@ from minidisagg.workload.multiturn import Multiturn, multiturn_items, rests
 from minidisagg.workload.settings import Workload, build_items, check_length, describe_workload
 from minidisagg.workload.traces import load_trace
 
-VOCAB, PAGE = 512, 16
+VOCAB, BLOCK = 512, 16
 SHORT = Multiturn(system_len=20, turns=3, input_len=24, turn_len=10, output_len=9, think_time=0.02)
 QUIET = replace(SHORT, think_time=0.0)
 Lengths = list[tuple[int, int, int, int]]
@@ -45,7 +45,7 @@ def lengths(records: Sequence[RequestRecord]) -> Lengths:
     return sorted((r.index, r.turn, r.prompt_len, r.output_len) for r in records)
 
 
-def expected_hits(items: Sequence[WorkItem], page: int = PAGE) -> list[int]:
+def expected_hits(items: Sequence[WorkItem], page: int = BLOCK) -> list[int]:
     """Of a cache that forgets nothing, one session after another on one worker."""
     hits = []
     for before, item in pairwise([None, *items]):
@@ -255,7 +255,7 @@ def test_what_comes_after_a_failure_is_no_success() -> None:
 
 
 def spec(text: str = "both=1@h100", **changes: Any) -> ClusterSpec:
-    return ClusterSpec(groups=parse_cluster(text), page_size=PAGE, **changes)
+    return ClusterSpec(groups=parse_cluster(text), page_size=BLOCK, **changes)
 
 
 @pytest.mark.parametrize("equal_steps", [True, False])
@@ -276,13 +276,13 @@ def test_what_is_decoded_goes_back_to_where_the_next_turn_begins() -> None:
     assert len(slow) > 20  # whose user has thought for longer than a copy takes
     for before, item in slow:
         known = before.prompt_len + before.output_len - 1
-        assert run.requests[item.index].cached_tokens == known // PAGE * PAGE
+        assert run.requests[item.index].cached_tokens == known // BLOCK * BLOCK
 
 
 def test_simulated_turns_come_when_their_users_have_thought() -> None:
     items = at_rate(multiturn_items(200, replace(SHORT, think_time=1.5)), 20.0)
-    for cluster in (spec("both=2@h100"), spec("prefill=1@h100,decode=1@h100")):
-        run = simulate("fcfs", items, cluster).run
+    for shape in (spec("both=2@h100"), spec("prefill=1@h100,decode=1@h100")):
+        run = simulate("fcfs", items, shape).run
         requests = sorted(run.requests, key=lambda r: r.index)
         assert lengths(requests) == planned(items)
         for item, (before, one) in zip(items[1:], pairwise(requests), strict=True):
@@ -410,7 +410,7 @@ def test_bench_and_simulation_hit_alike(tmp_path: Path, capsys: pytest.CaptureFi
         "--decode-workers",
         "0",
         "--block-size",
-        str(PAGE),
+        str(BLOCK),
         "--prefill",
         "cpus=0",
     )
@@ -450,3 +450,38 @@ def test_what_cannot_be_is_refused_in_a_line(
     with pytest.raises(SystemExit) as ended:
         main([*args, "--result-dir", str(tmp_path)])
     assert ended.value.code and why in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- what moves
+
+
+@needs_two_cores
+def test_a_turn_moves_what_is_new_and_not_the_history() -> None:
+    turns, added, output = 10, 40, 24
+
+    async def pages_by_turn(reuse: bool) -> list[int]:
+        """What has gone over all links in each turn, what goes back included."""
+        moved, prompt = list[int](), list[int]()
+        async with cluster(settings("disagg", "shm", 400), model=replace(MODEL, prefix_caching=reuse)) as frontend:
+            for turn in range(turns):
+                prompt = prompt + [(turn * 31 + n * 7) % VOCAB for n in range(added)]
+                answer, ended = list[int](), asyncio.Event()
+
+                def on_emit(emit: Emit, _: float, answer: list[int] = answer, ended: asyncio.Event = ended) -> None:
+                    answer += emit.tokens
+                    if emit.finish:
+                        ended.set()
+
+                frontend.submit(prompt, greedy(output), on_emit, session="one")
+                await ended.wait()
+                await asyncio.sleep(0.2)  # what goes back
+                stats = await frontend.fresh_stats()
+                moved.append(sum(link.bytes for worker in stats.values() for link in worker.links))
+                prompt = prompt + answer
+        return [(b - a) // PAGE_BYTES["float64"] for a, b in pairwise([0, *moved])]
+
+    pages = asyncio.run(pages_by_turn(True))
+    # New words go forward and the answer back, in whole pages, of which the last of each may be full later.
+    assert (added + output) // PAGE - 2 <= min(pages) <= max(pages) <= (added + output) // PAGE + 3, pages
+    pages = asyncio.run(pages_by_turn(False))
+    assert pages[-1] > turns * added // PAGE and sorted(pages) == pages, pages

@@ -17,7 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
-from minidisagg.core.messages import LinkStats, Stats
+from minidisagg.core.messages import LinkStats, Stats, StoreStats
 from minidisagg.core.tracked import Emit
 from minidisagg.measure.records import STAGES
 from minidisagg.runtime.frontend import Frontend
@@ -168,6 +168,15 @@ WORKERS: dict[str, tuple[type[GAUGE | COUNTER], str, Callable[[Stats], float]]] 
     "worker_flops": (COUNTER, "Floating-point operations of all steps.", lambda s: s.flops),
     "worker_bytes_read": (COUNTER, "Bytes of weights and KV that the steps had to read.", lambda s: s.bytes_read),
 }
+STORE: dict[str, tuple[str, Callable[[StoreStats], float]]] = {
+    "kv_store_hits": ("KV pages found in the store.", lambda store: store.hits),
+    "kv_store_misses": ("KV pages looked for there in vain.", lambda store: store.misses),
+    "kv_store_bytes_read": ("KV bytes read from the store.", lambda store: store.bytes_read),
+    "kv_store_bytes_written": ("KV bytes written to it.", lambda store: store.bytes_written),
+    "kv_store_seconds": ("Time in which the store was read and written.", lambda store: store.seconds),
+    "kv_store_dropped": ("KV pages not saved there, since too many waited.", lambda store: store.dropped),
+    "kv_store_corrupt": ("KV pages there that were not what had been written.", lambda store: store.corrupt),
+}
 LINKS: dict[str, tuple[str, Callable[[LinkStats], float]]] = {
     "kv_transfer_bytes": ("KV bytes sent.", lambda link: link.bytes),
     "kv_transfer_seconds": ("Time in which KV pieces were sent.", lambda link: link.seconds),
@@ -198,6 +207,13 @@ class _Workers(Collector):
             for worker, stats in workers:
                 family.add_metric([worker, role_name(stats.role)], read(stats))
             yield family
+
+        for name, (text, read_store) in STORE.items():
+            stored = COUNTER(PREFIX + name, text, labels=LABELS)
+            for worker, stats in workers:
+                if stats.store is not None:
+                    stored.add_metric([worker, role_name(stats.role)], read_store(stats.store))
+            yield stored
 
         for name, (text, read_link) in LINKS.items():
             sent = COUNTER(PREFIX + name, text, labels=[*LABELS, "peer", "link"])
