@@ -25,6 +25,7 @@ from minidisagg.core.inputs import Received, Schedule, StepDone
 from minidisagg.core.messages import ROUTER, Envelope, KVGrant, RequestSpec, Role, SamplingParams, Submit
 from minidisagg.core.policy import Policy, WorkerOptions
 from minidisagg.core.spec import EngineSpec
+from minidisagg.replay.alike import decided_alike
 from minidisagg.replay.asking import Asked, Asker, Notes
 from minidisagg.replay.records import find_records
 from minidisagg.replay.screen import Cursor, frame
@@ -194,6 +195,13 @@ def test_a_policy_that_is_asked_about_its_own_run_would_do_it_again(
     events = [text for lane in run.lanes for step in lane.steps for text in step.events]
     assert any(text.startswith("preempted ") for text in events) and "evict" in asked
     assert any("from the prefix cache" in text for text in events)
+
+
+def test_who_decided_alike(recorded: Callable[..., Path]) -> None:
+    directory = recorded("fcfs")
+    assert decided_alike(directory, "fcfs", "sarathi:chunk=100000")  # no prompt is that long
+    assert not decided_alike(directory, "fcfs", "sjf")
+    assert not decided_alike(directory, "sjf", "sjf")  # there is no run of it
 
 
 @pytest.mark.parametrize(("policy", "routed"), [("sjf", True), ("deflection", True), ("sjf", False)])

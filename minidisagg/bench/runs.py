@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from functools import partial
+from pathlib import Path
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -33,6 +34,7 @@ from minidisagg.measure.records import RequestRecord, RunRecord
 from minidisagg.measure.run_directory import run_name
 from minidisagg.measure.settings import check_measurable
 from minidisagg.measure.timeline import Timeline
+from minidisagg.replay.alike import decided_alike
 from minidisagg.workload.lengths import WorkItem, at_rate, with_prompts
 from minidisagg.workload.settings import TEXTS, build_items, check_length, describe_workload
 
@@ -287,11 +289,21 @@ class Bench:
         for repetition, side in turns:
             title = f"{repetition + 1}/{repeats}, {what}"
             runs[side].append(await self.one_run(side, repetition, rate, concurrency, title))
+        alike = await asyncio.to_thread(self._alike)
         if len(runs) > 2:
-            return await asyncio.to_thread(contest, runs, self.slo, seed=self.options.run.seed)
-        return await asyncio.to_thread(
-            compare_runs, runs[0], runs[1] if len(runs) > 1 else (), self.slo, seed=self.options.run.seed
-        )
+            return await asyncio.to_thread(contest, runs, self.slo, seed=self.options.run.seed, alike=alike)
+        other = runs[1] if len(runs) > 1 else ()
+        return await asyncio.to_thread(compare_runs, runs[0], other, self.slo, seed=self.options.run.seed, alike=alike)
+
+    def _alike(self) -> list[tuple[str, str]]:
+        """Sides that differ in the policy only and decided alike throughout, where `--record` lets it be asked."""
+        return [
+            (one.label, other.label)
+            for one, other in itertools.combinations(self.targets, 2)
+            if isinstance(one, Side) and isinstance(other, Side) and one.run.record_dir
+            and one.policy != other.policy and replace(one.cluster, policy=other.policy) == other.cluster
+            and decided_alike(Path(one.run.record_dir), one.policy, other.policy)
+        ]  # fmt: skip
 
 
 def quick_prompts(options: BenchOptions, rate: float) -> int:

@@ -59,8 +59,12 @@ def compare_runs(
     run_noise: float = RUN_NOISE,
     resamples: int = 1000,
     seed: int = 0,
+    alike: Sequence[tuple[str, str]] = (),
 ) -> Comparison:
-    """Repetitions of A, and of B in the same order, as one comparison; B may be left out. Raises ValueError."""
+    """Repetitions of A, and of B in the same order, as one comparison; B may be left out. Raises ValueError.
+
+    `alike`: labels of the two, if they decided alike throughout.
+    """
     runs = [*a, *b]
     samples = [samples_of(run, slo) for run in runs]
     ratios = compare(samples[: len(a)], samples[len(a) :], seed, resamples, run_noise) if b else {}
@@ -69,7 +73,12 @@ def compare_runs(
     side_a = _side(a, samples[: len(a)], slo, " A" if same else "")
     side_b = _side(b, samples[len(a) :], slo, " B" if same else "") if b else None
     verdict = verdict_of(side_a.label, side_b.label, ratios, void) if side_b else single_verdict(side_a, void)
-    return Comparison(side_a, side_b, ratios, marks_of(runs, len(a)), void, verdict)
+    return Comparison(side_a, side_b, ratios, [*marks_of(runs, len(a)), *alike_marks(alike)], void, verdict)
+
+
+def alike_marks(pairs: Sequence[tuple[str, str]]) -> list[str]:
+    """What a reader must know of sides that decided alike throughout."""
+    return [f"{a} and {b} decided alike throughout: this load does not tell them apart" for a, b in pairs]
 
 
 def _side(runs: Sequence[RunRecord], samples: Sequence[Samples], slo: SLO | None, suffix: str) -> Side:

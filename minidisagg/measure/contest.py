@@ -17,6 +17,7 @@ from rich.text import Text
 
 from minidisagg.measure.comparison import (
     Side,
+    alike_marks,
     better,
     listing,
     marks_of,
@@ -75,12 +76,11 @@ def contest(
     ratios = [compare(samples[0], other, seed, run_noise=run_noise) for other in samples[1:]]
     every = [run for side in runs for run in side]
     void = list(dict.fromkeys(f"{run.label}: {reason}" for run in every for reason in void_reasons(run, slo)))
-    marks = [f"{a} and {b} decided alike throughout: this load does not tell them apart" for a, b in alike]
     scores = [side.values.get(DECIDES, math.nan) for side in sides]
     first = max(range(len(sides)), key=lambda i: scores[i] if not math.isnan(scores[i]) else -1.0)
     best = [_against(samples[i], samples[first], seed, run_noise) for i in range(len(sides)) if i != first]
     verdict = _verdict(sides, first, best) if not void else f"Void, no verdict: {void[0]}."
-    return Contest(sides, ratios, best, [*marks_of(every, len(runs[0])), *marks], void, verdict)
+    return Contest(sides, ratios, best, [*marks_of(every, len(runs[0])), *alike_marks(alike)], void, verdict)
 
 
 def _against(a: Sequence[Samples], b: Sequence[Samples], seed: int, run_noise: float) -> Ratio:

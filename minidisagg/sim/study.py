@@ -281,11 +281,8 @@ class Study:
         alike = [(labels[a], labels[b]) for a, b in pairs if decided[a] == decided[b]]
         if len(runs) > 2:
             return contest.contest(records, self.slo, seed=self.options.seed, run_noise=0.0, alike=alike)
-        result = compare_runs(
-            records[0], records[1] if len(records) > 1 else (), self.slo, run_noise=0.0, seed=self.options.seed
-        )
-        marks = [f"{a} and {b} decided alike throughout: this load does not tell them apart" for a, b in alike]
-        return replace(result, marks=[*result.marks, *marks])
+        other = records[1] if len(records) > 1 else ()
+        return compare_runs(records[0], other, self.slo, run_noise=0.0, seed=self.options.seed, alike=alike)
 
     def sweep(self, directory: Path) -> dict[str, object]:
         """Closed loop, so many requests at a time."""
