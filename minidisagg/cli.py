@@ -90,7 +90,10 @@ def cli(ctx: click.Context) -> None:
     dummy:SHAPE for random weights.
 
     \b
+    minidisagg simulate                            a simulated cluster: no model, no GPU, ten seconds
+    minidisagg simulate --compare fcfs,./mine.py:Mine
     minidisagg bench --mode both --preset quick    colocated against disaggregated: one table and a verdict
+    minidisagg rerun DIR                           the same run again
     minidisagg serve                               an OpenAI-compatible server
     minidisagg monitor                             watch it, and act on it
     minidisagg chat                                talk to the model
@@ -317,7 +320,7 @@ def _measure_quality(model: str, flags: dict[str, Any]) -> int:
     settings, cluster, _ = read_engine(model, flags, MODES[0], run_directory=True)
     from minidisagg.bench.quality import run as run_quality
 
-    return run_quality(settings, cluster, count, seed, report)
+    return run_quality(settings, cluster, count, seed, flags["dataset_path"] or "", report)
 
 
 def _check_given(given: set[str], refused: set[str], why: str) -> None:
@@ -372,7 +375,7 @@ def simulate(**flags: Any) -> int:
     minidisagg simulate --cluster prefill=8@h100,decode=8@h100 --block-size 512 \\
         --dataset-name mooncake --dataset-path conversation_trace.jsonl --num-prompts 12031
     """
-    if not flags["dataset_path"] or flags["find_goodput"]:  # a trace that is there has times of its own
+    if not flags["dataset_path"] or flags["find_goodput"]:  # a trace from a file has times of its own
         flags["request_rate"] = flags["request_rate"] or "0.5x"
     load = read_load(flags)
     from minidisagg.sim.study import read_options
@@ -432,7 +435,7 @@ def profile(model: str, out: Path, name: str, seconds: float, **flags: Any) -> i
     """Measure what steps cost on this machine, for `simulate`, and say how far the fit is off.
 
     \b
-    minidisagg profile --out laptop.json
+    minidisagg profile --dtype float32 --out laptop.json
     minidisagg profile dummy:llama-8b --device cuda --dtype bfloat16 --block-size 64 --max-num-seqs 64 --name my-h100
     minidisagg simulate --cluster prefill=1@./laptop.json,decode=1@./laptop.json --model smollm2-135m --dtype float32
     """

@@ -66,6 +66,7 @@ load_options = stack(
                      help="Requests per second, inf, or 0.5x: half of what one prefill worker does one request at a "
                           "time under fcfs, whatever the sides' policies (bench measures it, on the disagg side if "
                           "there is one). Of multiturn all turns count: 8 are 2 sessions of 4 turns per second.  "
+                          "trace: at the times that it has, as without this flag but for synth in simulate.  "
                           f"[default: {ARRIVALS.request_rate}x, or the trace's own times]"),
         click.option("--burstiness", type=float, default=ARRIVALS.burstiness, show_default=True,
                      help="Shape of the gaps between arrivals: 1 is a Poisson process, less is burstier."),
@@ -73,14 +74,15 @@ load_options = stack(
                      help="Closed loop: as many requests at a time, or sessions of multiturn. A list is a sweep."),
         click.option("--num-prompts", type=positive,
                      help="Of each run; of multiturn they are turns, not sessions.  "
-                          f"[default: {WORKLOAD.num_prompts}; with --preset quick by the rate]"),
+                          f"[default: {WORKLOAD.num_prompts}, of simulate 500; bench --preset quick: by the rate]"),
         click.option("--num-warmups", type=click.IntRange(min=0), default=ARRIVALS.num_warmups, show_default=True),
         click.option("--repeats", type=positive, default=TRIALS.repeats, show_default=True),
         click.option("--dataset-name", type=DatasetName(), default=WORKLOAD.dataset_name, show_default=True,
                      help="A file that --dataset-path names, or synth:NAME with the statistics of one: "
                           f"{', '.join(name for name in DATASETS if name.startswith(SYNTHETIC))}. "
                           "docs/workloads.md says where to get the files."),
-        click.option("--dataset-path", type=click.Path(exists=True, dir_okay=False), default=None, metavar="FILE"),
+        click.option("--dataset-path", type=click.Path(exists=True, dir_okay=False), default=None, metavar="FILE",
+                     help="The trace; or the text of which prompts of text are pieces."),
         click.option("--random-input-len", type=positive, default=WORKLOAD.input_len, show_default=True,
                      help="Tokens of random prompts, which it asks for."),
         click.option("--random-output-len", type=positive, default=WORKLOAD.output_len, show_default=True),
@@ -159,7 +161,10 @@ def read_load(flags: dict[str, Any], preset: str = "", fit: bool = False) -> Loa
         multiturn=Multiturn(**{name: flags[f"{MULTITURN}_{name}"] for name in Multiturn.__struct_fields__}),
     )
     default_rate = (0.0, False) if workload.has_times else (ARRIVALS.request_rate, ARRIVALS.relative)
-    rate, relative = parse_rate(flags["request_rate"]) if flags["request_rate"] else default_rate
+    if flags["request_rate"] == "trace" and not workload.has_times:
+        raise ValueError(f"--request-rate trace: {dataset} has no times of its own")
+    given = flags["request_rate"] not in (None, "trace")
+    rate, relative = parse_rate(flags["request_rate"]) if given else default_rate
     concurrencies = parse_concurrencies(flags["max_concurrency"])
     if flags["find_goodput"] and (concurrencies or not 0 < rate < math.inf):
         raise ValueError(

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from minidisagg.workload.arrivals import arrival_times
 from minidisagg.workload.lengths import prompt_tokens, random_items, text_items, with_arrivals, with_prompts
+from minidisagg.workload.settings import Workload, build_items, describe_workload
 from minidisagg.workload.traces import MAX_SECONDS, MAX_TOKENS, load_trace
 
 
@@ -91,6 +92,22 @@ def test_text_prompts_vary_and_are_real() -> None:
     assert all(item.prompt is not None and item.prompt_len == len(item.prompt) for item in items)
     estimated = text_items(1, 16)[0]
     assert estimated.prompt is None and estimated.prompt_len == len(estimated.prompt_text or "") // 4
+
+
+def test_prompts_that_are_pieces_of_a_text(tmp_path: Path) -> None:
+    alice = Path(__file__).parent / "data" / "alice29.txt"
+    whole = "\n\n".join(" ".join(part.split()) for part in alice.read_text().split("\n\n") if part.strip())
+    texts = [item.prompt_text or "" for item in text_items(200, 16, seed=2, path=str(alice))]
+    assert len(set(texts)) == 200 and all(text in whole for text in texts)
+    assert min(map(len, texts)) < 200 and max(map(len, texts)) > 2000
+    assert texts[:9] == [item.prompt_text for item in text_items(9, 16, seed=2, path=str(alice))]
+    workload = Workload(dataset_name="text", dataset_path=str(alice))
+    assert build_items(workload, 9, 2)[0][8].prompt_text == texts[8] and "alice29.txt" in describe_workload(workload)
+    bad = tmp_path / "bad.txt"
+    for content, message in (b" \n\n", "bad.txt: no text"), (b"\xff\xfe", "bad.txt: not a text in UTF-8"):
+        bad.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            text_items(1, 16, path=str(bad))
 
 
 def test_with_arrivals() -> None:

@@ -75,12 +75,18 @@ class Quality(Struct):
 class Meter:
     """One model and a cache for a few prompts."""
 
-    def __init__(self, model: str, dtype: torch.dtype, prompts: Sequence[list[int]]) -> None:
-        self.config = load_config(model)
-        self.model = Transformer(self.config, load_weights(model, self.config), dtype, torch.device("cpu"))
+    def __init__(self, model: str, dtype: torch.dtype, device: torch.device, prompts: Sequence[list[int]]) -> None:
+        self.config, self.device = load_config(model), device
+        self.model = Transformer(self.config, load_weights(model, self.config), dtype, device)
         self.per = -(-(max(map(len, prompts)) + TOKENS) // PAGE)
-        self.cache = KVCache(self.config, BATCH * self.per, PAGE, dtype, torch.device("cpu"))
+        self.cache = KVCache(self.config, BATCH * self.per, PAGE, dtype, device)
         self.rows = cache_rows(self.cache.data)
+
+    def clock(self) -> float:
+        """Seconds, when the device has done all that it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
     @torch.inference_mode()
     def step(self, given: dict[int, tuple[int, list[int]]]) -> Tensor:
@@ -90,7 +96,7 @@ class Meter:
             for i, (at, some) in given.items()
         ]
         tokens = [item.tokens for item in items]
-        batch = build_batch(items, tokens, self.cache, self.model.dtype, torch.device("cpu"))
+        batch = build_batch(items, tokens, self.cache, self.model.dtype, self.device)
         x_NE = self.model.hidden(batch, self.cache)
         return self.model.logits(x_NE[batch.sample_rows_S], exact=True).log_softmax(-1)
 
@@ -116,9 +122,11 @@ def divergence(exact: Tensor, other: Tensor) -> Tensor:
     return (exact.exp() * (exact - other)).sum(-1)
 
 
-def measure(model: str, dtype: torch.dtype, codec: str, prompts: Sequence[list[int]], show: bool = False) -> Quality:
+def measure(
+    model: str, dtype: torch.dtype, codec: str, prompts: Sequence[list[int]], device: str = "cpu", show: bool = False
+) -> Quality:
     """Raises `ValueError` where the cache of this model has no such codec."""
-    meter = Meter(model, dtype, prompts)
+    meter = Meter(model, dtype, torch.device(device), prompts)
     codecs, rows = codecs_for(meter.cache.data), meter.rows
     if codec not in codecs:
         raise ValueError(f"no codec {codec!r} for a cache of {dtype}; there are {', '.join(codecs)}")
@@ -127,13 +135,13 @@ def measure(model: str, dtype: torch.dtype, codec: str, prompts: Sequence[list[i
 
     def through(some: Tensor) -> None:
         nonlocal passed
-        began = time.perf_counter()
-        room = torch.empty(*some.shape[:3], ours.row_bytes, dtype=torch.uint8).view(ours.word)
+        room = torch.empty(*some.shape[:3], ours.row_bytes, dtype=torch.uint8, device=meter.device).view(ours.word)
+        began = meter.clock()
         wire = ours.encode(some, room)
-        between = time.perf_counter()
+        between = meter.clock()
         ours.decode(wire, some)
         times[0] += between - began
-        times[1] += time.perf_counter() - between
+        times[1] += meter.clock() - between
         passed += some.nbytes
 
     def rounded(some: Tensor) -> None:
@@ -197,15 +205,17 @@ def table(quality: Quality) -> Table:
     return out
 
 
-def run(model: ModelSettings, cluster: ClusterSettings, count: int, seed: int, report: ReportSettings) -> int:
-    """Carry it out and leave quality.json in a run directory; returns the exit status."""
+def run(
+    model: ModelSettings, cluster: ClusterSettings, count: int, seed: int, text: str, report: ReportSettings
+) -> int:
+    """Carry it out and leave quality.json in a run directory; returns the exit status. `text`: a file, or none."""
     console, codec = Console(), cluster.kv_codec if cluster.kv_codec != RAW else CODECS[-1]
     ensure(model.model, lambda line: console.print(line, style="dim", highlight=False))
     tokenizer = Tokenizer.load(model.model)
-    items = text_items(count, TOKENS, tokenizer.encode, seed)
+    items = text_items(count, TOKENS, tokenizer.encode, seed, text)
     prompts = [item.prompt for item in items if item.prompt]
     dtype = dtype_of(cluster.prefill, load_config(model.model))
-    quality = measure(model.model, dtype, codec, prompts, console.is_terminal)
+    quality = measure(model.model, dtype, codec, prompts, cluster.prefill.device, console.is_terminal)
     console.print(table(quality))
     console.print(
         f"{codec}: {quality.wire_share:.3f} of the bytes, {quality.wire_share_bfloat16:.3f} of bfloat16's; "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -16,6 +17,7 @@ from minidisagg.workload.arrivals import arrival_times, keyed_random
 from minidisagg.workload.corpus import PASSAGES, QUESTIONS
 
 Encode = Callable[[str], list[int]]
+PIECE = 40, 2600  # least and most characters of a prompt that is a piece of a text
 CHARS_PER_TOKEN = 4  # English under a 50k byte-pair vocabulary; used only where no tokenizer is at hand
 
 
@@ -65,21 +67,40 @@ def random_items(
     return items
 
 
-def text_items(count: int, output_len: int, encode: Encode | None = None, seed: int = 0) -> list[WorkItem]:
+def text_items(
+    count: int, output_len: int, encode: Encode | None = None, seed: int = 0, path: str = ""
+) -> list[WorkItem]:
     """`--dataset-name text`: English prompts of some 10 to 650 tokens, a question alone or after some passages.
 
-    With `encode` (a tokenizer) the token ids are filled in, else `prompt_len` is an estimate.
+    With `path`, whatever language that text is in: from a random paragraph on, to be gone on with. With `encode` (a
+    tokenizer) the token ids are filled in, else `prompt_len` is an estimate. Raises ValueError for an empty file.
     """
     items = []
+    paragraphs = _paragraphs(Path(path)) if path else []
     for index in range(count):
         rng = keyed_random("text", seed, index)
-        passages = rng.sample(PASSAGES, k=index % 6)  # every run of six has short and long prompts
-        text = "\n\n".join([*passages, rng.choice(QUESTIONS)])
+        if path:
+            begin, length = rng.randrange(len(paragraphs)), rng.randint(*PIECE)
+            text = "\n\n".join(paragraphs[begin : begin + length])[:length].rstrip()  # none is empty
+        else:
+            passages = rng.sample(PASSAGES, k=index % 6)  # every run of six has short and long prompts
+            text = "\n\n".join([*passages, rng.choice(QUESTIONS)])
         prompt, prompt_len = encoded(text, encode)
         items.append(
             WorkItem(index=index, prompt_len=prompt_len, output_len=output_len, prompt=prompt, prompt_text=text)
         )
     return items
+
+
+def _paragraphs(path: Path) -> list[str]:
+    """Of a text, each on one line."""
+    try:
+        parts = [" ".join(part.split()) for part in path.read_text(encoding="utf-8").split("\n\n")]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text in UTF-8 ({error.reason} at byte {error.start})") from None
+    if not any(parts):
+        raise ValueError(f"{path}: no text")
+    return [part for part in parts if part]
 
 
 def encoded(text: str, encode: Encode | None) -> tuple[list[int] | None, int]:

@@ -64,7 +64,7 @@ def build_items(
     if workload.dataset_name == "random":
         return random_items(count, workload.input_len, workload.output_len, workload.range_ratio, seed), ""
     if workload.dataset_name == "text":
-        return text_items(count, workload.output_len, encode, seed), ""
+        return text_items(count, workload.output_len, encode, seed, workload.dataset_path), ""
     if workload.dataset_name == MULTITURN:
         return multiturn_items(count, workload.multiturn, seed), ""
     changes = workload.trace_speedup, workload.trace_scale_len
@@ -90,7 +90,7 @@ def describe_workload(workload: Workload) -> str:
         spread = f" ± {workload.range_ratio:.0%}" if workload.range_ratio else ""
         return f"random {workload.input_len} in, {workload.output_len} out{spread}"
     if workload.dataset_name == "text":
-        return f"English text, {workload.output_len} out"
+        return f"{Path(workload.dataset_path).name or 'English text'}, {workload.output_len} out"
     if workload.dataset_name == MULTITURN:
         like = workload.multiturn
         return (
