@@ -43,7 +43,7 @@ SMALL = {
     "sarathi": "chunk=6", "eb_plus": "extra=5", "sjf": "ageing=50", "distserve": "waiting=0.2", "splitwise": "queue=30",
     "dynamo": "temperature=0.5,decay=1,active=1", "dynamo_conditional": "tokens=20,queue=1,budget=16",
     "arrow": "ttft=0.05,tpot=0.02", "deflection": "tbt=0.03,least=2", "polyserve": "tiers=0.015/0.02,ttft=0.1",
-    "early_rejection": "ttft=0.3,tpot=0.05",
+    "early_rejection": "ttft=0.3,tpot=0.05,fetch=1",
 }  # fmt: skip
 
 
@@ -165,6 +165,7 @@ def test_every_policy_is_rehearsed_with_settings_too(policy: str) -> None:
         ("polyserve:tiers=0", "not 0"),
         ("polyserve:ttft=soon", "ttft must be seconds"),
         ("early_rejection:ttft=-3", "ttft must be seconds, above 0, not -3"),
+        ("early_rejection:fetch=2", "fetch must be 0 or 1, not 2"),
         ("arrow:speed=1", "unexpected keyword argument 'speed'"),
     ],
 )
@@ -602,6 +603,17 @@ def test_early_rejection_places_where_the_first_token_is_soonest() -> None:
     workers["p"] = P, {"queued_tokens": 30, "t_kv_token": 4e-4}
     assert policy.place(asked(60), cluster(workers)) == Placement("q", "e"), "its link is slow"
     assert isinstance(policy.place(asked(), cluster({"p": (P, {})})), Reject)
+
+
+def test_early_rejection_fetches_what_takes_longer_to_compute() -> None:
+    workers: Workers = {"p": (P, {}), "q": (P, {"queued_tokens": 90}), "e": (D, {})}
+    view = cluster(workers, {"q": 48})
+    assert EarlyRejection().place(asked(60), view) == Placement("p", "e")
+    assert EarlyRejection(fetch=1).place(asked(60), view) == Placement("p", "e", fetch_from="q")
+    assert EarlyRejection(fetch=1).place(asked(60), cluster(workers, {"q": 48, "p": 48})) == Placement("p", "e")
+    assert EarlyRejection(fetch=1).place(asked(60), cluster(workers, {"e": 48})) == Placement("p", "e", fetch_from="e")
+    workers["q"] = P, {"queued_tokens": 90, "t_kv_token": 4e-3}
+    assert EarlyRejection(fetch=1).place(asked(60), cluster(workers, {"q": 48})) == Placement("p", "e"), "a slow link"
 
 
 def test_early_rejection_turns_away_what_would_be_late() -> None:

@@ -1,8 +1,9 @@
 """Mooncake's Conductor (Qin et al., FAST'25, Algorithm 1): the place with the soonest first token, and early rejection.
 
-From memory of the paper, the default limits too. Left out: fetching a longer prefix from another worker and
-replicating hot ones, so that the time of a transfer is that of the handoff; predicting the load at the time at which
-decode begins. A request is turned away when it comes, or not at all.
+From memory of the paper, the default limits too. With `fetch` a worker copies the longest prefix that another one has
+where that takes less time than to compute it; the paper compares lengths with a threshold, and replicates hot prefixes
+ahead of need, which these copies do in passing. Left out: predicting the load at the time at which decode begins. A
+request is turned away when it comes, or not at all.
 """
 
 from __future__ import annotations
@@ -25,13 +26,15 @@ class Plan(NamedTuple):
 class EarlyRejection(Policy):
     """What would be late wherever it went is turned away before it costs others their time."""
 
-    def __init__(self, ttft: float = 30.0, tpot: float = 0.1) -> None:
-        """`ttft`, `tpot`: seconds that a request without a limit of its own allows."""
+    def __init__(self, ttft: float = 30.0, tpot: float = 0.1, fetch: int = 0) -> None:
+        """`ttft`, `tpot`: seconds that a request without a limit of its own allows. `fetch`: 1 to do so."""
         super().__init__()
         for name, value in (("ttft", ttft), ("tpot", tpot)):
             if not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise ValueError(f"early_rejection: {name} must be seconds, above 0, not {value}")
-        self.ttft, self.tpot = ttft, tpot
+        if fetch not in (0, 1):
+            raise ValueError(f"early_rejection: fetch must be 0 or 1, not {fetch}")
+        self.ttft, self.tpot, self.fetch = ttft, tpot, fetch
 
     def admit(self, request: RequestView, cluster: ClusterView) -> Reject | None:
         """It may come back when the first token would be in time."""
@@ -48,7 +51,7 @@ class EarlyRejection(Policy):
         return plan.placement if plan else Reject(1.0, "no worker takes prefill, or none takes decode")
 
     def _plan(self, request: RequestView, cluster: ClusterView) -> Plan | None:
-        """The least of queue, prefill of what is not cached there, and transfer; the decode worker that is fastest."""
+        """The least of queue, prefill of what is not cached there, and transfers; the decode worker that is fastest."""
         prefill, decode = cluster.candidates(Role.PREFILL), cluster.candidates(Role.DECODE)
         if not prefill or not decode:
             return None
@@ -57,14 +60,23 @@ class EarlyRejection(Policy):
         def tpot(worker: WorkerStatus) -> float:
             return cluster.t_decode(worker, 1, length)
 
-        def ttft(worker: WorkerStatus) -> float:
-            computed = max(1, length - hits.get(worker.name, Hits(0)).device)
-            moved = 0.0 if worker.takes(Role.DECODE) else cluster.t_transfer(length, worker)
-            return cluster.t_prefill(computed, worker) + moved
+        def held(worker: WorkerStatus) -> int:
+            return hits.get(worker.name, Hits(0)).device
 
-        first = min(prefill, key=lambda w: (ttft(w), w.queued_tokens))
+        best = max(cluster.workers.values(), key=held)
+
+        def ttft(worker: WorkerStatus) -> tuple[float, str | None]:
+            """And from where it fetches what it lacks."""
+            moved = 0.0 if worker.takes(Role.DECODE) else cluster.t_transfer(length, worker)
+            here = cluster.t_prefill(max(1, length - held(worker)), worker)
+            more = held(best) - held(worker)
+            there = cluster.t_transfer(more, best) + cluster.t_prefill(max(1, length - held(best)), worker)
+            return (there + moved, best.name) if self.fetch and more > 0 and there < here else (here + moved, None)
+
+        first = min(prefill, key=lambda w: (ttft(w)[0], w.queued_tokens))
         second = first if first.takes(Role.DECODE) else min(decode, key=lambda w: (tpot(w), w.decoding))
-        return Plan(ttft(first), tpot(second), Placement(first.name, second.name))
+        seconds, source = ttft(first)
+        return Plan(seconds, tpot(second), Placement(first.name, second.name, fetch_from=source))
 
 
 POLICY = EarlyRejection
