@@ -4,6 +4,7 @@
     python scripts/link_sweep.py                                              # smollm2-135m, half an hour
     python scripts/link_sweep.py --link shm --bandwidths 0.5Gbps,2Gbps,8Gbps --lengths 128,1024
     python scripts/link_sweep.py --model dummy:tiny --bandwidths 1Mbps,10Mbps --lengths 64,256 --out tiny
+    python scripts/link_sweep.py --granularities request,request+int8 --lengths 512 --loaded 0    # does a codec pay?
 
 For each bandwidth and granularity it starts a prefill and a decode worker over an emulated interconnect, and once more
 over the real link alone. For each length of prompts: requests one at a time, whose medians are TTFT and time to the
@@ -11,7 +12,8 @@ second token (the handoff is between the two); then Poisson arrivals at half of 
 goodput: requests per second whose second token came within the SLO, three times its time over the real link alone.
 The hidden share is 1 - (gap - gap over the real link alone) / (bytes / bandwidth + latency), of the gap between first
 and second token: clusters are started one after another, and on a shared machine their prefills differ by more than a
-transfer takes. What a transfer does to the prefill beside it shows in TTFT.
+transfer takes. What a transfer does to the prefill beside it shows in TTFT. A granularity may have a codec behind a
+plus; bytes are of the cache as it is all the same.
 Arrivals and prompts are the same for all points of a length.
 
 Writes OUT.html (one figure, in SVG, that needs nothing to open) and OUT.json. Faded points are those that the real link
@@ -36,6 +38,7 @@ from typing import Any
 from minidisagg.config import ClusterSettings, ModelSettings, RunSettings, WorkerSettings
 from minidisagg.core.granularity import parse_granularity
 from minidisagg.core.messages import SamplingParams
+from minidisagg.core.plan import CODECS, RAW
 from minidisagg.core.router import Emit
 from minidisagg.interconnect import NONE, parse_interconnect
 from minidisagg.measure.machine import command_line, machine
@@ -144,7 +147,8 @@ class Sweep:
             prefill=worker,
             decode=worker,
             link=self.arguments.link,
-            transfer_granularity=grain,
+            transfer_granularity=grain.partition("+")[0],
+            kv_codec=grain.partition("+")[2] or RAW,
             emulate_link=wire,
         )
 
@@ -186,6 +190,8 @@ class Sweep:
 
     async def _load(self, frontend: Frontend, point: Point, rng: random.Random) -> None:
         """Poisson arrivals at a share of the capacity that the real link's point has shown."""
+        if not self.plan.loaded:
+            return
         reference = next((p for p in self.points if p.length == point.length), point)
         rate, limit = self.arguments.load / reference.ttft, self.arguments.slo * reference.second
         tasks, began = [], time.monotonic()
@@ -269,6 +275,7 @@ def read_arguments(words: Sequence[str] | None = None) -> tuple[Namespace, Plan]
     parser.add_argument("--lengths", default="", help="of prompts, in tokens  [default: 128,512,1024]")
     parser.add_argument("--chunk", type=int, default=256, help="tokens that a step computes of a prompt; 0: all")
     parser.add_argument("--load", type=float, default=0.5, help="arrivals, over what the prefill worker does alone")
+    parser.add_argument("--loaded", type=int, default=24, help="requests under load of each point; 0: none")
     parser.add_argument("--slo", type=float, default=3.0, help="times the second token's time over the real link")
     parser.add_argument("--quick", action="store_true", help="few points of few requests")
     parser.add_argument("--out", default="link-sweep", help="path of the two files, without their endings")
@@ -280,12 +287,15 @@ def read_arguments(words: Sequence[str] | None = None) -> tuple[Namespace, Plan]
         granularities=arguments.granularities.split(","),
         lengths=[int(length) for length in (arguments.lengths or ("256" if quick else "128,512,1024")).split(",")],
         alone=3 if quick else 7,
-        loaded=6 if quick else 24,
+        loaded=min(6, arguments.loaded) if quick else arguments.loaded,
     )
     for wire in plan.bandwidths:
         parse_interconnect(wire)
     for grain in plan.granularities:
+        grain, plus, codec = grain.partition("+")
         parse_granularity(grain, 1)
+        if plus and codec not in CODECS:
+            raise ValueError(f"no codec {codec!r}; there are {', '.join(CODECS)}")
     return arguments, plan
 
 

@@ -8,17 +8,17 @@ set -euo pipefail
 set_up run
 results=$ROOT/bench-results
 mkdir -p "$results"
-began=$(date +%s)
+touch "$VENV/minidisagg.began" # BSD's find compares with files only
 say "minidisagg bench --mode both --preset quick $*"
 "$VENV/bin/minidisagg" bench --mode both --preset quick --result-dir "$results" "$@"
 
-latest=$(find "$results" -mindepth 1 -maxdepth 1 -type d -newermt "@$began" | sort | tail -n 1)
+latest=$(find "$results" -mindepth 1 -maxdepth 1 -type d -newer "$VENV/minidisagg.began" | sort | tail -n 1)
 cat <<END
 
 The whole report: ${latest:-none, nothing was measured}
 Next:
   source $(printf %q "$VENV/bin/activate")
   minidisagg chat --mode disagg
-  minidisagg bench --mode disagg --against colocated:sarathi
+  minidisagg bench --mode disagg --against colocated:sarathi --preset quick
   minidisagg bench --mode both --find-goodput --preset quick
 END

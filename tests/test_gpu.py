@@ -9,6 +9,7 @@ import asyncio
 import functools
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,6 +123,54 @@ def test_disaggregated_between_gpus_equals_colocated(link: str, granularity: str
     expected = colocated()
     tokens, moved = asyncio.run(outputs(settings("disagg", link, "float64", granularity), kill))
     assert tokens == expected and moved > 0
+
+
+@pytest.mark.parametrize("link", [pytest.param("nccl", marks=needs_two), "cuda_ipc"])
+def test_a_codec_says_the_same_over_every_link(link: str) -> None:
+    """Rows are encoded on the card, and arrive as they do through the host's memory."""
+    lossy = {kind: replace_struct(settings("disagg", kind, "float32"), kv_codec="int8") for kind in ("gloo", link)}
+    (expected, _), (tokens, moved) = (asyncio.run(outputs(lossy[kind])) for kind in ("gloo", link))
+    exact, raw = asyncio.run(outputs(settings("disagg", link, "float32")))
+    assert 0.2 * raw < moved < 0.35 * raw
+    same = [sum(a == b for a, b in zip(tokens, others, strict=True)) for others in (expected, exact)]
+    assert same[0] >= 20 and same[0] > same[1], same  # float32 may part where two tokens are level
+
+
+MOVER = """
+from minidisagg import Policy
+from minidisagg.core.messages import Role
+from minidisagg.core.policy import Migration, Placement, Replica
+
+
+class Mover(Policy):
+    def place(self, request, cluster):
+        rng, names = cluster.rng, sorted(cluster.workers)
+        split = rng.choice([None, rng.randint(1, request.prefill_len + 10)])
+        return Placement(rng.choice(names), rng.choice(names), None, split, rng.choice(names), True)
+
+    def rebalance(self, cluster):
+        rng, names = cluster.rng, sorted(cluster.workers)
+        changes = [Migration(r, rng.choice(names)) for r in cluster.requests() if rng.random() < 0.5]
+        return changes + [Replica(r, *rng.sample(names, 2)) for r in cluster.requests()[:1]]
+"""
+
+
+@pytest.mark.parametrize("link", ["gloo", pytest.param("nccl", marks=needs_two), "cuda_ipc"])
+def test_whatever_moves_between_gpus_changes_no_token(link: str, tmp_path: Path) -> None:
+    (tmp_path / "mover.py").write_text(MOVER)
+    shape = settings("colocated", link, "float64")
+    pair = replace_struct(shape, prefill_workers=2, decode=shape.prefill, policy=f"{tmp_path}/mover.py:Mover")
+    tokens, moved = asyncio.run(outputs(pair))
+    assert tokens == colocated() and moved > 0
+
+
+@pytest.mark.parametrize("mode", ["colocated", "disagg"])
+def test_pages_that_come_from_the_store_change_no_token(mode: Mode) -> None:
+    """Caches are too small: who is preempted comes back from the store; and handoffs go through it."""
+    shape = replace_struct(settings(mode, "gloo", "float64"), kv_store="local:DRAM=64M", handoff="store")
+    small = {side: replace_struct(getattr(shape, side), kv_cache_memory=1 << 20) for side in ("prefill", "decode")}
+    tokens, moved = asyncio.run(outputs(replace_struct(shape, **small)))
+    assert tokens == colocated() and moved == 0
 
 
 @needs_two

@@ -27,6 +27,10 @@ def test_bandwidths_get_the_latency_and_are_checked(sweep: ModuleType) -> None:
     assert plan.bandwidths == ["1Gbps,5us", "2GB/s,5us"] and plan.lengths == [64, 128]
     with pytest.raises(ValueError, match="no interconnect 'fast,50us'"):
         sweep.read_arguments(["--bandwidths", "fast"])
+    _, plan = sweep.read_arguments(["--granularities", "request,layers:1+int8", "--loaded", "0"])
+    assert plan.granularities == ["request", "layers:1+int8"] and plan.loaded == 0
+    with pytest.raises(ValueError, match="no codec 'zip'; there are raw, int8"):
+        sweep.read_arguments(["--granularities", "request+zip"])
 
 
 WHAT = "TTFT", "second token", "goodput", "hidden share of the transfer"

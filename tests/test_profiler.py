@@ -54,6 +54,15 @@ def test_a_known_machine_is_found_again() -> None:
     assert error_table(profile, decodes, prompts).row_count == len(grouped(errors(profile, decodes, prompts)))
 
 
+def test_many_sequences_that_were_seen_at_one_length_only_get_no_slope_from_it() -> None:
+    """Time was out: twenty steps whose contexts differ by twenty tokens, the last of them slow."""
+    decodes, prompts = steps(0.0)
+    some = [Decode(16, 16 * (64 + n), (0.052 if n < 15 else 0.06) + OVERHEAD, OVERHEAD) for n in range(20)]
+    profile = fit([*decodes, *some], prompts, ABOUT)
+    truth = OVERHEAD + FIXED + TOKEN * 16 + READ * 16 * 1024
+    assert profile.step_seconds((), 16, 16 * 1024) == pytest.approx(truth, rel=0.06)
+
+
 def test_prompts_that_are_bound_by_launches_and_chunks_that_tell_nothing_of_attention() -> None:
     """As on a GPU: decode steps are replayed in a millisecond, the shortest prompt takes seven."""
     decodes = [
