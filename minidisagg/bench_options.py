@@ -38,7 +38,7 @@ bench_options = stack(
         click.option("--tokenizer", default="", metavar="MODEL",
                      help="Where random prompts get their token ids from.  [default: the server's model]"),
         click.option("--preset", type=click.Choice(list(BENCH_PRESETS)), is_eager=True, callback=_use_preset,
-                     help="quick: a first comparison in two minutes and a half."),
+                     help="quick: a first comparison in three minutes."),
         click.option("--kv-quality", is_flag=True,
                      help="No load, but what --kv-codec does to the answers to English prompts.  [default --kv-codec: "
                           f"int8, --num-prompts: {QUALITY_PROMPTS}]"),

@@ -90,7 +90,7 @@ def test_every_block_of_the_readme_works(place: Path, capsys: pytest.CaptureFixt
     typed("minidisagg simulate --record --result-dir recorded", *SMALLER["simulate"])
     (recorded,) = Path("recorded").iterdir()
     for block in blocks(README):
-        exec(compile(re.sub(r"recorded/[\d-]+", str(recorded), block), "README.md", "exec"), {})
+        exec(compile(re.sub(r"bench-results/[\d-]+", str(recorded), block), "README.md", "exec"), {})
     assert "Paris" in capsys.readouterr().out
 
 
