@@ -457,7 +457,7 @@ def test_what_cannot_be_is_refused_in_a_line(
 
 @needs_two_cores
 def test_a_turn_moves_what_is_new_and_not_the_history() -> None:
-    turns, added, output = 10, 40, 24
+    turns, added, output = 6, 40, 24
 
     async def pages_by_turn(reuse: bool) -> list[int]:
         """What has gone over all links in each turn, what goes back included."""
