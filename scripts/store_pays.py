@@ -47,7 +47,7 @@ class Placer(Policy):
     """To the worker that the request's priority numbers."""
 
     def place(self, request, cluster):
-        name = f"worker-{request.priority}"
+        name = f"worker-{request.priority % 2}"
         return Placement(name, name)
 '''
 SAVED = 0.4  # seconds in which a prompt's pages have reached the store
