@@ -422,9 +422,9 @@ def test_any_number_of_sides_and_what_their_policies_see(bench: Bench, tmp_path_
     assert all(slo == ["2.0", "0.5"] for _, _, *slo in seen)
 
 
-def test_sides_that_decided_alike_are_told_where_the_runs_are_recorded(bench: Bench) -> None:
+@pytest.mark.parametrize(("policy", "told"), [("sarathi:chunk=4096", True), ("sarathi:chunk=8", False)])
+def test_sides_that_decided_alike_are_told_where_the_runs_are_recorded(bench: Bench, policy: str, told: bool) -> None:
     alike = "decided alike throughout: this load does not tell them apart"
-    for policy, told in ("sarathi:chunk=4096", True), ("sarathi:chunk=8", False):
-        done = bench("--mode", "disagg", "--against", f"disagg:{policy}", "--record", "--num-prompts", "20",
-                     "--repeats", "1", "--request-rate", "60")  # fmt: skip
-        assert (alike in done.flat) is told and any(alike in mark for mark in done.result["marks"]) is told
+    done = bench("--mode", "disagg", "--against", f"disagg:{policy}", "--record", "--num-prompts", "20",
+                 "--repeats", "1", "--request-rate", "60")  # fmt: skip
+    assert (alike in done.flat) is told and any(alike in mark for mark in done.result["marks"]) is told

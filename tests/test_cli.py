@@ -109,7 +109,7 @@ def test_what_is_written_down_can_be_typed(page: str, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     (tmp_path / "session.jsonl.gz").touch()  # what earlier commands have recorded
     (tmp_path / "RUN").mkdir()
-    (tmp_path / "recorded" / "20260101-120000").mkdir(parents=True)
+    (tmp_path / "record-1").mkdir()
     lines = [line.strip() for line in (ROOT / page).read_text().splitlines()]
     commands = [shlex.split(line, comments=True) for line in lines if line.startswith("minidisagg ")]
     assert len(commands) >= 3

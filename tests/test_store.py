@@ -439,10 +439,10 @@ def test_loads_go_before_saves_and_saves_are_bounded() -> None:
     store.promotions = 2
     store.go.release(5)
     assert collect(background, woken, 4) == [
-        Saved(b"a", Put(True, (b"old",))),
+        Saved(b"a", Put(True, (b"old",)), True),
         Loaded("k", 1),
         Loaded("l", 1),
-        Saved(b"b", Put(True, (b"old",))),
+        Saved(b"b", Put(True, (b"old",)), True),
     ]
     assert store.asked == ["put a", "get p", "get x", "get q", "promote", "promote", "put b"]
     assert landed == [(0, b"pppp"), (0, b"qqqq")]
@@ -475,7 +475,7 @@ def test_a_pool_in_the_background(tmp_path: Path) -> None:
     woken, name = threading.Semaphore(0), digest(1)
     background = Background(Pool(on_disk(tmp_path, 1, 2), LAYOUT), woken.release, BYTES, 4)
     assert background.save(name, memoryview(content(name)).toreadonly)
-    assert collect(background, woken, 1) == [Saved(name, Put(True))]
+    assert collect(background, woken, 1) == [Saved(name, Put(True), True)]
     path = tmp_path / "dram" / name.hex()
     found: list[bytes] = []
     background.load(7, [name], lambda _, data: found.append(bytes(data)))
