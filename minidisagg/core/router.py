@@ -161,6 +161,8 @@ class Router(Placing):
             elif isinstance(body, Parted):
                 if request.stage is Stage.TRANSFER and request.decode in self.view.workers:
                     self._parted(request)
+                elif request.stage is Stage.PREFILL:
+                    self._resubmit(request, "it left before its first token came", failure=False)
             elif isinstance(body, Stayed):
                 if body.incarnation == request.before:
                     self._stayed(request)
