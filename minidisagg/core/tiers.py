@@ -93,7 +93,7 @@ class Tiers:
             self._begin(request)
 
     def on_tick(self, now: float) -> None:
-        """A store that does not answer is waited for no longer; pages that it was to fill stay reserved till then."""
+        """A store that does not answer is waited for no longer; pages that it was to fill stay reserved."""
         for one in self.loading.values():
             if one.request.state is State.WAIT_KV and now > one.since + self.spec.lease:
                 one.request.state = State.QUEUED
