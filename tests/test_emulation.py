@@ -165,7 +165,9 @@ def test_both_ends_take_the_time_that_the_interconnect_does(kind: str, make_pair
         # still for a moment adds to that for some.
         assert min(after) >= 0.0 and min(after) < 0.03, after
     assert all(at >= c.ended for c, at in zip(ends[0], heard, strict=False)), "not told before"
-    assert all(c.seconds == pytest.approx(SENDING + LATENCY, abs=1e-3) for c in ends[-1]), [c.seconds for c in ends[-1]]
+    took = [c.seconds - SENDING - LATENCY for c in ends[-1]]
+    # Its thread may pick one up after it has begun on the wire, which takes that much off.
+    assert max(took) == pytest.approx(0.0, abs=1e-3) and min(took) > -0.03, took
 
 
 def test_a_real_link_that_is_slower_shows(make_pair: MakePair) -> None:

@@ -96,7 +96,7 @@ HARMS = {
     "a completion": "minidisagg.core.engine:EngineCore._on_piece_done",
     "a poll of the links": "minidisagg.runtime.linkset:LinkSet._settle",
     "an injected delay": "minidisagg.transfer.emulate:EmulatedLink.start",
-    "the planning of a step": "minidisagg.core.scheduler:Scheduler._turns",
+    "the planning of a step": "minidisagg.core.cohorts:Cohorts.turns",
     "a callback of the loop": "minidisagg.core.engine:EngineCore.stats",
     "a thread of a link": "minidisagg.transfer.links:ThreadLink._complete",
 }

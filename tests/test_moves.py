@@ -30,9 +30,10 @@ from stepwise import spec
 
 from minidisagg.config import ClusterSettings, RunSettings
 from minidisagg.core.blocks import PageState
+from minidisagg.core.effects import Effect, LoadPages
 from minidisagg.core.inputlog import read_entries
 from minidisagg.core.inputs import Loaded, Received
-from minidisagg.core.messages import KVDone, KVOffer, Role, StoreStats
+from minidisagg.core.messages import KVDone, KVOffer, Role, StoreStats, Submit
 from minidisagg.core.policy import ClusterView, Placement, Policy, RequestView
 from minidisagg.core.tracked import Stage
 from minidisagg.server.history import History
@@ -188,12 +189,20 @@ def stored(made: ClusterSettings, store: str) -> ClusterSettings:
     return msgspec.structs.replace(made, kv_store=store)
 
 
-def loads(logs: Path) -> list[int]:
-    """How many pages came of each load, in all workers."""
+def loads(logs: Path, swapped: bool = False) -> list[int]:
+    """How many pages came of each load, in all workers; only those of requests that had tokens already, if asked."""
     found = []
     for path in logs.glob("*-*.inputs"):
+        begun: set[tuple[str, int]] = set()
         with path.open("rb") as file:
-            found += [entry.what.pages for entry, _ in read_entries(file)[1] if isinstance(entry.what, Loaded)]
+            for entry, _ in read_entries(file)[1]:
+                body = entry.what.envelope.body if isinstance(entry.what, Received) else None
+                if isinstance(body, Submit) and body.spec.emitted:
+                    begun.add((body.request_id, body.incarnation))
+                if isinstance(entry.what, Loaded) and (
+                    not swapped or (entry.what.request_id, entry.what.incarnation) in begun
+                ):
+                    found.append(entry.what.pages)
     return found
 
 
@@ -240,6 +249,14 @@ def test_handoffs_through_the_store_change_no_token(expected: list[list[int]], t
     run = RunSettings(record_dir=str(tmp_path))
     assert asyncio.run(tokens_of(msgspec.structs.replace(made, handoff="store"), run, FEW)) == few(expected)
     assert not handoffs(tmp_path) and len(loads(tmp_path)) > 1.5 * FEW
+
+
+@needs_two_cores
+def test_what_is_swapped_out_and_in_changes_no_token(expected: list[list[int]], tmp_path: Path) -> None:
+    made = stored(settings("colocated", "shm", 60), "local:DRAM=64M")
+    assert asyncio.run(tokens_of(made, RunSettings(record_dir=str(tmp_path)), FEW)) == few(expected)
+    found = loads(tmp_path, swapped=True)
+    assert sum(pages > 0 for pages in found) >= 5, found
 
 
 @needs_two_cores
@@ -309,7 +326,7 @@ def settle(self):
 
 def on_loaded(self, done):
     loading = self.loading[done.request_id, done.incarnation]
-    if done.pages and KIND == ("swapped" if loading.request.output else "stored"):
+    if done.pages and KIND in (("swapped", "handed on") if loading.request.output else ("stored",)):
         spoil(loading.pages[: done.pages])
     loaded(self, done)
 
@@ -372,18 +389,20 @@ def test_one_page_zeroed_where_it_comes_changes_the_tokens(kind: str, policy: st
 
 @needs_two_cores
 @pytest.mark.parametrize(
-    ("kind", "handoff"), [("stored", "direct"), pytest.param("swapped", "store", marks=pytest.mark.slow)]
-)
+    ("kind", "mode", "pages"), [
+        ("stored", "colocated", 150), ("swapped", "colocated", 60),
+        pytest.param("handed on", "disagg", 150, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_one_page_zeroed_on_its_way_from_the_store_changes_the_tokens(
-    kind: str, handoff: str, expected: list[list[int]], disk: Path
+    kind: str, mode: Literal["colocated", "disagg"], pages: int, expected: list[list[int]], disk: Path
 ) -> None:
     plain = "from minidisagg import Policy\n\n\nclass Plain(Policy): ...\n"
-    mode: Literal["colocated", "disagg"] = "colocated" if handoff == "direct" else "disagg"
-    made = stored(settings(mode, "shm", 150), f"local:SSD={disk}:64M")
-    if handoff == "direct":
+    made = stored(settings(mode, "shm", pages), f"local:SSD={disk}:64M")
+    if kind == "stored":
         asyncio.run(tokens_of(made, RunSettings(), FEW))  # and a warm restart
     policy = policy_file(f"KIND = {kind!r}\n" + SPOILER + plain)
-    made = msgspec.structs.replace(made, policy=policy, handoff=handoff)
+    made = msgspec.structs.replace(made, policy=policy, handoff="store" if mode == "disagg" else "direct")
     tokens = asyncio.run(tokens_of(made, RunSettings(), FEW))
     assert sum(a != b for a, b in zip(tokens, few(expected), strict=True)) >= 5
 
@@ -430,6 +449,48 @@ def test_a_request_begins_without_a_store_that_does_not_answer(monkeypatch: pyte
     sim.run()
     assert not simfuzz.verdict(sim)
     assert 2.0 < sim.outcomes["b"].token_times[0] - began < 3.0 and not sim.outcomes["b"].cached_tokens
+
+
+def asked(sim: Simulator) -> list[tuple[str, int]]:
+    """The loads of a worker from now on: whose, and of how many pages."""
+    found: list[tuple[str, int]] = []
+    tiers = sim.workers["w0"].core.tiers
+    emit = tiers._emit
+
+    def see(effect: Effect) -> None:
+        if isinstance(effect, LoadPages):
+            found.append((effect.request_id, len(effect.digests)))
+        emit(effect)
+
+    tiers._emit = see
+    return found
+
+
+@pytest.mark.parametrize("after", [0.0, 0.1])
+def test_what_a_full_cache_has_no_room_for_is_read_when_there_is(after: float) -> None:
+    """Each request takes 14 of 16 pages of four tokens: what has come for one leaves when the other is admitted, or finds
+    no room beside it."""
+    sim = Simulator([spec("w0", Role.BOTH, store=True)], Policy)
+    first = list(range(100, 148))
+    for name, prompt in ("a", first), ("b", list(range(200, 248))):
+        sim.submit(name, prompt, greedy(4), sim.now)
+        sim.run()
+    found = asked(sim)
+    sim.submit("busy", list(range(300, 348)), greedy(8), sim.now)
+    sim.submit("again", first, greedy(4), sim.now + after)
+    sim.run()
+    assert not simfuzz.verdict(sim) and sim.outcomes["again"].cached_tokens == 44
+    assert [name for name, _ in found] == ["busy", *["again"] * (1 if after else 2)]
+
+
+def test_what_the_store_has_not_is_asked_for_once() -> None:
+    sim = Simulator([spec("w0", Role.BOTH, store=True)], Policy)
+    found = asked(sim)
+    for name, start in ("a", 100), ("b", 200), ("c", 300):
+        sim.submit(name, list(range(start, start + 30)), greedy(8), 0.0)
+    sim.run()
+    assert not simfuzz.verdict(sim)
+    assert sorted(found) == [("a", 7), ("b", 7), ("c", 7)]
 
 
 def test_a_request_whose_pages_are_all_in_the_store_leaves_with_its_last_token() -> None:

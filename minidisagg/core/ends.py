@@ -73,7 +73,7 @@ class Ends(Accounts):
         if request.introduced:
             self._dropped.append(request.key)
         self.requests.remove(request)
-        self.scheduler.trust(request)
+        self.scheduler.cohorts.trust(request)
         self.copies.ended(request.key)
 
     def _stale(self, request_id: str, incarnation: int) -> bool:
@@ -95,7 +95,7 @@ class Ends(Accounts):
 
     def _add(self, request: Request) -> None:
         self.requests.add(request)
-        self.scheduler.suspect(request)
+        self.scheduler.cohorts.suspect(request)
 
     def _send(self, dest: str, body: AnyMessage) -> None:
         self.outbox.append(Send(dest, body))

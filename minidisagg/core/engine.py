@@ -103,7 +103,7 @@ class EngineCore(Ends):
         )
         self.copies = Copies(spec, self.pool, self.requests, emit, self._begin)
         self.tiers = Tiers(spec, self.pool, emit, self.scheduler.queue, self._part)
-        self.scheduler.published = self.tiers.save
+        self.scheduler.published, self.scheduler.fetch = self.tiers.save, self.tiers.load
         self._inputs: dict[type, Callable[[Any], StepPlan | None]] = {
             Received: self._on_received,
             Schedule: self._on_schedule,
@@ -209,7 +209,7 @@ class EngineCore(Ends):
                 prefill += item.count
             else:
                 decode += item.count
-                self.scheduler.trust(request)
+                self.scheduler.cohorts.trust(request)
             if request.state is not State.RUNNING:
                 self._retire_if_settled(request)
                 continue
@@ -281,7 +281,7 @@ class EngineCore(Ends):
             self._begin(request)
 
     def _begin(self, request: Request) -> None:
-        """No other worker has more of it: what the store has is fetched first."""
+        """No other worker has more of it: what the store has is fetched while it would wait in the queue."""
         if not self.tiers.load(request, self.now, len(self.scheduler.running)):
             self.scheduler.queue(request)
 

@@ -70,6 +70,7 @@ class Request(OfSpec):
         "cohort",
         "decode",
         "first_scheduled_at",
+        "found",
         "hashes",
         "incarnation",
         "inflight",
@@ -118,6 +119,7 @@ class Request(OfSpec):
         self.root = prefix_root(fingerprint, f"{spec.salt}\0{self.lossy}" if self.lossy else spec.salt)
         self.hashes: list[bytes] = []
         self.published = 0  # pages considered for the prefix cache so far
+        self.found = FOREVER  # pages from its first on that were here or in the store when that was asked
         self.prefill_len = spec.prefill_len
         most = spec.sampling.max_tokens
         self.last_index = min(spec.ends_after or most, most)  # output tokens at which it ends, if no stop token comes
@@ -149,9 +151,14 @@ class Request(OfSpec):
         return len(self.prompt) + len(self.output) + self.pending
 
     @property
+    def known(self) -> int:
+        """Those of them that are computed here."""
+        return min(self.num_tokens, self.until)
+
+    @property
     def remaining(self) -> int:
         """Positions still to schedule here: a prompt's rest, or 1 for a decode step."""
-        return min(self.num_tokens, self.until) - self.num_scheduled
+        return self.known - self.num_scheduled
 
     @property
     def is_prefill(self) -> bool:

@@ -7,12 +7,13 @@ request comes in through `queue`, `queue_offer` or `run`, and leaves through `re
 from __future__ import annotations
 
 import bisect
-from collections import Counter
+import itertools
 from collections.abc import Callable, Container, Sequence
 from typing import NamedTuple
 
 from minidisagg.core.blocks import BlockPool, PageState
 from minidisagg.core.checked import Checked, PolicyError
+from minidisagg.core.cohorts import Cohorts
 from minidisagg.core.costs import StepCosts, StepLearner
 from minidisagg.core.messages import KVOffer, Role
 from minidisagg.core.plan import PlanItem, SeqInit
@@ -106,19 +107,19 @@ class Scheduler:
         self.pool = pool
         self.expected = expected
         self.published: Callable[[int, bytes], None] = lambda page, digest: None  # a page is in the prefix cache
+        self.fetch: Callable[[Request, float, int], bool] = lambda request, now, spare: False  # `Tiers.load`
         self._preempted = preempted
         self._failed = failed
         self.now = 0.0
         self.waiting: list[Request] = []  # QUEUED, by the policy's order
         self.running: list[Request] = []  # RUNNING, by the policy's order
         self.offers: list[Offer] = []  # by the policy's order
-        self.cohorts: Counter[int] = Counter()  # suspects of a crash that are here, by cohort
+        self.cohorts = Cohorts()
         self.preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
         self.learner = StepLearner()
         self.view = View(self)
-        self._cohort = 0  # whose turn the last step was
         self._decoded: list[Request] = []  # all of the last step, if it was one of decode alone
 
     # ------------------------------------------------------------ queues
@@ -243,8 +244,11 @@ class Scheduler:
     def admit(self, request: Request) -> bool:
         """QUEUED → RUNNING with pages for all known tokens: a prompt once begun never waits for memory, and its pages
         mostly form one run, which moves faster."""
-        running, tokens = len(self.running), min(request.num_tokens, request.until)
+        running, tokens = len(self.running), request.known
         if running + self.expected() >= self.options.max_num_seqs:
+            return False
+        if self.fetch(request, self.now, running):
+            self.waiting.remove(request)  # and comes back with it
             return False
         # One token at least must be computed. A page each must stay for what is running.
         if self._pages_for(request, tokens, tokens - 1, running, self.pool.allocate) is None:
@@ -284,11 +288,11 @@ class Scheduler:
         if self.policy.dynamic_order:
             self._reorder(self.waiting, "prefill")
             self._reorder(self.running, "decode")
-        for cohort in self._turns():
+        for cohort in self.cohorts.turns(itertools.chain(self.running, self.waiting)):
             batch = BatchBuilder(self, cohort)
             self.policy.compose(batch, self.view)
             if batch.items:
-                self._cohort = cohort
+                self.cohorts.last = cohort
                 return batch
         return None
 
@@ -327,28 +331,6 @@ class Scheduler:
             pages = self.pool.allocate(1)
             assert pages is not None  # they were counted
             items[place].pages.extend(pages)
-
-    # ------------------------------------------------------------ suspects
-
-    def suspect(self, request: Request) -> None:
-        """A request is here; if it is a suspect, it shares steps with its cohort only."""
-        if request.cohort:
-            self.cohorts[request.cohort] += 1
-
-    def trust(self, request: Request) -> None:
-        """It has survived a step of decode, or has left: its cohort is one less."""
-        if request.cohort:
-            self.cohorts[request.cohort] -= 1
-            self.cohorts += Counter()  # without the cohorts that have become empty
-            request.cohort = 0
-
-    def _turns(self) -> list[int]:
-        """The cohorts that have work, those after the one whose turn it was first."""
-        if not self.cohorts:
-            return [0]
-        cohorts = sorted({request.cohort for queue in (self.running, self.waiting) for request in queue})
-        after = bisect.bisect_right(cohorts, self._cohort)
-        return (cohorts[after:] + cohorts[:after]) or [0]
 
 
 class BatchBuilder:

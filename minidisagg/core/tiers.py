@@ -1,6 +1,6 @@
 """The store below the device's cache: pages come up before a request begins, and go down when they are published.
 
-    Submit ──▶ pages beyond the device's hits reserved ──LoadPages──▶ Loaded: what was there is cached, it begins
+    Submit, or admission ──▶ pages beyond the device's hits reserved ──LoadPages──▶ Loaded: what was there is cached
     publish ──▶ page held ──SavePage──▶ Saved: the page is let go of
 
 What comes up is found in the prefix cache like anything else there, so that nothing else knows of the store. A page
@@ -61,17 +61,24 @@ class Tiers:
     # ------------------------------------------------------------ up
 
     def load(self, request: Request, now: float, spare: int) -> bool:
-        """Fetch what the store may have of its prompt; False where there is nothing to fetch, or no room for it beside
-        `spare` pages."""
+        """Fetch what the store may have of it; False where there is nothing to fetch, or no room for the whole request
+        beside `spare` pages.
+
+        Called when the request comes, so that it waits for the store and its turn at once, and when it is admitted:
+        what it had no room for, or what has left the cache in between, is read then. A request that is preempted is
+        swapped out and in by this.
+        """
         size = self.spec.page_size
         if not self.spec.store or not self.spec.prefix_caching or request.key in self.loading:
             return False
-        digests = request.extend_hashes(size)[: (request.num_tokens - 1) // size]  # one token at least is computed
+        most = min((request.known - 1) // size, request.found)  # one token at least is computed
+        digests = request.extend_hashes(size)[:most]
         cached = self.pool.match(digests)
         missing = digests[len(cached) :]
         self.pool.hold(cached)
         room = self.pool.available - spare
-        pages = self.pool.reserve(len(missing)) if 0 < len(missing) <= room else None
+        fits = -(-request.known // size) - len(cached) <= room
+        pages = self.pool.reserve(len(missing)) if missing and fits else None
         if pages is None:
             self.pool.drop(cached)
             return False
@@ -88,6 +95,7 @@ class Tiers:
         for page, digest in zip(pages[: done.pages], digests, strict=False):
             self.pool.publish(page, digest)
         self.pool.drop([*cached, *pages[: done.pages]])
+        request.found = min(request.found, len(cached) + done.pages)
         if request.state is State.WAIT_KV:  # else it has ended, or begun without
             request.state = State.QUEUED
             self._begin(request)
@@ -96,7 +104,7 @@ class Tiers:
         """A store that does not answer is waited for no longer; pages that it was to fill stay reserved."""
         for one in self.loading.values():
             if one.request.state is State.WAIT_KV and now > one.since + self.spec.lease:
-                one.request.state = State.QUEUED
+                one.request.state, one.request.found = State.QUEUED, 0  # it asks no more
                 self._begin(one.request)
         self.let_go(now)
 

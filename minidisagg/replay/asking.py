@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import random
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -19,6 +18,7 @@ from msgspec.structs import replace as replace_struct
 
 from minidisagg.core.blocks import IntegrityError
 from minidisagg.core.checked import Checked, PolicyError
+from minidisagg.core.cohorts import Cohorts
 from minidisagg.core.handoff import Outgoing
 from minidisagg.core.plan import SeqKey
 from minidisagg.core.policy import (
@@ -340,7 +340,7 @@ def _step(scheduler: Scheduler, cohort: int, policy: Checked, asker: Asker) -> d
 
     mine = Scheduler(scheduler.spec, policy.asks, _shallow(scheduler.pool), scheduler.expected, preempted, failed)
     mine.role, mine.options, mine.now = scheduler.role, copy.copy(scheduler.options), scheduler.now
-    mine.learner, mine.cohorts = scheduler.learner, Counter(scheduler.cohorts)
+    mine.learner, mine.cohorts = scheduler.learner, Cohorts(scheduler.cohorts)
     mine.waiting = _ordered(scheduler.waiting, "prefill", asker)
     mine.running = _ordered(scheduler.running, "decode", asker)
     if policy.dynamic_order:
