@@ -36,6 +36,7 @@ from minidisagg.core.messages import (
     Role,
     SamplingParams,
     SetRole,
+    Stayed,
     StepOutput,
     Submit,
 )
@@ -167,6 +168,20 @@ def test_preemption_lets_the_oldest_run_and_tells_the_router() -> None:
     released = hand.sent(Released)
     assert [(r.request_id, r.incarnation, r.failure) for r in released] == [("young", 0, False)]  # type: ignore[union-attr]
     assert hand.core.scheduler.preemptions == hand.core.stats().preemptions == 1
+
+
+def test_a_request_bound_late_cannot_stay_where_its_handoff_fails() -> None:
+    """It decodes a little here already, where nobody counts on it: the router places it anew."""
+    hand = Hand(spec("w", decode_after=4))
+    hand.receive(PeerUp("d", 1, ""), submit("a", 4, hold=True))
+    hand.step()
+    hand.receive(Migrate("a", 0, "d"))
+    [offered] = hand.sent(KVOffer)
+    assert hand.core.requests["a", 0].state is State.RUNNING
+    hand.receive(PeerDown("d", 1))
+    hand.core.on(AbortConfirmed("d", offered.link_epoch, True), hand.now)  # type: ignore[union-attr]
+    assert not hand.sent(Stayed) and [one.failure for one in hand.sent(Released)] == [True]  # type: ignore[union-attr]
+    assert hand.core.idle
 
 
 def test_a_victim_whose_pages_a_link_still_reads_is_the_only_one() -> None:

@@ -468,8 +468,7 @@ def asked(sim: Simulator) -> list[tuple[str, int]]:
 
 @pytest.mark.parametrize("after", [0.0, 0.1])
 def test_what_a_full_cache_has_no_room_for_is_read_when_there_is(after: float) -> None:
-    """Each request takes 14 of 16 pages of four tokens: what has come for one leaves when the other is admitted, or finds
-    no room beside it."""
+    """Each takes 14 of 16 pages of four tokens: what came for one leaves when the other is admitted, or has no room."""
     sim = Simulator([spec("w0", Role.BOTH, store=True)], Policy)
     first = list(range(100, 148))
     for name, prompt in ("a", first), ("b", list(range(200, 248))):

@@ -319,6 +319,18 @@ def test_preempted_by_the_engine_and_placed_again_by_the_router() -> None:
     assert [outcome.finish for outcome in sim.outcomes.values()] == ["length"] * 3
 
 
+def test_what_is_preempted_goes_on_while_admission_is_paused() -> None:
+    hand = Hand({"w": Role.BOTH})
+    hand.request("a")
+    hand.router.pause(True, hand.now)
+    hand.request("b")
+    hand.take()
+    hand.say("w", Released("a", 0, "preempted", False))
+    assert [body.request_id for _, body in hand.take() if isinstance(body, Submit)] == ["a"]
+    hand.router.pause(False, hand.now)
+    assert [body.request_id for _, body in hand.take() if isinstance(body, Submit)] == ["b"]
+
+
 def test_time_in_which_the_router_does_not_run_is_nobodys_silence() -> None:
     """A front end that was stopped finds its workers' messages only after its own tick."""
     hand = Hand({"w": Role.BOTH}, lost_after=5.0, stuck_after=20.0)
