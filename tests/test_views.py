@@ -17,7 +17,7 @@ from test_router import Hand
 import minidisagg
 from minidisagg.core.blocks import page_hashes, prefix_root, short
 from minidisagg.core.costs import StepCosts, StepLearner
-from minidisagg.core.messages import RequestSpec, Role, SamplingParams, StepOutput, Submit
+from minidisagg.core.messages import RequestSpec, Role, SamplingParams, StepOutput, Stored, Submit
 from minidisagg.core.policy import ClusterView, Hits, Policy, RequestView, WorkerStatus
 from minidisagg.core.predictor import LengthPredictor
 
@@ -33,6 +33,20 @@ def test_hits_are_what_workers_tell_of_their_prefix_caches() -> None:
     hand.router.on_worker_down("x", 1, hand.now)
     hand.request("b", length=21)
     assert asked[1:] == [{"w": Hits(0)}]
+
+
+def test_hits_in_the_store_follow_those_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minidisagg.core.cluster.MOST_STORED", 4)  # the oldest are forgotten
+    hand, asked = Hand({"w": Role.BOTH, "x": Role.BOTH}), list[object]()
+    hand.router.policy.asks.admit = lambda request, cluster: asked.append(cluster.hits(request))  # type: ignore[union-attr]
+    hashes = page_hashes(prefix_root("f", ""), [1] * 20, 4)
+    hand.say("x", StepOutput(1, [], stored=list(map(short, hashes[:1]))))
+    for news in (
+        Stored(hashes[:3], []), Stored([], hashes[1:2]), Stored(hashes[1:2], []), Stored([b"others", b"another"], []),
+    ):  # fmt: skip
+        hand.say("w", news)
+        hand.request(f"r{len(asked)}", length=21)
+    assert asked == [{"w": Hits(0, a), "x": Hits(4, b)} for a, b in ((12, 8), (4, 0), (12, 8), (0, 8))]
 
 
 def test_a_predictor_says_how_long_outputs_will_be() -> None:

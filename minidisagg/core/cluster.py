@@ -9,6 +9,7 @@ on_step, on_stats             the workers' messages
 from __future__ import annotations
 
 import random
+from collections import OrderedDict
 from collections.abc import Collection
 from math import fsum
 from types import MappingProxyType
@@ -18,6 +19,8 @@ from minidisagg.core.costs import StepLearner
 from minidisagg.core.messages import Hello, Stats, StepOutput, Stored
 from minidisagg.core.policy import ClusterView, Hits, RequestView, WorkerStatus
 from minidisagg.core.tracked import Stage, Tracked, tracked_of
+
+MOST_STORED = 1 << 20  # pages: some 100 MB, and 64 million tokens on GPUs
 
 
 class Known:
@@ -35,7 +38,7 @@ class Cluster:
     def __init__(self, max_waiting: int, max_waiting_tokens: int, seed: int) -> None:
         self.workers: dict[str, WorkerStatus] = {}  # those that are up
         self._known: dict[str, Known] = {}
-        self._stored: set[bytes] = set()  # `short` hashes of the pages in the host's store
+        self._stored = OrderedDict[bytes, None]()  # `short` hashes of the pages in the store, the newest last
         workers = MappingProxyType(self.workers)
         self.view = ClusterView(0.0, workers, 0, 0, max_waiting, max_waiting_tokens, random.Random(seed), self._hits)
 
@@ -97,8 +100,13 @@ class Cluster:
 
     def on_stored(self, message: Stored) -> None:
         """How the store has changed, by the word of a worker."""
-        self._stored.update(map(short, message.stored))
-        self._stored.difference_update(map(short, message.removed))
+        for digest in map(short, message.stored):
+            self._stored[digest] = None
+            self._stored.move_to_end(digest)
+        for digest in map(short, message.removed):
+            self._stored.pop(digest, None)
+        while len(self._stored) > MOST_STORED:  # a store over many hosts does not tell what has left it
+            self._stored.popitem(last=False)
 
     def on_stats(self, status: WorkerStatus, stats: Stats) -> None:
         """A few times a second."""
