@@ -72,7 +72,8 @@ class StoreState(Struct, frozen=True, kw_only=True):
     misses: int
     bytes_read: int
     bytes_written: int
-    seconds: float  # in which its thread was at work
+    read_seconds: float  # in which its thread was at work
+    write_seconds: float
     dropped: int  # not saved: too many waited
     corrupt: int  # not what had been written, and removed
 

@@ -271,7 +271,8 @@ def test_what_workers_and_the_store_gave_each_other_is_counted() -> None:
             return stats.store
 
     store = asyncio.run(run())
-    assert store is not None and store.hits > FEW and store.misses and store.seconds > 0.0 and not store.corrupt
+    assert store is not None and store.hits > FEW and store.misses and not store.corrupt
+    assert min(store.read_seconds, store.write_seconds) > 0.0
     page = PAGE_BYTES["float64"]
     assert (
         store.bytes_written % page == 0 and store.bytes_read == store.hits * page and store.bytes_written > FEW * page

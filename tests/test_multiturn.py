@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -427,6 +428,7 @@ def test_bench_and_simulation_hit_alike(tmp_path: Path, capsys: pytest.CaptureFi
 @needs_two_cores
 def test_bench_of_both_modes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     load = *FLAGS, "--num-prompts", "24", "--request-rate", "40", "--goodput", "ttft:2000"
+    load = *load, "--kv-store", "local:DRAM=64M", "--block-size", "16"
     out, made = command(capsys, tmp_path, "bench", "dummy:tiny,std=0.15", "--mode", "both", "--link", "unix", *load)
     assert "TTFT by turn (ms)" in out
     for side in "AB":
@@ -434,6 +436,9 @@ def test_bench_of_both_modes(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert all(len(r.token_times) == r.output_len for r in requests_in(made, side))
     result = json.loads((made / "result.json").read_text())
     assert {"p50_ttft_turn_1", "p50_ttft_turn_3"} <= result["sides"]["disagg"]["values"].keys()
+    # Two colocated workers find each other's turns in the store; what returns to prefill has no need of it.
+    for row in (r"worker-0 → store", r"worker-1 → store", r"store → worker-[01]"):
+        assert re.search(row + r" +store +[1-9]\d* +\d", out), row
 
 
 @pytest.mark.parametrize(

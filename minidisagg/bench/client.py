@@ -20,7 +20,7 @@ from heapq import heappop, heappush
 import msgspec
 from msgspec.structs import replace
 
-from minidisagg.core.messages import Hello, SamplingParams, Stats
+from minidisagg.core.messages import Hello, SamplingParams, Stats, StoreStats
 from minidisagg.core.tracked import Emit
 from minidisagg.measure.goodput import SLO
 from minidisagg.measure.records import NOT_SENT, UNSENT, LinkRecord, RequestRecord, WorkerRecord
@@ -146,7 +146,7 @@ class LoadGenerator:
 def worker_records(
     hellos: dict[str, Hello], before: dict[str, Stats], after: dict[str, Stats]
 ) -> tuple[list[WorkerRecord], list[LinkRecord]]:
-    """What the workers did between two sets of statistics, and what went over their links."""
+    """What the workers did between two sets of statistics, and what went over their links and to and from the store."""
     workers, links = [], []
     for name in sorted(after):
         new, old, info = after[name], before.get(name), hellos[name].info
@@ -178,4 +178,23 @@ def worker_records(
                     failures=link.failures - (earlier.failures if earlier else 0),
                 )
             )
+        if new.store is not None:
+            page = hellos[name].kv_bytes_per_token * hellos[name].page_size
+            links += _store_records(name, old.store or StoreStats(), new.store, page)
     return workers, links
+
+
+def _store_records(worker: str, old: StoreStats, new: StoreStats, page: int) -> list[LinkRecord]:
+    """The store as the far end of two links, which count pages and not pieces."""
+    written, read = new.bytes_written - old.bytes_written, new.bytes_read - old.bytes_read
+    both = (
+        LinkRecord(
+            source=worker, dest="store", kind="store", bytes=written, seconds=new.write_seconds - old.write_seconds,
+            transfers=written // page, failures=new.dropped - old.dropped,
+        ),
+        LinkRecord(
+            source="store", dest=worker, kind="store", bytes=read, seconds=new.read_seconds - old.read_seconds,
+            transfers=read // page, failures=new.corrupt - old.corrupt,
+        ),
+    )  # fmt: skip
+    return [one for one in both if one.transfers or one.failures]

@@ -267,7 +267,8 @@ class StoreStats(Struct, frozen=True, array_like=True):
     misses: int = 0
     bytes_read: int = 0
     bytes_written: int = 0
-    seconds: float = 0.0  # in which its thread was at work
+    read_seconds: float = 0.0  # in which its thread was at work
+    write_seconds: float = 0.0
     dropped: int = 0  # pages that were not saved: too many waited
     corrupt: int = 0  # pages that were not what had been written, and are gone
 

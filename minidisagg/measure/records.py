@@ -71,7 +71,7 @@ class WorkerRecord(Struct, kw_only=True):
 
 
 class LinkRecord(Struct, kw_only=True):
-    """What went over one link. `seconds` is time on the wire, summed over transfers."""
+    """What went over one link, or to or from the store. `seconds` is time on the wire, summed over transfers."""
 
     source: str
     dest: str

@@ -48,8 +48,8 @@ class Storage:
     def stats(self) -> StoreStats:
         """Since the start."""
         c = self._background.counters
-        seconds = c.seconds_loading + c.seconds_saving
-        return StoreStats(c.hits, c.misses, c.bytes_read, c.bytes_written, seconds, c.dropped, c.corrupt)
+        seconds = c.read_seconds, c.write_seconds
+        return StoreStats(c.hits, c.misses, c.bytes_read, c.bytes_written, *seconds, c.dropped, c.corrupt)
 
     async def close(self) -> None:
         """What has not begun is dropped: the cache's memory goes next."""

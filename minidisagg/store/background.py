@@ -57,8 +57,8 @@ class Counters:
     misses: int = 0
     bytes_read: int = 0
     bytes_written: int = 0
-    seconds_loading: float = 0.0
-    seconds_saving: float = 0.0
+    read_seconds: float = 0.0
+    write_seconds: float = 0.0
     evictions: int = 0
     dropped: int = 0  # saves
     corrupt: int = 0
@@ -144,7 +144,7 @@ class Background:
             counters.bytes_read += len(self._buffer)
         counters.hits += pages
         counters.misses += len(digests) - pages
-        counters.seconds_loading += time.monotonic() - began
+        counters.read_seconds += time.monotonic() - began
         return Loaded(key, pages)
 
     def _save(self, digest: bytes, read: Read) -> Saved:
@@ -153,7 +153,7 @@ class Background:
         put = Put(False) if there else self._store.put(digest, [read()])
         counters.bytes_written += len(self._buffer) if put.written else 0
         counters.evictions += len(put.evicted)
-        counters.seconds_saving += time.monotonic() - began
+        counters.write_seconds += time.monotonic() - began
         with self._changed:
             self._waiting -= 1
         return Saved(digest, put, there or put.written)
