@@ -76,6 +76,7 @@ class StoreState(Struct, frozen=True, kw_only=True):
     write_seconds: float
     dropped: int  # not saved: too many waited
     corrupt: int  # not what had been written, and removed
+    failing: str  # why nothing is written for now; empty where it is
 
 
 class WorkerStats(Struct, frozen=True, kw_only=True):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import random
 import tempfile
 from collections import Counter
@@ -277,6 +279,18 @@ def test_what_workers_and_the_store_gave_each_other_is_counted() -> None:
     assert (
         store.bytes_written % page == 0 and store.bytes_read == store.hits * page and store.bytes_written > FEW * page
     )
+
+
+@needs_two_cores
+def test_a_store_that_takes_nothing_is_told_once_and_changes_no_token(
+    expected: list[list[int]], disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (disk / "file").touch()
+    made = stored(settings("disagg", "shm", 80), f"local:SSD={disk}/file/kv:64M")
+    assert asyncio.run(tokens_of(made, RunSettings(), FEW)) == few(expected)
+    told = [record.message for record in caplog.records if "store" in record.message]
+    why = os.strerror(errno.ENOTDIR)
+    assert told == [f"store: nothing is written to {disk}/file/kv for now, what is there is read: {why}"]
 
 
 @needs_two_cores

@@ -20,6 +20,7 @@ from minidisagg.core.request_spec import WorkerOptions as WorkerOptions
 
 ROUTER = "router"  # the address of the front-end process, beside the workers' names
 
+
 class Message(Struct, frozen=True, tag=True, array_like=True):
     """Base of all messages; the class name is the tag on the wire."""
 
@@ -271,6 +272,7 @@ class StoreStats(Struct, frozen=True, array_like=True):
     write_seconds: float = 0.0
     dropped: int = 0  # pages that were not saved: too many waited
     corrupt: int = 0  # pages that were not what had been written, and are gone
+    failing: str = ""  # why nothing is written for now
 
 
 class Stats(Message, frozen=True):

@@ -114,6 +114,7 @@ class Frontend(Operations):
         self._reported = asyncio.Event()  # a worker has sent its statistics
         self._greeted = asyncio.Event()  # a worker has said hello
         self._tasks: set[asyncio.Task[None]] = set()
+        self._failing: dict[str, str] = {}  # by worker: why its store takes nothing
         self._server: asyncio.Server | None = None
         try:
             self.supervisor = Supervisor(model, cluster, run, self.run_dir, self._on_worker_down)
@@ -311,9 +312,8 @@ class Frontend(Operations):
                 logger.warning(
                     "%d workers share %s: without an MPS daemon their kernels take turns, and each is as slow as the "
                     "other is busy",
-                    count,
-                    device,
-                )
+                    count, device,
+                )  # fmt: skip
 
     def _make_router(self) -> Router:
         options = {Role.PREFILL: self.cluster.prefill.options(), Role.DECODE: self.cluster.decode.options()}
@@ -372,6 +372,7 @@ class Frontend(Operations):
                     observer.on_message(envelope, now)
                 if isinstance(envelope.body, Stats):
                     self._reported.set()
+                    self._on_store(envelope.source, envelope.body.store)
                 elif isinstance(envelope.body, Hello):
                     self._greeted.set()
                 if len(self.channels) == len(self.worker_names):
@@ -417,8 +418,8 @@ class Frontend(Operations):
         for request_id in list(self._callbacks):
             self._emit(Emit(request_id, finish="error", error=reason))
 
-    def tell(self, text: str) -> None:
-        logger.info("%s", text)
+    def tell(self, text: str, level: int = logging.INFO) -> None:
+        logger.log(level, "%s", text)
         for observer in self.observers:
             observer.on_event(text)
 

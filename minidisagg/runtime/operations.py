@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from minidisagg.config import ClusterSettings, RunSettings
-from minidisagg.core.messages import ROUTER, Hello, Role
+from minidisagg.core.messages import ROUTER, Hello, Role, StoreStats
 from minidisagg.core.policy import ClusterView, RoleChange, WorkerOptions
 from minidisagg.core.router import Router
 from minidisagg.core.tracked import Tracked
@@ -29,8 +30,9 @@ class Operations:
     greetings: dict[str, Hello]
     roles: Mapping[str, tuple[Role, WorkerOptions]]
     _tasks: set[asyncio.Task[None]]
+    _failing: dict[str, str]
 
-    def tell(self, text: str) -> None:
+    def tell(self, text: str, level: int = logging.INFO) -> None:
         raise NotImplementedError
 
     def _drain(self) -> None:
@@ -42,6 +44,13 @@ class Operations:
         return self.router.hellos
 
     # ------------------------------------------------------------ see
+
+    def _on_store(self, worker: str, store: StoreStats | None) -> None:
+        """All workers write to the same one: its trouble is told once, and again after it was well."""
+        failing = store.failing if store is not None else ""
+        if failing and failing not in self._failing.values():
+            self.tell(failing, logging.WARNING)
+        self._failing[worker] = failing
 
     @property
     def worker_names(self) -> Sequence[str]:

@@ -49,7 +49,7 @@ class Storage:
         """Since the start."""
         c = self._background.counters
         seconds = c.read_seconds, c.write_seconds
-        return StoreStats(c.hits, c.misses, c.bytes_read, c.bytes_written, *seconds, c.dropped, c.corrupt)
+        return StoreStats(c.hits, c.misses, c.bytes_read, c.bytes_written, *seconds, c.dropped, c.corrupt, c.failing)
 
     async def close(self) -> None:
         """What has not begun is dropped: the cache's memory goes next."""

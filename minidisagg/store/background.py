@@ -17,6 +17,11 @@ class Store(Protocol):
 
     corrupt: int
 
+    @property
+    def failing(self) -> str:
+        """Why nothing is written for now; empty where it is."""
+        ...
+
     def has(self, digest: bytes) -> bool:
         """From any thread."""
         ...
@@ -62,6 +67,7 @@ class Counters:
     evictions: int = 0
     dropped: int = 0  # saves
     corrupt: int = 0
+    failing: str = ""
 
 
 Land = Callable[[int, memoryview], None]  # puts the i-th page of a load in its place
@@ -129,7 +135,7 @@ class Background:
                 self._done.append(self._save(*save))
             else:
                 return
-            self.counters.corrupt = self._store.corrupt
+            self.counters.corrupt, self.counters.failing = self._store.corrupt, self._store.failing
             self._wake()
             while not self._loads and self._store.promote():
                 pass

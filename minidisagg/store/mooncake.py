@@ -35,7 +35,7 @@ class MooncakeStore:
             own = _own_address(host.strip("[]"), int(port))
         except OSError as error:
             raise ValueError(f"Mooncake's master at {spec.mooncake} does not answer: {error}") from None
-        self.layout, self.corrupt = layout, 0
+        self.layout, self.corrupt, self.failing = layout, 0, ""
         self._store = MooncakeDistributedStore()
         metadata = spec.metadata or PEER_TO_PEER
         status = self._store.setup(own, metadata, spec.dram, LOCAL_BUFFER, "tcp", "", spec.mooncake)  # "": no RDMA
@@ -68,7 +68,9 @@ class MooncakeStore:
             return Put(False)
         payload = parts[0] if len(parts) == 1 else b"".join(parts)
         head = seal(self.layout, digest, payload)
-        return Put(self._store.put_parts(digest.hex(), head, payload) == 0)
+        status = self._store.put_parts(digest.hex(), head, payload)
+        self.failing = f"store: Mooncake takes no page for now: its error {status}" if status else ""
+        return Put(status == 0)
 
     def promote(self) -> bool:
         """There is one tier."""

@@ -40,6 +40,11 @@ class Pool:
         for spec in reversed(tiers):
             self.tiers.insert(0, Tier(spec, self._files, self.tiers[0] if self.tiers else None, self._gone))
 
+    @property
+    def failing(self) -> str:
+        """Why a tier takes nothing for now; empty where all do."""
+        return next((tier.failing for tier in self.tiers if tier.failing), "")
+
     def has(self, digest: bytes) -> bool:
         """Whether a `get` may find it."""
         return self._holds(digest.hex())

@@ -8,7 +8,6 @@ Whoever has the lock evicts and keeps the count of bytes; readers need no lock. 
 from __future__ import annotations
 
 import itertools
-import logging
 import re
 import time
 from collections import deque
@@ -24,7 +23,6 @@ ABANDONED = 600.0  # seconds after which a temporary file has no writer, even if
 _PAGE = re.compile(r"[0-9a-f]{64}")
 _TEMPORARY = re.compile(r"[0-9a-f]{64}\.(\d+)-\d+\.tmp")
 
-logger = logging.getLogger("minidisagg")
 _serial = itertools.count()
 
 
@@ -37,7 +35,7 @@ class Tier:
         self._below, self._gone = below, gone
         self._lock = self.directory / "lock"
         self._oldest: deque[Entry] = deque()  # from the last look at the directory
-        self._failing = False
+        self.failing = ""  # why nothing is written here for now
         self._resumes = 0.0  # nothing is written before (`time.monotonic()`)
         try:
             files.make(self.directory)
@@ -110,7 +108,7 @@ class Tier:
                 self.files.unlink(temporary)
             self._failed(error)
             return False
-        self._failing = False
+        self.failing = ""
         return written
 
     def sink(self) -> None:
@@ -159,6 +157,6 @@ class Tier:
                 self.files.unlink(self.directory / entry.name)
 
     def _failed(self, error: OSError) -> None:
-        if not self._failing:
-            logger.warning("store: nothing is written to %s for now, what is there is read: %s", self.directory, error)
-        self._failing, self._resumes = True, time.monotonic() + RETRY
+        why = error.strerror or error
+        self.failing = f"store: nothing is written to {self.directory} for now, what is there is read: {why}"
+        self._resumes = time.monotonic() + RETRY
