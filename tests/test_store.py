@@ -480,7 +480,7 @@ def test_a_pool_in_the_background(tmp_path: Path) -> None:
     background.load(8, [name], lambda _, data: found.append(bytes(data)))
     assert collect(background, woken, 1) == [Loaded(8, 0)] and background.counters.corrupt == 1
     assert background.counters.bytes_written == BYTES
-    assert background.counters.seconds_loading > 0 and background.counters.seconds_saving > 0
+    assert background.counters.read_seconds > 0 and background.counters.write_seconds > 0
     background.close()
 
 
