@@ -387,7 +387,8 @@ class Slow:
     """A store that waits for `go` before each page, and notes what it was asked."""
 
     def __init__(self) -> None:
-        self.corrupt, self.asked, self.go, self.promotions = 0, list[str](), threading.Semaphore(0), 0
+        self.corrupt, self.failing, self.asked = 0, "", list[str]()
+        self.go, self.promotions = threading.Semaphore(0), 0
 
     def has(self, digest: bytes) -> bool:
         return False
