@@ -150,6 +150,7 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     prompt_tokens: int
     generation_tokens: int
     restarts: int
+    migrations: int = 0  # requests that went on elsewhere while they decoded
     stages: dict[str, int]  # requests in each
     oldest: dict[str, float]  # seconds for which some request has been in each
     workers: list[WorkerState]

@@ -824,6 +824,11 @@ def test_a_load_that_fails_is_counted() -> None:
     assert "3 failed" in text_of(state_of(snapshot()), Ui(load=1.0, trouble="3 failed"))
 
 
+def test_migrations_are_counted_beside_the_links() -> None:
+    assert "migrated" not in text_of(state_of(snapshot()))
+    assert re.search(r"4 links 12 migrated ─", text_of(state_of(snapshot(migrations=12))))
+
+
 def test_the_first_plus_starts_a_load(served: Serving, tmp_path: Path) -> None:
     with terminal(served.url, cwd=tmp_path) as tty:
         tty.wait("● live")

@@ -91,6 +91,7 @@ class Router(Placing):
         self.roles: dict[str, Role] = {}  # that were set while running: a restarted worker takes them again
         self.paused = False  # admission is paused: new requests are parked
         self.policy_spec = ""  # of a policy that was set while running
+        self.migrations = 0  # that went on elsewhere while they decoded
         self._cohorts = 0  # of suspects that there have been
         self._copies = 0  # of prefixes that `rebalance` has asked for
         self._clock = LivedTime()
@@ -351,7 +352,9 @@ class Router(Placing):
             self.cluster.arrived(request, -1)
         if first := request.stage is Stage.PREFILL:
             self.cluster.computed(request)
+        moving = request.before >= 0
         emit = request.news(out, request.take(source, out, self.view.now), ends)
+        self.migrations += moving and request.before < 0
         if out.finish:
             self._finish(request, replace(emit, finish=out.finish))
             return

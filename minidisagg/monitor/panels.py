@@ -184,7 +184,8 @@ def _links(state: State, ui: Ui, width: int, height: int) -> Drawn:
         lines.append([Segment(" no KV has moved yet", DIM)])
     if len(lines) > height:
         lines[height - 1 :] = [[Segment(f" and {len(lines) - height + 1} more", DIM)]]
-    return Drawn([], lines)
+    moved = state.now.migrations
+    return Drawn([Segment(f"{moved:,} migrated ", DIM)] if moved else [], lines)
 
 
 def _link_name(source: str, link: LinkState, width: int) -> str:

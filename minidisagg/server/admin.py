@@ -119,6 +119,7 @@ class Admin:
             prompt_tokens=prompt,
             generation_tokens=generated,
             restarts=len(frontend.restarted),
+            migrations=frontend.router.migrations,
             stages=stages,
             oldest=oldest,
             workers=[self._worker(name) for name in frontend.worker_names],

@@ -197,6 +197,8 @@ class _Workers(Collector):
         metrics, frontend = self.metrics, self.metrics.frontend
         load, restarts = metrics.load(), len(frontend.restarted)
         yield COUNTER(PREFIX + "worker_restarts", "Workers that died and were started again.", value=restarts)
+        moved = frontend.router.migrations
+        yield COUNTER(PREFIX + "migrations", "Requests that went on elsewhere while they decoded.", value=moved)
         yield GAUGE(PREFIX + "cluster_waiting", "Requests without a first token.", value=load.waiting)
         yield GAUGE(PREFIX + "cluster_running", "Requests that decode.", value=load.running)
 
