@@ -184,6 +184,24 @@ def test_a_request_bound_late_cannot_stay_where_its_handoff_fails() -> None:
     assert hand.core.idle
 
 
+def test_a_late_copy_of_a_migration_that_failed_offers_nothing() -> None:
+    """Or a late copy of its grant, too, would have the link write into pages that are somebody else's by now."""
+    hand = Hand()
+    hand.receive(PeerUp("d", 1, ""), submit("a", 4))
+    hand.step()
+    hand.receive(Migrate("a", 0, "d", anew=1))
+    [offered] = hand.sent(KVOffer)
+    hand.receive(KVGrant("a", 1, [0, 1], 0), source="d", epoch=1)
+    hand.core.on(PieceDone("d", offered.link_epoch, 0, True, False), hand.now)  # type: ignore[union-attr]
+    hand.core.on(AbortConfirmed("d", offered.link_epoch, True), hand.now)  # type: ignore[union-attr]
+    assert hand.sent(Stayed)
+    hand.receive(Migrate("a", 0, "d", anew=1))
+    hand.receive(KVGrant("a", 1, [0, 1], 0), source="d", epoch=1)
+    assert len(hand.sent(KVOffer)) == 1
+    hand.receive(Migrate("a", 0, "d", anew=2))
+    assert len(hand.sent(KVOffer)) == 2
+
+
 def test_a_victim_whose_pages_a_link_still_reads_is_the_only_one() -> None:
     hand = Hand(spec("w", num_pages=8, prefix_caching=False, options=WorkerOptions(8, 64, 2)))
     hand.receive(PeerUp("d", 1, ""))

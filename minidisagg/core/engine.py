@@ -294,8 +294,9 @@ class EngineCore(Ends):
 
     def _on_migrate(self, source: str, message: Migrate, _: float) -> None:
         request = self.requests.get((message.request_id, message.incarnation))
-        if request is None or request.key in self.sender.transfers:
-            return
+        if request is None or request.key in self.sender.transfers or 0 <= message.anew <= request.tried:
+            return  # a late copy: to offer it twice by one name would take the first offer's grant for the second's
+        request.tried = max(message.anew, request.tried)
         if message.dest == self.spec.name:
             request.decode, request.until, request.ready_at = "", FOREVER, -1.0
             if request.state is State.HELD:

@@ -94,6 +94,7 @@ class Request(OfSpec):
         "sort_key",
         "spec",
         "state",
+        "tried",
         "until",
         "view",
     )
@@ -129,6 +130,7 @@ class Request(OfSpec):
         self.inflight = 0  # steps that carry this request
         self.introduced = False  # the device knows its sampling state
         self.cached_tokens = 0
+        self.tried = -1  # the newest incarnation that it was to become elsewhere
         self.queued_at = now
         self.first_scheduled_at = -1.0
         self.ready_at = -1.0  # KV complete after a handoff, until its first token here
