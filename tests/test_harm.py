@@ -95,7 +95,7 @@ HARMS = {
     "a handler of a peer's message": "minidisagg.core.handoff:Sender.advance",
     "a completion": "minidisagg.core.engine:EngineCore._on_piece_done",
     "a poll of the links": "minidisagg.runtime.linkset:LinkSet._settle",
-    "an injected delay": "minidisagg.transfer.emulate:EmulatedLink.start",
+    "an injected delay": "minidisagg.runtime.faults:LateLink._start_next",
     "the planning of a step": "minidisagg.core.cohorts:Cohorts.turns",
     "a callback of the loop": "minidisagg.core.engine:EngineCore.stats",
     "a thread of a link": "minidisagg.transfer.links:ThreadLink._complete",

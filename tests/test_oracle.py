@@ -262,7 +262,7 @@ def test_two_and_two_workers_change_no_token(colocated: Run, monkeypatch: pytest
 
 @pytest.mark.slow
 def test_steps_planned_ahead_change_no_token(colocated: Run, tmp_path: Path) -> None:
-    assert asyncio.run(measure("", tmp_path, 1)).tokens == colocated.tokens
+    assert asyncio.run(measure("", "auto", tmp_path, 1)).tokens == colocated.tokens
 
 
 LATE = """
