@@ -97,6 +97,8 @@ def load_run(directory: str | Path, decisions: str | Path = "") -> Run:
     try:
         options, result = read_json(path / "options.json"), read_json(path / "result.json")
         runs = list(_runs(path))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ValueError(f"{path} is no run directory: there is no {error.filename}") from None
     except (msgspec.MsgspecError, KeyError) as error:
         raise ValueError(f"{path}: not a run directory of this version: {error!r}") from None
     log = decisions or options.get("decision_dir") or options.get("run", {}).get("decision_dir") or ""

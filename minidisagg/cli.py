@@ -28,7 +28,7 @@ from minidisagg.bench.settings import (
 )
 from minidisagg.bench_options import QUALITY_PROMPTS, bench_options
 from minidisagg.config import DEFAULT_MODEL, MODES, ClusterSettings, ModelSettings, RunSettings
-from minidisagg.load_options import Load, SpreadCommand, given_flags, load_options, read_load
+from minidisagg.load_options import LOAD_FLAGS, Load, SpreadCommand, given_flags, load_options, read_load
 from minidisagg.measure.goodput import parse_slo
 from minidisagg.measure.settings import ReportSettings
 from minidisagg.options import (
@@ -305,6 +305,7 @@ def bench(model: str, mode: str, against: str, base_url: str, **flags: Any) -> i
         server = None
     api_key = flags.pop("api_key")
     if flags.pop("kv_quality"):
+        _check_given(given, LOAD_FLAGS, "is of a load, and --kv-quality measures pages")
         return _measure_quality(model, flags)
     fit = flags["preset"] == "quick" and not given & {"random_input_len", "random_output_len"}
     load = read_load(flags, flags["preset"], fit and server is None)
@@ -429,7 +430,7 @@ def rerun(directory: Path, out: Path | None, api_key: str) -> int:
               show_default=True, metavar="FILE")  # fmt: skip
 @click.option("--name", default="here", show_default=True, help="Of the device.")
 @click.option("--seconds", type=FiniteRange(min=1), default=120.0, show_default=True,
-              help="Long contexts are left out when so much time has passed.")  # fmt: skip
+              help="Long contexts are left out then; prompts and the shortest come first, in any case.")  # fmt: skip
 @engine_options
 def profile(model: str, out: Path, name: str, seconds: float, **flags: Any) -> int:
     """Measure what steps cost on this machine, for `simulate`, and say how far the fit is off.

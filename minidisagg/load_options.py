@@ -16,6 +16,7 @@ from minidisagg.workload.multiturn import MULTITURN, Multiturn
 from minidisagg.workload.settings import (
     DATASETS,
     SYNTHETIC,
+    TEXTS,
     TRACES,
     Arrivals,
     Workload,
@@ -75,7 +76,8 @@ load_options = stack(
         click.option("--num-prompts", type=positive,
                      help="Of each run; of multiturn they are turns, not sessions.  "
                           f"[default: {WORKLOAD.num_prompts}, of simulate 500; bench --preset quick: by the rate]"),
-        click.option("--num-warmups", type=click.IntRange(min=0), default=ARRIVALS.num_warmups, show_default=True),
+        click.option("--num-warmups", type=click.IntRange(min=0), default=ARRIVALS.num_warmups, show_default=True,
+                     help="So many of them, the first of each run, are not measured."),
         click.option("--repeats", type=positive, default=TRIALS.repeats, show_default=True),
         click.option("--dataset-name", type=DatasetName(), default=WORKLOAD.dataset_name, show_default=True,
                      help="A file that --dataset-path names, or synth:NAME with the statistics of one: "
@@ -112,6 +114,8 @@ load_options = stack(
     ]
 )
 # fmt: on
+OF_ANY = {"seed", "num_prompts", "dataset_name", "dataset_path", "result_dir"}
+LOAD_FLAGS = {str(p.name) for p in load_options(click.Command("load")).params} - OF_ANY | {"dry_run", "preset"}
 
 
 class Load(NamedTuple):
@@ -148,6 +152,8 @@ def read_load(flags: dict[str, Any], preset: str = "", fit: bool = False) -> Loa
     dataset = _dataset(flags)
     if dataset in TRACES and not flags["dataset_path"]:
         raise ValueError(f"--dataset-name {dataset} needs --dataset-path FILE")
+    if flags["dataset_path"] and dataset not in (*TRACES, *TEXTS):
+        raise ValueError(f"--dataset-path is of {', '.join((*TRACES, 'text'))}: say which with --dataset-name")
     workload = Workload(
         dataset_name=dataset,
         dataset_path=flags["dataset_path"] or "",

@@ -62,6 +62,17 @@ def stack(options: Iterable[Callable[[Command], Command]]) -> Callable[[Command]
     return decorate
 
 
+def _unused(pattern: str, what: str) -> Callable[[click.Context, click.Parameter, Path | None], Path | None]:
+    """Nothing of an earlier run is overwritten, or taken for this one's."""
+
+    def check(ctx: click.Context, param: click.Parameter, directory: Path | None) -> Path | None:
+        if directory is not None and next(directory.rglob(pattern), None) is not None:
+            raise ValueError(f"{directory} has the {what} of an earlier run: name another directory, or empty it")
+        return directory
+
+    return check
+
+
 positive = click.IntRange(min=1)
 record_option = click.option(
     "--record",
@@ -69,6 +80,7 @@ record_option = click.option(
     metavar="[DIR]",
     is_flag=False,
     flag_value=IN_RUN,
+    callback=_unused("*.inputs", "record"),
     help="Write all inputs of the router and of each worker here, for `minidisagg replay`. bench and simulate take "
     "their run directory where none is given.",
 )
@@ -82,6 +94,7 @@ mode_option = click.option(
 )
 decisions_option = click.option(
     "--log-decisions", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
+    callback=_unused("*.jsonl", "decisions"),
     help="Write what each hook of the policy was asked and answered here, as JSON lines.",
 )  # fmt: skip
 # fmt: off

@@ -51,6 +51,9 @@ def rerun(directory: Path, out: Path | None = None, api_key: str = "") -> int:
     """
     try:
         recorded, before = read_json(directory / "options.json"), read_result(directory)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ValueError(f"{directory} is no run directory: there is no {error.filename}") from None
+    try:
         made, new = msgspec.convert(recorded, Made), _free(directory, out)
         run_again = _program(made.program, _moved(recorded, made, directory, new), api_key)
     except (msgspec.MsgspecError, KeyError) as error:

@@ -24,7 +24,7 @@ from msgspec import Meta, Struct, field
 from minidisagg.core.accounts import StalledError
 from minidisagg.core.checked import PolicyError
 from minidisagg.core.messages import Envelope, Role, StepOutput
-from minidisagg.core.policy import Policy
+from minidisagg.core.policy import HOOKS, Policy
 from minidisagg.core.rehearsal import rehearse
 from minidisagg.core.tracked import Emit
 from minidisagg.interconnect import PRESETS, Interconnect
@@ -38,7 +38,6 @@ from minidisagg.workload.lengths import WorkItem, random_items, with_arrivals
 
 MINE = "mine"  # the policy in the editor
 FILE = "<your policy>"  # what it is compiled as: how its lines are known in a traceback
-HOOKS = "admit", "place", "replace", "rebalance", "accept", "order", "compose", "evict"
 PATIENCE = 900.0  # virtual seconds without an arrival or an end, after which nothing will ever come
 LATENCY = PRESETS["400g-ib"].latency
 Workers = Annotated[int, Meta(ge=1, le=64)]

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -58,6 +59,7 @@ def build(out: Path) -> None:
             packed.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)  # no dates: equal each time
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     sys.stdout.write(f"{out}: {size / 1e6:.1f} MB, with {archive.name} and {wheel.name}\n")
+    sys.stdout.write(f"python -m http.server -d {out}\n")
 
 
 def _pyodide() -> tuple[Path, dict[str, bytes]]:
@@ -98,7 +100,9 @@ def _fetch(*command: str) -> None:
 
 
 if __name__ == "__main__":
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("out", nargs="?", type=Path, default=ROOT / "build/playground")
     try:
-        build(Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "build/playground"))
+        build(parser.parse_args().out)
     except BuildError as error:
         sys.exit(str(error))

@@ -6,16 +6,11 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 set_up run
-results=$ROOT/bench-results
-mkdir -p "$results"
-touch "$VENV/minidisagg.began" # BSD's find compares with files only
 say "minidisagg bench --mode both --preset quick $*"
-"$VENV/bin/minidisagg" bench --mode both --preset quick --result-dir "$results" "$@"
+"$VENV/bin/minidisagg" bench --mode both --preset quick --result-dir "$ROOT/bench-results" "$@"
 
-latest=$(find "$results" -mindepth 1 -maxdepth 1 -type d -newer "$VENV/minidisagg.began" | sort | tail -n 1)
 cat <<END
 
-The whole report: ${latest:-none, nothing was measured}
 Next:
   source $(printf %q "$VENV/bin/activate")
   minidisagg chat --mode disagg

@@ -14,7 +14,15 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from minidisagg.measure.comparison import TIMES, Comparison, compare_runs, goodput_verdict, verdict_of, worker_usage
+from minidisagg.measure.comparison import (
+    TIMES,
+    Comparison,
+    alike_marks,
+    compare_runs,
+    goodput_verdict,
+    verdict_of,
+    worker_usage,
+)
 from minidisagg.measure.goodput import (
     SLO,
     GoodputResult,
@@ -344,6 +352,13 @@ def fake_run(label: str, seed: int, rng: random.Random, service: float = 0.1, st
     return RunRecord(label=label, requests=requests, wall_s=15.0)
 
 
+def test_sides_that_decided_alike_are_named_together() -> None:
+    marks = alike_marks([("a", "b"), ("c", "d"), ("b", "e"), ("a", "e")])
+    assert marks == [
+        f"{names} decided alike throughout: this load does not tell them apart" for names in ("a, b and e", "c and d")
+    ]
+
+
 def test_a_against_a_names_no_winner() -> None:
     winners = []
     for seed in range(10):
@@ -478,8 +493,10 @@ def test_one_side_alone_and_files(sides: tuple[list[RunRecord], list[RunRecord]]
 def test_failed_requests_are_marked() -> None:
     run = fake_run("x", 0, random.Random(0))
     run.requests[30] = record(30, run.requests[30].scheduled, error="gone")
-    assert "1 of 60 requests failed or were rejected" in compare_runs([run]).marks
-    assert len(samples_of(run).metrics["ttft"].values) == 53  # 60, less 3 at each end, less the failed one
+    assert "x: 1 of 60 requests failed, the first of them by: gone" in compare_runs([run]).marks
+    run.requests[31] = record(31, run.requests[31].scheduled, error="full", rejected=True)
+    assert "x: 1 of 60 requests were rejected" in compare_runs([run]).marks
+    assert len(samples_of(run).metrics["ttft"].values) == 52  # 60, less 3 at each end, less those two
 
 
 def test_a_run_in_which_everything_failed_still_reports() -> None:
@@ -487,6 +504,6 @@ def test_a_run_in_which_everything_failed_still_reports() -> None:
     alive = RunRecord(label="alive", requests=[record(i, 0.0, 1.0, 1.1) for i in range(5)])
     comparison = compare_runs([dead], [alive], SLO(ttft=5000))
     assert comparison.a.results[0]["failed"] == 5 and comparison.a.results[0]["slo_attainment"] == 0.0
-    assert "5 of 10 requests failed" in to_text(comparison)
+    assert "dead: 5 of 5 requests failed, the first of them by: refused" in " ".join(to_text(comparison).split())
     assert comparison.verdict.startswith("alive is better than dead: goodput")
     assert "No winner" in compare_runs([dead], [dead], SLO(ttft=5000)).verdict

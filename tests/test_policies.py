@@ -13,7 +13,7 @@ from test_engine import Hand, sizes, submit
 from minidisagg.core.messages import RequestSpec, Role, SamplingParams
 from minidisagg.core.policy import ClusterView, Placement, Policy, Reject, WorkerOptions, WorkerStatus
 from minidisagg.core.tracked import Tracked
-from minidisagg.policies import load_policy, names, pinned, shown
+from minidisagg.policies import load_policy, names, pinned, rehearse, shown
 from minidisagg.policies.prefill_first import PrefillFirst
 from minidisagg.policies.sarathi import Sarathi
 
@@ -137,6 +137,54 @@ def test_a_file_that_fails_is_told_with_its_line(source: str, said: str, tmp_pat
     path.write_text(source)
     with pytest.raises(ValueError, match=f"^policy file {path}, {re.escape(said)}"):
         load_policy(f"{path}:Mine")
+
+
+def file_of(tmp_path: Path, *body: str) -> Path:
+    path = tmp_path / "mine.py"
+    path.write_text("\n".join(("from minidisagg import Policy", "class Mine(Policy):", *(f"    {b}" for b in body))))
+    return path
+
+
+ALONE = {"w": (Role.BOTH, WorkerOptions())}
+
+
+def test_a_class_that_is_alone_in_its_file_needs_no_name(tmp_path: Path) -> None:
+    path = file_of(tmp_path, "pass")
+    assert type(load_policy(str(path))).__name__ == "Mine" and type(load_policy(pinned(str(path)))).__name__ == "Mine"
+    path.write_text(path.read_text() + "\nclass Yours(Mine): ...\n")
+    with pytest.raises(ValueError, match=f"say {path}:CLASS; it has Mine, Yours$"):
+        load_policy(str(path))
+    with pytest.raises(ValueError, match=r"named Ours; it has Mine, Yours$"):
+        load_policy(f"{path}:Ours")
+
+
+def test_what_a_hook_does_wrong_is_told_with_its_line(tmp_path: Path) -> None:
+    path = file_of(tmp_path, "def help(self):", "    return {}['a']", "def place(self, request, cluster):",
+                   "    return self.help()")  # fmt: skip
+    with pytest.raises(ValueError, match=rf"^policy Mine: place raised KeyError: 'a' \({path}, line 4\)$"):
+        rehearse(f"{path}:Mine", ALONE)
+    path = file_of(tmp_path, "", "def place(self, request, cluster):", "    return 5")
+    with pytest.raises(ValueError, match=rf"place answered 5, not Placement or Reject \({path}, line 4\)$"):
+        rehearse(f"{path}:Mine", ALONE)
+    path = file_of(tmp_path, "def __init__(self):", "    import nowhere")
+    with pytest.raises(ValueError, match=rf"cannot be made: ModuleNotFoundError: .*nowhere.* \({path}, line 4\)$"):
+        rehearse(f"{path}:Mine", ALONE)
+
+
+def test_an_endless_loop_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minidisagg.policies.PATIENCE", 0.2)
+    path = file_of(tmp_path, "def order(self, *_):", "    while True: pass")
+    with pytest.raises(ValueError, match=rf"order raised TimeoutError: a rehearsal has to end .*{path}, line 4\)$"):
+        rehearse(f"{path}:Mine", ALONE)
+
+
+def test_a_hook_that_is_misspelt_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = file_of(tmp_path, "def ordr(self, *_): return 1", "def reorder(self): ...", "def helper(self): ...")
+    for _ in range(2):
+        rehearse(f"{path}:Mine", ALONE)
+    assert [record.message for record in caplog.records] == [
+        f"policy Mine: {name} is no hook, and is never asked: is it to be order?" for name in ("ordr", "reorder")
+    ]
 
 
 def test_settings_and_names() -> None:

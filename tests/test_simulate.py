@@ -412,9 +412,42 @@ def test_a_slow_policy_is_noticed_in_its_own_words(tmp_path: Path) -> None:
         command(tmp_path / "out", "--policy", f"{tmp_path}/mine.py:Mine")
 
 
+def test_a_policy_that_fails_for_some_wins_nothing(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from minidisagg import Policy\n"
+        "class Mine(Policy):\n"
+        "    def place(self, request, cluster):\n"
+        "        if cluster.now > 1.0 and request.request_id.endswith('7'):\n"
+        "            raise KeyError(request.prompt_len)\n"
+        "        return super().place(request, cluster)\n"
+    )
+    result = read_result(command(tmp_path / "out", "--compare", f"fcfs,{tmp_path}/mine.py"))
+    assert isinstance(result, Comparison) and result.verdict.startswith("Void, no verdict: ")
+    [told] = [mark for mark in result.marks if "failed" in mark]
+    assert "requests failed, the first of them by: policy Mine: place raised KeyError: " in told
+    assert told.endswith(f"({tmp_path}/mine.py, line 5)") and not told.startswith("fcfs")
+
+
+def test_nothing_is_said_of_a_handful(tmp_path: Path) -> None:
+    result = read_result(command(tmp_path, "--num-prompts", "12", "--dataset-name", "random"))
+    assert isinstance(result, Comparison) and result.verdict.startswith("No winner: nothing to compare")
+
+
+def test_an_earlier_record_is_not_overwritten(tmp_path: Path) -> None:
+    log = str(tmp_path / "log")
+    command(tmp_path / "a", "--policy", "fcfs", "--record", log)
+    for flag, args in (("--record", ["--policy", "sjf"]), ("--record", ["--compare", "fcfs,sjf"])):
+        with pytest.raises(ValueError, match="has the record of an earlier run"):
+            command(tmp_path / "b", flag, log, *args)
+    command(tmp_path / "c", "--compare", "fcfs,sjf", "--log-decisions", log)
+    with pytest.raises(ValueError, match="has the decisions of an earlier run"):
+        command(tmp_path / "d", "--policy", "fcfs", "--log-decisions", log)
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (["--dataset-path", __file__], "--dataset-path is of sharegpt, azure, mooncake, burstgpt, text: say which"),
         (["--cluster", "both=1"], "is not ROLE=COUNT"),
         (["--link", "none"], "a simulated wire needs a bandwidth"),
         (["--policy", "fcfs", "--compare", "fcfs"], "--policy is of one side"),

@@ -150,6 +150,9 @@ def run(options: BenchOptions, api_key: str = "") -> int:
             limit = options.model.max_model_len or load_config(options.model.model).max_model_len
             check_length(options.workload, limit)
         return asyncio.run(_run(options, console, api_key, directory, files))
+    except KeyboardInterrupt:
+        console.print("interrupted: a comparison needs all of its runs, so none is kept", highlight=False)
+        raise
     finally:
         remove_if_empty(directory)
 

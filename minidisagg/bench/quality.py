@@ -19,7 +19,7 @@ import torch
 from msgspec import Struct
 from rich import box
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
@@ -153,26 +153,33 @@ def measure(
         ways["bfloat16"] = rounded
     found: dict[str, tuple[list[float], list[int], list[list[float]]]] = {name: ([], [], []) for name in ways}
     batches = [list(prompts[i : i + BATCH]) for i in range(0, len(prompts), BATCH)]
-    for number, batch in enumerate(track(batches, "prompts", disable=not show, transient=True)):
-        outputs = [[token] for token in meter.prefill(batch)]
-        before = rows.clone()
-        exact = meter.follow(batch, outputs, TOKENS - 1)
-        for name, change in ways.items():
-            divergences, firsts, layers = found[name]
-            rows.copy_(before)
-            change(rows)
-            same = torch.ones(len(batch), TOKENS - 1, dtype=torch.bool)
-            for n, (right, other) in enumerate(zip(exact, meter.follow(batch, outputs, TOKENS - 1), strict=True)):
-                divergences += divergence(right, other).tolist()
-                same[:, n] = right.argmax(-1) == other.argmax(-1)
-            firsts += [int(row.long().cumprod(0).sum()) for row in same]
-            if number < LAYER_PROMPTS // BATCH:
-                layers.append([])
-                for layer in range(len(rows)):
-                    rows.copy_(before)
-                    change(rows[layer : layer + 1])
-                    (other,) = meter.follow(batch, outputs, 1)
-                    layers[-1].append(float(divergence(exact[0], other).mean()))
+    layered = min(LAYER_PROMPTS // BATCH, len(batches))
+    steps = len(batches) * (1 + len(ways)) * (TOKENS - 1) + layered * len(ways) * len(rows)
+    with Progress(disable=not show, transient=True) as progress:
+        bar = progress.add_task(f"decode steps over {len(prompts)} prompts", total=steps)
+        for number, batch in enumerate(batches):
+            outputs = [[token] for token in meter.prefill(batch)]
+            before = rows.clone()
+            exact = meter.follow(batch, outputs, TOKENS - 1)
+            progress.advance(bar, TOKENS - 1)
+            for name, change in ways.items():
+                divergences, firsts, layers = found[name]
+                rows.copy_(before)
+                change(rows)
+                same = torch.ones(len(batch), TOKENS - 1, dtype=torch.bool)
+                for n, (right, other) in enumerate(zip(exact, meter.follow(batch, outputs, TOKENS - 1), strict=True)):
+                    divergences += divergence(right, other).tolist()
+                    same[:, n] = right.argmax(-1) == other.argmax(-1)
+                progress.advance(bar, TOKENS - 1)
+                firsts += [int(row.long().cumprod(0).sum()) for row in same]
+                if number < layered:
+                    layers.append([])
+                    for layer in range(len(rows)):
+                        rows.copy_(before)
+                        change(rows[layer : layer + 1])
+                        (other,) = meter.follow(batch, outputs, 1)
+                        layers[-1].append(float(divergence(exact[0], other).mean()))
+                        progress.advance(bar)
     result = [_way(name, *some) for name, some in found.items()]
     itemsize = meter.cache.data.element_size()
     share = ours.row_bytes / (rows.shape[-1] * rows.element_size())

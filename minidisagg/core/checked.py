@@ -7,6 +7,7 @@ that request fails. `rebalance`, `compose` and `evict` are about all of them: wh
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NoReturn, TypeVar
 
@@ -34,12 +35,7 @@ A = TypeVar("A")
 
 
 class PolicyError(RuntimeError):
-    """A policy raised, or answered what cannot be; one line that names policy and hook.
-
-    `hook`: whose answer it was.
-    """
-
-    hook = ""
+    """A policy raised, or answered what cannot be; one line that names policy, hook, and the place in a user's file."""
 
 
 class Checked(Policy):
@@ -50,7 +46,6 @@ class Checked(Policy):
     def __init__(self, policy: Policy) -> None:
         self.asks = policy
         self.name = policy_name(policy)
-        self.error: PolicyError | None = None  # the last one
         self._first_key: dict[Stage, Any] = {}
 
     @property
@@ -118,7 +113,7 @@ class Checked(Policy):
 
     def incomparable(self, error: TypeError) -> PolicyError:
         """Two keys of `order`, each of them in order, that cannot be sorted together."""
-        return self._error("order", f"answers keys that cannot be compared: {error}")
+        return self._error("order", f"answers keys that cannot be compared: {error}", error)
 
     def _ask(self, hook: str, ask: Callable[[], A]) -> A:
         try:
@@ -127,7 +122,7 @@ class Checked(Policy):
             raise  # `compose` causes `evict` to be asked, and whatever the mechanism has to say
         except (Exception, SystemExit) as error:
             what = f"{type(error).__name__}: {error}".partition("\n")[0]
-            raise self._error(hook, f"raised {what}") from error
+            raise self._error(hook, f"raised {what}", error) from error
 
     def _rejection(self, hook: str, answer: object, wanted: str) -> Reject:
         if not isinstance(answer, Reject):
@@ -159,15 +154,32 @@ class Checked(Policy):
     def _fail(self, hook: str, what: str) -> NoReturn:
         raise self._error(hook, what)
 
-    def _error(self, hook: str, what: str) -> PolicyError:
-        self.error = PolicyError(f"policy {self.name}: {hook} {what}")
-        self.error.hook = hook
-        return self.error
+    def _error(self, hook: str, what: str, cause: BaseException | None = None) -> PolicyError:
+        return PolicyError(f"policy {self.name}: {hook} {what}{self._where(hook, cause)}")
+
+    def _where(self, hook: str, cause: BaseException | None) -> str:
+        """In the user's file, if it has one: what raised, or where the hook begins."""
+        policy = innermost(self)
+        code = getattr(getattr(policy, hook), "__code__", None)
+        line = line_of(cause, policy.file)
+        if not line and code is not None and code.co_filename == policy.file:
+            line = code.co_firstlineno
+        return f" ({policy.file}, line {line})" if line else ""
+
+
+def line_of(error: BaseException | None, file: str) -> int:
+    """The innermost line of this file in which the error was raised; 0: none."""
+    frames = traceback.walk_tb(error.__traceback__) if error is not None and file else ()
+    return [0, *(line for frame, line in frames if frame.f_code.co_filename == file)][-1]
+
+
+def innermost(policy: Policy) -> Policy:
+    """The one that decides, behind those that only ask it."""
+    while policy.asks is not None:
+        policy = policy.asks
+    return policy
 
 
 def policy_name(policy: Policy) -> str:
     """The class that a user knows."""
-    asked: Policy | None = policy
-    while asked is not None:
-        policy, asked = asked, asked.asks
-    return type(policy).__name__
+    return type(innermost(policy)).__name__

@@ -23,6 +23,7 @@ from minidisagg.core.tracked import RequestView as RequestView
 from minidisagg.core.views import AnyRequest as AnyRequest
 
 Stage = Literal["prefill", "transfer", "decode"]
+HOOKS = "admit", "place", "replace", "rebalance", "accept", "order", "compose", "evict"  # what a policy is asked
 
 
 @dataclass(frozen=True)
@@ -242,6 +243,7 @@ class Policy:
     """First come, first served. Subclass it and override what you study."""
 
     asks: Policy | None = None  # of one that only hands questions on (it logs or checks): to whom
+    file = ""  # the user's own, from which it was loaded
     dynamic_order = False  # True: sort keys change over time and are computed anew for each step
 
     only: Literal["", "colocated", "disagg"] = ""  # the one mode in which its rule comes into play, if it is one

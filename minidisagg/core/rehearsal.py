@@ -79,15 +79,10 @@ class _Stage:
                 if isinstance(effect, Send):
                     self.cores[effect.dest].on(Received(Envelope(ROUTER, 0, effect.body)), self.now)
                 elif isinstance(effect, Emit) and effect.finish == "error":
-                    raise PolicyError(effect.error) from self._cause()
+                    raise PolicyError(effect.error)
             for core in self.cores.values():
                 for wanted in drain(core.outbox):
                     self._carry_out(core, wanted)
-
-    def _cause(self) -> PolicyError | None:
-        """A request has failed by what one of the policies did."""
-        asked = [self.router.policy, *(core.scheduler.policy for core in self.cores.values())]
-        return next((policy.error for policy in asked if policy.error is not None), None)
 
     def _carry_out(self, core: EngineCore, effect: Effect) -> None:
         if isinstance(effect, Send):

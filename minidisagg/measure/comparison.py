@@ -77,8 +77,15 @@ def compare_runs(
 
 
 def alike_marks(pairs: Sequence[tuple[str, str]]) -> list[str]:
-    """What a reader must know of sides that decided alike throughout."""
-    return [f"{a} and {b} decided alike throughout: this load does not tell them apart" for a, b in pairs]
+    """What a reader must know of sides that decided alike throughout, which all sides of a group did."""
+    groups: list[list[str]] = []
+    for a, b in pairs:
+        known = next((group for group in groups if a in group or b in group), None)
+        if known is None:
+            groups.append([a, b])
+        else:
+            known += [label for label in (a, b) if label not in known]
+    return [f"{listing(group)} decided alike throughout: this load does not tell them apart" for group in groups]
 
 
 def _side(runs: Sequence[RunRecord], samples: Sequence[Samples], slo: SLO | None, suffix: str) -> Side:
@@ -100,15 +107,21 @@ def values_of(samples: Sequence[Samples]) -> dict[str, float]:
 
 def marks_of(runs: Sequence[RunRecord], repeats: int) -> list[str]:
     """What limits the use of these runs, one line each; `repeats` are those of each side."""
-    marks = list(dict.fromkeys(mark for run in runs for mark in (*run.marks, unsteady(run)) if mark))
+    marks = list(dict.fromkeys(mark for run in runs for mark in run.marks))
+    marks += {run.label: mark for run in reversed(runs) if (mark := unsteady(run))}.values()  # the first of each side
     fewest = min(len(run.requests) for run in runs)
     if fewest < PUBLISHABLE_REQUESTS:
         marks.append(f"{fewest} requests a run (< {PUBLISHABLE_REQUESTS})")
     if len(runs) > repeats and repeats < PUBLISHABLE_REPEATS:
         marks.append(f"{repeats} repetition{'s' * (repeats > 1)} (< {PUBLISHABLE_REPEATS}): noise between runs assumed")
-    bad = sum(not request.ok for run in runs for request in run.requests)
-    if bad:
-        marks.append(f"{bad} of {sum(len(run.requests) for run in runs)} requests failed or were rejected")
+    for label in dict.fromkeys(run.label for run in runs):
+        every = [request for run in runs if run.label == label for request in run.requests]
+        failed = [request for request in every if not request.ok and not request.rejected]
+        if failed:
+            why = failed[0].error or "it has no token"
+            marks.append(f"{label}: {len(failed)} of {len(every)} requests failed, the first of them by: {why}")
+        if rejected := sum(request.rejected for request in every):
+            marks.append(f"{label}: {rejected} of {len(every)} requests were rejected")
     return marks
 
 

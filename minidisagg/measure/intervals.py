@@ -28,6 +28,7 @@ from minidisagg.measure.stats import QUANTILES, Array, Sample, Samples, value_of
 
 RUN_NOISE = 0.02  # least relative noise of one run as a whole
 UNMEASURED_RUN_NOISE = 0.15  # assumed where fewer than three repetitions were made
+LEAST_REQUESTS = 8  # measured ones of a run: what fewer of them scatter by says nothing
 LEAST_DIFFERENCE = 0.01  # a smaller difference is no difference, however certain
 STATISTICS = ("mean", *(f"p{q}" for q in QUANTILES))
 _ELEMENTS = 1 << 21  # of one chunk of resamples: stays in cache
@@ -173,7 +174,8 @@ def _log_statistics(
     rows = []
     for column, name in enumerate(names):
         known = spread[:, column][np.isfinite(spread[:, column])]
-        variance = float(known.var()) if len(known) else math.nan
+        enough = len(known) and min(weights_a.shape[1], weights_b.shape[1]) >= LEAST_REQUESTS
+        variance = float(known.var()) if enough else math.nan
         one, other = value_of(a, name), value_of(b, name)
         usable = one + a.half > 0 and other + b.half > 0
         difference = math.log((other + b.half) / (one + a.half)) if usable else math.nan

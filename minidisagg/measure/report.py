@@ -151,16 +151,17 @@ def stage_table(comparison: Comparison) -> Table | None:
 
 def worker_table(comparison: Comparison) -> Table | None:
     """What each worker made of its device: a phase wastes whichever resource it is not using, in numbers."""
-    table = _table(
-        "Workers", "compute, bandwidth: share of the measured ceilings, while busy; wastes: the less used of the two"
-    )
+    usages = [worker_usage(side.runs) for side in comparison.sides]
+    measured = any(not math.isnan(row.compute) for rows in usages for row in rows)  # else it was a simulation
+    caption = "compute, bandwidth: share of the measured ceilings, while busy; wastes: the less used of the two"
+    table = _table("Workers", caption if measured else "")
     for head in ("", "role"):
         table.add_column(head, no_wrap=True, overflow="ellipsis")
-    for head in ("busy", "CPU", "compute", "bandwidth"):
+    for head in ("busy", "CPU", "compute", "bandwidth") if measured else ("busy",):
         table.add_column(head, justify="right", no_wrap=True, min_width=len(head))
-    table.add_column("wastes", no_wrap=True, min_width=len("100% bandwidth"))
-    for side in comparison.sides:
-        rows = worker_usage(side.runs)
+    if measured:
+        table.add_column("wastes", no_wrap=True, min_width=len("100% bandwidth"))
+    for side, rows in zip(comparison.sides, usages, strict=True):
         if rows:
             table.add_row(Text(side.label, style="bold"))
         for row in rows:
@@ -169,37 +170,44 @@ def worker_table(comparison: Comparison) -> Table | None:
             least = min(used, key=lambda name: used[name])
             waste = f"{1 - used[least]:.0%} {least}" if known else ""
             cells = [f"{value:.0%}" if not math.isnan(value) else "" for value in (row.busy, row.cpu, *used.values())]
-            table.add_row(f"  {row.name}", row.role, *cells, waste, end_section=row is rows[-1])
+            shown = [*cells, waste] if measured else cells[:1]
+            table.add_row(f"  {row.name}", row.role, *shown, end_section=row is rows[-1])
     return table if table.row_count else None
 
 
 def link_table(comparison: Comparison) -> Table | None:
     """KV bytes and time on the wire per link, over all repetitions; None if nothing was transferred."""
-    table = _table("KV on the wire")
-    for head in ("", "kind"):
-        table.add_column(head, no_wrap=True, overflow="ellipsis")
-    for head in ("count", "MB", "seconds", "GB/s", "of wall", "fails"):
-        table.add_column(head, justify="right", no_wrap=True)
+    rows = list[tuple[str, ...]]()
     for side in comparison.sides:
         pairs = dict.fromkeys((link.source, link.dest, link.kind) for run in side.runs for link in run.links)
         if pairs:
-            table.add_row(Text(side.label, style="bold"))
+            rows.append((side.label,))
         for source, dest, kind in pairs:
             key = (source, dest, kind)
             links = [k for run in side.runs for k in run.links if (k.source, k.dest, k.kind) == key]
             moved, seconds = sum(link.bytes for link in links), sum(link.seconds for link in links)
             wall = sum(run.wall_s for run in side.runs)
-            table.add_row(
-                f"  {source} → {dest}",
-                kind,
-                f"{sum(link.transfers for link in links):,}",
-                number(moved / 1e6),
-                number(seconds),
-                number(moved / seconds / 1e9 if seconds else None),
-                share(seconds / wall if wall else None),
-                str(sum(link.failures for link in links)),
+            rows.append(
+                (
+                    f"  {source} → {dest}",
+                    kind,
+                    f"{sum(link.transfers for link in links):,}",
+                    number(moved / 1e6),
+                    number(seconds),
+                    number(moved / seconds / 1e9 if seconds else None),
+                    share(seconds / wall if wall else None),
+                    str(sum(link.failures for link in links)),
+                )
             )
-    return table if table.row_count else None
+    table = _table("KV on the wire")
+    for head in ("", "kind"):
+        table.add_column(head, no_wrap=True, overflow="ellipsis")
+    for place, head in enumerate(("count", "MB", "seconds", "GB/s", "of wall", "fails"), 2):  # a name gives way first
+        widest = max((len(row[place]) for row in rows if len(row) > place), default=0)
+        table.add_column(head, justify="right", no_wrap=True, min_width=max(widest, len(head)))
+    for name, *cells in rows:
+        table.add_row(name if cells else Text(name, style="bold"), *cells)
+    return table if rows else None
 
 
 def goodput_table(found: Mapping[str, GoodputResult]) -> Table:
@@ -236,8 +244,11 @@ def sweep_table(comparisons: Sequence[tuple[int, Comparison]]) -> Table:
     return table
 
 
-def overhead_text(comparison: Comparison) -> Text:
-    """What measuring took from the machine at worst, beside what makes a run void; a line per side."""
+def overhead_text(comparison: Comparison) -> Text | None:
+    """What measuring took from the machine at worst, beside what makes a run void; a line per side. A simulation took
+    nothing."""
+    if not any(run.frontend_cpu_share for side in comparison.sides for run in side.runs):
+        return None
     lines = [f"The front end, void above {MAX_FRONTEND_SHARE:.0%} of a core, or {MAX_SEND_LAG:.0%} of the TTFT SLO:"]
     for side in comparison.sides:
         cpu, lag = max(run.frontend_cpu_share for run in side.runs), max(send_lag(run.requests) for run in side.runs)

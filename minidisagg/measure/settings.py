@@ -39,4 +39,6 @@ def check_measurable(prompts: int, warmups: int, at_once: bool) -> None:
     cut = 0 if at_once else math.ceil(TRIM * prompts)
     if max(warmups, cut) >= prompts - cut:
         drain = f", and {cut} at the end left out" if cut else ""
-        raise ValueError(f"--num-prompts {prompts} with --num-warmups {warmups}{drain}: nothing is left to measure")
+        raise ValueError(
+            f"--num-prompts {prompts} with --num-warmups {warmups} of them{drain}: nothing is left to measure"
+        )

@@ -162,7 +162,10 @@ def _columns(table: Table, *heads: str) -> None:
 
 def overall_table(league: League, drawn: Sequence[Sequence[Drawn]]) -> Table:
     """Over all conditions, and each workload's score."""
-    caption = f"Score: {SCORE} and workloads; beside it of the best one's, with a 95 % interval; =: a shared place"
+    caption = (
+        f"Score: {SCORE} and workloads; beside it of the best one's, as a geometric mean over the repetitions with a "
+        "95 % interval; =: a shared place"
+    )
     table = _table("Overall", caption)
     _columns(table, "score")
     table.add_column("of the best", justify="right")

@@ -36,6 +36,7 @@ Ints = NDArray[np.int64]
 MAX_SEND_LAG = 0.05  # p99 send lag, of the TTFT limit
 MAX_SESSION = 0.25  # of the window
 MAX_FRONTEND_SHARE = 0.20  # of one core
+POLICY_FAILED = "policy "  # how the error of a request begins that its policy has failed: `core/checked.py`
 LATENCIES = ("ttft", "ttst", "tpot", "itl", "handoff", "max_itl", "e2el")
 RATES = ("request_throughput", "output_throughput", "total_token_throughput", "request_goodput")
 QUANTILES = (50, 90, 99)
@@ -90,7 +91,8 @@ def unsteady(run: RunRecord) -> str:
     mean = sum(lasts.values()) / max(1, len(lasts))
     if run.max_concurrency or window.last == len(run.requests) or mean <= MAX_SESSION * window.seconds:
         return ""
-    return f"sessions last {mean:.1f} s, and the load grew for as long of {window.seconds:.1f} s: more --num-prompts"
+    short = f"{run.label}: sessions last {mean:.1f} s, and {window.seconds:.1f} s are measured"
+    return f"{short}: fewer end in it than begin, with more --num-prompts as many"
 
 
 def by_schedule(run: RunRecord) -> list[RequestRecord]:
@@ -104,7 +106,8 @@ def window_of(run: RunRecord, trim: float = TRIM) -> Window:
     requests, begin = by_schedule(run), beginning(run)
     n = len(requests)
     if n <= run.num_warmups:
-        raise ValueError(f"{run.label}: {n} requests, of which {run.num_warmups} are warm-up: nothing to measure")
+        warm = f"of which {run.num_warmups} are warm-up (--num-warmups)"
+        raise ValueError(f"{run.label}: {n} requests, {warm}: nothing to measure")
     last_token = max(
         (r.token_times[-1] for r in requests if r.token_times), default=requests[-1].scheduled + run.wall_s
     )
@@ -249,7 +252,10 @@ def void_reasons(run: RunRecord, slo: SLO | None = None) -> list[str]:
     lag_ms = send_lag(run.requests) * 1000
     if slo is not None and slo.ttft is not None and lag_ms > MAX_SEND_LAG * slo.ttft:
         share = lag_ms / slo.ttft
-        reasons.append(f"p99 send lag {lag_ms:.1f} ms is {share:.0%} of the TTFT SLO (limit {MAX_SEND_LAG:.0%})")
+        told = f"p99 send lag {lag_ms:.1f} ms is {share:.0%} of the TTFT SLO (limit {MAX_SEND_LAG:.0%})"
+        reasons.append(f"{told}: this machine is too busy, or too slow for this load")
     if run.frontend_cpu_share > MAX_FRONTEND_SHARE:
         reasons.append(f"the front end took {run.frontend_cpu_share:.0%} of a core (limit {MAX_FRONTEND_SHARE:.0%})")
+    if broken := [request.error for request in run.requests if request.error.startswith(POLICY_FAILED)]:
+        reasons.append(f"{len(broken)} requests failed, since {broken[0]}")  # who drops the late ones looks fast
     return reasons

@@ -8,21 +8,30 @@ an entry point in the group `minidisagg.policies`
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import logging
 import os
 import pkgutil
+import signal
 import sys
-import traceback
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 
 from minidisagg.core import rehearsal
-from minidisagg.core.checked import PolicyError
+from minidisagg.core.checked import PolicyError, line_of
 from minidisagg.core.messages import ROUTER
-from minidisagg.core.policy import Policy
+from minidisagg.core.policy import HOOKS, Policy
 from minidisagg.policies._log import Logged, Write
+
+PATIENCE = 10.0  # seconds that loading and a rehearsal may take
+
+logger = logging.getLogger("minidisagg")
 
 
 def names() -> list[str]:
@@ -48,8 +57,12 @@ def load_policy(spec: str) -> Policy:
     settings = dict(_setting(part, spec) for part in rest.split(",") if part)
     try:
         policy = found(**settings)
+    except ValueError:
+        raise
     except TypeError as error:  # a setting that the class does not have, or of another type
         raise ValueError(f"policy {spec!r}: {error}") from error
+    except Exception as error:  # whatever the user's file raises is told in one line
+        raise ValueError(f"policy {spec!r} cannot be made: {_told(error, name)}") from error
     if not isinstance(policy, Policy):
         raise ValueError(f"policy {spec!r} is not a minidisagg.Policy")
     return policy
@@ -80,12 +93,45 @@ def logged(policy: Policy, spec: str, who: str, write: Write) -> Policy:
 
 def rehearse(spec: str, workers: rehearsal.Workers) -> None:
     """A dry call of the policy that `spec` names, on these workers; raises `ValueError` in one line."""
+    with _in_time():
+        try:
+            rehearsal.rehearse(partial(load_policy, spec), workers)
+        except PolicyError as error:
+            raise ValueError(str(error)) from error
+    _warn_of_misspelt(type(load_policy(spec)))
+
+
+@contextmanager
+def _in_time() -> Iterator[None]:
+    """An endless loop ends as an error of the line that it is in; in a process's main thread, that is."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"a rehearsal has to end within {PATIENCE:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    left, every = signal.setitimer(signal.ITIMER_REAL, PATIENCE)
     try:
-        rehearsal.rehearse(partial(load_policy, spec), workers)
-    except PolicyError as error:
-        path, hook = spec.partition(":")[0], error.hook or getattr(error.__cause__, "hook", "")
-        line = _line(error, path) or _line_of_hook(spec, hook, path)
-        raise ValueError(f"{error} ({path}, line {line})" if line else str(error)) from error
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, left, every)  # of whoever has one
+
+
+def _warn_of_misspelt(policy: type[Policy]) -> None:
+    """What nobody will ever call, and looks like a hook."""
+    for name in [name for one in policy.__mro__ if getattr(one, "file", "") for name in vars(one)]:
+        if name not in vars(Policy) and (meant := difflib.get_close_matches(name, HOOKS, 1, 0.75)):
+            _warn(f"policy {policy.__name__}: {name} is no hook, and never asked: is it to be {meant[0]}?")
+
+
+@cache
+def _warn(text: str) -> None:
+    """Once, however often a policy is loaded."""
+    logger.warning("%s", text)
 
 
 @cache
@@ -128,32 +174,30 @@ def _from_file(path: Path, source: str, class_name: str) -> type[Policy]:
     try:
         exec(compile(source, str(path), "exec"), vars(module))
     except Exception as error:  # whatever the user's file raises is told in one line
-        line, what = _line(error, str(path)), str(error)
+        line, what = line_of(error, str(path)), str(error)
         if isinstance(error, SyntaxError) and error.filename == str(path):
             line, what = error.lineno or 1, error.msg
         raise ValueError(f"policy file {path}, line {line} fails: {type(error).__name__}: {what}") from error
+    own = {
+        name: one for name, one in vars(module).items()
+        if isinstance(one, type) and issubclass(one, Policy) and one.__module__ == module.__name__
+    }  # fmt: skip
+    for one in own.values():
+        one.file = str(path)
+    if not class_name and len(own) == 1:
+        return next(iter(own.values()))
     found = getattr(module, class_name, None)
     if not (isinstance(found, type) and issubclass(found, Policy)):
+        named = f" named {class_name}" if class_name else f" that is named: say {path}:CLASS"
         raise ValueError(
-            f"policy file {path} has no subclass of minidisagg.Policy named {class_name or '(none given)'}"
+            f"policy file {path} has no subclass of minidisagg.Policy{named}; it has {', '.join(own) or 'none'}"
         )
     return found
 
 
-def _line(error: BaseException | None, path: str) -> int:
-    """Of the file at `path`: the innermost one in which the error, or what it came from, was raised; 0: none."""
-    found = 0
-    while error is not None:
-        for frame, line in traceback.walk_tb(error.__traceback__):
-            found = line if Path(frame.f_code.co_filename) == Path(path) else found
-        error = error.__cause__
-    return found
-
-
-def _line_of_hook(spec: str, hook: str, path: str) -> int:
-    """Where the policy of the file at `path` defines it; 0: not there."""
-    code = getattr(getattr(load_policy(spec), hook, None), "__code__", None) if path.endswith(".py") else None
-    return code.co_firstlineno if code is not None and Path(code.co_filename) == Path(path) else 0
+def _told(error: Exception, name: str) -> str:
+    line = line_of(error, str(Path(name)))
+    return f"{type(error).__name__}: {error}" + (f" ({Path(name)}, line {line})" if line else "")
 
 
 def _setting(part: str, spec: str) -> tuple[str, int | float | str]:

@@ -40,7 +40,6 @@ from minidisagg.core.request import Request, State, Work, request_of
 from minidisagg.core.scheduler import BatchBuilder, Scheduler, View, scheduler_of
 from minidisagg.core.tracked import tracked_of
 
-HOOKS = ("admit", "place", "replace", "rebalance", "accept", "order", "compose", "evict")
 SHOWN = 8  # requests that a difference between two steps names
 Hints = dict[str, str | int | float]
 

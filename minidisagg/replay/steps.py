@@ -32,7 +32,7 @@ from minidisagg.core.messages import (
     Submit,
 )
 from minidisagg.core.plan import StepPlan
-from minidisagg.core.policy import Policy
+from minidisagg.core.policy import HOOKS, Policy
 from minidisagg.core.router import Router, RouterEffect
 from minidisagg.core.routerlog import (
     Died,
@@ -48,7 +48,7 @@ from minidisagg.core.routerlog import (
 )
 from minidisagg.core.tracked import Emit
 from minidisagg.policies import load_policy, shown
-from minidisagg.replay.asking import HOOKS, Asked, Asker, Difference, Notes
+from minidisagg.replay.asking import Asked, Asker, Difference, Notes
 from minidisagg.replay.records import Record
 
 PLACES = Role.PREFILL, Role.BOTH, Role.DECODE

@@ -7,6 +7,7 @@ batch.waiting` in a `compose` would else stop the server. A file that does not p
 from __future__ import annotations
 
 import asyncio
+import logging
 import subprocess
 import sys
 import tempfile
@@ -47,7 +48,7 @@ async def watch(frontend: Frontend, spec: str) -> None:
             await check(source, frontend.roles)
             frontend.set_policy(source, rehearsed=True)
         except ValueError as error:
-            frontend.tell(f"{spec} is not taken, what was there stays: {error}")
+            frontend.tell(f"{spec} is not taken, what was there stays: {error}", logging.WARNING)
 
 
 async def check(spec: str, workers: Workers) -> None:

@@ -44,7 +44,7 @@ from minidisagg.measure.standings import (
     to_markdown,
     to_svg,
 )
-from minidisagg.measure.stats import by_schedule, window_of
+from minidisagg.measure.stats import by_schedule, void_reasons, window_of
 from minidisagg.policies import load_policy, names, rehearse
 from minidisagg.sides import SideName, numbered, parse_compare, short
 from minidisagg.sim.machines import ClusterSpec
@@ -205,6 +205,8 @@ def play(run: Run) -> Played:
         slo=run.slo, seed=run.seed, num_warmups=WARMUPS, predictor=run.predictor, time_limit=run.time_limit
     )  # fmt: skip
     result = simulate(run.side.policy, items, run.side.cluster, settings)
+    if void := void_reasons(result.run):
+        raise ValueError(f"{run.side.label}: {void[0]}")
     window = window_of(result.run)
     kept = by_schedule(result.run)[window.first : window.last]
     met = "".join("01"[run.slo.met_by(request)] for request in kept)

@@ -176,7 +176,11 @@ def load_profile(device: str, model: str, dtype: str = "bfloat16", tensor_parall
     for profile in profiles:
         if str(profile) == str(wanted):
             return profile
-    raise ValueError(f"{device} has no profile of {wanted}; there are {', '.join(map(str, profiles))}")
+    there: dict[str, list[str]] = {}
+    for profile in profiles:
+        there.setdefault(profile.model, []).append(str(profile).removeprefix(profile.model).strip())
+    listed = "; ".join(f"{name} ({', '.join(kinds)})" for name, kinds in there.items())
+    raise ValueError(f"{device} has no profile of {wanted}; there are {listed}")
 
 
 def names() -> list[str]:

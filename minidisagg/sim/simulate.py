@@ -59,6 +59,8 @@ def simulate(
     """
     if isinstance(cluster, str):
         cluster = ClusterSpec(groups=parse_cluster(cluster))
+    if not isinstance(policy, str) and not callable(policy):
+        raise ValueError("a policy is named or made here: give its class, as the router and each worker have their own")
     make = partial(load_policy, policy) if isinstance(policy, str) else policy
     name = policy if isinstance(policy, str) else type(policy()).__name__
     began = time.monotonic()
