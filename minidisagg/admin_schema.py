@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from msgspec import UNSET, Struct, UnsetType
 
-VERSION = 1
+VERSION = 2
 Stage = Literal["waiting", "prefilling", "transferring", "decode_waiting", "decoding"]
 STAGES: tuple[Stage, ...] = get_args(Stage)  # of a request that has not ended
 

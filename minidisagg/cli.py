@@ -232,7 +232,7 @@ def serve(model: str, mode: str, verbose: bool, watched: bool, with_monitor: boo
     engine = read_engine(model, flags, mode, one_worker=not with_monitor)  # with two, `m` has something to switch
     if (demo_load is not None or slo) and not with_monitor:
         raise ValueError("--demo-load and --goodput need --monitor")
-    if watched and ".py:" not in engine.cluster.policy:
+    if watched and not engine.cluster.policy.partition(":")[0].endswith(".py"):
         raise ValueError("--watch needs a policy from a file: --policy ./mine.py:Mine")
     if beside:
         own["drain_timeout"] = 0.0  # whoever watches has seen enough

@@ -94,7 +94,7 @@ mode_option = click.option(
 )
 decisions_option = click.option(
     "--log-decisions", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
-    callback=_unused("*.jsonl", "decisions"),
+    callback=_unused("router.jsonl", "decisions"),
     help="Write what each hook of the policy was asked and answered here, as JSON lines.",
 )  # fmt: skip
 # fmt: off

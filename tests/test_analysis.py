@@ -125,7 +125,7 @@ def test_a_sweep(tmp_path: Path) -> None:
 
 
 def test_what_is_no_run_directory_is_one_line(two_sides: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ValueError, match=r"is no run directory: there is no .*options\.json"):
         load_run(tmp_path)
     (tmp_path / "options.json").write_text('{"version": 2}')
     (tmp_path / "result.json").write_text('{"version": 2, "goodput": {"a": {}}}')

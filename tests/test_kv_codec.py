@@ -30,7 +30,8 @@ from minidisagg import Policy
 
 class Turns(Policy):
     def place(self, request, cluster):
-        return replace(super().place(request, cluster), codec="int8" if request.max_tokens % 2 else "raw")
+        codec = "int8" if request.max_tokens % 2 else "raw"
+        return replace(super().place(request, cluster), codec=codec, returns=True)
 """
 
 
@@ -41,19 +42,22 @@ def test_names_stand_for_codecs() -> None:
 @needs_two_cores
 @pytest.mark.parametrize("link", ["unix", "shm"])
 def test_what_came_lossy_never_answers_for_raw(link: str, tmp_path: Path) -> None:
-    """In float64 the tokens of raw KV are the oracle's, though the decode worker's cache has the same prompts lossy."""
+    """In float64 the tokens of raw KV are the oracle's, though the decode worker's cache has the same prompts lossy,
+    and what it has made of them goes back to where the next turn begins."""
     (tmp_path / "turns.py").write_text(TURNS)
     many = prompts(12, seed=3, shortest=60, longest=200)
 
     async def run() -> None:
-        async with cluster(settings("colocated")) as frontend:
-            oracle = await run_to_end(frontend, many, greedy(24))
         shape = replace(settings("disagg", link=link), policy=f"{tmp_path / 'turns.py'}:Turns")
         async with cluster(shape) as frontend:
             lossy = await run_to_end(frontend, many, greedy(25))
             again = await run_to_end(frontend, many, greedy(25))
             raw = await run_to_end(frontend, many, greedy(24))
-        assert raw == oracle
+            turns = [[*prompt, *tokens, 7, 8, 9] for prompt, tokens in zip(many, lossy, strict=True)]
+            answers = await run_to_end(frontend, turns, greedy(24))
+        async with cluster(settings("colocated")) as frontend:
+            oracle = await run_to_end(frontend, many, greedy(24))
+            assert raw == oracle and answers == await run_to_end(frontend, turns, greedy(24))
         assert [tokens[0] for tokens in lossy] == [tokens[0] for tokens in oracle]  # the prefill's
         assert sum(a[:24] != b for a, b in zip(lossy, oracle, strict=True)) >= 3, "int8 changes nothing: no control"
         assert again == lossy  # which answers for itself

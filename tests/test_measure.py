@@ -500,10 +500,10 @@ def test_failed_requests_are_marked() -> None:
 
 
 def test_a_run_in_which_everything_failed_still_reports() -> None:
-    dead = RunRecord(label="dead", wall_s=2.0, requests=[record(i, 0.0, error="refused") for i in range(5)])
-    alive = RunRecord(label="alive", requests=[record(i, 0.0, 1.0, 1.1) for i in range(5)])
+    dead = RunRecord(label="dead", wall_s=2.0, requests=[record(i, 0.0, error="refused") for i in range(10)])
+    alive = RunRecord(label="alive", requests=[record(i, 0.0, 1.0, 1.1) for i in range(10)])
     comparison = compare_runs([dead], [alive], SLO(ttft=5000))
-    assert comparison.a.results[0]["failed"] == 5 and comparison.a.results[0]["slo_attainment"] == 0.0
-    assert "dead: 5 of 5 requests failed, the first of them by: refused" in " ".join(to_text(comparison).split())
+    assert comparison.a.results[0]["failed"] == 10 and comparison.a.results[0]["slo_attainment"] == 0.0
+    assert "dead: 10 of 10 requests failed, the first of them by: refused" in " ".join(to_text(comparison).split())
     assert comparison.verdict.startswith("alive is better than dead: goodput")
     assert "No winner" in compare_runs([dead], [dead], SLO(ttft=5000)).verdict

@@ -36,7 +36,7 @@ from minidisagg.core.effects import Effect, LoadPages
 from minidisagg.core.inputlog import read_entries
 from minidisagg.core.inputs import Loaded, Received
 from minidisagg.core.messages import KVDone, KVOffer, Role, StoreStats, Submit
-from minidisagg.core.policy import ClusterView, Placement, Policy, RequestView
+from minidisagg.core.policy import ClusterView, Placement, Policy, RequestView, Work, WorkerView
 from minidisagg.core.tracked import Stage
 from minidisagg.server.history import History
 from minidisagg.server.metrics import Metrics
@@ -487,20 +487,46 @@ def asked(sim: Simulator) -> list[tuple[str, int]]:
     return found
 
 
-@pytest.mark.parametrize("after", [0.0, 0.1])
-def test_what_a_full_cache_has_no_room_for_is_read_when_there_is(after: float) -> None:
-    """Each takes 14 of 16 pages of four tokens: what came for one leaves when the other is admitted, or has no room."""
-    sim = Simulator([spec("w0", Role.BOTH, store=True)], Policy)
-    first = list(range(100, 148))
-    for name, prompt in ("a", first), ("b", list(range(200, 248))):
+def warmed(policy: type[Policy]) -> Simulator:
+    """A worker with room for little more than one of two prompts, 14 of 16 pages each, both of which its store has."""
+    sim = Simulator([spec("w0", Role.BOTH, store=True)], policy)
+    for name, prompt in TWO.items():
         sim.submit(name, prompt, greedy(4), sim.now)
         sim.run()
+    return sim
+
+
+TWO = {"a": list(range(100, 148)), "b": list(range(200, 248))}
+
+
+class Level(Policy):
+    """Nobody goes before anybody."""
+
+    def order(self, request: Work, stage: str, worker: WorkerView) -> int:
+        return 0
+
+
+def test_what_a_full_cache_has_no_room_for_is_read_when_there_is() -> None:
+    sim = warmed(Policy)
     found = asked(sim)
     sim.submit("busy", list(range(300, 348)), greedy(8), sim.now)
-    sim.submit("again", first, greedy(4), sim.now + after)
+    sim.submit("again", TWO["a"], greedy(4), sim.now + 0.1)
     sim.run()
     assert not simfuzz.verdict(sim) and sim.outcomes["again"].cached_tokens == 44
-    assert [name for name, _ in found] == ["busy", *["again"] * (1 if after else 2)]
+    assert [name for name, _ in found] == ["busy", "again"]
+
+
+@pytest.mark.parametrize("policy", [Policy, Level])
+def test_who_reads_does_not_take_turns_for_ever_with_who_reads(policy: type[Policy]) -> None:
+    """What is read for the one pushes out what was read for the other, before it begins."""
+    sim = warmed(policy)
+    found, began = asked(sim), sim.now
+    for name in "cdefgh":
+        sim.submit(name, TWO["ab"[name in "dfh"]], greedy(4), began)
+    sim.run()
+    assert not simfuzz.verdict(sim) and {one.finish for one in sim.outcomes.values()} == {"length"}
+    assert max(Counter(name for name, _ in found).values()) <= 2 and sim.now < began + 3.0
+    assert sum(sim.outcomes[name].cached_tokens == 44 for name in "cdefgh") >= 4
 
 
 def test_what_the_store_has_not_is_asked_for_once() -> None:

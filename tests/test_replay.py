@@ -276,7 +276,8 @@ def test_a_policy_that_raises_is_marked_in_one_line(recorded: Callable[..., Path
     run = run_of(recorded("fcfs"), f"{mine}:Broken")
     assert run.summary()[0].endswith("all as recorded")
     said = {one.other for one in differences(run) if one.failed}
-    assert "policy Broken: order raised KeyError: 'nothing'" in said and all("\n" not in text for text in said)
+    assert any(text.startswith(f"policy Broken: order raised KeyError: 'nothing' ({mine}, line ") for text in said)
+    assert all("\n" not in text for text in said)
     assert any(text.startswith("policy Broken: place named the worker 'nowhere'; there are prefill-0") for text in said)
     tally = run.notes.tallies["place"]
     assert tally.asked == tally.differ == tally.failed > 0

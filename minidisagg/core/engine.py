@@ -17,6 +17,7 @@ and computed lengths are assigned from the plan and never added up.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from minidisagg.core.blocks import BlockPool
@@ -102,7 +103,7 @@ class EngineCore(Ends):
             spec, load_policy(spec.policy), self.pool, lambda: len(self.receiver.transfers), self._preempted, self._fail
         )
         self.copies = Copies(spec, self.pool, self.requests, emit, self._begin)
-        self.tiers = Tiers(spec, self.pool, emit, self.scheduler.queue, self._part)
+        self.tiers = Tiers(spec, self.pool, emit, partial(self.scheduler.queue, again=True), self._part)
         self.scheduler.published, self.scheduler.fetch = self.tiers.save, self.tiers.load
         self._inputs: dict[type, Callable[[Any], StepPlan | None]] = {
             Received: self._on_received,

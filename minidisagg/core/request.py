@@ -88,6 +88,7 @@ class Request(OfSpec):
         "prefix",
         "published",
         "queued_at",
+        "reads",
         "ready_at",
         "request_id",
         "root",
@@ -121,6 +122,7 @@ class Request(OfSpec):
         self.hashes: list[bytes] = []
         self.published = 0  # pages considered for the prefix cache so far
         self.found = FOREVER  # pages from its first on that were here or in the store when that was asked
+        self.reads = 0  # from the store, of what it had found then
         self.prefill_len = spec.prefill_len
         most = spec.sampling.max_tokens
         self.last_index = min(spec.ends_after or most, most)  # output tokens at which it ends, if no stop token comes

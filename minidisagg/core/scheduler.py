@@ -124,9 +124,9 @@ class Scheduler:
 
     # ------------------------------------------------------------ queues
 
-    def queue(self, request: Request) -> None:
-        """A prompt to compute, in its place by the policy's order."""
-        self._insert(self.waiting, request, "prefill")
+    def queue(self, request: Request, again: bool = False) -> None:
+        """A prompt to compute, in its place by the policy's order; one that stood there, before its equals."""
+        self._insert(self.waiting, request, "prefill", bisect.insort_left if again else bisect.insort_right)
 
     def run(self, request: Request) -> None:
         """Into the batch: who stands in front by the policy's order is served, and evicts, first."""
@@ -149,11 +149,13 @@ class Scheduler:
         for offer in offers:
             self.queue_offer(offer)
 
-    def _insert(self, queue: list[Request], request: Request, stage: Stage) -> None:
+    def _insert(
+        self, queue: list[Request], request: Request, stage: Stage, insort: Callable[..., None] = bisect.insort_right
+    ) -> None:
         """A request that has no place in the order fails."""
         try:
             request.sort_key[stage] = self.policy.order(request.view, stage, self.view)
-            bisect.insort(queue, request, key=lambda r: r.sort_key[stage])
+            insort(queue, request, key=lambda r: r.sort_key[stage])
         except (PolicyError, TypeError) as error:
             queue.append(request)  # where the end of it looks
             self._failed(request, self._said(error))

@@ -12,13 +12,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from minidisagg.core.blocks import BlockPool
+from minidisagg.core.blocks import BlockPool, PageState
 from minidisagg.core.effects import Effect, LoadPages, SavePage, Send
 from minidisagg.core.inputs import Loaded, Saved
 from minidisagg.core.messages import ROUTER, Stored
 from minidisagg.core.plan import SeqKey
 from minidisagg.core.request import Request, State
 from minidisagg.core.spec import EngineSpec
+
+READS = 2  # of a request: when it comes, and when it is admitted; what others push out then is computed
+
+
+def wanted(spec: EngineSpec, pool: BlockPool, request: Request, spare: int) -> tuple[list[int], list[bytes]] | None:
+    """The pages that hold the beginning of it, and what is to be read behind them; None where nothing is, or where
+    there is no room for the whole request beside `spare` pages."""
+    if not spec.store or not spec.prefix_caching or request.reads >= READS:
+        return None
+    most = min((request.known - 1) // spec.page_size, request.found)  # one token at least is computed
+    digests = request.extend_hashes(spec.page_size)[:most]
+    cached = pool.match(digests)
+    room = pool.available - sum(pool.state[page] is PageState.CACHED for page in cached) - spare
+    fits = -(-request.known // spec.page_size) - len(cached) <= room
+    return (cached, digests[len(cached) :]) if fits and len(cached) < len(digests) else None
 
 
 class Loading(NamedTuple):
@@ -61,28 +76,20 @@ class Tiers:
     # ------------------------------------------------------------ up
 
     def load(self, request: Request, now: float, spare: int) -> bool:
-        """Fetch what the store may have of it; False where there is nothing to fetch, or no room for the whole request
-        beside `spare` pages.
+        """Fetch what the store may have of it; False where nothing is `wanted`.
 
         Called when the request comes, so that it waits for the store and its turn at once, and when it is admitted:
         what it had no room for, or what has left the cache in between, is read then. A request that is preempted is
         swapped out and in by this.
         """
-        size = self.spec.page_size
-        if not self.spec.store or not self.spec.prefix_caching or request.key in self.loading:
+        wants = wanted(self.spec, self.pool, request, spare)
+        if wants is None:
             return False
-        most = min((request.known - 1) // size, request.found)  # one token at least is computed
-        digests = request.extend_hashes(size)[:most]
-        cached = self.pool.match(digests)
-        missing = digests[len(cached) :]
+        cached, missing = wants
         self.pool.hold(cached)
-        room = self.pool.available - spare
-        fits = -(-request.known // size) - len(cached) <= room
-        pages = self.pool.reserve(len(missing)) if missing and fits else None
-        if pages is None:
-            self.pool.drop(cached)
-            return False
-        request.state = State.WAIT_KV
+        pages = self.pool.reserve(len(missing))
+        assert pages is not None  # there was room for more
+        request.state, request.reads = State.WAIT_KV, request.reads + 1
         self.loading[request.key] = Loading(request, cached, missing, pages, now)
         self._emit(LoadPages(*request.key, missing, pages))
         return True

@@ -11,9 +11,18 @@ from collections.abc import Mapping, Sequence
 from msgspec import Struct
 
 from minidisagg.measure.goodput import SLO, GoodputResult
-from minidisagg.measure.intervals import RUN_NOISE, STATISTICS, Ratio, center, compare
+from minidisagg.measure.intervals import LEAST_REQUESTS, RUN_NOISE, STATISTICS, Ratio, center, compare
 from minidisagg.measure.records import RunRecord
-from minidisagg.measure.stats import RATES, Samples, samples_of, summarize, unsteady, value_of, void_reasons
+from minidisagg.measure.stats import (
+    RATES,
+    Samples,
+    samples_of,
+    summarize,
+    unsteady,
+    value_of,
+    void_reasons,
+    window_of,
+)
 
 # What the verdict weighs: enough to show both sides of the trade, few enough not to find a winner by looking often.
 VERDICT = (
@@ -112,6 +121,9 @@ def marks_of(runs: Sequence[RunRecord], repeats: int) -> list[str]:
     fewest = min(len(run.requests) for run in runs)
     if fewest < PUBLISHABLE_REQUESTS:
         marks.append(f"{fewest} requests a run (< {PUBLISHABLE_REQUESTS})")
+    measured = min(window.last - window.first for window in map(window_of, runs))
+    if len(runs) > repeats and measured < LEAST_REQUESTS:
+        marks.append(f"{measured} measured requests (< {LEAST_REQUESTS}) have no intervals, and no winner")
     if len(runs) > repeats and repeats < PUBLISHABLE_REPEATS:
         marks.append(f"{repeats} repetition{'s' * (repeats > 1)} (< {PUBLISHABLE_REPEATS}): noise between runs assumed")
     for label in dict.fromkeys(run.label for run in runs):

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from msgspec import Struct
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from minidisagg.measure.stats import QUANTILES, Array, Sample, Samples, value_of
@@ -81,9 +82,10 @@ def compare(
         weights_a = block_weights(len(one.schedule), resamples, rng)
         paired = one.schedule == other.schedule
         weights_b = weights_a if paired else block_weights(len(other.schedule), resamples, rng)
+        few = min(window.last - window.first for window in (one.window, other.window)) < LEAST_REQUESTS
         for metric in one.metrics.keys() & other.metrics.keys():
             for name, row in _log_statistics(metric, one.metrics[metric], other.metrics[metric], weights_a, weights_b):
-                found.setdefault(name, []).append(row)
+                found.setdefault(name, []).append(replace(row, within=math.nan) if few else row)
     return {name: _ratio(rows, run_noise) for name, rows in sorted(found.items()) if len(rows) == len(a)}
 
 
@@ -174,8 +176,7 @@ def _log_statistics(
     rows = []
     for column, name in enumerate(names):
         known = spread[:, column][np.isfinite(spread[:, column])]
-        enough = len(known) and min(weights_a.shape[1], weights_b.shape[1]) >= LEAST_REQUESTS
-        variance = float(known.var()) if enough else math.nan
+        variance = float(known.var()) if len(known) else math.nan
         one, other = value_of(a, name), value_of(b, name)
         usable = one + a.half > 0 and other + b.half > 0
         difference = math.log((other + b.half) / (one + a.half)) if usable else math.nan

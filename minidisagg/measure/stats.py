@@ -21,6 +21,7 @@ the window is what was due in it.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -36,7 +37,7 @@ Ints = NDArray[np.int64]
 MAX_SEND_LAG = 0.05  # p99 send lag, of the TTFT limit
 MAX_SESSION = 0.25  # of the window
 MAX_FRONTEND_SHARE = 0.20  # of one core
-POLICY_FAILED = "policy "  # how the error of a request begins that its policy has failed: `core/checked.py`
+POLICY_FAILED = re.compile(r"(^|: )policy \w+")  # in the error of a request, by `core/checked.py`
 LATENCIES = ("ttft", "ttst", "tpot", "itl", "handoff", "max_itl", "e2el")
 RATES = ("request_throughput", "output_throughput", "total_token_throughput", "request_goodput")
 QUANTILES = (50, 90, 99)
@@ -256,6 +257,6 @@ def void_reasons(run: RunRecord, slo: SLO | None = None) -> list[str]:
         reasons.append(f"{told}: this machine is too busy, or too slow for this load")
     if run.frontend_cpu_share > MAX_FRONTEND_SHARE:
         reasons.append(f"the front end took {run.frontend_cpu_share:.0%} of a core (limit {MAX_FRONTEND_SHARE:.0%})")
-    if broken := [request.error for request in run.requests if request.error.startswith(POLICY_FAILED)]:
+    if broken := [r.error for r in run.requests if not r.rejected and POLICY_FAILED.search(r.error)]:
         reasons.append(f"{len(broken)} requests failed, since {broken[0]}")  # who drops the late ones looks fast
     return reasons

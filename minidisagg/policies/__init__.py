@@ -16,7 +16,7 @@ import pkgutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from importlib.metadata import entry_points
@@ -29,7 +29,7 @@ from minidisagg.core.messages import ROUTER
 from minidisagg.core.policy import HOOKS, Policy
 from minidisagg.policies._log import Logged, Write
 
-PATIENCE = 10.0  # seconds that loading and a rehearsal may take
+PATIENCE = 10.0  # seconds that each loading may take, and a rehearsal
 
 logger = logging.getLogger("minidisagg")
 
@@ -93,28 +93,36 @@ def logged(policy: Policy, spec: str, who: str, write: Write) -> Policy:
 
 def rehearse(spec: str, workers: rehearsal.Workers) -> None:
     """A dry call of the policy that `spec` names, on these workers; raises `ValueError` in one line."""
-    with _in_time():
+    with _in_time() as begin:
+
+        def make() -> Policy:
+            begin()
+            return load_policy(spec)
+
         try:
-            rehearsal.rehearse(partial(load_policy, spec), workers)
+            rehearsal.rehearse(make, workers)
         except PolicyError as error:
             raise ValueError(str(error)) from error
     _warn_of_misspelt(type(load_policy(spec)))
 
 
 @contextmanager
-def _in_time() -> Iterator[None]:
-    """An endless loop ends as an error of the line that it is in; in a process's main thread, that is."""
+def _in_time() -> Iterator[Callable[[], object]]:
+    """An endless loop ends as an error of the line that it is in; in a process's main thread, that is. The time begins
+    whenever what this yields is called."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-        yield
+        yield lambda: None
         return
 
     def late(*_: object) -> None:
         raise TimeoutError(f"a rehearsal has to end within {PATIENCE:.0f} s")
 
+    # Again and again: one that is taken for the failure of one request leaves the loop that the next one runs into.
+    begin = partial(signal.setitimer, signal.ITIMER_REAL, PATIENCE, PATIENCE / 20)
     before = signal.signal(signal.SIGALRM, late)
-    left, every = signal.setitimer(signal.ITIMER_REAL, PATIENCE)
+    left, every = begin()
     try:
-        yield
+        yield begin
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGALRM, before)
@@ -124,8 +132,8 @@ def _in_time() -> Iterator[None]:
 def _warn_of_misspelt(policy: type[Policy]) -> None:
     """What nobody will ever call, and looks like a hook."""
     for name in [name for one in policy.__mro__ if getattr(one, "file", "") for name in vars(one)]:
-        if name not in vars(Policy) and (meant := difflib.get_close_matches(name, HOOKS, 1, 0.75)):
-            _warn(f"policy {policy.__name__}: {name} is no hook, and never asked: is it to be {meant[0]}?")
+        if name[0] != "_" and name not in vars(Policy) and (meant := difflib.get_close_matches(name, HOOKS, 1, 0.75)):
+            _warn(f"policy {policy.__name__}: {name} is no hook, and is never asked: is it to be {meant[0]}?")
 
 
 @cache
@@ -179,7 +187,7 @@ def _from_file(path: Path, source: str, class_name: str) -> type[Policy]:
             line, what = error.lineno or 1, error.msg
         raise ValueError(f"policy file {path}, line {line} fails: {type(error).__name__}: {what}") from error
     own = {
-        name: one for name, one in vars(module).items()
+        one.__name__: one for one in vars(module).values()
         if isinstance(one, type) and issubclass(one, Policy) and one.__module__ == module.__name__
     }  # fmt: skip
     for one in own.values():

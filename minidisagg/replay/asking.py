@@ -38,6 +38,7 @@ from minidisagg.core.policy import (
 )
 from minidisagg.core.request import Request, State, Work, request_of
 from minidisagg.core.scheduler import BatchBuilder, Scheduler, View, scheduler_of
+from minidisagg.core.tiers import wanted
 from minidisagg.core.tracked import tracked_of
 
 SHOWN = 8  # requests that a difference between two steps names
@@ -337,8 +338,18 @@ def _step(scheduler: Scheduler, cohort: int, policy: Checked, asker: Asker) -> d
     def failed(request: Request, reason: str) -> None:
         raise PolicyError(reason)
 
+    def fetched(request: Request, now: float, spare: int) -> bool:
+        """It would have gone to the store."""
+        wants = wanted(mine.spec, mine.pool, request, spare)
+        if wants is not None:
+            mine.pool.hold(wants[0])
+            mine.pool.reserve(len(wants[1]))
+            request.state = State.WAIT_KV
+        return wants is not None
+
     mine = Scheduler(scheduler.spec, policy.asks, _shallow(scheduler.pool), scheduler.expected, preempted, failed)
     mine.role, mine.options, mine.now = scheduler.role, copy.copy(scheduler.options), scheduler.now
+    mine.fetch = fetched
     mine.learner, mine.cohorts = scheduler.learner, Cohorts(scheduler.cohorts)
     mine.waiting = _ordered(scheduler.waiting, "prefill", asker)
     mine.running = _ordered(scheduler.running, "decode", asker)

@@ -25,7 +25,7 @@ from minidisagg.runtime.frontend import Frontend
 
 POLL = 0.5  # seconds; a file is read when it has stayed the same from one look to the next
 LOOK = 0.05  # seconds between two looks at a rehearsal
-PATIENCE = 10.0  # seconds that loading and a rehearsal may take
+PATIENCE = 15.0  # seconds for a process that gives up itself, with the line, after 10
 Signature = tuple[int, int, int]  # time, size and number of a file
 
 
