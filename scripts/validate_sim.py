@@ -6,9 +6,10 @@ quantile beside what two runs of the engine differ by: no simulator can be close
 1. One worker alone is measured (`minidisagg profile`).
 2. Loads are drawn from the seed: lengths, rate, policy. Each is run twice on the engine, colocated and disaggregated.
    Before each, one of two fixed loads is run: a machine's speed changes within an hour.
-3. The fixed loads' steps adjust the profile, for each mode: beside a neighbour that computes, too, in mixed steps and
-   with messages to answer, steps take longer than alone. The wire is what the links did. Then the drawn loads are
-   simulated with nothing else fitted; a figure predicted is the mean of a few simulations' (their steps scatter).
+3. The steps of the fixed loads before and after it adjust the profile for a drawn load, in each mode: beside a
+   neighbour that computes, too, in mixed steps and with messages to answer, steps take longer than alone. The wire is
+   what the links did. Then the drawn loads are simulated with nothing else fitted; a figure predicted is the mean of a
+   few simulations' (their steps scatter).
 
 The default model is SmolLM2's shape with a fifth of its layers: five times as many requests in the same time, and tails
 are of many requests. An idle machine with two cores or more; 3 to 5 minutes a case, by how fast it is.
@@ -17,6 +18,7 @@ are of many requests. An idle machine with two cores or more; 3 to 5 minutes a c
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import statistics
 import sys
@@ -34,7 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 from minidisagg.bench.client import LoadGenerator, worker_records
-from minidisagg.bench.profiler import KEPT, Watch, error_table, measure
+from minidisagg.bench.profiler import KEPT, Watch, error_table, grouped, measure
 from minidisagg.bench.sides import Workers
 from minidisagg.config import ClusterSettings, ModelSettings, RunSettings, WorkerSettings
 from minidisagg.core.messages import Role, StepOutput, WorkerOptions
@@ -55,6 +57,7 @@ POLICIES = ("fcfs", "sarathi:chunk=64", "prefill_first")
 SEQS, BUDGET, PAGE = 16, 1024, 128
 SIMULATIONS = 5  # of each load
 FIT = (11, 0.6), (12, 0.3)  # seeds and rates of the fixed loads
+LEAST = 8  # prompts of about one length whose median is believed
 QUANTILES = (("ttft", 50), ("ttft", 90), ("ttft", 99), ("tpot", 50), ("tpot", 90))
 BARS = {"p99 ttft": (0.15, 0.0), "attainment": (0.05, 0.0)}  # else 10 %, or 1.5 times what the engine differs by
 
@@ -130,25 +133,32 @@ class Engine:
 
 
 def scaled(profile: Profile, watches: list[Watch]) -> Profile:
-    """The profile with the steps of loaded workers: decodes by their median ratio to it, prompts by their median
-    difference: a prompt of any length takes some 17 ms more there (two virtual cores, where its worker was idle or has
-    KV to send), and a ratio made those that are twice as long as the fitted loads' 15 % too slow."""
-    ratios, differences = list[float](), list[float]()
+    """The profile with the steps of loaded workers: decodes by their median ratio to it, prompts by that of those that
+    are about as long: beside a neighbour that reads memory a short one, which reads as many weights, loses more."""
+    decodes, prompts = list[float](), list[tuple[int, float]]()
     for watch in watches:
         for step in watch.steps:
             if step.prefill_tokens and not step.decode_tokens:
-                differences.append(step.seconds - predicted(profile, step))
+                prompts.append((step.prefill_tokens, step.seconds / predicted(profile, step)))
             elif step.decode_tokens and not step.prefill_tokens:
-                ratios.append(step.seconds / predicted(profile, step))
-    decode, prefill = statistics.median(ratios or [1.0]), statistics.median(differences or [0.0])
-    most = profile.decode_attention.rows[-1]
-    table = profile.linear
-    linear = [s * decode if t <= most else s + prefill for t, s in zip(table.points, table.seconds, strict=True)]
+                decodes.append(step.seconds / predicted(profile, step))
+    decode, most, table = statistics.median(decodes or [1.0]), profile.decode_attention.rows[-1], profile.linear
+    near = grouped((round(2 * math.log2(tokens)), (tokens, ratio)) for tokens, ratio in prompts).values()
+    known = sorted(tuple(map(statistics.median, zip(*some, strict=True))) for some in near if len(some) >= LEAST)
+    lengths, ratios = zip(*(known or [(1, 1.0)]), strict=True)
+    factors = [decode if t <= most else float(np.interp(math.log(t), np.log(lengths), ratios)) for t in table.points]
+    # The head is scaled as decodes are; what it takes more at the end of a prompt stays in the prompt.
+    head = profile.head.at(1)
+    linear = [
+        s * factor + (head * (factor - decode) if t > most else 0.0)
+        for t, s, factor in zip(table.points, table.seconds, factors, strict=True)
+    ]
     for i in range(1, len(linear)):
         linear[i] = max(linear[i], linear[i - 1])
     fitted = replace(
         profile,
         linear=Curve(table.points, linear),
+        head=Curve(profile.head.points, [s * decode for s in profile.head.seconds]),
         decode_attention=by(profile.decode_attention, decode),
     )
     left = [
@@ -240,14 +250,16 @@ async def validate(model: ModelSettings, seed: int, cases: int, requests: int, c
                             rates += [bandwidth] if bandwidth else []
                     (fits if fitted else drawn).append(Measured(case, mode, items, slo, seen))
             console.print(f"{time.monotonic() - began:4.0f} s  case {number + 1} of {cases}: {case}", style="dim")
-    loaded = {mode: scaled(profile, watches[mode]) for mode in MODES}
+    # By the fixed loads before and after each: the machine's speed changes by a fifth within the hour.
+    near = [max(0, min(number, cases - 2)) for number in range(cases)]
+    loaded = {mode: [scaled(profile, watches[mode][n : n + 2]) for n in near] for mode in MODES}
     wire = Interconnect(statistics.median(rates), 200e-6)
 
     def rows(measured: list[Measured]) -> list[dict[str, object]]:
         return [
             {"case": m.case._asdict(), "mode": m.mode, "engine": m.seen,
-             "simulated": simulated(loaded[m.mode], wire, m.mode, m.case, m.items, m.slo)}
-            for m in measured
+             "simulated": simulated(loaded[m.mode][place // len(MODES)], wire, m.mode, m.case, m.items, m.slo)}
+            for place, m in enumerate(measured)
         ]  # fmt: skip
 
     found = {"seed": seed, "model": model.model, "fitted": rows(fits), "rows": rows(drawn), "wire": str(wire)}

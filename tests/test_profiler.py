@@ -54,6 +54,21 @@ def test_a_known_machine_is_found_again() -> None:
     assert error_table(profile, decodes, prompts).row_count == len(grouped(errors(profile, decodes, prompts)))
 
 
+def test_a_prompts_last_chunk_alone_has_the_head() -> None:
+    head, (decodes, prompts) = 9e-3, steps(0.001)
+    pieces = [one._replace(last=False) for one in prompts if one.past]
+    whole = [one._replace(seconds=one.seconds + head) for one in prompts if not one.past]
+    profile = fit([one._replace(seconds=one.seconds + head) for one in decodes], [*pieces, *whole], ABOUT)
+    assert profile.head.at(1) == pytest.approx(head, rel=0.2) and profile.head_of_last
+    for past in (0, 512):
+        truth = OVERHEAD + FIXED + TOKEN * CHUNK + PAIR * CHUNK * (past + CHUNK / 2)
+        assert profile.step_seconds([(past, CHUNK)], 0, 0, 0) == pytest.approx(truth, rel=0.05)
+        assert profile.step_seconds([(past, CHUNK)], 0, 0) == pytest.approx(truth + head, rel=0.05)
+    assert profile.step_seconds((), 4, 4000) == pytest.approx(
+        OVERHEAD + FIXED + TOKEN * 4 + READ * 4000 + head, rel=0.05
+    )
+
+
 def test_many_sequences_that_were_seen_at_one_length_only_get_no_slope_from_it() -> None:
     """Time was out: twenty steps whose contexts differ by twenty tokens, the last of them slow."""
     decodes, prompts = steps(0.0)

@@ -35,7 +35,7 @@ from minidisagg.measure.machine import machine
 from minidisagg.model.loader import load_config
 from minidisagg.model.pull import ensure
 from minidisagg.runtime.frontend import Frontend
-from minidisagg.sim.profile import Curve, Grid, Profile
+from minidisagg.sim.profile import Curve, Grid, Profile, interpolate
 
 SEQS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CONTEXTS = (64, 256, 1024, 4096)
@@ -64,6 +64,7 @@ class Prompt(NamedTuple):
     past: int
     new: int
     seconds: float
+    last: bool = True  # of its prompt, after which it samples
 
 
 class Watch:
@@ -145,7 +146,9 @@ class Profiler:
         self.frontend.set_policy(f"sarathi:chunk={chunk}")
         for number in range(1 + TRIES):
             steps = await self.steps([min(chunk * CHUNKS, longest // CHUNK * CHUNK)], 1)
-            chunks = [Prompt(s.context_tokens - s.prefill_tokens, s.prefill_tokens, s.seconds) for s in steps]
+            chunks = [
+                Prompt(s.context_tokens - s.prefill_tokens, s.prefill_tokens, s.seconds, s is steps[-1]) for s in steps
+            ]
             found += chunks if number else []
         self.frontend.set_policy("fcfs")
         self.progress.advance(bar)
@@ -159,10 +162,14 @@ def fit(decodes: Sequence[Decode], prompts: Sequence[Prompt], about: Profile) ->
     """`about` says what was measured; its tables are replaced."""
     overhead = max(0.0, statistics.median(one.overhead for one in decodes))
     chunk = max((one.new for one in prompts if one.past), default=CHUNK)
-    _, slope = line([(one.past, one.seconds) for one in prompts if one.new == chunk])
-    whole = [(n, statistics.median(s)) for n, s in grouped((p.new, p.seconds) for p in prompts if not p.past).items()]
+    pieces = [(one.past, one.seconds) for one in prompts if one.new == chunk and not one.last]
+    offset, slope = line(pieces or [(one.past, one.seconds) for one in prompts if one.new == chunk])
+    whole = sorted(
+        (n, statistics.median(s))
+        for n, s in grouped((p.new, p.seconds) for p in prompts if not p.past and p.last).items()
+    )
     # What a longer prompt takes more is not all attention: else the rest of it would cost less than nothing.
-    most = [2 * (b - a) / (m * m - n * n) for (n, a), (m, b) in pairwise(sorted(whole)) if n >= chunk]
+    most = [2 * (b - a) / (m * m - n * n) for (n, a), (m, b) in pairwise(whole) if n >= chunk]
     per_pair = max(0.0, min([slope / chunk, *most]))  # seconds for one token to attend to another
     linear: dict[int, float] = {}
     attention: dict[int, float] = {}  # seconds per token of each sequence's context
@@ -174,9 +181,18 @@ def fit(decodes: Sequence[Decode], prompts: Sequence[Prompt], about: Profile) ->
             fewer = max(attention)
             attention[seqs] = attention[fewer] * seqs / fewer
         linear[seqs] = max(0.0, statistics.median(s - attention[seqs] * context for context, s in steps) - overhead)
+    # What a whole prompt takes more than as many tokens that more of their prompt follows, it takes for the head; with
+    # more rows that grows as a decode step does.
+    head = 0.0
+    if pieces and whole:
+        head = interpolate([new for new, _ in whole], [seconds for _, seconds in whole], chunk) - offset
+    least = linear[min(linear)]
+    head = min(max(0.0, head), 0.9 * least)
+    rows = {seqs: head * seconds / least for seqs, seconds in linear.items()} if least else {1: 0.0}
+    linear = {seqs: seconds - rows.get(seqs, 0.0) for seqs, seconds in linear.items()}
     for new, seconds in whole:
         if new > max(attention):
-            linear[new] = seconds - per_pair * new * new / 2
+            linear[new] = seconds - per_pair * new * new / 2 - head
     tokens = sorted(linear)
     floor = 0.0
     for one in tokens:  # more tokens never cost less
@@ -186,8 +202,10 @@ def fit(decodes: Sequence[Decode], prompts: Sequence[Prompt], about: Profile) ->
         about,
         constant=overhead,
         linear=Curve(tokens, [linear[one] for one in tokens]),
+        head=Curve(sorted(rows), [rows[one] for one in sorted(rows)]),
+        head_of_last=True,
         # A graph replays decode steps, and prompts are launched kernel by kernel: on a GPU few tokens take as long.
-        prefill_floor=min((seconds for _, seconds in whole), default=0.0),
+        prefill_floor=max(0.0, min((seconds for _, seconds in whole), default=0.0) - head),
         prefill_attention=Grid([0, *reach], reach, [[per_pair * n * (p + n / 2) for n in reach] for p in [0, *reach]]),
         decode_attention=Grid(
             sorted(attention), [1, 1 << 16], [[attention[n], attention[n] * (1 << 16)] for n in sorted(attention)]
@@ -206,7 +224,7 @@ def errors(
     for one in decodes:
         found.append((("decode", one.seqs), one.seconds / profile.step_seconds((), one.seqs, one.context)))
     for prompt in prompts:
-        predicted = profile.step_seconds([(prompt.past, prompt.new)], 0, 0) - profile.constant
+        predicted = profile.step_seconds([(prompt.past, prompt.new)], 0, 0, int(prompt.last)) - profile.constant
         kind = "prompt" if not prompt.past else "chunk after"
         found.append(((kind, prompt.past or prompt.new), prompt.seconds / predicted))
     return found

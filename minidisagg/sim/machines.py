@@ -89,15 +89,16 @@ class MachineCosts:
     def steps(self, spec: EngineSpec, plan: StepPlan) -> list[float]:
         """As `Costs` says. By number of the step, so that it takes as long alone as among equal ones."""
         profile, seqs, context = self.profiles[spec.name], 0, 0
-        prefill = []
+        prefill, last = [], 0
         for item in plan.items:
             if item.count == 1:
                 seqs += 1
                 context += item.start + 1
             else:
                 prefill.append((item.start, item.count))
+                last += item.sample
         if prefill:
-            seconds = [profile.step_seconds(prefill, seqs, context)]
+            seconds = [profile.step_seconds(prefill, seqs, context, last)]
         else:
             seconds = profile.decode_seconds(seqs, context, plan.repeat)
         ratios = self._ratios.get(spec.name)

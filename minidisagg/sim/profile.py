@@ -81,6 +81,7 @@ class Profile(Key, frozen=True, kw_only=True, dict=True):
     constant: float  # seconds per step that no table explains
     linear: Curve  # over tokens: all that depends on their number alone (GEMMs, MoE, all-reduces, launching attention)
     head: Curve  # over sampled rows: the LM head
+    head_of_last: bool = False  # of a prompt only its last chunk has one, as in this engine; in others each has
     prefill_attention: Grid  # of one prompt chunk, beyond launching it: [tokens in the cache][new tokens]
     decode_attention: Grid  # of all sequences, beyond launching it: [sequences][tokens in the cache of each]
     prefill_floor: float = 0.0  # least seconds of a step with a prompt, where launching its kernels takes longer
@@ -90,11 +91,13 @@ class Profile(Key, frozen=True, kw_only=True, dict=True):
     weight_bytes: int
     memory_bytes: int  # of one device
 
-    def step_seconds(self, prefill: Sequence[tuple[int, int]], decode_seqs: int, decode_context: int) -> float:
+    def step_seconds(
+        self, prefill: Sequence[tuple[int, int]], decode_seqs: int, decode_context: int, last: int | None = None
+    ) -> float:
         """Duration of a step.
 
-        `prefill` has (tokens in the cache, new tokens) of each prompt chunk; `decode_context` is the sum of the decode
-        sequences' contexts. Engines compute the head for each chunk, a prompt's last one or not: so does this.
+        `prefill` has (tokens in the cache, new tokens) of each prompt chunk, so many of which are the `last` of their
+        prompts (all, unless said); `decode_context` is the sum of the decode sequences' contexts.
         """
         seconds = attention = 0.0
         if decode_seqs:
@@ -102,7 +105,8 @@ class Profile(Key, frozen=True, kw_only=True, dict=True):
             i = bisect_right(ends, decode_context)
             attention = offsets[i] + slopes[i] * decode_context
         if prefill:
-            seconds = self._dense(decode_seqs + sum(new for _, new in prefill), decode_seqs + len(prefill))
+            rows = len(prefill) if last is None or not self.head_of_last else last
+            seconds = self._dense(decode_seqs + sum(new for _, new in prefill), decode_seqs + rows)
             seconds += fsum(self.prefill_attention.at(past, new) for past, new in prefill)
             seconds = max(seconds, self.prefill_floor)
         return seconds + attention
@@ -134,7 +138,7 @@ class Profile(Key, frozen=True, kw_only=True, dict=True):
 
     def _dense(self, tokens: int, rows: int) -> float:
         """Seconds of all but attention."""
-        return self.constant + self.linear.at(tokens) + self.head.at(rows)
+        return self.constant + self.linear.at(tokens) + (self.head.at(rows) if rows else 0.0)
 
     def _decode_row(self, seqs: int) -> DecodeRow:
         """What so many sequences cost. Cached: a simulation asks for the same few numbers of them again and again."""
