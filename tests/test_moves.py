@@ -529,6 +529,25 @@ def test_who_reads_does_not_take_turns_for_ever_with_who_reads(policy: type[Poli
     assert sum(sim.outcomes[name].cached_tokens == 44 for name in "cdefgh") >= 4
 
 
+def test_what_others_push_out_again_and_again_is_computed_in_the_end() -> None:
+    """Whenever it reads, somebody comes who goes before it and needs the room."""
+    sim = warmed(Policy)
+    found, end = asked(sim), sim.now + 6.0
+
+    def look() -> None:
+        reads = sum(name == "low" for name, _ in found)
+        if reads > sum(name.startswith("high") for name in sim.outcomes) and reads < 6:
+            sim.submit(f"high-{reads}", [1000 * reads + n for n in range(48)], greedy(4), sim.now, priority=1)
+        if sim.now < end:
+            sim.plan(sim.now + 0.002, look)
+
+    sim.submit("low", TWO["a"], greedy(4), sim.now)
+    sim.plan(sim.now + 0.001, look)
+    sim.run()
+    assert not simfuzz.verdict(sim) and sim.outcomes["low"].finish == "length"
+    assert [name for name, _ in found] == ["low", "high-1", "low", "high-2"]
+
+
 def test_what_the_store_has_not_is_asked_for_once() -> None:
     sim = Simulator([spec("w0", Role.BOTH, store=True)], Policy)
     found = asked(sim)

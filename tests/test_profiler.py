@@ -62,8 +62,8 @@ def test_a_prompts_last_chunk_alone_has_the_head() -> None:
     assert profile.head.at(1) == pytest.approx(head, rel=0.2) and profile.head_of_last
     for past in (0, 512):
         truth = OVERHEAD + FIXED + TOKEN * CHUNK + PAIR * CHUNK * (past + CHUNK / 2)
-        assert profile.step_seconds([(past, CHUNK)], 0, 0, 0) == pytest.approx(truth, rel=0.05)
-        assert profile.step_seconds([(past, CHUNK)], 0, 0) == pytest.approx(truth + head, rel=0.05)
+        assert profile.step_seconds([(past, CHUNK)], 0, 0, 0) == pytest.approx(truth, rel=0.01)
+        assert profile.step_seconds([(past, CHUNK)], 0, 0) == pytest.approx(truth + head, rel=0.01)
     assert profile.step_seconds((), 4, 4000) == pytest.approx(
         OVERHEAD + FIXED + TOKEN * 4 + READ * 4000 + head, rel=0.05
     )
