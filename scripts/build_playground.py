@@ -26,9 +26,9 @@ RUNTIME = (
 PAGE = "index.html", "app.js", "style.css", "worker.js"
 # What a simulation imports, `measure` without all that needs numpy; the policies, and what they are measured on.
 PYTHON = (
-    "LICENSE", "minidisagg/__init__.py", "minidisagg/interconnect.py", "minidisagg/core", "minidisagg/policies",
-    "minidisagg/sim", "minidisagg/workload", "minidisagg/measure/__init__.py", "minidisagg/measure/goodput.py",
-    "minidisagg/measure/records.py",
+    "LICENSE", "minidisagg/__init__.py", "minidisagg/formats.py", "minidisagg/interconnect.py", "minidisagg/core",
+    "minidisagg/policies", "minidisagg/sim", "minidisagg/workload", "minidisagg/measure/__init__.py",
+    "minidisagg/measure/goodput.py", "minidisagg/measure/records.py",
 )  # fmt: skip
 
 

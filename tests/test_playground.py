@@ -184,7 +184,8 @@ import play
 play.describe()
 print(json.dumps([play.__file__, play.run({SMALL})["table"]]))
 """
-    out = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False)
+    # -S: an editable install finds what the archive lacks
+    out = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=False)
     assert out.returncode == 0, out.stderr
     assert json.loads(out.stdout) == [str(tmp_path / "play.py"), play.run(SMALL)["table"]]
 
