@@ -352,6 +352,16 @@ def fake_run(label: str, seed: int, rng: random.Random, service: float = 0.1, st
     return RunRecord(label=label, requests=requests, wall_s=15.0)
 
 
+def test_of_long_rows_a_name_gives_way_and_no_number() -> None:
+    run = fake_run("x", 0, random.Random(0))
+    pair = {"source": "prefill-15", "dest": "decode-15", "kind": "simulated"}
+    run.links = [LinkRecord(**pair, bytes=197 * 10**9, seconds=3.94, transfers=79_123)]  # type: ignore[arg-type]
+    text = to_text(compare_runs([run]), width=80)
+    row = next(line for line in text.splitlines() if "prefill-15" in line)
+    assert row.split()[-7:] == ["simulated", "79,123", "197,000", "3.94", "50.0", "26.3%", "0"]
+    assert "decode-15" in text and "…" not in text
+
+
 def test_sides_that_decided_alike_are_named_together() -> None:
     marks = alike_marks([("a", "b"), ("c", "d"), ("b", "e"), ("a", "e")])
     assert marks == [

@@ -177,37 +177,31 @@ def worker_table(comparison: Comparison) -> Table | None:
 
 def link_table(comparison: Comparison) -> Table | None:
     """KV bytes and time on the wire per link, over all repetitions; None if nothing was transferred."""
-    rows = list[tuple[str, ...]]()
+    table = _table("KV on the wire")
+    table.add_column("", overflow="fold")  # a long name takes two lines where there is no room, and no number is cut
+    table.add_column("kind", no_wrap=True)
+    for head in ("count", "MB", "seconds", "GB/s", "of wall", "fails"):
+        table.add_column(head, justify="right", no_wrap=True)
     for side in comparison.sides:
         pairs = dict.fromkeys((link.source, link.dest, link.kind) for run in side.runs for link in run.links)
         if pairs:
-            rows.append((side.label,))
+            table.add_row(Text(side.label, style="bold"))
         for source, dest, kind in pairs:
             key = (source, dest, kind)
             links = [k for run in side.runs for k in run.links if (k.source, k.dest, k.kind) == key]
             moved, seconds = sum(link.bytes for link in links), sum(link.seconds for link in links)
             wall = sum(run.wall_s for run in side.runs)
-            rows.append(
-                (
-                    f"  {source} → {dest}",
-                    kind,
-                    f"{sum(link.transfers for link in links):,}",
-                    number(moved / 1e6),
-                    number(seconds),
-                    number(moved / seconds / 1e9 if seconds else None),
-                    share(seconds / wall if wall else None),
-                    str(sum(link.failures for link in links)),
-                )
+            table.add_row(
+                f"  {source} → {dest}",
+                kind,
+                f"{sum(link.transfers for link in links):,}",
+                number(moved / 1e6),
+                number(seconds),
+                number(moved / seconds / 1e9 if seconds else None),
+                share(seconds / wall if wall else None),
+                str(sum(link.failures for link in links)),
             )
-    table = _table("KV on the wire")
-    for head in ("", "kind"):
-        table.add_column(head, no_wrap=True, overflow="ellipsis")
-    for place, head in enumerate(("count", "MB", "seconds", "GB/s", "of wall", "fails"), 2):  # a name gives way first
-        widest = max((len(row[place]) for row in rows if len(row) > place), default=0)
-        table.add_column(head, justify="right", no_wrap=True, min_width=max(widest, len(head)))
-    for name, *cells in rows:
-        table.add_row(name if cells else Text(name, style="bold"), *cells)
-    return table if rows else None
+    return table if table.row_count else None
 
 
 def goodput_table(found: Mapping[str, GoodputResult]) -> Table:
