@@ -114,6 +114,7 @@ load_options = stack(
     ]
 )
 # fmt: on
+# What of them `bench --kv-quality` takes, too, and what it does not.
 OF_ANY = {"seed", "num_prompts", "dataset_name", "dataset_path", "result_dir"}
 LOAD_FLAGS = {str(p.name) for p in load_options(click.Command("load")).params} - OF_ANY | {"dry_run", "preset"}
 

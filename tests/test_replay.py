@@ -25,13 +25,17 @@ from minidisagg.core.inputs import Received, Schedule, StepDone
 from minidisagg.core.messages import ROUTER, Envelope, KVGrant, RequestSpec, Role, SamplingParams, Submit
 from minidisagg.core.policy import Policy, WorkerOptions
 from minidisagg.core.spec import EngineSpec
+from minidisagg.policies import load_policy
 from minidisagg.replay.alike import decided_alike
 from minidisagg.replay.asking import Asked, Asker, Notes
 from minidisagg.replay.records import find_records
 from minidisagg.replay.screen import Cursor, frame
 from minidisagg.replay.steps import Run
 from minidisagg.sim.machines import ClusterSpec, parse_cluster
+from minidisagg.sim.recording import Recording
 from minidisagg.sim.simulate import simulate
+from minidisagg.sim.simulator import Simulator
+from minidisagg.sim.world import World
 from minidisagg.workload.lengths import WorkItem
 
 RECORDED = ("fcfs", "sarathi:chunk=48", "sjf", "deflection", "dynamo")
@@ -181,6 +185,21 @@ def differences(run: Run) -> list[Any]:
 
 
 # ---------------------------------------------------------------- asking
+
+
+def test_a_policy_that_is_asked_sends_to_the_store_what_was_sent_there(tmp_path: Path) -> None:
+    """Each prompt takes 14 of 16 pages: what the store has of one is read when the one before it has gone."""
+    spec = EngineSpec("w0", 1, Role.BOTH, 16, 4, 2, "f", options=WorkerOptions(8, 64, 0), store=True)
+    sampling = SamplingParams(max_tokens=4, temperature=0.0)
+    with Recording(tmp_path, "fcfs") as record:
+        sim = Simulator([spec], lambda: load_policy("fcfs"), World(record=record))
+        for number, first in enumerate((100, 200, 300, 100, 200)):
+            sim.submit(f"r{number}", list(range(first, first + 48)), sampling, 2.0 * min(number, 2) + 0.1 * number)
+        sim.run()
+    assert [one.cached_tokens for one in sim.outcomes.values()] == [0, 0, 0, 44, 44]
+    run = run_of(tmp_path, "fcfs")
+    assert run.summary()[0].endswith("all as recorded") and run.notes.tallies["compose"].asked > 10
+    assert not differences(run)
 
 
 @pytest.mark.parametrize("policy", [*RECORDED, "mine.py:Restless"])

@@ -352,6 +352,7 @@ def test_two_sides_leave_what_a_benchmark_leaves(tmp_path: Path, capsys: pytest.
     assert all(len(run.requests) == 60 for side in result.sides for run in side.runs)
     assert result.b.runs[0].links[0].bytes > 0 and result.a.runs[0].workers[0].busy_s > 0
     out = capsys.readouterr().out
+    assert "front end" not in out and "bandwidth" not in out, "what a simulation has not"
     assert "2 both on h100" not in out and "1 prefill on h100 + 1 decode on h100" in out
     assert result.verdict.split(":")[0] in " ".join(out.split())
     trace = json.loads((directory / "trace.json").read_text())["traceEvents"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import random
 import re
@@ -18,6 +19,8 @@ import pytest
 from lossy import LossyFiles, Stop
 from storepeer import BYTES, FILE, LAYOUT, Peer, content, digest, obey, raise_writers, right
 
+from minidisagg.core.messages import StoreStats
+from minidisagg.runtime.operations import Operations
 from minidisagg.store import files as files_module
 from minidisagg.store import spec as spec_module
 from minidisagg.store import tier as tier_module
@@ -226,7 +229,7 @@ def test_any_changed_byte_changes_the_checksum() -> None:
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
-def test_a_full_disk_ends_writing_with_one_warning_and_reading_goes_on(
+def test_a_full_disk_ends_writing_and_says_why_and_reading_goes_on(
     code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = LossyFiles(1, DRAM)
@@ -270,6 +273,22 @@ def test_an_owner_of_the_lock_that_stands_still_is_not_waited_for(
         assert not pool.put(digest(2), [content(digest(2))]).written
         assert right(pool, digest(1))
     assert "was locked for 0.05 s" in pool.failing and len(list((tmp_path / "ssd").iterdir())) == 2
+
+
+def test_trouble_is_told_once_and_again_after_it_was_well() -> None:
+    class Told(Operations):
+        def __init__(self) -> None:
+            self._failing, self.told = {}, list[str]()
+
+        def tell(self, text: str, level: int = logging.INFO) -> None:
+            assert level == logging.WARNING
+            self.told.append(text)
+
+    front_end = Told()
+    said = ("a", "full"), ("b", "full"), ("a", "full"), ("a", ""), ("b", ""), ("b", "full"), ("a", "ro")
+    for worker, failing in said:
+        front_end._on_store(worker, StoreStats(failing=failing))
+    assert front_end.told == ["full", "full", "ro"]
 
 
 # ---------------------------------------------------------------- tiers

@@ -188,8 +188,8 @@ def fit(decodes: Sequence[Decode], prompts: Sequence[Prompt], about: Profile) ->
         head = interpolate([new for new, _ in whole], [seconds for _, seconds in whole], chunk) - offset
     least = linear[min(linear)]
     head = min(max(0.0, head), 0.9 * least)
-    rows = {seqs: head * seconds / least for seqs, seconds in linear.items()} if least else {1: 0.0}
-    linear = {seqs: seconds - rows.get(seqs, 0.0) for seqs, seconds in linear.items()}
+    rows = {seqs: seconds * head / least if least else 0.0 for seqs, seconds in linear.items()}
+    linear = {seqs: seconds - rows[seqs] for seqs, seconds in linear.items()}
     for new, seconds in whole:
         if new > max(attention):
             linear[new] = seconds - per_pair * new * new / 2 - head

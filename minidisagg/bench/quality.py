@@ -13,6 +13,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import msgspec
 import torch
@@ -155,31 +156,35 @@ def measure(
     batches = [list(prompts[i : i + BATCH]) for i in range(0, len(prompts), BATCH)]
     layered = min(LAYER_PROMPTS // BATCH, len(batches))
     steps = len(batches) * (1 + len(ways)) * (TOKENS - 1) + layered * len(ways) * len(rows)
+
+    def compare(batch: list[list[int]], by_layer: bool, advance: Callable[[int], None]) -> None:
+        outputs = [[token] for token in meter.prefill(batch)]
+        before = rows.clone()
+        exact = meter.follow(batch, outputs, TOKENS - 1)
+        advance(TOKENS - 1)
+        for name, change in ways.items():
+            divergences, firsts, layers = found[name]
+            rows.copy_(before)
+            change(rows)
+            same = torch.ones(len(batch), TOKENS - 1, dtype=torch.bool)
+            for n, (right, other) in enumerate(zip(exact, meter.follow(batch, outputs, TOKENS - 1), strict=True)):
+                divergences += divergence(right, other).tolist()
+                same[:, n] = right.argmax(-1) == other.argmax(-1)
+            advance(TOKENS - 1)
+            firsts += [int(row.long().cumprod(0).sum()) for row in same]
+            if by_layer:
+                layers.append([])
+            for layer in range(len(rows)) if by_layer else ():
+                rows.copy_(before)
+                change(rows[layer : layer + 1])
+                (other,) = meter.follow(batch, outputs, 1)
+                layers[-1].append(float(divergence(exact[0], other).mean()))
+                advance(1)
+
     with Progress(disable=not show, transient=True) as progress:
         bar = progress.add_task(f"decode steps over {len(prompts)} prompts", total=steps)
         for number, batch in enumerate(batches):
-            outputs = [[token] for token in meter.prefill(batch)]
-            before = rows.clone()
-            exact = meter.follow(batch, outputs, TOKENS - 1)
-            progress.advance(bar, TOKENS - 1)
-            for name, change in ways.items():
-                divergences, firsts, layers = found[name]
-                rows.copy_(before)
-                change(rows)
-                same = torch.ones(len(batch), TOKENS - 1, dtype=torch.bool)
-                for n, (right, other) in enumerate(zip(exact, meter.follow(batch, outputs, TOKENS - 1), strict=True)):
-                    divergences += divergence(right, other).tolist()
-                    same[:, n] = right.argmax(-1) == other.argmax(-1)
-                progress.advance(bar, TOKENS - 1)
-                firsts += [int(row.long().cumprod(0).sum()) for row in same]
-                if number < layered:
-                    layers.append([])
-                    for layer in range(len(rows)):
-                        rows.copy_(before)
-                        change(rows[layer : layer + 1])
-                        (other,) = meter.follow(batch, outputs, 1)
-                        layers[-1].append(float(divergence(exact[0], other).mean()))
-                        progress.advance(bar)
+            compare(batch, number < layered, partial(progress.advance, bar))
     result = [_way(name, *some) for name, some in found.items()]
     itemsize = meter.cache.data.element_size()
     share = ours.row_bytes / (rows.shape[-1] * rows.element_size())

@@ -164,7 +164,12 @@ class Checked(Policy):
         line = line_of(cause, policy.file)
         if not line and code is not None and code.co_filename == policy.file:
             line = code.co_firstlineno
-        return f" ({policy.file}, line {line})" if line else ""
+        return place_of(policy.file, line)
+
+
+def place_of(file: str, line: int) -> str:
+    """Behind what went wrong there."""
+    return f" ({file}, line {line})" if line else ""
 
 
 def line_of(error: BaseException | None, file: str) -> int:

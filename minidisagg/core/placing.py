@@ -72,8 +72,8 @@ class Placing:
 
     def _place(self, request: Tracked, new: bool) -> None:
         view = self.view
-        begun = bool(request.workers)  # what is preempted goes on
-        if (self.paused and not begun) or not view.anybody(Role.PREFILL) or not view.anybody(Role.DECODE):
+        waits = self.paused and not request.workers  # what was placed before, and preempted, goes on
+        if waits or not view.anybody(Role.PREFILL) or not view.anybody(Role.DECODE):
             self.parked.append(request.request_id)
             return
         placement = self._ask_place(request)

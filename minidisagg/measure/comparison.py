@@ -121,10 +121,10 @@ def marks_of(runs: Sequence[RunRecord], repeats: int) -> list[str]:
     fewest = min(len(run.requests) for run in runs)
     if fewest < PUBLISHABLE_REQUESTS:
         marks.append(f"{fewest} requests a run (< {PUBLISHABLE_REQUESTS})")
-    measured = min(window.last - window.first for window in map(window_of, runs))
-    if len(runs) > repeats and measured < LEAST_REQUESTS:
+    alone = len(runs) <= repeats
+    if not alone and (measured := min(w.last - w.first for w in map(window_of, runs))) < LEAST_REQUESTS:
         marks.append(f"{measured} measured requests (< {LEAST_REQUESTS}) have no intervals, and no winner")
-    if len(runs) > repeats and repeats < PUBLISHABLE_REPEATS:
+    if not alone and repeats < PUBLISHABLE_REPEATS:
         marks.append(f"{repeats} repetition{'s' * (repeats > 1)} (< {PUBLISHABLE_REPEATS}): noise between runs assumed")
     for label in dict.fromkeys(run.label for run in runs):
         every = [request for run in runs if run.label == label for request in run.requests]

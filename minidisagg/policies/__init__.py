@@ -24,7 +24,7 @@ from pathlib import Path
 from types import ModuleType
 
 from minidisagg.core import rehearsal
-from minidisagg.core.checked import PolicyError, line_of
+from minidisagg.core.checked import PolicyError, line_of, place_of
 from minidisagg.core.messages import ROUTER
 from minidisagg.core.policy import HOOKS, Policy
 from minidisagg.policies._log import Logged, Write
@@ -62,7 +62,8 @@ def load_policy(spec: str) -> Policy:
     except TypeError as error:  # a setting that the class does not have, or of another type
         raise ValueError(f"policy {spec!r}: {error}") from error
     except Exception as error:  # whatever the user's file raises is told in one line
-        raise ValueError(f"policy {spec!r} cannot be made: {_told(error, name)}") from error
+        file, what = getattr(found, "file", ""), f"{type(error).__name__}: {error}"
+        raise ValueError(f"policy {spec!r} cannot be made: {what}{place_of(file, line_of(error, file))}") from error
     if not isinstance(policy, Policy):
         raise ValueError(f"policy {spec!r} is not a minidisagg.Policy")
     return policy
@@ -97,13 +98,14 @@ def rehearse(spec: str, workers: rehearsal.Workers) -> None:
 
         def make() -> Policy:
             begin()
-            return load_policy(spec)
+            policy = load_policy(spec)
+            _warn_of_misspelt(type(policy))
+            return policy
 
         try:
             rehearsal.rehearse(make, workers)
         except PolicyError as error:
             raise ValueError(str(error)) from error
-    _warn_of_misspelt(type(load_policy(spec)))
 
 
 @contextmanager
@@ -201,11 +203,6 @@ def _from_file(path: Path, source: str, class_name: str) -> type[Policy]:
             f"policy file {path} has no subclass of minidisagg.Policy{named}; it has {', '.join(own) or 'none'}"
         )
     return found
-
-
-def _told(error: Exception, name: str) -> str:
-    line = line_of(error, str(Path(name)))
-    return f"{type(error).__name__}: {error}" + (f" ({Path(name)}, line {line})" if line else "")
 
 
 def _setting(part: str, spec: str) -> tuple[str, int | float | str]:
