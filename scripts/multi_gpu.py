@@ -4,6 +4,7 @@
     scripts/multi_gpu.py --part handoff                     what it adds to the second token, unloaded
     scripts/multi_gpu.py --part beside                      decode steps while KV arrives, against undisturbed ones
     scripts/multi_gpu.py --part load --out multi.json       two colocated workers against 1P1D at 10 requests/s
+    scripts/multi_gpu.py --part sarathi                     the same load with chunks of several sizes beside it
     scripts/multi_gpu.py --part goodput                     the rate at which 90 % meet two pairs of SLOs
     scripts/multi_gpu.py --part kills --link nccl           60 s of traffic, every 10 s a SIGKILL: is a request lost?
     scripts/multi_gpu.py --part four                        2P2D and 3P1D against four colocated workers
@@ -50,7 +51,7 @@ PAGE = 64
 SHAPE = "llama-8b"
 PAGES = 256  # of each cache that only moves pages: 2 GiB
 SIZES = {1: (1, 4), 4: (1, 16), 16: (2, 32), 64: (8, 32), 256: (32, 32)}  # MB → pages, layers
-KINDS = ("nccl", "cuda_ipc")
+KINDS = ("cuda_ipc", "nccl")
 
 
 def say(text: str) -> None:
@@ -122,16 +123,21 @@ class Asked:
     """The command line."""
 
     tokens: tuple[int, ...]
-    link: str
+    links: tuple[str, ...]
     dry_run: bool
 
+    @property
+    def link(self) -> str:
+        """Of the parts that take one."""
+        return self.links[0]
 
-def links_part(_: Asked) -> list[dict[str, Any]]:
+
+def links_part(asked: Asked) -> list[dict[str, Any]]:
     """Gigabytes per second: one piece at a time, and several in flight, to scattered pages."""
-    rows, devices = [], (f"cuda:{0}", f"cuda:{torch.cuda.device_count() - 1}")
+    rows, devices = list[dict[str, Any]](), (f"cuda:{0}", f"cuda:{torch.cuda.device_count() - 1}")
     raw = {size: raw_copy(size, *devices) for size in SIZES}
     context = multiprocessing.get_context("spawn")
-    for kind in KINDS:
+    for kind in asked.links:
         if kind == "nccl" and devices[0] == devices[1]:
             continue
         with TemporaryDirectory(dir="/tmp") as run_dir:
@@ -222,10 +228,10 @@ def busy_destination(kind: str, device: str, run_dir: str, pipe: Connection) -> 
     end.link.abort(False)
 
 
-def beside_part(_: Asked) -> list[dict[str, Any]]:
+def beside_part(asked: Asked) -> list[dict[str, Any]]:
     """Steps of a batch of 32 while prompts of 2,048 tokens arrive in groups of layers, ten a second and flat out."""
     rows, context = list[dict[str, Any]](), multiprocessing.get_context("spawn")
-    for kind in KINDS:
+    for kind in asked.links:
         with TemporaryDirectory(dir="/tmp") as run_dir:
             pipe, theirs = context.Pipe()
             last = f"cuda:{torch.cuda.device_count() - 1}"
@@ -253,7 +259,7 @@ def beside_part(_: Asked) -> list[dict[str, Any]]:
             end.link.abort(False)
             peer.join(20)
     table = Table("link", "KV arrives", "GB/s", "ms a step", "against alone")
-    for kind in KINDS:
+    for kind in asked.links:
         found: dict[str, list[dict[str, Any]]] = {}
         for r in rows:
             if r["link"] == kind:
@@ -313,7 +319,7 @@ async def unloaded(settings: ClusterSettings, tokens: int, requests: int) -> dic
 
 def handoff_part(asked: Asked) -> list[dict[str, Any]]:
     """8B: what disaggregation adds to the second token, request by request."""
-    rows = []
+    rows = list[dict[str, Any]]()
     for tokens in asked.tokens:
         base = asyncio.run(unloaded(cluster("colocated"), tokens, 10))
         rows.append({"tokens": tokens, "link": "colocated", "granularity": "", **base, "adds": 0.0})
@@ -322,6 +328,8 @@ def handoff_part(asked: Asked) -> list[dict[str, Any]]:
             ("cuda_ipc", "request"), ("cuda_ipc", "layers:8"), ("cuda_ipc", "auto"), ("nccl", "request"),
             ("nccl", "layers:8"),
         ):  # fmt: skip
+            if link not in asked.links:
+                continue
             found = asyncio.run(unloaded(cluster("disagg", link, granularity), tokens, 10))
             adds = found["second"] - base["second"]
             rows.append({"tokens": tokens, "link": link, "granularity": granularity, **found, "adds": adds})
@@ -379,9 +387,23 @@ def compared(asked: Asked, shapes: Sequence[tuple[str, ...]], rate: float, repea
 
 
 def load_part(asked: Asked) -> list[dict[str, Any]]:
-    """1P1D against two colocated workers; then against Sarathi."""
-    sarathi = "--mode", "disagg", "--against", "colocated:sarathi:chunk=512"
-    return compared(asked, [("--mode", "both")], 10, 3) + compared(asked, [sarathi], 10, 1)
+    """1P1D against two colocated workers."""
+    return compared(asked, [("--mode", "both")], 10, 3)
+
+
+def sarathi_part(asked: Asked) -> list[dict[str, Any]]:
+    """1P1D beside two colocated workers that cut prompts into chunks: one run of each."""
+    sides = ["colocated:fcfs", *(f"colocated:sarathi:chunk={chunk}" for chunk in (512, 1024, 2048)), "disagg:fcfs"]
+    load = "--request-rate", "10", "--num-prompts", "300", "--repeats", "1"
+    result = bench(asked, "--compare", ",".join(sides), *load)
+    if result is None:
+        return []
+    rows = [{"side": side["label"], "values": side["values"]} for side in result["contest"]]
+    table = Table("ms", *RATIOS.values())
+    for r in rows:
+        table.add_row(r["side"], *[f"{r['values'][name] * 1e3:.1f}" for name in RATIOS])
+    Console(width=120).print(table)
+    return rows
 
 
 def goodput_part(asked: Asked) -> list[dict[str, Any]]:
@@ -453,8 +475,8 @@ def kills_part(asked: Asked) -> list[dict[str, Any]]:
 
 
 PARTS = {
-    "links": links_part, "handoff": handoff_part, "beside": beside_part, "load": load_part, "goodput": goodput_part,
-    "kills": kills_part, "four": four_part, "eight": eight_part,
+    "links": links_part, "handoff": handoff_part, "beside": beside_part, "load": load_part, "sarathi": sarathi_part,
+    "goodput": goodput_part, "kills": kills_part, "four": four_part, "eight": eight_part,
 }  # fmt: skip
 
 
@@ -462,13 +484,13 @@ PARTS = {
 @click.option("--part", type=click.Choice(list(PARTS)), required=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("multi_gpu.json"), show_default=True)
 @click.option("--tokens", type=int, multiple=True, default=(2000, 16000), show_default=True, help="of prompts")
-@click.option("--link", default="cuda_ipc", show_default=True, type=click.Choice(KINDS))
-@click.option("--dry-run", is_flag=True, help="of load, goodput, four, eight: say what would be run")
-def main(part: str, out: Path, tokens: tuple[int, ...], link: str, dry_run: bool) -> None:
+@click.option("--link", type=click.Choice(KINDS), help="[default: cuda_ipc; of links, beside and handoff: all]")
+@click.option("--dry-run", is_flag=True, help="of load, sarathi, goodput, four, eight: say what would be run")
+def main(part: str, out: Path, tokens: tuple[int, ...], link: str | None, dry_run: bool) -> None:
     if not torch.cuda.is_available() and not dry_run:
         raise click.ClickException("this measures GPUs, and torch sees none")
     began = time.time()
-    rows = PARTS[part](Asked(tokens, link, dry_run))
+    rows = PARTS[part](Asked(tokens, (link,) if link else KINDS, dry_run))
     if dry_run:
         return
     seen = json.loads(out.read_text()) if out.exists() else []
