@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 from typing import Literal
 
 import msgspec
@@ -219,3 +220,8 @@ def _split(cpus: list[int], workers: int, text: str) -> list[list[int]]:
     if text and workers and not share:
         raise ValueError(f"cpus={text} are fewer cores than the {workers} workers of that role")
     return [cpus[turn * share : (turn + 1) * share] for turn in range(workers)]
+
+
+def mps_daemon() -> bool:
+    """Whether CUDA's processes share a GPU through NVIDIA's multi-process service, and need not take turns."""
+    return (Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")) / "control").exists()

@@ -409,7 +409,7 @@ def sarathi_part(asked: Asked) -> list[dict[str, Any]]:
 def goodput_part(asked: Asked) -> list[dict[str, Any]]:
     """The highest rate at which 90 % are within the SLOs, for a tight and a loose pair."""
     rows = []
-    for slos in ("ttft:400", "tpot:15"), ("ttft:1000", "tpot:40"):
+    for slos in ("ttft:400", "tpot:10"), ("ttft:1000", "tpot:40"):
         goals = [word for slo in slos for word in ("--goodput", slo)]
         result = bench(asked, "--mode", "both", "--find-goodput", "--preset", "quick", *goals)
         if result is not None:

@@ -1,6 +1,7 @@
 """What disaggregation is worth with one GPU, and how exact its steps are.
 
     scripts/one_gpu.py --part shared       8B: one colocated worker against a prefill and a decode process on one card
+    scripts/one_gpu.py --part mps          the same under an MPS daemon, which this starts and ends
     scripts/one_gpu.py --part laptop       135M: the GPU prefills and the CPU decodes, against either of them alone
     scripts/one_gpu.py --part precision    how long bfloat16 samples what float32 does, and by how little it differs
     scripts/one_gpu.py --part shared --dry-run
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -48,6 +50,7 @@ SMALL = (
 )  # fmt: skip
 COLOCATED = ("--mode", "colocated", "--prefill-workers", "1", "--decode-workers", "0")
 DISAGG = ("--mode", "disagg", "--prefill-workers", "1", "--decode-workers", "1")
+MPS = "nvidia-cuda-mps-control"
 PROMPTS, PROMPT, OUTPUT = 32, 256, 64  # of the precision part
 
 
@@ -91,6 +94,24 @@ def shared_part(dry_run: bool) -> list[dict[str, Any]]:
         "colocated, Sarathi": (*LARGE, *COLOCATED, "--policy", "sarathi:chunk=512"),
     }
     return compare(sides, ("--request-rate", "5", "--num-prompts", "60"), dry_run)
+
+
+def mps_part(dry_run: bool) -> list[dict[str, Any]]:
+    """The load of `shared` where kernels of both run side by side, with and without a bound for the prefill's."""
+    if shutil.which(MPS) is None and not dry_run:
+        raise click.ClickException(f"there is no {MPS}, which comes with NVIDIA's driver")
+    sides = {
+        "colocated": (*LARGE, *COLOCATED),
+        "MPS": (*LARGE, *DISAGG, "--link", "cuda_ipc"),
+        "MPS, prefill sms=60%": (*LARGE, *DISAGG, "--link", "cuda_ipc", "--prefill", "sms=60%"),
+    }
+    if not dry_run:
+        subprocess.run([MPS, "-d"], check=True)
+    try:
+        return compare(sides, ("--request-rate", "5", "--num-prompts", "60"), dry_run)
+    finally:
+        if not dry_run:
+            subprocess.run([MPS], input="quit\n", text=True, check=True)
 
 
 def laptop_part(dry_run: bool) -> list[dict[str, Any]]:
@@ -153,7 +174,7 @@ def precision_part(dry_run: bool) -> list[dict[str, Any]]:
         if name == "float32":
             device = Device(Transformer(config, made, dtype, cuda), cache)
         else:
-            device = FusedDevice(FusedTransformer(config, made, dtype, cuda), cache, PROMPTS, PROMPT + OUTPUT)
+            device = FusedDevice(FusedTransformer(config, made, dtype, cuda), cache, PROMPTS, PROMPT + OUTPUT, PROMPT)
             device.warm_up()
         found[name] = sampled(device, prompts)
     (exact, gaps), (ours, _) = found["float32"], found["bfloat16"]
@@ -174,7 +195,7 @@ def precision_part(dry_run: bool) -> list[dict[str, Any]]:
     return rows
 
 
-PARTS = {"shared": shared_part, "laptop": laptop_part, "precision": precision_part}
+PARTS = {"shared": shared_part, "mps": mps_part, "laptop": laptop_part, "precision": precision_part}
 
 
 @click.command(help=__doc__)

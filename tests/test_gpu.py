@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import functools
 import random
+import time
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -196,8 +198,8 @@ def test_what_crosses_can_be_checked(link: str) -> None:
 # ---------------------------------------------------------------- fused kernels, and graphs of them
 
 SAMPLING = SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True)
-LENGTHS = (5, 64, 65, 300, 1100, 777, 1)  # edges of pages and tiles, and one that comes in two chunks
-CHUNK = 500
+LENGTHS = (5, 64, 65, 300, 1100, 777, 1024, 1500, 1)  # edges of pages, tiles and plans; and one comes in two chunks
+CHUNK = 1300
 
 
 def shape(head_dim: int, heads: int, kv_heads: int, qk_norm: bool) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -213,11 +215,11 @@ def shape(head_dim: int, heads: int, kv_heads: int, qk_norm: bool) -> tuple[Mode
     return config, {name: weight.bfloat16() for name, weight in weights.items()}
 
 
-def fused_device(config: ModelConfig, weights: dict[str, Tensor], page_size: int, pages: int = 200) -> FusedDevice:
+def fused_device(config: ModelConfig, weights: dict[str, Tensor], page_size: int, pages: int = 320) -> FusedDevice:
     device = torch.device("cuda", 0)
     cache = KVCache(config, pages, page_size, torch.bfloat16, device)
     cache.data.fill_(float("nan"))  # what an earlier owner may have left
-    made = FusedDevice(FusedTransformer(config, weights, torch.bfloat16, device), cache, 16, 2048)
+    made = FusedDevice(FusedTransformer(config, weights, torch.bfloat16, device), cache, 16, 2048, 2048)
     made.warm_up()
     return made
 
@@ -245,11 +247,11 @@ def test_fused_steps_equal_portable_ones(
     config, weights = shape(head_dim, heads, kv_heads, qk_norm)
     device, rng = torch.device("cuda", 0), random.Random(0)
     exact = Device(
-        Transformer(config, weights, torch.float32, device), KVCache(config, 200, page_size, torch.float32, device)
+        Transformer(config, weights, torch.float32, device), KVCache(config, 320, page_size, torch.float32, device)
     )
     fused = fused_device(config, weights, page_size)
     ids = [[rng.randrange(2048) for _ in range(n)] for n in LENGTHS]
-    free = rng.sample(range(200), 200)
+    free = rng.sample(range(320), 320)
     pages = [[free.pop() for _ in range(-(-(len(prompt) + 20) // page_size))] for prompt in ids]
     same = count = 0
     for step in range(14):
@@ -269,6 +271,21 @@ def test_fused_steps_equal_portable_ones(
                 assert (ours - theirs)[:, :end].norm() < 0.02 * theirs[:, :end].norm()
                 assert not ours[:, end : -(-end // page_size) * page_size].any()
     assert same >= 0.9 * count, f"{same} of {count}"
+
+
+def test_a_prompt_of_any_length_is_begun_at_once() -> None:
+    """Nothing is compiled or planned for a length that was not seen before: that took 60 ms and more."""
+    fused, rng = fused_device(*shape(128, 8, 2, True), 64), random.Random(0)
+    took: dict[bool, list[float]] = {True: [], False: []}
+    for number, length in enumerate(rng.sample(range(2, 2048), 24)):
+        for first in True, False:
+            name, prompt = f"{number} {first}", [rng.randrange(2048) for _ in range(length)]
+            item = PlanItem(name, 0, 0, length, prompt, list(range(32)), True, 0)
+            plan = StepPlan(number, [item], [SeqInit(name, 0, prompt, [], SAMPLING)], [])
+            began = time.perf_counter()
+            fused.run(plan)
+            took[first].append(time.perf_counter() - began)
+    assert median(took[True]) < median(took[False]) + 0.015, took
 
 
 def test_a_replayed_graph_is_the_eager_step() -> None:

@@ -4,7 +4,7 @@ Prompts run eagerly: their matmuls are long, and what launches them is far ahead
 batch size as CUDA graphs, head and argmax included, and replayed: a step of a small model has some 300 kernels of a few
 microseconds, and launching each of them would take longer.
 
-Shapes as in `transformer.py`; B rows of a decode step, P pages a sequence has at most.
+Shapes as in `transformer.py`; B rows of a decode step, M of a step and behind it, P pages a sequence has at most.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from minidisagg.model.kernels import add_norm, begin_decode, paged_decode, rope_
 from minidisagg.model.transformer import Transformer
 
 LONG = 1024  # rows from which on one attention call a sequence, by cuDNN, is faster than one call for all of them
-Attend = Callable[[int, Tensor], Tensor]  # (layer, qkv_NCD) → [N, H * D]
+GRID = 128  # to whose multiples such a sequence is padded: cuDNN makes a plan for each length, which takes 60 ms
+BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]  # of such a sequence
+Attend = Callable[[int, Tensor], Tensor]  # (layer, qkv_MCD) → [N, H * D]
 OnLayer = Callable[[int], None]
 
 
@@ -38,15 +40,15 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Prompts:
-    """The eager part of a step. Whole prompts come first, `whole` of them."""
+    """The eager part of a step. Whole prompts come first, and of those the short ones, `short` of them."""
 
     tokens_N: Tensor
     positions_N: Tensor
     slots_N: Tensor  # page * S + offset
     lasts_N: Tensor  # 1 for each sequence's last row of this step
     items: Sequence[Prompt]
-    whole: int
-    starts: Tensor  # [whole + 1] int32: first row of each whole prompt, and the end of the last one
+    short: int
+    starts: Tensor  # [short + 1] int32: first row of each short prompt, and the end of the last one
 
 
 @dataclass(frozen=True)
@@ -74,12 +76,21 @@ class FusedTransformer(Transformer):
     @torch.inference_mode()
     def prefill(self, step: Prompts, on_layer: OnLayer = lambda layer: None) -> Tensor:
         """x_NE after the last layer; the step's KV is in the cache once the device gets there."""
+        last = step.items[-1]
+        room = padding(last.last - last.first) if last.pages is None and len(step.items) > step.short else 0
 
         def attend(layer: int, qkv_NCD: Tensor) -> Tensor:
             return self._prompt_attention(layer, qkv_NCD, step)
 
-        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
-            return self._layers(step.tokens_N, step.positions_N, step.slots_N, step.lasts_N, attend, on_layer)
+        with sdpa_kernel(BACKENDS, set_priority=True):
+            return self._layers(step.tokens_N, step.positions_N, step.slots_N, step.lasts_N, attend, on_layer, room)
+
+    @torch.inference_mode()
+    def plan(self, length: int) -> None:
+        """Have cuDNN make its plan for a whole prompt of so many tokens, a multiple of `GRID`."""
+        nothing = torch.zeros(length, self.H + 2 * self.K, self.D, dtype=self.dtype, device=self.device)
+        with sdpa_kernel(BACKENDS, set_priority=True):
+            self._causal(nothing)
 
     def decode(self, rows: DecodeRows, recent: Tensor) -> Tensor:
         """x_BE of one new token a sequence. Every shape is fixed, so that a graph can hold it."""
@@ -99,44 +110,51 @@ class FusedTransformer(Transformer):
 
     def _layers(
         self, tokens_N: Tensor, positions_N: Tensor, slots_N: Tensor, lasts_N: Tensor | None, attend: Attend,
-        on_layer: OnLayer,
+        on_layer: OnLayer, room: int = 0,
     ) -> Tensor:  # fmt: skip
-        eps = self.config.rms_norm_eps
+        """`room`: so many rows that `attend` gets beside those of the step, of nobody and finite."""
+        eps, N = self.config.rms_norm_eps, len(tokens_N)
         x_NE = F.embedding(tokens_N, self.embed_VE)
-        normed_NE = torch.empty_like(x_NE)
+        normed_ME = x_NE.new_zeros(N + room, x_NE.shape[1])
+        normed_NE = normed_ME[:N]
         added_NE: Tensor | None = None  # what the layer before has computed and nobody has added yet
         for i, layer in enumerate(self.layers):
             add_norm(x_NE, added_NE, layer.attn_norm_E, eps, normed_NE)
-            qkv_NCD = layer.qkv(normed_NE).view(len(x_NE), -1, self.D)
-            rope_write(qkv_NCD, positions_N, slots_N, lasts_N, self.inv_freq, layer.qk_norm_HD, self.cache[i], eps)
+            qkv_MCD = layer.qkv(normed_ME).view(N + room, -1, self.D)
+            rope_write(qkv_MCD[:N], positions_N, slots_N, lasts_N, self.inv_freq, layer.qk_norm_HD, self.cache[i], eps)
             on_layer(i + 1)
-            attended = layer.output(attend(i, qkv_NCD))
+            attended = layer.output(attend(i, qkv_MCD))
             add_norm(x_NE, attended, layer.mlp_norm_E, eps, normed_NE)
             added_NE = layer.down(silu_mul(layer.gate_up(normed_NE)))
         return x_NE if added_NE is None else x_NE + added_NE
 
-    def _prompt_attention(self, layer: int, qkv_NCD: Tensor, step: Prompts) -> Tensor:
-        N, H, K = len(qkv_NCD), self.H, self.K
-        q_NHD, k_NKD, v_NKD = qkv_NCD[:, :H], qkv_NCD[:, H : H + K], qkv_NCD[:, H + K :]
-        whole = step.items[: step.whole]
-        longest = max((item.last - item.first for item in whole), default=0)
-        if len(step.items) == len(whole) == 1:
-            return _causal(q_NHD, k_NKD, v_NKD).reshape(N, -1)
-        out_NHD = qkv_NCD.new_empty(N, H, self.D)
-        if len(whole) == 1 or longest >= LONG:
-            for item in whole:
-                rows = slice(item.first, item.last)
-                out_NHD[rows] = _causal(q_NHD[rows], k_NKD[rows], v_NKD[rows])
-        elif whole:
-            rows = slice(0, whole[-1].last)
-            out_NHD[rows] = _flash(q_NHD[rows], k_NKD[rows], v_NKD[rows], step.starts, step.starts, longest, longest)
-        for item in step.items[step.whole :]:
-            assert item.pages is not None and item.ends is not None
-            rows, context = slice(item.first, item.last), item.start + item.last - item.first
-            k_CKD, v_CKD = self._gathered(layer, item.pages, context)
-            q_ends, k_ends = item.ends
-            out_NHD[rows] = _flash(q_NHD[rows], k_CKD, v_CKD, q_ends, k_ends, item.last - item.first, context)
-        return out_NHD.view(N, -1)
+    def _prompt_attention(self, layer: int, qkv_MCD: Tensor, step: Prompts) -> Tensor:
+        H, K, parts = self.H, self.K, []  # in the order of their rows
+        if step.short:
+            short = step.items[: step.short]
+            q_NHD, k_NKD, v_NKD = torch.split(qkv_MCD[: short[-1].last], [H, K, K], dim=1)
+            longest = max(item.last - item.first for item in short)
+            parts.append(_flash(q_NHD, k_NKD, v_NKD, step.starts, step.starts, longest, longest))
+        for item in step.items[step.short :]:
+            rows, count = qkv_MCD[item.first : item.last], item.last - item.first
+            if item.pages is None:
+                behind = padding(count)
+                last = item is step.items[-1]
+                rows = qkv_MCD[item.first : item.last + behind] if last else F.pad(rows, (0, 0, 0, 0, 0, behind))
+                parts.append(self._causal(rows)[:count])
+            else:
+                assert item.ends is not None
+                k_CKD, v_CKD = self._gathered(layer, item.pages, item.start + count)
+                q_ends, k_ends = item.ends
+                parts.append(_flash(rows[:, :H], k_CKD, v_CKD, q_ends, k_ends, count, len(k_CKD)))
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1)
+
+    def _causal(self, qkv_NCD: Tensor) -> Tensor:
+        """Causal attention of one whole prompt, [N, H, D]; by cuDNN, N is a multiple of `GRID`."""
+        parts = torch.split(qkv_NCD, [self.H, self.K, self.K], dim=1)
+        q, k, v = (x.transpose(0, 1)[None] for x in parts)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.H != self.K)
+        return out[0].transpose(0, 1)
 
     def _gathered(self, layer: int, pages: Tensor, context: int) -> Tensor:
         """Keys and values of one sequence, [2, context, K, D]."""
@@ -144,10 +162,9 @@ class FusedTransformer(Transformer):
         return kv_2PKSD.transpose(2, 3).reshape(2, -1, self.K, self.D)[:, :context]
 
 
-def _causal(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
-    q, k, v = (x.transpose(0, 1)[None] for x in (q_NHD, k_NKD, v_NKD))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-    return out[0].transpose(0, 1)
+def padding(rows: int) -> int:
+    """What is missing to a length that there is a plan for. It lies behind all rows, so that none of them sees it."""
+    return -rows % GRID
 
 
 def _flash(

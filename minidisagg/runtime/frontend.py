@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, Protocol
 
 import msgspec
 
-from minidisagg.config import ClusterSettings, ModelSettings, RunSettings, built_alike
+from minidisagg.config import ClusterSettings, ModelSettings, RunSettings, built_alike, mps_daemon
 from minidisagg.core.checked import PolicyError
 from minidisagg.core.effects import Send, drain
 from minidisagg.core.messages import (
@@ -308,7 +308,7 @@ class Frontend(Operations):
             logger.warning("%s: KV moves over gloo instead, through the hosts' memory", why)
         devices = Counter(str(hello.info.get("device", "")) for hello in self.greetings.values())
         for device, count in devices.items():
-            if count > 1 and device.startswith("cuda"):
+            if count > 1 and device.startswith("cuda") and not mps_daemon():
                 logger.warning(
                     "%d workers share %s: without an MPS daemon their kernels take turns, and each is as slow as the "
                     "other is busy",

@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 
 from minidisagg.core.plan import NO_TOKEN, PlanItem, SeqKey, StepPlan
-from minidisagg.model.fused import DecodeRows, FusedTransformer, Prompt, Prompts
+from minidisagg.model.fused import GRID, LONG, DecodeRows, FusedTransformer, Prompt, Prompts
 from minidisagg.model.sampler import SequenceSampling, resample
 from minidisagg.runtime.device import Device, Report, Step, StepResult, no_report, step_work
 from minidisagg.runtime.kv_cache import KVCache
 
 RING = 4  # steps whose ids the card keeps; two are in flight
 HEAD = 4  # int32 before the staged arrays: the tables' width, and room so that they begin aligned
+ALIGNED = 4  # int32 that a column's length is a multiple of: Triton compiles anew for one that begins elsewhere
 WARM_PROMPT = 64  # tokens of the prompt that brings every eager kernel up before a receive can spin beside it
 
 
@@ -51,16 +52,22 @@ class FusedStep(Step):
 
 
 class FusedDevice(Device):
-    """`max_num_seqs` bounds the sequences of a step, `max_len` the tokens of each."""
+    """`max_num_seqs` bounds the sequences of a step, `max_len` the tokens of each.
+
+    Of a prompt `max_prompt` tokens come at once, at most: what their number needs is made before the first step.
+    """
 
     model: FusedTransformer
     kernels = "fused"
     overlaps = True
 
-    def __init__(self, model: FusedTransformer, cache: KVCache, max_num_seqs: int, max_len: int) -> None:
+    def __init__(
+        self, model: FusedTransformer, cache: KVCache, max_num_seqs: int, max_len: int, max_prompt: int
+    ) -> None:
         super().__init__(model, cache)
         model.attach(list(cache.data))
         self.width = -(-max_len // cache.page_size)
+        self.plans = [*range(LONG, min(max_len, max_prompt) + GRID, GRID)]  # lengths
         self.stream = torch.cuda.Stream(model.device)  # type: ignore[no-untyped-call]
         self.steps = 0
         self.last_end = 0.0
@@ -88,13 +95,16 @@ class FusedDevice(Device):
     def warm_up(self, say: Callable[[int, int], None] = _nobody) -> None:
         """Bring up every kernel, and capture the decode step of each size, the largest first: they share one pool.
 
-        `say` is told how many are captured, of how many.
+        `say` is told how many plans and graphs are made, of how many.
         """
-        pool = torch.cuda.graph_pool_handle()
+        pool, total = torch.cuda.graph_pool_handle(), len(self.plans) + len(self.sizes)
         with torch.cuda.stream(self.stream):
-            self._warm_prompt()
+            self._warm_prompts()
+            for made, length in enumerate(self.plans):
+                say(made, total)
+                self.model.plan(length)
             for size in reversed(self.sizes):
-                say(len(self.graphs), len(self.sizes))
+                say(len(self.plans) + len(self.graphs), total)
                 self._decode(size)  # kernels are compiled, and libraries loaded, outside of the capture
                 self.stream.synchronize()
                 graph = torch.cuda.CUDAGraph()
@@ -116,15 +126,15 @@ class FusedDevice(Device):
         self.logits_BV[:size].copy_(self.model.logits(x_BE))
         self.recent.index_copy_(0, targets.long(), greedy(self.logits_BV[:size]))
 
-    def _warm_prompt(self) -> None:
-        """Its KV goes nowhere."""
+    def _warm_prompts(self) -> None:
+        """A whole prompt, and a chunk of one. Their KV goes nowhere."""
         device, length = self.model.device, min(WARM_PROMPT, self.cache.page_size)
         number = torch.zeros(length, dtype=torch.int32, device=device)
-        starts = torch.tensor([0, length], dtype=torch.int32, device=device)
-        item = Prompt(0, length, 0)
         positions = torch.arange(length, device=device, dtype=torch.int32)
-        step = Prompts(number, positions, number - 1, number, [item], 1, starts)
-        logits = self.model.logits(self.model.prefill(step)[-1:])
+        ends = torch.tensor([[0, length], [0, length]], dtype=torch.int32, device=device)
+        for short, item in enumerate((Prompt(0, length, 0, number[:1].long(), ends), Prompt(0, length, 0))):
+            step = Prompts(number, positions, number - 1, number, [item], short, ends[0])
+            logits = self.model.logits(self.model.prefill(step)[-1:])
         greedy(logits)
 
     # ------------------------------------------------------------ a step
@@ -185,12 +195,13 @@ class FusedDevice(Device):
         step.staged = first + rows * width
 
     def _gather_prompts(self, step: FusedStep, items: Sequence[PlanItem]) -> None:
-        """Whole prompts first, so that their rows are one piece."""
+        """Short whole prompts first, so that their rows are one piece; then the long ones."""
         size, device = self.cache.page_size, self.model.device
-        step.prompts.sort(key=lambda i: items[i].start > 0)
+        step.prompts.sort(key=lambda i: (items[i].start > 0, items[i].count >= LONG))
         tokens: list[int] = []
         positions, slots, prompts, starts = [], [], [], [0]
-        lasts = np.zeros(sum(items[i].count for i in step.prompts), dtype=np.int32)
+        rows = sum(items[i].count for i in step.prompts)
+        columns = np.zeros((4, -(-rows // ALIGNED) * ALIGNED), dtype=np.int32)
         first = 0
         for i in step.prompts:
             item = items[i]
@@ -204,7 +215,7 @@ class FusedDevice(Device):
             pages = np.asarray(item.pages, dtype=np.int32)
             positions.append(position)
             slots.append(pages[position // size] * size + position % size)
-            lasts[last - 1] = 1
+            columns[3, last - 1] = 1
             if item.start:
                 context = item.start + item.count
                 needed = to_device(pages[: -(-context // size)].astype(np.int64), device)
@@ -212,11 +223,15 @@ class FusedDevice(Device):
                 prompts.append(Prompt(first, last, item.start, needed, ends))
             else:
                 prompts.append(Prompt(first, last, 0))
-                starts.append(last)
+                starts += [last] if item.count < LONG else []
             first = last
-        columns = np.stack([np.asarray(tokens, np.int32), np.concatenate(positions), np.concatenate(slots), lasts])
-        on_card, whole = to_device(columns, device), to_device(np.asarray(starts, np.int32), device)
-        step.prompt_batch = Prompts(on_card[0], on_card[1], on_card[2], on_card[3], prompts, len(starts) - 1, whole)
+        columns[0, :rows], columns[1, :rows], columns[2, :rows] = (
+            tokens,
+            np.concatenate(positions),
+            np.concatenate(slots),
+        )
+        on_card, short = to_device(columns, device)[:, :rows], to_device(np.asarray(starts, np.int32), device)
+        step.prompt_batch = Prompts(on_card[0], on_card[1], on_card[2], on_card[3], prompts, len(starts) - 1, short)
 
     @torch.inference_mode()
     def launch(self, step: Step, report: Report = no_report) -> Step:

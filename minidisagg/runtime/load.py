@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 
-from minidisagg.config import ClusterSettings, WorkerConfig, WorkerSettings
+from minidisagg.config import ClusterSettings, WorkerConfig, WorkerSettings, mps_daemon
 from minidisagg.core.messages import Role
 from minidisagg.model.config import ModelConfig
 from minidisagg.model.loader import load_weights
@@ -35,8 +33,7 @@ def load_device(config: WorkerConfig, model_config: ModelConfig, say: Progress) 
         there = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if device.index >= there:
             raise ValueError(f"device {str(device)!r} is asked for, but torch {torch.__version__} sees {there} GPUs")
-        daemon = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")) / "control"
-        if settings.sms and not daemon.exists():
+        if settings.sms and not mps_daemon():
             raise ValueError(f"sms={settings.sms} needs an MPS daemon, and none runs: nvidia-cuda-mps-control -d")
         torch.cuda.set_device(device)  # of this thread: Triton launches where it is
     dtype = dtype_of(settings, model_config)
@@ -53,7 +50,8 @@ def load_device(config: WorkerConfig, model_config: ModelConfig, say: Progress) 
         del weights
         cache = _make_cache(config, model_config, kv_dtype, device)
         longest = max_model_len(config, model_config, cache)
-        fused_device = FusedDevice(fused, cache, most_seqs(config.cluster), longest)
+        prompt = max(settings.max_num_batched_tokens for _, _, settings in config.cluster.roles())
+        fused_device = FusedDevice(fused, cache, most_seqs(config.cluster), longest, prompt)
         fused_device.warm_up(partial(say, "graphs"))
         return fused_device
     model = Transformer(model_config, weights, dtype, device)
