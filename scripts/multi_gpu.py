@@ -326,7 +326,7 @@ def handoff_part(asked: Asked) -> list[dict[str, Any]]:
         say(f"{rows[-1]}")
         for link, granularity in (
             ("cuda_ipc", "request"), ("cuda_ipc", "layers:8"), ("cuda_ipc", "auto"), ("nccl", "request"),
-            ("nccl", "layers:8"),
+            ("nccl", "layers:8"), ("nccl", "auto"),
         ):  # fmt: skip
             if link not in asked.links:
                 continue
@@ -413,8 +413,13 @@ def goodput_part(asked: Asked) -> list[dict[str, Any]]:
         goals = [word for slo in slos for word in ("--goodput", slo)]
         result = bench(asked, "--mode", "both", "--find-goodput", "--preset", "quick", *goals)
         if result is not None:
-            rows.append({"slos": slos, "verdict": result["verdict"], "ratios": result.get("ratios")})
-            say(f"{', '.join(slos)}: {result['verdict']}")
+            rows.append({"slos": slos, **{name: result[name] for name in ("verdict", "ratio", "goodput")}})
+    if rows:
+        table = Table("SLO", *rows[0]["goodput"], "ratio")
+        for r in rows:
+            found = [f"{side['rate']:.1f} requests/s" for side in r["goodput"].values()]
+            table.add_row(", ".join(r["slos"]), *found, f"{r['ratio']['ratio']:.2f}" if r["ratio"] else "")
+        Console(width=120).print(table)
     return rows
 
 

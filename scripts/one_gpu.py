@@ -7,7 +7,7 @@
     scripts/one_gpu.py --part shared --dry-run
 
 Two processes on one card take turns: unless the user runs an MPS daemon, one waits while the other computes. Each part
-takes less than five minutes, appends what it saw to one JSON, and ends with a short table.
+takes less than six minutes, appends what it saw to one JSON, and ends with a short table.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def mps_part(dry_run: bool) -> list[dict[str, Any]]:
         return compare(sides, ("--request-rate", "5", "--num-prompts", "60"), dry_run)
     finally:
         if not dry_run:
-            subprocess.run([MPS], input="quit\n", text=True, check=True)
+            subprocess.run([MPS], input="quit\n", text=True, check=False)  # what was measured stands
 
 
 def laptop_part(dry_run: bool) -> list[dict[str, Any]]:

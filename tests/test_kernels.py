@@ -56,9 +56,11 @@ def test_silu_mul(kernels: ModuleType) -> None:
 @needs_triton
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (8, 1)])
 @pytest.mark.parametrize("normed", [False, True])
-@pytest.mark.parametrize("decode", [False, True])
-def test_rope_write(kernels: ModuleType, heads: int, kv_heads: int, normed: bool, decode: bool) -> None:
-    head_dim, page_size, pages, rows = 64, 4, 6, 5
+@pytest.mark.parametrize(("decode", "head_dim"), [(False, 64), (True, 64), (True, 128)])
+def test_rope_write(
+    kernels: ModuleType, heads: int, kv_heads: int, normed: bool, decode: bool, head_dim: int
+) -> None:
+    page_size, pages, rows = 4, 6, 5
     count = heads + 2 * kv_heads
     qkv = torch.randn(rows, count, head_dim)
     weights = torch.randn(heads + kv_heads, head_dim) if normed else None

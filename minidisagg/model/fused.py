@@ -21,7 +21,8 @@ from minidisagg.model.kernels import add_norm, begin_decode, paged_decode, rope_
 from minidisagg.model.transformer import Transformer
 
 LONG = 1024  # rows from which on one attention call a sequence, by cuDNN, is faster than one call for all of them
-GRID = 128  # to whose multiples such a sequence is padded: cuDNN makes a plan for each length, which takes 60 ms
+GRID, COARSE = 128, 1024  # to whose multiples such a sequence is padded: cuDNN takes 60 ms to plan for each length
+FINE = 8192  # up to so many rows to those of GRID
 BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]  # of such a sequence
 Attend = Callable[[int, Tensor], Tensor]  # (layer, qkv_MCD) → [N, H * D]
 OnLayer = Callable[[int], None]
@@ -79,15 +80,18 @@ class FusedTransformer(Transformer):
         last = step.items[-1]
         room = padding(last.last - last.first) if last.pages is None and len(step.items) > step.short else 0
 
-        def attend(layer: int, qkv_NCD: Tensor) -> Tensor:
-            return self._prompt_attention(layer, qkv_NCD, step)
+        def attend(layer: int, qkv_MCD: Tensor) -> Tensor:
+            return self._prompt_attention(layer, qkv_MCD, step)
 
         with sdpa_kernel(BACKENDS, set_priority=True):
             return self._layers(step.tokens_N, step.positions_N, step.slots_N, step.lasts_N, attend, on_layer, room)
 
     @torch.inference_mode()
     def plan(self, length: int) -> None:
-        """Have cuDNN make its plan for a whole prompt of so many tokens, a multiple of `GRID`."""
+        """Have cuDNN make its plan for a whole prompt of so many tokens, one of `padded_lengths`.
+
+        Plans are of the thread that asked for them: this must be the one that computes steps.
+        """
         nothing = torch.zeros(length, self.H + 2 * self.K, self.D, dtype=self.dtype, device=self.device)
         with sdpa_kernel(BACKENDS, set_priority=True):
             self._causal(nothing)
@@ -115,8 +119,10 @@ class FusedTransformer(Transformer):
         """`room`: so many rows that `attend` gets beside those of the step, of nobody and finite."""
         eps, N = self.config.rms_norm_eps, len(tokens_N)
         x_NE = F.embedding(tokens_N, self.embed_VE)
-        normed_ME = x_NE.new_zeros(N + room, x_NE.shape[1])
+        normed_ME = x_NE.new_empty(N + room, x_NE.shape[1])
         normed_NE = normed_ME[:N]
+        if room:
+            normed_ME[N:] = 0
         added_NE: Tensor | None = None  # what the layer before has computed and nobody has added yet
         for i, layer in enumerate(self.layers):
             add_norm(x_NE, added_NE, layer.attn_norm_E, eps, normed_NE)
@@ -150,7 +156,7 @@ class FusedTransformer(Transformer):
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1)
 
     def _causal(self, qkv_NCD: Tensor) -> Tensor:
-        """Causal attention of one whole prompt, [N, H, D]; by cuDNN, N is a multiple of `GRID`."""
+        """Causal attention of one whole prompt, [N, H, D]; N is one of `padded_lengths`."""
         parts = torch.split(qkv_NCD, [self.H, self.K, self.K], dim=1)
         q, k, v = (x.transpose(0, 1)[None] for x in parts)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.H != self.K)
@@ -164,7 +170,15 @@ class FusedTransformer(Transformer):
 
 def padding(rows: int) -> int:
     """What is missing to a length that there is a plan for. It lies behind all rows, so that none of them sees it."""
-    return -rows % GRID
+    return -rows % (GRID if rows <= FINE else COARSE)
+
+
+def padded_lengths(most: int) -> list[int]:
+    """Of long prompts of up to so many tokens, the longest first."""
+    if most < LONG:
+        return []
+    fine = range(LONG, min(most + padding(most), FINE) + 1, GRID)
+    return [*fine, *range(FINE + COARSE, most + COARSE, COARSE)][::-1]
 
 
 def _flash(

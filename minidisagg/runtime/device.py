@@ -88,8 +88,8 @@ class Device:
             "vocab_size": config.vocab_size,
         }
 
-    def begin(self, max_num_seqs: int) -> None:
-        """No sequence is known, as after a start; a step may have so many from now on."""
+    def begin(self, max_num_seqs: int, max_prompt: int) -> None:
+        """No sequence is known, as after a start; a step may have so many from now on, and so many tokens of one."""
         self.sequences.clear()
         self.last_token.clear()
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from minidisagg.core.plan import NO_TOKEN, PlanItem, SeqKey, StepPlan
-from minidisagg.model.fused import GRID, LONG, DecodeRows, FusedTransformer, Prompt, Prompts
+from minidisagg.model.fused import LONG, DecodeRows, FusedTransformer, Prompt, Prompts, padded_lengths
 from minidisagg.model.sampler import SequenceSampling, resample
 from minidisagg.runtime.device import Device, Report, Step, StepResult, no_report, step_work
 from minidisagg.runtime.kv_cache import KVCache
@@ -67,15 +68,16 @@ class FusedDevice(Device):
         super().__init__(model, cache)
         model.attach(list(cache.data))
         self.width = -(-max_len // cache.page_size)
-        self.plans = [*range(LONG, min(max_len, max_prompt) + GRID, GRID)]  # lengths
+        self.max_len = max_len
         self.stream = torch.cuda.Stream(model.device)  # type: ignore[no-untyped-call]
         self.steps = 0
         self.last_end = 0.0
-        self._allocate(max_num_seqs)
+        self._allocate(max_num_seqs, max_prompt)
 
-    def _allocate(self, rows: int) -> None:
+    def _allocate(self, rows: int, max_prompt: int) -> None:
         """What graphs read and write, which stays where it is."""
-        self.rows, model, device = rows, self.model, self.model.device
+        self.rows, self.max_prompt, model, device = rows, max_prompt, self.model, self.model.device
+        self.lengths = padded_lengths(min(max_prompt, self.max_len))
         self.recent = torch.zeros(RING * self.rows + 1, dtype=torch.int32, device=device)  # the last is nobody's
         self.places: dict[SeqKey, int] = {}  # where in `recent` a sequence's last token is
         length = HEAD + 4 * self.rows + self.rows * self.width
@@ -93,18 +95,19 @@ class FusedDevice(Device):
 
     @torch.inference_mode()
     def warm_up(self, say: Callable[[int, int], None] = _nobody) -> None:
-        """Bring up every kernel, and capture the decode step of each size, the largest first: they share one pool.
+        """Bring up every kernel, plan prompts, and capture the decode step of each size: the largest first, since what
+        they allocate is used again by the next, and graphs share one pool.
 
         `say` is told how many plans and graphs are made, of how many.
         """
-        pool, total = torch.cuda.graph_pool_handle(), len(self.plans) + len(self.sizes)
+        pool, total = torch.cuda.graph_pool_handle(), len(self.lengths) + len(self.sizes)
         with torch.cuda.stream(self.stream):
-            self._warm_prompts()
-            for made, length in enumerate(self.plans):
+            for made, length in enumerate(self.lengths):
                 say(made, total)
                 self.model.plan(length)
+            self._warm_prompts()
             for size in reversed(self.sizes):
-                say(len(self.plans) + len(self.graphs), total)
+                say(len(self.lengths) + len(self.graphs), total)
                 self._decode(size)  # kernels are compiled, and libraries loaded, outside of the capture
                 self.stream.synchronize()
                 graph = torch.cuda.CUDAGraph()
@@ -127,15 +130,16 @@ class FusedDevice(Device):
         self.recent.index_copy_(0, targets.long(), greedy(self.logits_BV[:size]))
 
     def _warm_prompts(self) -> None:
-        """A whole prompt, and a chunk of one. Their KV goes nowhere."""
-        device, length = self.model.device, min(WARM_PROMPT, self.cache.page_size)
-        number = torch.zeros(length, dtype=torch.int32, device=device)
-        positions = torch.arange(length, device=device, dtype=torch.int32)
-        ends = torch.tensor([[0, length], [0, length]], dtype=torch.int32, device=device)
-        for short, item in enumerate((Prompt(0, length, 0, number[:1].long(), ends), Prompt(0, length, 0))):
-            step = Prompts(number, positions, number - 1, number, [item], short, ends[0])
-            logits = self.model.logits(self.model.prefill(step)[-1:])
-        greedy(logits)
+        """A step of a short prompt, of long ones where those can be, and of a chunk. Their KV goes nowhere."""
+        device, short = self.model.device, min(WARM_PROMPT, self.cache.page_size)
+        counts = [short, *([LONG] * 2 if self.lengths else []), short]
+        ends = list(accumulate(counts))
+        zeros = torch.zeros(ends[-1], dtype=torch.int32, device=device)
+        whole = torch.tensor([[0, short]] * 2, dtype=torch.int32, device=device)
+        items = [Prompt(end - count, end, 0) for count, end in zip(counts, ends, strict=True)]
+        items[-1] = replace(items[-1], pages=zeros[:1].long(), ends=whole)
+        x_NE = self.model.prefill(Prompts(zeros, zeros, zeros - 1, zeros, items, 1, whole[0]))
+        greedy(self.model.logits(x_NE[zeros[:1].long()]))
 
     # ------------------------------------------------------------ a step
 
@@ -158,7 +162,8 @@ class FusedDevice(Device):
         if step.decodes:
             self._stage(step, items, places)
         if step.prompts:
-            self._gather_prompts(step, items)
+            with torch.cuda.stream(self.stream):  # what is copied there is in time for the step
+                self._gather_prompts(step, items)
         for item, place in zip(items, places, strict=True):
             if item.sample:
                 self.places[item.request_id, item.incarnation] = place
@@ -302,11 +307,11 @@ class FusedDevice(Device):
         seconds, self.last_end = ended - max(step.began, self.last_end), ended
         return StepResult(step.tokens, seconds, flops, bytes_read, step.logprobs)
 
-    def begin(self, max_num_seqs: int) -> None:
-        """As after a start, with graphs for larger steps where they are wanted."""
-        super().begin(max_num_seqs)
-        if max_num_seqs > self.rows:
-            self._allocate(max_num_seqs)
+    def begin(self, max_num_seqs: int, max_prompt: int) -> None:
+        """As after a start, with graphs and plans for larger steps where they are wanted."""
+        super().begin(max_num_seqs, max_prompt)
+        if max_num_seqs > self.rows or max_prompt > self.max_prompt:
+            self._allocate(max(max_num_seqs, self.rows), max(max_prompt, self.max_prompt))
             self.warm_up()
         self.places.clear()
         self.known = [None] * self.rows

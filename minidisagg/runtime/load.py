@@ -50,9 +50,8 @@ def load_device(config: WorkerConfig, model_config: ModelConfig, say: Progress) 
         del weights
         cache = _make_cache(config, model_config, kv_dtype, device)
         longest = max_model_len(config, model_config, cache)
-        prompt = max(settings.max_num_batched_tokens for _, _, settings in config.cluster.roles())
-        fused_device = FusedDevice(fused, cache, most_seqs(config.cluster), longest, prompt)
-        fused_device.warm_up(partial(say, "graphs"))
+        fused_device = FusedDevice(fused, cache, most_seqs(config.cluster), longest, most_tokens(config.cluster))
+        fused_device.warm_up(partial(say, "plans and graphs"))
         return fused_device
     model = Transformer(model_config, weights, dtype, device)
     return Device(model, _make_cache(config, model_config, kv_dtype, device))
@@ -77,7 +76,7 @@ def _left_on(device: torch.device, config: WorkerConfig, model: ModelConfig) -> 
     share = settings.gpu_memory_utilization * total / worker_devices(cluster).count(device)
     # Of a row of a step: its vectors, with those of the feed-forward layer twice, and of a sequence its logits twice.
     row = 2 * (8 * model.hidden_size + 3 * model.intermediate_size)
-    step = settings.max_num_batched_tokens * row + settings.max_num_seqs * 12 * model.vocab_size
+    step = most_tokens(cluster) * row + most_seqs(cluster) * 12 * model.vocab_size
     pairs = cluster.decode_workers if config.role is Role.PREFILL else cluster.prefill_workers
     other = CONTEXT + step + PAIR_BYTES * pairs
     # Whatever is free just now: a dead worker's memory is taken until its peers let go, and the next one is as large.
@@ -106,6 +105,11 @@ def can_fuse(config: ModelConfig, dtype: torch.dtype, kv_dtype: torch.dtype, dev
 def most_seqs(cluster: ClusterSettings) -> int:
     """Of a step, whichever role a worker has by then."""
     return max(settings.max_num_seqs for settings in (cluster.prefill, cluster.decode))
+
+
+def most_tokens(cluster: ClusterSettings) -> int:
+    """Likewise."""
+    return max(settings.max_num_batched_tokens for settings in (cluster.prefill, cluster.decode))
 
 
 def worker_devices(cluster: ClusterSettings) -> list[torch.device]:

@@ -67,7 +67,7 @@ from minidisagg.runtime.ceilings import measure_ceilings
 from minidisagg.runtime.channel import Channel, ChannelError, connect, listen
 from minidisagg.runtime.device import Step, StepResult
 from minidisagg.runtime.linkset import LinkHooks, LinkSet, link_kind
-from minidisagg.runtime.load import max_model_len, most_seqs
+from minidisagg.runtime.load import max_model_len, most_seqs, most_tokens
 from minidisagg.runtime.runner import Runner
 from minidisagg.runtime.specs import engine_spec
 from minidisagg.runtime.storage import Storage
@@ -210,7 +210,7 @@ class Worker:
         if self.storage is not None:
             await self.storage.close()
             self.storage = None
-        await self.runner.on_device(self.runner.device.begin, most_seqs(config.cluster))
+        await self.runner.on_device(self.runner.device.begin, most_seqs(config.cluster), most_tokens(config.cluster))
         self.config, self.checked = config, 0
         self._make_core()
         self._make_links()
