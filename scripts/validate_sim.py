@@ -135,13 +135,10 @@ class Engine:
 def scaled(profile: Profile, watches: list[Watch]) -> Profile:
     """The profile with the steps of loaded workers: decodes by their median ratio to it, prompts by that of those that
     are about as long: beside a neighbour that reads memory a short one, which reads as many weights, loses more."""
-    decodes, prompts = list[float](), list[tuple[int, float]]()
-    for watch in watches:
-        for step in watch.steps:
-            if step.prefill_tokens and not step.decode_tokens:
-                prompts.append((step.prefill_tokens, step.seconds / predicted(profile, step)))
-            elif step.decode_tokens and not step.prefill_tokens:
-                decodes.append(step.seconds / predicted(profile, step))
+    steps = [step for watch in watches for step in watch.steps if step.prefill_tokens or step.decode_tokens]
+    ratios = [(step, step.seconds / predicted(profile, step)) for step in steps]
+    prompts = [(step.prefill_tokens + step.decode_tokens, ratio) for step, ratio in ratios if step.prefill_tokens]
+    decodes = [ratio for step, ratio in ratios if not step.prefill_tokens]
     decode, most, table = statistics.median(decodes or [1.0]), profile.decode_attention.rows[-1], profile.linear
     near = grouped((round(2 * math.log2(tokens)), (tokens, ratio)) for tokens, ratio in prompts).values()
     known = sorted(tuple(map(statistics.median, zip(*some, strict=True))) for some in near if len(some) >= LEAST)
@@ -161,18 +158,16 @@ def scaled(profile: Profile, watches: list[Watch]) -> Profile:
         head=Curve(profile.head.points, [s * decode for s in profile.head.seconds]),
         decode_attention=by(profile.decode_attention, decode),
     )
-    left = [
-        step.seconds / predicted(fitted, step)
-        for watch in watches for step in watch.steps if step.prefill_tokens or step.decode_tokens
-    ]  # fmt: skip
-    return replace(fitted, residuals=random.Random(0).sample(left, min(KEPT, len(left))))
+    left = grouped((bool(step.prefill_tokens), step.seconds / predicted(fitted, step)) for step in steps)
+    some = {kind: random.Random(0).sample(ratios, min(KEPT, len(ratios))) for kind, ratios in left.items()}
+    return replace(fitted, residuals=some.get(False, []), prompt_residuals=some.get(True, []))
 
 
 def predicted(profile: Profile, step: StepOutput) -> float:
-    """Of a step as its worker tells of it, its prompts taken for one that begins."""
+    """Of a step as its worker tells of it, its prompts taken for one that begins; as many end as there are tokens."""
     prompts = [(0, step.prefill_tokens)] if step.prefill_tokens else []
-    context = max(0, step.context_tokens - step.prefill_tokens)
-    return profile.step_seconds(prompts, step.decode_tokens, context) - profile.constant
+    context, last = max(0, step.context_tokens - step.prefill_tokens), len(step.tokens) - step.decode_tokens
+    return profile.step_seconds(prompts, step.decode_tokens, context, last) - profile.constant
 
 
 def by(grid: Grid, factor: float) -> Grid:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import random
+import statistics
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from msgspec.structs import replace
 
-from minidisagg.bench.profiler import CHUNK, Decode, Prompt, error_table, errors, fit, grouped
+from minidisagg.bench.profiler import CHUNK, SHORT, Decode, Prompt, error_table, errors, fit, grouped
 from minidisagg.cli import cli
+from minidisagg.core.messages import Role
+from minidisagg.core.plan import PlanItem, StepPlan
+from minidisagg.core.spec import EngineSpec
+from minidisagg.interconnect import Interconnect
+from minidisagg.sim.machines import MachineCosts
 from minidisagg.sim.profile import Curve, Grid, Profile, load_profile
 from minidisagg.sim.simulate import simulate
 from minidisagg.workload.lengths import random_items
@@ -50,7 +56,8 @@ def test_a_known_machine_is_found_again() -> None:
     for past, new in ((0, 100), (0, 1024), (512, CHUNK), (900, 100)):
         truth = OVERHEAD + FIXED + TOKEN * new + PAIR * new * (past + new / 2)
         assert profile.step_seconds([(past, new)], 0, 0) == pytest.approx(truth, rel=0.1), (past, new)
-    assert 0.98 < sorted(profile.residuals)[len(profile.residuals) // 2] < 1.02 and max(profile.residuals) > 1.8
+    for residuals in profile.residuals, profile.prompt_residuals:
+        assert 0.98 < statistics.median(residuals) < 1.02 and max(residuals) > 1.8
     assert error_table(profile, decodes, prompts).row_count == len(grouped(errors(profile, decodes, prompts)))
 
 
@@ -58,8 +65,10 @@ def test_a_prompts_last_chunk_alone_has_the_head() -> None:
     head, (decodes, prompts) = 9e-3, steps(0.001)
     pieces = [one._replace(last=False) for one in prompts if one.past]
     whole = [one._replace(seconds=one.seconds + head) for one in prompts if not one.past]
-    profile = fit([one._replace(seconds=one.seconds + head) for one in decodes], [*pieces, *whole], ABOUT)
-    assert profile.head.at(1) == pytest.approx(head, rel=0.2) and profile.head_of_last
+    short = FIXED + TOKEN * SHORT + PAIR * SHORT * SHORT * 1.5
+    ends = [Prompt(SHORT, SHORT, short + head * last, last) for last in (False, True) for _ in range(5)]
+    profile = fit([one._replace(seconds=one.seconds + head) for one in decodes], [*pieces, *whole, *ends], ABOUT)
+    assert profile.head.at(1) == pytest.approx(head, rel=0.01) and profile.head_of_last
     for past in (0, 512):
         truth = OVERHEAD + FIXED + TOKEN * CHUNK + PAIR * CHUNK * (past + CHUNK / 2)
         assert profile.step_seconds([(past, CHUNK)], 0, 0, 0) == pytest.approx(truth, rel=0.01)
@@ -67,6 +76,17 @@ def test_a_prompts_last_chunk_alone_has_the_head() -> None:
     assert profile.step_seconds((), 4, 4000) == pytest.approx(
         OVERHEAD + FIXED + TOKEN * 4 + READ * 4000 + head, rel=0.05
     )
+
+
+def test_steps_scatter_as_their_kind_did() -> None:
+    profile = replace(fit(*steps(0.0), ABOUT), residuals=[1.5], prompt_residuals=[3.0])
+    spec = EngineSpec("w", 1, Role.BOTH, 9, 16, 1, "sim")
+    decode, prompt = PlanItem("a", 0, 40, 1, [], [0], True, 0), PlanItem("b", 0, 0, 64, [], [1], True, 0)
+    alone = profile.step_seconds((), 1, 41), profile.step_seconds([(0, 64)], 1, 41)
+    for spread, ratios in ((True, (1.5, 3.0)), (False, (1.0, 1.0))):
+        costs = MachineCosts({"w": profile}, Interconnect(1e9, 0.0), spread=spread)
+        found = [costs.steps(spec, StepPlan(0, items, [], [])) for items in ([decode], [decode, prompt])]
+        assert found == [[pytest.approx(seconds * ratio)] for seconds, ratio in zip(alone, ratios, strict=True)]
 
 
 def test_many_sequences_that_were_seen_at_one_length_only_get_no_slope_from_it() -> None:
@@ -113,7 +133,8 @@ def test_the_engine_is_measured_and_simulated(tmp_path: Path) -> None:
     said = " ".join(done.output.split())
     assert "decode 1 sequences" in said and "chunk after 256 tokens" in said and f"--cluster both=1@{path}" in said
     profile = load_profile(str(path), "dummy:tiny", "float32")
-    assert profile.num_layers == 2 and len(profile.residuals) > 50 and profile.constant >= 0.0
+    assert profile.num_layers == 2 and len(profile.residuals) > 50 < len(profile.prompt_residuals)
+    assert profile.constant >= 0.0 and "64 tokens 24 " in said  # pieces of 64 tokens, half of them the last ones
     assert replace(profile, residuals=[]).pages(128) * 128 * profile.kv_bytes_per_token == 512 << 20
     result = simulate("fcfs", random_items(10, 100, 10), _cluster(str(path)))
     assert all(len(request.token_times) == 10 for request in result.run.requests)

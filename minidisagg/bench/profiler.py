@@ -11,6 +11,7 @@ ratios to it go into the profile, so that a simulation's steps scatter as the ma
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import random
 import statistics
@@ -35,7 +36,7 @@ from minidisagg.measure.machine import machine
 from minidisagg.model.loader import load_config
 from minidisagg.model.pull import ensure
 from minidisagg.runtime.frontend import Frontend
-from minidisagg.sim.profile import Curve, Grid, Profile, interpolate
+from minidisagg.sim.profile import Curve, Grid, Profile
 
 SEQS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CONTEXTS = (64, 256, 1024, 4096)
@@ -43,6 +44,7 @@ PROMPTS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 CHUNK, CHUNKS = 128, 8  # least tokens of a chunk, and how many of one prompt
 STEPS = 20  # decode steps of a point
 TRIES = 3  # of a prompt
+SHORT, ENDS = 64, 12  # tokens of a piece beside which the head is no trifle, and how many prompts end with one
 KEPT = 512  # ratios in the profile
 K = TypeVar("K")
 V = TypeVar("V")
@@ -150,6 +152,12 @@ class Profiler:
                 Prompt(s.context_tokens - s.prefill_tokens, s.prefill_tokens, s.seconds, s is steps[-1]) for s in steps
             ]
             found += chunks if number else []
+        if SHORT * 3 < longest:  # the same step of a prompt that ends with it and of one that goes on, in turns
+            self.frontend.set_policy(f"sarathi:chunk={SHORT}")
+            for _, pieces in itertools.product(range(1 + ENDS), (2, 3)):
+                step = (await self.steps([SHORT * pieces], 1))[1]
+                found.append(Prompt(SHORT, SHORT, step.seconds, pieces == 2))
+            del found[-2 * (1 + ENDS) : -2 * ENDS]
         self.frontend.set_policy("fcfs")
         self.progress.advance(bar)
         return found
@@ -163,7 +171,7 @@ def fit(decodes: Sequence[Decode], prompts: Sequence[Prompt], about: Profile) ->
     overhead = max(0.0, statistics.median(one.overhead for one in decodes))
     chunk = max((one.new for one in prompts if one.past), default=CHUNK)
     pieces = [(one.past, one.seconds) for one in prompts if one.new == chunk and not one.last]
-    offset, slope = line(pieces or [(one.past, one.seconds) for one in prompts if one.new == chunk])
+    _, slope = line(pieces or [(one.past, one.seconds) for one in prompts if one.new == chunk])
     whole = sorted(
         (n, statistics.median(s))
         for n, s in grouped((p.new, p.seconds) for p in prompts if not p.past and p.last).items()
@@ -181,11 +189,12 @@ def fit(decodes: Sequence[Decode], prompts: Sequence[Prompt], about: Profile) ->
             fewer = max(attention)
             attention[seqs] = attention[fewer] * seqs / fewer
         linear[seqs] = max(0.0, statistics.median(s - attention[seqs] * context for context, s in steps) - overhead)
-    # What a whole prompt takes more than as many tokens that more of their prompt follows, it takes for the head; with
-    # more rows that grows as a decode step does.
-    head = 0.0
-    if pieces and whole:
-        head = interpolate([new for new, _ in whole], [seconds for _, seconds in whole], chunk) - offset
+    # What a prompt's last piece takes more than one that another follows, it takes for the head; with more rows that
+    # grows as a decode step does.
+    ends, others = (
+        [one.seconds for one in prompts if one.past == one.new == SHORT and one.last is last] for last in (True, False)
+    )
+    head = statistics.median(ends) - statistics.median(others) if ends else 0.0
     least = linear[min(linear)]
     head = min(max(0.0, head), 0.9 * least)
     rows = {seqs: seconds * head / least if least else 0.0 for seqs, seconds in linear.items()}
@@ -211,9 +220,9 @@ def fit(decodes: Sequence[Decode], prompts: Sequence[Prompt], about: Profile) ->
             sorted(attention), [1, 1 << 16], [[attention[n], attention[n] * (1 << 16)] for n in sorted(attention)]
         ),
     )
-    ratios = [ratio for _, ratio in errors(fitted, decodes, prompts)]
-    kept = random.Random(0).sample(ratios, min(KEPT, len(ratios)))
-    return msgspec.structs.replace(fitted, residuals=[float(f"{ratio:.4g}") for ratio in kept])
+    kinds = grouped((kind == "decode", float(f"{ratio:.4g}")) for (kind, _), ratio in errors(fitted, decodes, prompts))
+    kept = {kind: random.Random(0).sample(some, min(KEPT, len(some))) for kind, some in kinds.items()}
+    return msgspec.structs.replace(fitted, residuals=kept[True], prompt_residuals=kept[False])
 
 
 def errors(

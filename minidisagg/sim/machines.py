@@ -78,11 +78,12 @@ class MachineCosts:
         self.message = MESSAGE
         self.wire = wire
         self.profiles = profiles
-        self._ratios: dict[str, Sequence[float]] = {}
+        self._ratios: dict[str, tuple[Sequence[float], Sequence[float]]] = {}  # of decode steps, and with a prompt
         for name, profile in profiles.items():
             rng = random.Random(f"{seed} {name}")
             if spread and profile.residuals:
-                self._ratios[name] = rng.choices(profile.residuals, k=SPREAD)
+                decodes, prompts = rng.choices(profile.residuals, k=SPREAD), profile.prompt_residuals
+                self._ratios[name] = decodes, rng.choices(prompts, k=SPREAD) if prompts else decodes
         self._sends: dict[str, float] = {}  # when a worker's card is free again
         self._receives: dict[str, float] = {}
 
@@ -101,9 +102,9 @@ class MachineCosts:
             seconds = [profile.step_seconds(prefill, seqs, context, last)]
         else:
             seconds = profile.decode_seconds(seqs, context, plan.repeat)
-        ratios = self._ratios.get(spec.name)
-        if ratios is None:
+        if spec.name not in self._ratios:
             return seconds
+        ratios = self._ratios[spec.name][bool(prefill)]
         return [one * ratios[(plan.step_id + n) % SPREAD] for n, one in enumerate(seconds)]
 
     def transfer(self, source: EngineSpec, dest: str, piece: Piece, now: float) -> tuple[float, float]:

@@ -86,6 +86,7 @@ class Profile(Key, frozen=True, kw_only=True, dict=True):
     decode_attention: Grid  # of all sequences, beyond launching it: [sequences][tokens in the cache of each]
     prefill_floor: float = 0.0  # least seconds of a step with a prompt, where launching its kernels takes longer
     residuals: list[float] = []  # measured step times over predicted ones
+    prompt_residuals: list[float] = []  # of steps with a prompt, where those are told apart: decodes scatter otherwise
     num_layers: int
     kv_bytes_per_token: int  # of all devices together, as are the weights
     weight_bytes: int
