@@ -87,9 +87,6 @@ class LossyFiles(Files):
     def make(self, directory: Path) -> None:
         pass
 
-    def remove(self, directory: Path) -> None:
-        self.names = {path: inode for path, inode in self.names.items() if path.parent != directory}
-
     def list(self, directory: Path) -> list[Entry]:
         return [Entry(p.name, len(f.data), f.used) for p, f in self.names.items() if p.parent == directory]
 
@@ -128,9 +125,9 @@ class LossyFiles(Files):
             self.unlinked.add(path.name)
             self.names.pop(path, None)
 
-    def touch(self, path: Path) -> None:
+    def touch(self, path: Path, used: int = 0) -> None:
         self.clock += 1
-        self._inode(path).used = self.clock
+        self._inode(path).used = used or self.clock
 
     def read(self, path: Path, buffers: Sequence[bytearray | memoryview]) -> int:
         data, first = self._inode(path).data, 0

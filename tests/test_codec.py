@@ -11,7 +11,7 @@ import torch
 
 from minidisagg.core.plan import Piece
 from minidisagg.transfer.codec import Int8Codec, RawCodec, Staging, head
-from minidisagg.transfer.rows import Block, Checksum, cache_rows, cut, run_views, runs
+from minidisagg.transfer.rows import SECTOR, Block, Checksum, cache_rows, cut, run_views, runs
 
 LAYERS, PAGES = 3, 10
 WHOLE = Block(slice(0, LAYERS), slice(0, 2), slice(0, PAGES))
@@ -149,6 +149,14 @@ def test_checksum_sees_bits_swaps_and_shifts() -> None:
         assert checksum(rows.index_select(dim, torch.tensor(order))) != good
     assert checksum(rows.view(-1).roll(1).view_as(rows)) != good
     assert checksum(torch.zeros_like(rows)) not in (0, good)
+
+
+def test_checksum_sees_sectors_that_have_changed_places_within_a_row() -> None:
+    rows = cache_rows(random_cache(tail=(2, 32, 64))).clone()
+    assert rows.shape[-1] == 32 * SECTOR
+    good, swapped = checksum(rows), rows.clone()
+    swapped[1, 0, 2, :SECTOR], swapped[1, 0, 2, -SECTOR:] = rows[1, 0, 2, -SECTOR:], rows[1, 0, 2, :SECTOR]
+    assert checksum(swapped) != good
 
 
 def test_checksum_does_not_depend_on_blocks_or_pages() -> None:

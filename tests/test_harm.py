@@ -10,13 +10,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 from cluster import (
     MODEL,
+    STORES_OF_TESTS,
     Load,
     all_up,
     assert_clean,
@@ -28,14 +32,18 @@ from cluster import (
     send_signal,
     settings,
 )
+from msgspec.structs import replace
 
 from minidisagg.config import ClusterSettings, Mode, RunSettings
 from minidisagg.core.router import Router
 from minidisagg.core.tracked import Emit
 from minidisagg.runtime.forkserver import Child, ForkServer
-from minidisagg.runtime.frontend import EngineError, Frontend
+from minidisagg.runtime.frontend import EngineError, Frontend, StartError
 from minidisagg.runtime.launch import Supervisor
-from minidisagg.runtime.rundir import make_run_dir
+from minidisagg.runtime.rundir import make_run_dir, own
+from minidisagg.store.files import Files
+from minidisagg.store.pool import Pool
+from minidisagg.store.spec import SHARED_MEMORY
 
 HOOKS = str(Path(__file__).parent / "hooks")
 PROMPTS = prompts(9, seed=4, shortest=12, longest=40)
@@ -337,6 +345,74 @@ def test_the_next_start_sweeps_what_a_killed_front_end_has_left() -> None:
     for directory, file in (first, lock), (second, other):
         shutil.rmtree(directory)
         os.close(file)
+
+
+def memory_of(frontend: Frontend) -> Path:
+    """Of its store."""
+    (memory,) = frontend.supervisor._memory
+    return memory
+
+
+def test_the_next_start_sweeps_the_memory_of_a_dead_engine_s_store_and_no_other() -> None:
+    left = Path(tempfile.mkdtemp(prefix=STORES_OF_TESTS, dir=SHARED_MEMORY))
+    child = os.fork()
+    if not child:
+        own(left)
+        (left / "a page").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert (left / "a page").exists()
+    made = replace(settings("colocated"), kv_store="local:DRAM=8M")
+
+    async def run() -> None:
+        async with cluster(made) as first:
+            assert not left.exists()  # noqa: ASYNC240
+            async with cluster(made) as second:
+                assert memory_of(first) != memory_of(second) and memory_of(first).exists(), "its owner lives"
+
+    asyncio.run(run())
+
+
+def test_who_does_not_wait_for_an_engine_s_end_leaves_no_memory_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Stuck(Files):
+        def fsync(self, path: Path) -> None:
+            begun.set()
+            go_on.wait(10)
+
+    monkeypatch.setattr("minidisagg.store.lifetime.Pool", partial(Pool, files=Stuck()))
+    made = replace(settings("colocated"), kv_store=f"local:DRAM=8M,SSD={tmp_path}:8M")
+
+    async def run() -> None:
+        frontend = await Frontend.start(MODEL, made, RunSettings())
+        await run_to_end(frontend, PROMPTS[:3], greedy(2))
+        memory = memory_of(frontend)
+        await until(lambda: len(os.listdir(memory)) > 3)
+        stopping = asyncio.create_task(frontend.stop())
+        await until(begun.is_set)
+        assert memory.exists()
+        stopping.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await stopping
+        assert not memory.exists()
+        go_on.set()
+        await frontend.stop()  # the rest
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("mode", ["colocated", "disagg"])
+def test_a_store_that_is_not_there_ends_the_start_in_one_line(mode: Mode) -> None:
+    made = replace(settings(mode), kv_store="mooncake:127.0.0.1:1")
+
+    async def run() -> None:
+        with pytest.raises(StartError, match=r"^\w+-0: Mooncake('s master at 127.0.0.1:1| cannot be used: ).*[^\n]$"):
+            await Frontend.start(MODEL, made, RunSettings())
+
+    asyncio.run(run())
 
 
 def test_a_worker_that_cannot_be_started_is_tried_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import ctypes
 import socket
 import subprocess
+import sys
 import time
+import types
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 from storepeer import LAYOUT, content, digest
@@ -18,6 +21,7 @@ from minidisagg.store.page import seal
 from minidisagg.store.pool import Put
 from minidisagg.store.spec import StoreSpec, parse_store
 
+T = TypeVar("T")
 LIBRARIES = {"libibverbs.so.1": "libibverbs1", "libnuma.so.1": "libnuma1", "libcurl.so.4": "libcurl4"}
 BYTES = 3 << 20  # of a page
 
@@ -80,20 +84,20 @@ def test_pages_go_through_mooncake_and_come_back(spec: StoreSpec) -> None:
     store, name, into = MooncakeStore(spec, LAYOUT), digest(1), memoryview(bytearray(BYTES))
     data = memoryview(content(name, BYTES))
     try:
-        assert not store.has(name) and not store.get(name, into)
-        assert store.put(name, [data[:1000], data[1000:]]) == Put(True) and store.has(name)
+        assert not store.touch(name) and not store.get(name, into)
+        assert store.put(name, [data[:1000], data[1000:]]) == Put(True) and store.touch(name)
         assert store.put(name, [data]) == Put(False)
         assert store.get(name, into) and into == data
         other = MooncakeStore(spec, "layers=4")
         try:
-            assert other.has(name)
-            assert not other.get(name, into) and not store.get(name, into[1:]) and store.has(name)
+            assert other.touch(name)
+            assert not other.get(name, into) and not store.get(name, into[1:]) and store.touch(name)
         finally:
             other.close()
         assert store.get(name, into) and (store.corrupt, other.corrupt) == (0, 0)
         head = seal(LAYOUT, digest(2), data)
         assert store._store.put_parts(digest(2).hex(), head, bytes(data[:-1]) + b"?") == 0
-        assert not store.get(digest(2), into) and store.corrupt == 1 and not store.has(digest(2))
+        assert not store.get(digest(2), into) and store.corrupt == 1 and not store.touch(digest(2))
         pages = {digest(number): content(digest(number), BYTES) for number in range(3, 60)}
         assert not all([store.put(name, [page]).written for name, page in pages.items()])  # they do not all fit
         found = [into.tobytes() == page for name, page in pages.items() if store.get(name, into)]
@@ -108,10 +112,84 @@ def test_another_worker_finds_a_page_without_a_metadata_server(spec: StoreSpec) 
     into = memoryview(bytearray(1000))
     try:
         assert one.put(name, [content(name, 1000)]).written
-        assert other.has(name) and other.get(name, into) and into == content(name, 1000)
+        assert other.touch(name) and other.get(name, into) and into == content(name, 1000)
     finally:
         one.close()
         other.close()
+
+
+class Library:
+    """In place of Mooncake's, whose calls answer, or raise, what a test wants."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.raises: Exception | None = None
+        self.status, self.seconds, self.now = 0, 0.0, 1000.0
+        self.pages: dict[str, bytes] = {}
+
+    def setup(self, *_: object) -> int:
+        return 0
+
+    def is_exist(self, name: str) -> int:
+        return self._call("is_exist", int(name in self.pages))
+
+    def get_buffer(self, name: str) -> bytes | None:
+        return self._call("get_buffer", self.pages.get(name))
+
+    def remove(self, name: str, force: bool) -> int:
+        return self._call("remove", 0)
+
+    def put_parts(self, name: str, *parts: bytes) -> int:
+        if not self._call("put_parts", self.status):
+            self.pages[name] = b"".join(parts)
+        return self.status
+
+    def _call(self, what: str, answer: T) -> T:
+        self.calls.append(what)
+        self.now += self.seconds
+        if self.raises is not None:
+            raise self.raises
+        return answer
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> Library:
+    made = Library()
+    module = types.ModuleType("mooncake.store")
+    module.MooncakeDistributedStore = lambda: made  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "mooncake.store", module)
+    monkeypatch.setitem(sys.modules, "mooncake", types.ModuleType("mooncake"))
+    monkeypatch.setattr("minidisagg.store.mooncake._own_address", lambda host, port: "127.0.0.1")
+    monkeypatch.setattr("minidisagg.store.mooncake.time.monotonic", lambda: made.now)
+    return made
+
+
+def test_what_the_library_raises_is_a_miss_or_not_written(library: Library) -> None:
+    store, into = MooncakeStore(parse_store("mooncake:h:1"), LAYOUT), memoryview(bytearray(1000))
+    page, name = content(digest(1), 1000), digest(1)
+    assert store.put(name, [page]) == Put(True) and store.get(name, into) and into == page and store.touch(name)
+    library.pages[digest(2).hex()] = b"shorter than a head"
+    assert not store.get(digest(2), into) and store.corrupt == 1
+    library.pages[digest(3).hex()] = bytes(2000)
+    library.raises = RuntimeError("the master is gone")
+    assert not store.get(name, into) and not store.touch(name)
+    assert store.put(digest(4), [page]) == Put(False)
+    assert store.failing == "store: Mooncake takes no page for now: its error the master is gone"
+    library.raises = None
+    assert store.put(digest(4), [page]) == Put(True) and not store.failing
+
+
+def test_a_write_that_fails_is_not_tried_again_with_each_page(library: Library) -> None:
+    store, page = MooncakeStore(parse_store("mooncake:h:1"), LAYOUT), content(digest(1), 1000)
+    library.status, library.seconds = -1, 3.0
+    assert store.put(digest(0), [page]) == Put(False)
+    library.calls.clear()
+    for number in range(1, 50):
+        assert not store.touch(digest(number)) and store.put(digest(number), [page]) == Put(False)
+    assert not library.calls and store.failing == "store: Mooncake takes no page for now: its error -1"
+    library.now += 61.0
+    library.status = 0
+    assert store.put(digest(1), [page]) == Put(True) and not store.failing
 
 
 def test_a_master_that_is_not_there_is_said_in_one_line() -> None:

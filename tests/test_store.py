@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import fcntl
 import logging
 import os
 import random
 import re
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 from lossy import LossyFiles, Stop
 from storepeer import BYTES, FILE, LAYOUT, Peer, content, digest, obey, raise_writers, right
@@ -22,9 +28,11 @@ from storepeer import BYTES, FILE, LAYOUT, Peer, content, digest, obey, raise_wr
 from minidisagg.core.messages import StoreStats
 from minidisagg.runtime.operations import Operations
 from minidisagg.store import files as files_module
+from minidisagg.store import lifetime
 from minidisagg.store import spec as spec_module
 from minidisagg.store import tier as tier_module
 from minidisagg.store.background import Background, Loaded, Saved
+from minidisagg.store.files import Files
 from minidisagg.store.page import ROW, checksum
 from minidisagg.store.pool import Pool, Put
 from minidisagg.store.spec import StoreSpec, TierSpec, parse_store
@@ -154,6 +162,12 @@ def swap_rows(data: bytearray) -> None:
     data[one], data[other] = data[other], data[one]
 
 
+def swap_sectors(data: bytearray) -> None:
+    first = len(data) - BYTES
+    one, other = slice(first + 512, first + 1024), slice(first + 2048, first + 2560)
+    data[one], data[other] = data[other], data[one]
+
+
 def cut_off(data: bytearray) -> None:
     del data[-1:]
 
@@ -179,7 +193,8 @@ def all_zero(data: bytearray) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [damage_bit, swap_rows, cut_off, cut_off_head, lengthen, other_version, other_digest, all_zero]
+    "damage",
+    [damage_bit, swap_rows, swap_sectors, cut_off, cut_off_head, lengthen, other_version, other_digest, all_zero],
 )
 def test_a_damaged_page_is_a_miss_and_goes(damage: Callable[[bytearray], None], tmp_path: Path) -> None:
     tiers, name = on_disk(tmp_path, 0, 3), digest(1)
@@ -218,11 +233,28 @@ def test_any_changed_byte_changes_the_checksum() -> None:
     for size in (1, 7, ROW - 1, ROW, ROW + 1, 3 * ROW + 5):
         data = bytearray(random.Random(size).randbytes(size))
         total = checksum(bytes(data))
-        assert checksum(memoryview(data)) == total and checksum(bytes(size)) == 0
+        assert checksum(memoryview(data)) == total
         for place in random.Random(size).sample(range(size), min(size, 50)):
             data[place] ^= 1 << place % 8
             assert checksum(memoryview(data)) != total
             data[place] ^= 1 << place % 8
+
+
+@pytest.mark.parametrize("length", [1, 64, 128], ids=["words", "sectors", "KiB"])
+def test_what_has_changed_places_changes_the_checksum(length: int) -> None:
+    """Within a row of the sums, or across rows; and where all words differ in their last bit only."""
+    dice, size = np.random.default_rng(length), 3 * ROW // 8
+    for _ in range(300):
+        words = dice.integers(1 << 63, size=size, dtype=np.uint64)
+        first, second = dice.choice(size // length, 2, replace=False) * length
+        if dice.random() < 0.5:  # in one row
+            second = first // 512 * 512 + second % 512
+        one, other = slice(first, first + length), slice(second, second + length)
+        if dice.random() < 0.5:
+            words[other] = words[one] ^ np.uint64(1 << 63)
+        swapped = words.copy()
+        swapped[one], swapped[other] = words[other], words[one]
+        assert first == second or checksum(swapped.tobytes()) != checksum(words.tobytes())
 
 
 # ---------------------------------------------------------------- errors
@@ -260,6 +292,38 @@ def test_a_directory_that_cannot_be_made_is_a_store_without_pages(tmp_path: Path
     assert pool.put(digest(1), [content(digest(1))]) == Put(False)
     assert not pool.has(digest(1)) and not right(pool, digest(1))
     assert pool.failing.endswith(os.strerror(errno.EEXIST))
+
+
+def test_a_directory_that_becomes_a_file_is_a_miss(tmp_path: Path) -> None:
+    """`stat` says ENOTDIR then, and no load ends the thread that promotes what it has found."""
+    pool, name = Pool(on_disk(tmp_path, 1, 3), LAYOUT), digest(1)
+    for number in (1, 2):
+        pool.put(digest(number), [content(digest(number))])
+    into = memoryview(bytearray(BYTES))
+    assert pool.get(name, into)  # from the disk
+    shutil.rmtree(tmp_path / "dram")
+    (tmp_path / "dram").touch()
+    assert pool.promote() and pool.failing.endswith(os.strerror(errno.EEXIST))
+    assert right(pool, name) and not right(pool, digest(2))
+    shutil.rmtree(tmp_path / "ssd")
+    (tmp_path / "ssd").touch()
+    assert not right(pool, name) and pool.tiers[1].load(name.hex()) is None
+
+
+def test_a_dead_writer_with_this_process_s_number_is_in_nobody_s_way(tmp_path: Path) -> None:
+    """As in containers, where the next process may well have it."""
+    code = """
+import os, sys
+from pathlib import Path
+from storepeer import LAYOUT, content, digest
+from minidisagg.store.pool import Pool
+from minidisagg.store.spec import TierSpec
+name = digest(1)
+Path(sys.argv[1], f"{name.hex()}.{os.getpid()}-0.tmp").touch()
+assert Pool([TierSpec(sys.argv[1], 1 << 20, True)], LAYOUT).put(name, [content(name)]).written
+"""
+    path = os.pathsep.join(sys.path)
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=os.environ | {"PYTHONPATH": path})
 
 
 def test_an_owner_of_the_lock_that_stands_still_is_not_waited_for(
@@ -338,10 +402,79 @@ def test_pages_are_there_after_a_restart_and_memory_goes_at_the_end(tmp_path: Pa
     pool = Pool(tiers, LAYOUT)
     assert all(pool.has(digest(number)) for number in range(4)) and not pool.has(digest(4))
     assert pool.put(digest(4), [content(digest(4))]) == Put(True, (digest(0),))  # what was there counts
-    pool.remove()
-    pool.remove()
-    assert [path.name for path in tmp_path.iterdir()] == ["ssd"]
+    pool.sink()
+    shutil.rmtree(tmp_path / "dram")
+    pool.sink()
     assert [right(Pool(tiers, LAYOUT), digest(number)) for number in range(5)] == [False] * 3 + [True] * 2
+
+
+def test_what_was_used_last_reaches_the_disk_first_and_is_the_last_to_leave_it() -> None:
+    files = LossyFiles(1, DRAM)
+    pool, everything = small(files, 6, 3), range(7)
+    for number in everything:
+        put(pool, number)
+    assert right(pool, digest(2), SMALL) and held(pool, everything, 1) == [0]
+    pool.sink(time.monotonic() - 1)
+    assert held(pool, everything, 1) == [0]  # no time
+    pool.sink()
+    assert held(pool, everything, 1) == [2, 5, 6]  # no more room
+    pool = small(files, 0, 3)
+    gone = [one for number in (7, 8, 9) for one in put(pool, number).evicted]
+    assert gone == [digest(number) for number in (5, 6, 2)]
+
+
+class SlowDisk(Files):
+    """Each page takes a while."""
+
+    def fsync(self, path: Path) -> None:
+        time.sleep(0.05)
+
+
+def test_at_its_end_an_engine_waits_so_long_for_its_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiers = on_disk(tmp_path, 20, 20)
+    for number in range(20):
+        Pool(tiers, LAYOUT).put(digest(number), [content(digest(number))])
+    monkeypatch.setattr(lifetime, "Pool", partial(Pool, files=SlowDisk()))
+    monkeypatch.setattr(lifetime, "SINK", 0.5)
+
+    async def run() -> int:
+        ending, turns = asyncio.create_task(lifetime.sink_store(tiers)), 0
+        while not ending.done():
+            await asyncio.sleep(0.01)
+            turns += 1
+        return turns
+
+    began = time.monotonic()
+    assert asyncio.run(run()) > 10  # the loop goes on
+    assert time.monotonic() - began < 1.0
+    assert 2 < len(held(Pool(tiers, LAYOUT), range(20), 1)) < 10
+    monkeypatch.setattr(asyncio, "to_thread", raise_shut_down)
+    asyncio.run(lifetime.sink_store(tiers))
+    assert len(held(Pool(tiers, LAYOUT), range(20), 1)) > 6
+
+
+def test_a_disk_that_does_not_answer_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiers, go_on = on_disk(tmp_path, 2, 2), threading.Event()
+
+    class Stuck(Files):
+        def fsync(self, path: Path) -> None:
+            go_on.wait(10)
+
+    Pool(tiers, LAYOUT).put(digest(1), [content(digest(1))])
+    monkeypatch.setattr(lifetime, "Pool", partial(Pool, files=Stuck()))
+    monkeypatch.setattr(lifetime, "SINK", 0.2)
+
+    async def run() -> float:
+        began = time.monotonic()
+        await lifetime.sink_store(tiers)
+        go_on.set()
+        return time.monotonic() - began
+
+    assert asyncio.run(run()) < 5.0
+
+
+def raise_shut_down(*_: object) -> None:
+    raise RuntimeError("cannot schedule new futures after shutdown")
 
 
 def test_the_order_of_use_is_known_to_less_than_a_tick_of_the_kernel(tmp_path: Path) -> None:
@@ -409,7 +542,7 @@ class Slow:
         self.corrupt, self.failing, self.asked = 0, "", list[str]()
         self.go, self.promotions = threading.Semaphore(0), 0
 
-    def has(self, digest: bytes) -> bool:
+    def touch(self, digest: bytes) -> bool:
         return False
 
     def get(self, digest: bytes, into: memoryview) -> bool:
@@ -501,6 +634,16 @@ def test_a_pool_in_the_background(tmp_path: Path) -> None:
     assert collect(background, woken, 1) == [Loaded(8, 0)] and background.counters.corrupt == 1
     assert background.counters.bytes_written == BYTES
     assert background.counters.read_seconds > 0 and background.counters.write_seconds > 0
+    background.close()
+
+
+def test_a_page_that_is_saved_again_counts_as_used(tmp_path: Path) -> None:
+    woken, pool = threading.Semaphore(0), Pool(on_disk(tmp_path, 2, 0), LAYOUT)
+    background = Background(pool, woken.release, BYTES, 4)
+    for number in (1, 2, 1, 3):
+        assert background.save(digest(number), memoryview(content(digest(number))).toreadonly)
+    done = collect(background, woken, 4)
+    assert done[2:] == [Saved(digest(1), Put(False), True), Saved(digest(3), Put(True, (digest(2),)), True)]
     background.close()
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -22,7 +24,9 @@ from minidisagg.core.plan import SeqKey
 from minidisagg.model.loader import load_config
 from minidisagg.runtime.blackbox import read_notes
 from minidisagg.runtime.forkserver import Child, ForkServer, fork_server
-from minidisagg.store.lifetime import end_store
+from minidisagg.runtime.rundir import own, sweep
+from minidisagg.store.lifetime import sink_store, tiers_of
+from minidisagg.store.spec import MEMORY, SHARED_MEMORY
 
 # Weights on huge pages: a decode step streams all of them. What a step frees stays in the process, since the next step
 # would fault it in again, zeroed: together 1.5 times the throughput of 16 sequences on two cores. One arena, since a
@@ -80,6 +84,9 @@ class Supervisor:
         self._wanted: set[tuple[str, int]] = set()  # deaths that an operator asked for
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = False
+        self._tiers = tiers_of(cluster.kv_store, str(run_dir))  # one store is all workers'
+        self._memory = [Path(tier.directory) for tier in self._tiers if not tier.durable]
+        self._owners: list[int] = []  # of that
 
     @property
     def names(self) -> list[str]:
@@ -88,6 +95,11 @@ class Supervisor:
 
     async def start(self) -> None:
         """Start every worker; they report to the front end by themselves."""
+        sweep(SHARED_MEMORY, MEMORY)
+        with suppress(OSError):  # the workers say what is wrong with it
+            for memory in self._memory:
+                memory.mkdir(0o700, exist_ok=True)
+                self._owners.append(own(memory))
         for name in self._configs:
             await self._start(name)
 
@@ -125,16 +137,26 @@ class Supervisor:
             elif process.returncode is None:
                 process.send_signal(signal.SIGCONT)  # a stopped one would not even notice
         waiting = [asyncio.ensure_future(process.wait()) for process in alive]
-        if waiting:
-            _, late = await asyncio.wait(waiting, timeout=STOP_GRACE)
-            if late:
-                for process in alive:
-                    if process.returncode is None:
-                        process.kill()
-                await asyncio.wait(waiting)
-        self._release()
-        for config in list(self._configs.values())[:1]:  # one store is all workers'
-            end_store(config.cluster.kv_store, config.run_dir)
+
+        def kill() -> None:
+            for process in alive:
+                if process.returncode is None:
+                    process.kill()
+
+        try:
+            if waiting:
+                _, late = await asyncio.wait(waiting, timeout=STOP_GRACE)
+                if late:
+                    kill()
+                    await asyncio.wait(waiting)
+            self._release()
+            await sink_store(self._tiers)
+        finally:  # who does not wait leaves no memory behind either
+            kill()
+            for memory in self._memory:
+                shutil.rmtree(memory, True)
+            while self._owners:
+                os.close(self._owners.pop())
 
     async def _start(self, name: str) -> None:
         config = msgspec.structs.replace(self._configs[name], epoch=self._configs[name].epoch + 1)

@@ -1,4 +1,4 @@
-"""The directory of a front end's sockets, logs and notes, and who owns it."""
+"""The directory of a front end's sockets, logs and notes, and who owns it, or another one of a front end's."""
 
 from __future__ import annotations
 
@@ -18,14 +18,24 @@ def make_run_dir() -> tuple[Path, int]:
     The path of a Unix socket has 107 bytes at most, so that a long $TMPDIR will not do.
     """
     parent = tempfile.gettempdir() if len(tempfile.gettempdir()) <= 50 else "/tmp"
-    for lock in Path(parent).glob(f"{RUN_DIR}*/{OWNER}"):
+    sweep(Path(parent), RUN_DIR)
+    made = Path(tempfile.mkdtemp(prefix=RUN_DIR, dir=parent))
+    return made, own(made)
+
+
+def sweep(parent: Path, prefix: str) -> None:
+    """Remove the directories of such names whose owner is dead."""
+    for lock in parent.glob(f"{prefix}*/{OWNER}"):
         with contextlib.suppress(OSError):  # it lives, or is another user's
             os.close(_lock(lock))
             shutil.rmtree(lock.parent, True)
-    made = Path(tempfile.mkdtemp(prefix=RUN_DIR, dir=parent))
-    owner = _lock(made / f"{OWNER}.new")
-    (made / f"{OWNER}.new").rename(made / OWNER)  # locked before anybody can find it
-    return made, owner
+
+
+def own(directory: Path) -> int:
+    """The lock that shows that the directory's owner lives. Raises `OSError`."""
+    owner = _lock(directory / f"{OWNER}.new")
+    (directory / f"{OWNER}.new").rename(directory / OWNER)  # locked before anybody can find it
+    return owner
 
 
 def _lock(path: Path) -> int:

@@ -72,7 +72,6 @@ from minidisagg.runtime.runner import Runner
 from minidisagg.runtime.specs import engine_spec
 from minidisagg.runtime.storage import Storage
 from minidisagg.store.lifetime import store_of
-from minidisagg.transfer.codec import codecs_for
 from minidisagg.transfer.emulate import make_nic
 from minidisagg.transfer.links import LinkHost
 
@@ -115,6 +114,7 @@ class Worker:
             model_config = load_config(config.model.model)
             await self.runner.load(model_config, self._say_starting)
             hello = self.hello = await self.runner.on_device(self._prepare, model_config)
+            self._make_links()
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
             self._send(ROUTER, Fatal(reason, config.name, config.epoch))
@@ -147,7 +147,6 @@ class Worker:
             bandwidth, flops = measure_ceilings(model.dtype, device=model.device)
         self.link_kind = kind
         self._make_core()
-        self.loop.call_soon_threadsafe(self._make_links)
         limit = max_model_len(config, model_config, cache)
         return Hello(
             config.role,
@@ -188,8 +187,7 @@ class Worker:
     def _make_links(self) -> None:
         config, cache = self.config, self.runner.device.cache
         run_dir, timeout = Path(config.run_dir), config.run.link_timeout
-        checked = config.cluster.gpu_checksums
-        codecs = tuple(codecs_for(cache.data))
+        checked, codecs = config.cluster.gpu_checksums, self.core.spec.codecs
         host = LinkHost(self.link_kind, cache.data, cache.fd, run_dir, timeout, self.nic, checked, codecs)
         clock = self.now if config.run.trace else None
         hooks = LinkHooks(self._carry_out, self._on_news, self._on_failure, clock)

@@ -22,8 +22,8 @@ class Store(Protocol):
         """Why nothing is written for now; empty where it is."""
         ...
 
-    def has(self, digest: bytes) -> bool:
-        """From any thread."""
+    def touch(self, digest: bytes) -> bool:
+        """Whether it is there; it counts as used then."""
         ...
 
     def get(self, digest: bytes, into: memoryview) -> bool:
@@ -155,7 +155,7 @@ class Background:
 
     def _save(self, digest: bytes, read: Read) -> Saved:
         counters, began = self.counters, time.monotonic()
-        there = self._store.has(digest)
+        there = self._store.touch(digest)
         put = Put(False) if there else self._store.put(digest, [read()])
         counters.bytes_written += len(self._buffer) if put.written else 0
         counters.evictions += len(put.evicted)

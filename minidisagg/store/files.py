@@ -1,13 +1,12 @@
 """All that the store does to files, so that tests can put something in its place that forgets and fails.
 
-Everything raises `OSError`.
+Everything but `stat` raises `OSError`.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -55,20 +54,16 @@ class Files:
         """It is there afterwards; what people asked goes into it, so nobody else may look."""
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
-    def remove(self, directory: Path) -> None:
-        """With all that is in it."""
-        shutil.rmtree(directory)
-
     def list(self, directory: Path) -> list[Entry]:
         """In no order."""
         found = (self.stat(directory / name) for name in os.listdir(directory))
         return [entry for entry in found if entry]
 
     def stat(self, path: Path) -> Entry | None:
-        """None where there is none."""
+        """None where there is none that can be had."""
         try:
             status = os.stat(path)
-        except FileNotFoundError:
+        except OSError:
             return None
         return Entry(path.name, status.st_size, status.st_mtime_ns)
 
@@ -95,10 +90,10 @@ class Files:
         """It is gone afterwards; whoever is reading it reads on."""
         path.unlink(missing_ok=True)
 
-    def touch(self, path: Path) -> None:
-        """It was used now, to the nanosecond: the kernel's own time stamps are some milliseconds coarse."""
-        now = time.time_ns()
-        os.utime(path, ns=(now, now))
+    def touch(self, path: Path, used: int = 0) -> None:
+        """It was used then, or now, to the nanosecond: the kernel's own time stamps are some milliseconds coarse."""
+        used = used or time.time_ns()
+        os.utime(path, ns=(used, used))
 
     def read(self, path: Path, buffers: Sequence[bytearray | memoryview]) -> int:
         """Fill the buffers, one after another, from the beginning on; returns the file's size."""

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+
 from msgspec.structs import replace
 
 from minidisagg.store.pool import Pool
-from minidisagg.store.spec import StoreSpec, parse_store
+from minidisagg.store.spec import StoreSpec, TierSpec, parse_store
+
+SINK = 10.0  # seconds at an engine's end for what is only in memory; what is not on the disk by then is computed again
+logger = logging.getLogger("minidisagg")
 
 
 def store_of(text: str, run_dir: str) -> StoreSpec:
@@ -13,7 +22,21 @@ def store_of(text: str, run_dir: str) -> StoreSpec:
     return replace(parse_store(text), engine=run_dir)
 
 
-def end_store(text: str, run_dir: str) -> None:
-    """When no worker is left: memory is given back. `text` may be empty."""
-    if text and not (spec := store_of(text, run_dir)).mooncake:
-        Pool(spec.tiers(), "").remove()
+def tiers_of(text: str, run_dir: str) -> list[TierSpec]:
+    """The same; none where `text` is empty."""
+    return store_of(text, run_dir).tiers() if text else []
+
+
+async def sink_store(tiers: Sequence[TierSpec]) -> None:
+    """When no worker is left: what is only in memory goes to the disk, if there is one."""
+
+    def sink() -> None:
+        Pool(tiers, "").sink(time.monotonic() + SINK)
+
+    if len(tiers) > 1:
+        logger.info("store: what is only in memory goes to the disk, for %g s at most", SINK)
+        try:
+            with suppress(TimeoutError):  # the disk may not answer at all
+                await asyncio.wait_for(asyncio.to_thread(sink), 1.1 * SINK)
+        except RuntimeError:  # at the interpreter's exit there are no threads to be had
+            sink()

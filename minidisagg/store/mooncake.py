@@ -9,18 +9,22 @@ Its pages carry the same head, so a wrong byte on the way is a miss here too. Ev
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 from minidisagg.store.page import HEAD_BYTES, Verdict, judge, seal
 from minidisagg.store.pool import Put
 from minidisagg.store.spec import StoreSpec
 
 LOCAL_BUFFER = 128 << 20  # bytes for what is on its way: some pages
+PAUSE = 10.0  # times as long as a write that fails took, none is tried: with a dead master each takes seconds
 PEER_TO_PEER = "P2PHANDSHAKE"  # what Mooncake calls a cluster without a metadata server
 
 
 class MooncakeStore:
-    """Over TCP. Raises `ValueError` in one line where it is not installed, or its master does not answer."""
+    """Over TCP. Raises `ValueError` in one line where it is not installed, or its master does not answer. Whatever its
+    library raises later is a miss, or a page that is not written."""
 
     def __init__(self, spec: StoreSpec, layout: str) -> None:
         try:
@@ -36,19 +40,24 @@ class MooncakeStore:
         except OSError as error:
             raise ValueError(f"Mooncake's master at {spec.mooncake} does not answer: {error}") from None
         self.layout, self.corrupt, self.failing = layout, 0, ""
+        self._resumes = 0.0  # nothing is written before (`time.monotonic()`)
         self._store = MooncakeDistributedStore()
         metadata = spec.metadata or PEER_TO_PEER
         status = self._store.setup(own, metadata, spec.dram, LOCAL_BUFFER, "tcp", "", spec.mooncake)  # "": no RDMA
         if status:
             raise ValueError(f"Mooncake at {spec.mooncake} cannot be set up: its error {status}")
 
-    def has(self, digest: bytes) -> bool:
-        """Whether a `get` may find it."""
-        return bool(self._store.is_exist(digest.hex()) == 1)
+    def touch(self, digest: bytes) -> bool:
+        """As `Pool.touch`; while nothing is written, nobody is asked."""
+        with suppress(Exception):
+            return time.monotonic() >= self._resumes and bool(self._store.is_exist(digest.hex()) == 1)
+        return False
 
     def get(self, digest: bytes, into: memoryview) -> bool:
         """As `Pool.get`."""
-        found = self._store.get_buffer(digest.hex())
+        found = None
+        with suppress(Exception):
+            found = self._store.get_buffer(digest.hex())
         if found is None:
             return False
         data, into = memoryview(found).cast("B"), into.cast("B")
@@ -59,18 +68,25 @@ class MooncakeStore:
             return True
         if verdict is Verdict.BAD:
             self.corrupt += 1
-            self._store.remove(digest.hex(), True)
+            with suppress(Exception):
+                self._store.remove(digest.hex(), True)
         return False
 
     def put(self, digest: bytes, parts: Sequence[bytes | memoryview]) -> Put:
         """As `Pool.put`; what its master evicts is not told."""
-        if self.has(digest):
+        began = time.monotonic()
+        if began < self._resumes or self.touch(digest):
             return Put(False)
         payload = parts[0] if len(parts) == 1 else b"".join(parts)
         head = seal(self.layout, digest, payload)
-        status = self._store.put_parts(digest.hex(), head, payload)
-        self.failing = f"store: Mooncake takes no page for now: its error {status}" if status else ""
-        return Put(status == 0)
+        try:
+            error = self._store.put_parts(digest.hex(), head, payload)
+        except Exception as raised:
+            error = raised
+        self.failing = f"store: Mooncake takes no page for now: its error {error}" if error else ""
+        if error:
+            self._resumes = time.monotonic() + PAUSE * (time.monotonic() - began)
+        return Put(not error)
 
     def promote(self) -> bool:
         """There is one tier."""

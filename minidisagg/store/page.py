@@ -12,12 +12,11 @@ from enum import Enum, auto
 
 import numpy as np
 
-STORE_VERSION = 1
+STORE_VERSION = 2
 MAGIC = b"minikv\r\n"
-ROW = 4096  # bytes with one weight: what file systems write, or lose, as a whole
+ROW = 4096  # bytes: what file systems write, or lose, as a whole
 _HEAD = struct.Struct("<8sI32s32sQQ")  # magic, version, SHA-256 of the layout, digest, payload bytes, checksum
 HEAD_BYTES = _HEAD.size
-_ODD = 0x1E3779B97F4A7C15  # as in transfer/rows.py
 
 
 class Verdict(Enum):
@@ -35,6 +34,8 @@ def seal(layout: str, digest: bytes, payload: bytes | memoryview) -> bytes:
 
 def judge(head: bytes | bytearray, size: int, layout: str, digest: bytes, payload: memoryview) -> Verdict:
     """`size` is how much is stored, head and all; `payload` what was read of the rest."""
+    if size < HEAD_BYTES:
+        return Verdict.BAD
     magic, version, whose, name, length, total = _HEAD.unpack(head)
     if (magic, version, name) != (MAGIC, STORE_VERSION, digest):
         return Verdict.BAD
@@ -48,17 +49,18 @@ def judge(head: bytes | bytearray, size: int, layout: str, digest: bytes, payloa
 
 
 def checksum(data: bytes | memoryview) -> int:
-    """Σ weight(row) · Σ words of the row, modulo 2^64: that of links (`transfer/rows.py`), over rows of 4 KiB.
+    """A hash of two kinds of sums modulo 2^64: of the 512 words of each row, and of every 513th word.
 
-    With numpy it runs at the speed of reading memory (39 GB/s of a page in the CPU's cache, against 2.3 of crc32).
+    A word that has changed changes the sum of its row; two words, sectors or rows that have changed places are in other
+    sums of the one kind or the other. With numpy it runs at half the speed of reading memory (21 GB/s of 1 MiB in the
+    CPU's cache, against 4.3 of crc32).
     """
-    whole = len(data) // ROW * ROW
-    tail = bytes(data[whole:]).ljust(ROW, b"\0")
-    sums = np.empty(whole // ROW + 1, np.uint64)
-    sums[:-1] = np.frombuffer(data, "<u8", whole // 8).reshape(-1, ROW // 8).sum(1) if whole else 0
-    sums[-1] = np.frombuffer(tail, "<u8").sum()
-    weights = np.arange(_ODD, _ODD + 2 * len(sums), 2, dtype=np.uint64)
-    return int((sums * weights).sum())
+    words, total = np.frombuffer(data, np.uint64, len(data) // 8), hashlib.sha256()
+    for width, axis in (ROW // 8, 1), (ROW // 8 + 1, 0):
+        whole = len(words) // width * width
+        total.update(words[:whole].reshape(-1, width).sum(axis).data)
+        total.update(data[8 * whole :])
+    return int.from_bytes(total.digest()[:8], "little")
 
 
 def _known(layout: str) -> bytes:

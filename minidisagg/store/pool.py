@@ -7,9 +7,9 @@ the first tier; what that one evicts goes to the next, and what is found there c
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import NamedTuple
 
 from minidisagg.store.files import Files
@@ -49,6 +49,10 @@ class Pool:
         """Whether a `get` may find it."""
         return self._holds(digest.hex())
 
+    def touch(self, digest: bytes) -> bool:
+        """Whether a `get` may find it; it counts as used then."""
+        return any([tier.touch(digest.hex()) for tier in self.tiers])
+
     def get(self, digest: bytes, into: memoryview) -> bool:
         """Fill `into`, as long as the page, and contiguous; after a miss there may be anything in it."""
         name, into = digest.hex(), into.cast("B")
@@ -72,7 +76,7 @@ class Pool:
         """Store the page that consists of these bytes, unless it is there; then it counts as used."""
         name = digest.hex()
         written = False
-        if not any([tier.touch(name) for tier in self.tiers]):
+        if not self.touch(digest):
             payload = memoryview(parts[0] if len(parts) == 1 else b"".join(parts)).cast("B")
             written = self._write(name, [seal(self.layout, digest, payload), payload])
         gone = dict.fromkeys(self._gone)
@@ -92,14 +96,10 @@ class Pool:
             self.tiers[0].add(name, [data])
         return True
 
-    def remove(self) -> None:
-        """At the engine's end, when no worker is left: what would not outlive the machine goes, to a disk if there is
-        one."""
-        for tier in self.tiers:
-            if not tier.spec.durable:
-                tier.sink()
-                with suppress(OSError):
-                    self._files.remove(tier.directory)
+    def sink(self, until: float = math.inf) -> None:
+        """At the engine's end, when no worker is left: what is in memory goes to the disk, if there is one, and as long
+        as there is time (`time.monotonic()`)."""
+        self.tiers[0].sink(until)
 
     def _write(self, name: str, parts: Sequence[bytes | memoryview]) -> bool:
         """To the first tier that takes it."""

@@ -10,7 +10,7 @@ from msgspec import Struct
 
 from minidisagg.sizes import parse_size
 
-SHARED_MEMORY = Path("/dev/shm")
+SHARED_MEMORY, MEMORY = Path("/dev/shm"), "minidisagg-store-"  # the beginning of a directory's name there
 LENT = 1 << 30  # bytes that each worker lends to Mooncake's pool
 
 
@@ -33,11 +33,12 @@ class StoreSpec(Struct, frozen=True, kw_only=True):
     engine: str = ""  # engines that differ in it share no memory
 
     def tiers(self) -> list[TierSpec]:
-        """Of a local store, the fastest first. Memory has a name that follows from the spec: a restart finds it."""
+        """Of a local store, the fastest first; Mooncake has none. Memory has a name that follows from the spec: a
+        restart finds it."""
         found = []
-        if self.dram:
+        if self.dram and not self.mooncake:
             facts = hashlib.sha256(f"{os.getuid()}\0{self}".encode()).hexdigest()
-            found.append(TierSpec(str(SHARED_MEMORY / f"minidisagg-store-{facts[:16]}"), self.dram, False))
+            found.append(TierSpec(str(SHARED_MEMORY / f"{MEMORY}{facts[:16]}"), self.dram, False))
         if self.ssd:
             found.append(TierSpec(self.ssd_path, self.ssd, True))
         return found

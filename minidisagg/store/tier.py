@@ -23,7 +23,7 @@ ABANDONED = 600.0  # seconds after which a temporary file has no writer, even if
 _PAGE = re.compile(r"[0-9a-f]{64}")
 _TEMPORARY = re.compile(r"[0-9a-f]{64}\.(\d+)-\d+\.tmp")
 
-_serial = itertools.count()
+_serial = itertools.count(time.time_ns())  # in a container, a dead writer may have had this process's number
 
 
 class Tier:
@@ -49,15 +49,12 @@ class Tier:
 
     def has(self, name: str) -> bool:
         """Whether a page of this name is here; that it can be read is another matter."""
-        try:
-            return self.files.stat(self.directory / name) is not None
-        except OSError:
-            return False
+        return self.files.stat(self.directory / name) is not None
 
-    def touch(self, name: str) -> bool:
-        """The page was used; False where there is none."""
+    def touch(self, name: str, used: int = 0) -> bool:
+        """The page was used then (nanoseconds), or now; False where there is none."""
         try:
-            self.files.touch(self.directory / name)
+            self.files.touch(self.directory / name, used)
         except OSError:
             return False
         return True
@@ -70,7 +67,7 @@ class Tier:
             return None
 
     def load(self, name: str) -> bytearray | None:
-        """The whole file."""
+        """The whole file, or None where there is none that can be read."""
         entry = self.files.stat(self.directory / name)
         data = bytearray(entry.size if entry else 0)
         return None if self.read(name, [data]) is None else data
@@ -111,17 +108,16 @@ class Tier:
         self.failing = ""
         return written
 
-    def sink(self) -> None:
-        """What is only here goes to the tier below, the oldest first: what is used most is the last to be evicted."""
-        if self._below is None:
-            return
-        try:
-            pages = [entry for entry in self.files.list(self.directory) if _PAGE.fullmatch(entry.name)]
-            for entry in sorted(pages, key=lambda entry: entry.used):
-                if not self._below.touch(entry.name) and (data := self.load(entry.name)):
-                    self._below.add(entry.name, [data])
-        except OSError as error:
-            self._failed(error)
+    def sink(self, until: float) -> None:
+        """What is only here goes to the tier below, what was used last first, as long as there is room, and time
+        (`time.monotonic()`)."""
+        room = self._below.spec.limit if self._below else 0
+        with suppress(OSError):
+            for entry in sorted(self._pages(), key=lambda entry: -entry.used):
+                room -= entry.size
+                if room < 0 or time.monotonic() > until:
+                    return
+                self._lower(entry)
 
     def _make_room(self, tally: Tally, size: int) -> None:
         """Evict, the least recently used first, until `size` more bytes are within the limit.
@@ -138,16 +134,24 @@ class Tier:
                 tally.total -= entry.size
 
     def _look(self, tally: Tally) -> None:
-        pages = [entry for entry in self.files.list(self.directory) if _PAGE.fullmatch(entry.name)]
+        pages = self._pages()
         tally.total = sum(entry.size for entry in pages)
         self._oldest = deque(sorted(pages, key=lambda entry: entry.used))
 
+    def _pages(self) -> list[Entry]:
+        return [entry for entry in self.files.list(self.directory) if _PAGE.fullmatch(entry.name)]
+
     def _evict(self, entry: Entry) -> None:
-        path = self.directory / entry.name
-        if self._below is not None and not self._below.touch(entry.name) and (data := self.load(entry.name)):
-            self._below.add(entry.name, [data])
-        self.files.unlink(path)
+        self._lower(entry)
+        self.files.unlink(self.directory / entry.name)
         self._gone.append(entry.name)
+
+    def _lower(self, entry: Entry) -> None:
+        """To the tier below, unless it is there; it was used there when it was used here."""
+        if self._below is not None:
+            if not self._below.has(entry.name) and (data := self.load(entry.name)):
+                self._below.add(entry.name, [data])
+            self._below.touch(entry.name, entry.used)
 
     def _clean(self) -> None:
         """What writers have left that are dead."""
