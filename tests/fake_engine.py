@@ -26,9 +26,11 @@ from minidisagg.core.messages import (
     Hello,
     Logprobs,
     Message,
+    Migrate,
     Role,
     SetRole,
     Stats,
+    Stayed,
     StepOutput,
     Submit,
     TokenLogprob,
@@ -87,7 +89,7 @@ class FakeWorker:
                 tasks.create_task(self._report(channel))
                 tasks.create_task(self._step(channel))
                 async for envelope in channel:
-                    self._on_message(envelope.body)
+                    self._on_message(channel, envelope.body)
                 raise ConnectionError("the front end is gone")
         except* ConnectionError:
             pass
@@ -97,7 +99,7 @@ class FakeWorker:
     def _send(self, channel: Channel, body: Message) -> None:
         channel.send(Envelope(self.name, self.epoch, body))  # type: ignore[arg-type]
 
-    def _on_message(self, body: Message) -> None:
+    def _on_message(self, channel: Channel, body: Message) -> None:
         if isinstance(body, Submit):
             self.seen += 1
             self.submitted = [*self.submitted[-99:], body]
@@ -108,6 +110,8 @@ class FakeWorker:
             self.aborted += self.requests.pop(body.request_id, None) is not None
         elif isinstance(body, SetRole):
             self._role = body.role
+        elif isinstance(body, Migrate):
+            self._send(channel, Stayed(body.request_id, body.incarnation, "a fake moves nothing", body.anew))
 
     async def _report(self, channel: Channel) -> None:
         while True:

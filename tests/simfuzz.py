@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 from minidisagg.core.granularity import Granularity
 from minidisagg.core.messages import Role, SamplingParams
+from minidisagg.core.plan import CODECS
 from minidisagg.core.policy import (
     Change,
     ClusterView,
@@ -94,7 +95,7 @@ class Mover(Policy):
         split = rng.choice([None, rng.randint(1, request.prefill_len + 5)])
         fetch = rng.choice([None, rng.choice(list(cluster.workers))])
         where = rng.choice(prefill).name, rng.choice(decode).name
-        return Placement(*where, None, split, fetch, rng.random() < 0.5)
+        return Placement(*where, rng.choice([None, *CODECS]), split, fetch, rng.random() < 0.5)
 
     def rebalance(self, cluster: ClusterView) -> list[Change]:
         """Of what there is."""
@@ -157,19 +158,21 @@ def build(seed: int, granularities: Sequence[Granularity] = (WHOLE,), moving: bo
             for one, n in zip(specs, after, strict=True)
         ]
     sim = Simulator(specs, policy, World(cost, chaos, router, seed, vocab, depth))
-    sim.moved = 0  # type: ignore[attr-defined]
     _load(sim, rng, min(spec.num_pages for spec in specs) * page_size, page_size)
     _faults(sim, rng, specs)
     if moving:
-        for _ in range(60):
-            sim.plan(rng.random() * 2.0, partial(_migrate, sim, rng))
+        for _ in range(240):
+            sim.plan(rng.random() * 1.6, partial(_migrate, sim, rng))
     return sim
 
 
 def _migrate(sim: Simulator, rng: random.Random) -> None:
-    decoding = [name for name, request in sim.router.requests.items() if request.stage is Stage.DECODE]
+    """Mostly to where it can go."""
+    decoding = [request for request in sim.router.requests.values() if request.stage is Stage.DECODE]
     if decoding and sim.router.view.workers:
-        sim.moved += sim.router.migrate(rng.choice(decoding), rng.choice(list(sim.router.view.workers)), sim.now)  # type: ignore[attr-defined]
+        one, names = rng.choice(decoding), list(sim.router.view.workers)
+        others = [worker.name for worker in sim.router.view.candidates(Role.DECODE) if worker.name != one.decode]
+        sim.router.migrate(one.request_id, rng.choice(others if others and rng.random() < 0.9 else names), sim.now)
 
 
 def _load(sim: Simulator, rng: random.Random, capacity: int, page_size: int) -> None:
@@ -262,7 +265,7 @@ def run_seeds(first: int, last: int, moving: bool = False) -> tuple[dict[int, li
             sim = build(seed, GRANULARITIES, moving)
             wrong = check(sim)
             ends.update(outcome.finish for outcome in sim.outcomes.values())
-            ends["moved"] += sim.moved  # type: ignore[attr-defined]
+            ends["migrated"] += sim.router.migrations
             ends["preempted"] += sum(worker.core.scheduler.preemptions for worker in sim.workers.values())
         except (AssertionError, RuntimeError, KeyError, ValueError, IndexError) as error:
             wrong = [repr(error)]

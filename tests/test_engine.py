@@ -9,15 +9,16 @@ from msgspec.structs import replace
 from stepwise import Stepwise, spec
 
 from minidisagg.core.accounts import StalledError
-from minidisagg.core.blocks import PageState
+from minidisagg.core.blocks import PageState, page_hashes, prefix_root, short
 from minidisagg.core.checked import PolicyError
-from minidisagg.core.effects import AbortLink, OpenLink, Send, StartPiece
+from minidisagg.core.effects import AbortLink, LoadPages, OpenLink, Send, StartPiece
 from minidisagg.core.engine import EngineCore
-from minidisagg.core.inputs import AbortConfirmed, PieceDone, Received, Schedule, StepDone, Tick
+from minidisagg.core.inputs import AbortConfirmed, Loaded, PieceDone, Received, Schedule, StepDone, Tick
 from minidisagg.core.messages import (
     ROUTER,
     Abort,
     AnyMessage,
+    Cached,
     Envelope,
     Failed,
     KVBusy,
@@ -38,6 +39,7 @@ from minidisagg.core.messages import (
     SetRole,
     Stayed,
     StepOutput,
+    Stored,
     Submit,
 )
 from minidisagg.core.plan import NO_TOKEN, StepPlan
@@ -277,6 +279,61 @@ def offer(request_id: str, length: int, link_epoch: int, incarnation: int = 0, f
 
 
 LINK = (1 << 20) + 1
+
+
+def test_an_open_offer_that_does_not_fit_is_refused_and_holds_up_nobody() -> None:
+    hand = Hand(spec("w", num_pages=4))
+    hand.receive(submit("busy", 4))
+    hand.step()
+    hand.receive(replace(offer("moves", 16, LINK), open=True), offer("prompt", 4, LINK), source="p", epoch=1)
+    assert hand.sent(KVFailed) == [KVFailed("moves", 0, "no room for it now")]
+    assert [grant.request_id for grant in hand.sent(KVGrant)] == ["prompt"]  # type: ignore[union-attr]
+    hand.receive(replace(offer("fits", 4, LINK), open=True), source="p", epoch=1)
+    assert [grant.request_id for grant in hand.sent(KVGrant)] == ["prompt", "fits"]  # type: ignore[union-attr]
+    assert not hand.core.scheduler.offers
+
+
+def test_a_refused_migration_says_why_it_stays() -> None:
+    hand = Hand()
+    hand.receive(PeerUp("d", 1, ""), submit("a", 4))
+    hand.step()
+    hand.receive(Migrate("a", 0, "d", anew=3))
+    assert [offered.open for offered in hand.sent(KVOffer)] == [True]  # type: ignore[union-attr]
+    hand.receive(KVFailed("a", 3, "no room"), source="d", epoch=1)
+    assert hand.sent(Stayed) == [Stayed("a", 0, "no room", 3)] and hand.sent(KVCancel) == [KVCancel("a", 3, 0)]
+    assert sizes(hand.step()) == {"a": (4, 1)}
+
+
+def test_what_an_offer_has_evicted_is_told_though_no_step_follows() -> None:
+    hand = Hand(spec("w", num_pages=4))
+    hand.receive(submit("a", 9, max_tokens=2))
+    while hand.core.requests:
+        hand.step()
+    gone = [short(digest) for digest in hand.core.pool._by_hash]
+    hand.receive(replace(offer("b", 16, LINK), prefix=True), source="p", epoch=1)
+    hand.receive(KVCancel("b", 0, 0), source="p", epoch=1)
+    assert gone and not hand.core.pool._by_hash and not hand.sent(Cached)
+    for _ in range(2):
+        hand.core.on(Tick(), hand.now)
+    assert [(set(told.stored), set(told.removed)) for told in hand.sent(Cached)] == [(set(), set(gone))]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("found", [0, 2, 3])
+def test_a_load_tells_what_the_store_has_and_the_first_page_that_it_has_not(found: int) -> None:
+    hand, asked = Hand(spec("w", store=True)), submit("a", 13)
+    hand.receive(asked)
+    hashes = page_hashes(prefix_root("f", ""), asked.spec.prompt, 4)
+    assert [effect.digests for effect in hand.core.outbox if isinstance(effect, LoadPages)] == [hashes]
+    hand.core.on(Loaded("a", 0, found), hand.now)
+    assert hand.sent(Stored) == [Stored(hashes[:found], hashes[found : found + 1])]
+
+
+@pytest.mark.parametrize(("has", "sent"), [(("raw",), "raw"), (("raw", "int8"), "int8")])
+def test_kv_leaves_raw_where_its_links_lack_the_codec(has: tuple[str, ...], sent: str) -> None:
+    hand = Hand(spec("w", codecs=has))
+    hand.receive(PeerUp("d", 1, ""), replace(submit("a", 4, decode="d"), codec="int8"))
+    hand.step()
+    assert [offered.codec for offered in hand.sent(KVOffer)] == [sent]  # type: ignore[union-attr]
 
 
 def test_a_destination_reserves_and_takes_over() -> None:

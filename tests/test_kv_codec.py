@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +14,13 @@ from cluster import MODEL, cluster, greedy, needs_two_cores, prompts, run_to_end
 from msgspec.structs import replace
 
 from minidisagg.bench.quality import TOKENS, measure
-from minidisagg.config import RunSettings
-from minidisagg.core.messages import KVOffer, RequestSpec
+from minidisagg.config import ClusterSettings, RunSettings, WorkerConfig, WorkerSettings
+from minidisagg.core.messages import KVOffer, RequestSpec, Role
 from minidisagg.core.plan import CODECS, RAW
 from minidisagg.core.request import Request
+from minidisagg.model.loader import load_config
+from minidisagg.runtime.kv_cache import KVCache
+from minidisagg.runtime.specs import engine_spec
 from minidisagg.sim.machines import ClusterSpec, parse_cluster
 from minidisagg.sim.simulate import simulate
 from minidisagg.transfer.codec import CODECS as MADE
@@ -79,6 +84,18 @@ def test_a_clusters_codec_is_half_of_the_wire(link: str) -> None:
     for codec in CODECS:
         asyncio.run(run(codec))
     assert moved["int8"] * 4 * 16 == moved[RAW] * (16 + 2)  # heads of 16 values
+
+
+def test_a_checksum_between_gpus_leaves_no_lossy_codec(tmp_path: Path) -> None:
+    model = load_config("dummy:tiny")
+    cache = KVCache(model, 4, 8, torch.float32, torch.device("cpu"))
+    device: Any = SimpleNamespace(cache=cache, model=SimpleNamespace(config=model))
+    for checked, kind, codecs in ((True, "nccl", (RAW,)), (False, "nccl", CODECS), (True, "gloo", CODECS)):
+        config = WorkerConfig(
+            index=0, name="w", epoch=1, role=Role.BOTH, model=MODEL, settings=WorkerSettings(), run=RunSettings(),
+            cluster=ClusterSettings(gpu_checksums=checked), run_dir=str(tmp_path),
+        )  # fmt: skip
+        assert engine_spec(config, device, kind, None).codecs == codecs
 
 
 def test_names_in_the_prefix_cache_are_its_own() -> None:

@@ -11,6 +11,7 @@ from minidisagg.core.frames import FRAME_VERSION, decode, encode
 from minidisagg.core.messages import (
     Abort,
     AnyMessage,
+    Cached,
     Envelope,
     Failed,
     Fatal,
@@ -62,7 +63,8 @@ EXAMPLES: list[AnyMessage] = [
     Submit("a", 1, SPEC, decode="d", hold=True),
     Abort("a", 1), SetRole(Role.DECODE), SetRole(Role.BOTH, WorkerOptions(4, 64, 16)),
     SetPolicy("sarathi:chunk=64"), Reconfigure("{}"),
-    Migrate("a", 1, "d"), Replicate("a+", 1, SPEC, "d"), Stayed("a", 1, "full"), Parted("a", 1), Stored([b"x"], []),
+    Migrate("a", 1, "d"), Replicate("a+", 1, SPEC, "d"), Stayed("a", 1, "full", 2), Parted("a", 1), Stored([b"x"], []),
+    Cached([b"x"], [b"y"]),
     PeerUp("w", 2, "unix:x"), PeerDown("w", 1),
     Hello(Role.BOTH, 8, 4, 32, "f", "unix:y", 7, 64, {"device": "cpu", "cores": 2}),
     StepOutput(4, [TokenOut("a", 1, 0, 9, "stop", prefill_s=0.1)], 0.2, 3, 1, 4), Released("a", 1, "preempted", True),

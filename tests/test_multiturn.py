@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import math
 import re
@@ -20,7 +21,7 @@ from msgspec.structs import replace
 from minidisagg.bench.client import LoadGenerator
 from minidisagg.cli import main
 from minidisagg.core.messages import SamplingParams
-from minidisagg.core.policy import ClusterView, Policy, Reject, RequestView
+from minidisagg.core.policy import ClusterView, Placement, Policy, Reject, RequestView
 from minidisagg.core.tracked import Emit
 from minidisagg.measure.comparison import compare_runs
 from minidisagg.measure.goodput import SLO
@@ -116,7 +117,7 @@ def test_bad_sessions(changes: dict[str, Any], why: str) -> None:
 
 def test_settings_build_describe_and_limit_sessions() -> None:
     workload = Workload(dataset_name="multiturn", multiturn=SHORT)
-    assert build_items(workload, 30, seed=4) == (multiturn_items(30, SHORT, 4), "")
+    assert build_items(workload, 30, seed=4) == (multiturn_items(30, SHORT, 4), None)
     assert "sessions of 3 turns, 20 + 24 in, then 10 more each, 9 out ± 50%" in describe_workload(workload)
     check_length(workload, SHORT.longest)
     with pytest.raises(ValueError, match=f"grow to {SHORT.longest} tokens, more than the limit of 99"):
@@ -278,6 +279,31 @@ def test_what_is_decoded_goes_back_to_where_the_next_turn_begins() -> None:
     for before, item in slow:
         known = before.prompt_len + before.output_len - 1
         assert run.requests[item.index].cached_tokens == known // BLOCK * BLOCK
+
+
+class Blind(Policy):
+    """The default, if no worker told what it has."""
+
+    def place(self, request: RequestView, cluster: ClusterView) -> Placement | Reject:
+        return super().place(request, dataclasses.replace(cluster, hits=lambda _: {}))
+
+
+def test_turns_go_to_the_prefill_worker_that_has_what_was_said_before() -> None:
+    talk = Multiturn(system_len=100, turns=5, input_len=4000, turn_len=400, output_len=40, think_time=2.0)
+    items = at_rate(multiturn_items(300, talk, seed=4), 12.0)
+
+    def play(policy: type[Policy], **changes: Any) -> tuple[float, float]:
+        """The share of turns that begin where the one before them did, and the mean TTFT."""
+        run = simulate(policy, items, spec("prefill=2@h100,decode=2@h100", **changes)).run
+        requests = sorted(run.requests, key=lambda r: r.index)
+        turns = [before.workers[0] == one.workers[0] for before, one in pairwise(requests) if one.turn]
+        assert {one.workers[0] for one in requests} == {"prefill-0", "prefill-1"}
+        return sum(turns) / len(turns), sum(one.token_times[0] - one.scheduled for one in requests) / len(requests)
+
+    (back, ttft), (by_chance, blind) = play(Policy), play(Blind)
+    assert back > 0.9 > 0.75 > by_chance and ttft < 0.85 * blind
+    assert play(Policy, prefix_caching=False) == play(Blind, prefix_caching=False)
+    assert ttft < 0.3 * play(Policy, prefix_caching=False)[1]
 
 
 def test_simulated_turns_come_when_their_users_have_thought() -> None:

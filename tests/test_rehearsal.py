@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from functools import partial
 from typing import Any
@@ -73,6 +74,8 @@ def test_a_hook_that_raises_is_named_in_one_line(hook: str) -> None:
         ("accept", lambda *_: False, "accept refuses it though worker d1 is empty"),
         ("order", lambda *_: {}, "order raised TypeError"),
         ("order", lambda r, *_: (r.arrival if r.priority else None, 0), "order raised TypeError"),
+        ("order", lambda *_: math.nan, "order answered nan, but nothing stands before or behind a NaN"),
+        ("order", lambda *_: (0, [(1, math.nan)]), "order answered (0, [(1, nan)]), but nothing"),
         ("compose", lambda *_: None, "plans nothing"),
         ("compose", lambda batch, _: batch.add(None), "compose raised AttributeError"),
         ("evict", lambda worker, candidates: candidates[0], "not a Victim among the candidates"),

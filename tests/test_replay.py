@@ -80,11 +80,9 @@ class Meddler(Policy):
 
     def order(self, request, stage, worker):
         request.hints.clear()
-        worker.options.max_num_seqs = 1
         return -request.arrival
 
     def compose(self, batch, worker):
-        worker.options.max_num_batched_tokens = 1
         for request in reversed(batch.waiting):
             request.hints["x"] = 1
             batch.add(request, 7)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from stepwise import NEVER, Stepwise, spec
 
 from minidisagg.core.checked import Checked, PolicyError
@@ -19,6 +20,7 @@ from minidisagg.core.messages import (
     LinkStats,
     Logprobs,
     Migrate,
+    Parted,
     Released,
     RequestSpec,
     Role,
@@ -26,6 +28,7 @@ from minidisagg.core.messages import (
     SetPolicy,
     SetRole,
     Stats,
+    Stayed,
     StepOutput,
     Submit,
     TokenLogprob,
@@ -216,6 +219,51 @@ def test_options_come_with_the_role() -> None:
     hand.router.set_role(RoleChange("w", Role.BOTH), hand.now)
     hand.router.on_tick(hand.now)
     assert ("w", SetRole(Role.BOTH)) in hand.take()  # its own
+
+
+def decoding(hand: Hand) -> None:
+    """A request, at d1."""
+    hand.request("a")
+    hand.token("p", "a", 0)
+    hand.token("d1", "a", 1)
+    hand.take()
+
+
+def test_a_request_moves_only_to_who_takes_decodes() -> None:
+    hand = Hand({"p": Role.PREFILL, "d1": Role.DECODE, "d2": Role.DECODE, "d3": Role.DECODE})
+    decoding(hand)
+    hand.router.drain("d2", hand.now)
+    hand.router.set_role(RoleChange("d3", Role.BOTH), hand.now)
+    assert not any(hand.router.migrate("a", name, hand.now) for name in ("p", "d2", "d3", "nobody")) and not hand.take()
+    hand.router.set_role(RoleChange("d3", Role.DECODE), hand.now)
+    assert hand.router.migrate("a", "d3", hand.now) and hand.take() == [("d1", Migrate("a", 0, "d3", anew=1))]
+
+
+def test_a_late_copy_of_what_came_of_one_migration_is_none_of_the_next() -> None:
+    hand = Hand({"p": Role.PREFILL, "d1": Role.DECODE, "d2": Role.DECODE})
+    decoding(hand)
+    for anew in (1, 2):
+        assert hand.router.migrate("a", "d2", hand.now) and hand.router.requests["a"].incarnation == anew
+        hand.say("d1", Stayed("a", 0, "full", 1))
+    assert (hand.router.requests["a"].decode, hand.router.migrations) == ("d2", 0)
+    hand.token("d2", "a", 2, incarnation=2)
+    assert hand.router.migrations == 1
+
+
+class Raw(Policy):
+    """In the cluster, KV goes otherwise."""
+
+    def place(self, request: RequestView, cluster: ClusterView) -> Placement | Reject:
+        return Placement("p", "d", codec="raw")
+
+
+def test_a_request_keeps_its_codec_when_it_goes_through_the_store() -> None:
+    hand = Hand({"p": Role.PREFILL, "d": Role.DECODE}, Raw())
+    hand.request("a")
+    hand.token("p", "a", 0)
+    hand.take()
+    hand.say("p", Parted("a", 0))
+    assert hand.take() == [("d", replace(submit(1, [100]), codec="raw"))]
 
 
 class Late(Policy):

@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -16,7 +17,9 @@ import pytest
 from fake_engine import fake_engine, fake_token
 from serving import Serving, serving
 
+from minidisagg.core.messages import Role, SamplingParams
 from minidisagg.core.router import RouterSpec
+from minidisagg.core.tracked import Stage
 from minidisagg.server.app import ServerSettings, drain
 
 MODEL = "dummy:tiny,max_len=4096"
@@ -460,6 +463,37 @@ def test_admin() -> None:
         post(served, "/admin/workers/worker-1/restart", {})
         until(lambda: json.loads(get(served, "/admin/workers")[1])[1]["state"] == "up")
         assert get(served, "/admin/state", Origin="http://evil.example")[0] == 403
+
+
+def test_what_cannot_move_is_refused_and_what_stays_is_told() -> None:
+    with serving(partial(fake_engine, 20.0, workers=2)) as served:
+        told, frontend = list[str](), served.frontend
+        listener = SimpleNamespace(on_event=told.append, on_message=lambda *_: None, on_emit=lambda *_: None)
+
+        async def begin() -> str:
+            frontend.observers.append(listener)
+            return str(frontend.submit([1] * 8, SamplingParams(max_tokens=4000), lambda *_: None))
+
+        def migrate() -> str:
+            """Where it can; else why not."""
+            until(lambda: frontend.requests[name].stage is Stage.DECODE)
+            status, answer, _ = post(served, "/admin/migrate", {"request": name, "worker": other})
+            assert status == (409 if "error" in answer else 200)
+            return str(answer["error"]["message"] if "error" in answer else answer["worker"])
+
+        name = served.call(begin())
+        until(lambda: frontend.requests[name].stage is Stage.DECODE)
+        here = frontend.requests[name].decode
+        other = next(worker for worker in frontend.worker_names if worker != here)
+        for _ in range(2):  # whoever asks again is answered again
+            assert migrate() == other
+            until(lambda: told[-1] == f"request {name} stays at {here}: a fake moves nothing")
+        assert told[-2:] * 2 == told[-4:] and told[-2] == f"request {name} moves from {here} to {other}"
+        assert post(served, f"/admin/workers/{other}/role", {"role": "prefill"})[0] == 200
+        until(lambda: frontend.view.workers[other].role is Role.PREFILL)
+        assert migrate() == f"worker {other} takes no request that decodes: it only prefills"
+        assert post(served, f"/admin/workers/{other}/drain", {})[0] == 200
+        assert migrate() == f"worker {other} takes no request that decodes: it drains"
 
 
 def test_admin_events(slow: Serving) -> None:

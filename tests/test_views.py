@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Iterator
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,8 +22,20 @@ import minidisagg
 from minidisagg.core.blocks import page_hashes, prefix_root, short
 from minidisagg.core.costs import StepCosts, StepLearner
 from minidisagg.core.messages import RequestSpec, Role, SamplingParams, StepOutput, Stored, Submit
-from minidisagg.core.policy import ClusterView, Hits, Policy, RequestView, WorkerStatus
+from minidisagg.core.policy import (
+    HOOKS,
+    AnyRequest,
+    Batch,
+    ClusterView,
+    Hits,
+    Policy,
+    RequestView,
+    Work,
+    WorkerStatus,
+    WorkerView,
+)
 from minidisagg.core.predictor import LengthPredictor
+from minidisagg.sim.simulator import Simulator
 
 
 def test_hits_are_what_workers_tell_of_their_prefix_caches() -> None:
@@ -164,6 +180,65 @@ def test_no_public_name_of_a_view_leads_to_the_true_length() -> None:
             setattr(view, name, 1)
 
 
+TRUTH, PROMPT = 37, 100  # tokens: while hooks are looked into, nothing else is as many
+SECRETS = "spec", "ends_after", "last_index", "longest", "prompt", "output", "emitted", "token_ids"
+LEAVES = str | bytes | int | float | None | random.Random
+
+
+def reached(of: Any, where: str, seen: set[int]) -> Iterator[tuple[str, object, str, Any]]:
+    """Everything that public names lead to: where it is, whose it is, its name there, and what it is."""
+    if isinstance(of, LEAVES) or id(of) in seen:
+        return
+    seen.add(id(of))
+    inside = dict(enumerate(of)) if isinstance(of, list | tuple) else of if isinstance(of, Mapping) else None
+    for name, value in public(of) if inside is None or hasattr(of, "_fields") else inside.items():
+        value = value() if name == "requests" else value
+        if not callable(value):
+            yield where, of, str(name), value
+            yield from reached(value, f"{where}.{name}", seen)
+
+
+class Nosy(Policy):
+    """The defaults; looks into whatever each hook is given, a few times."""
+
+    looks: Counter[str]
+    found: list[str]
+
+    def replace(self, request: RequestView, cluster: ClusterView) -> None:
+        """Policies without one are not asked."""
+
+    def __getattribute__(self, hook: str) -> Any:
+        value = super().__getattribute__(hook)
+        return partial(self._look, hook, value) if hook in HOOKS else value
+
+    def _look(self, hook: str, answer: Callable[..., Any], *given: Any) -> Any:
+        result = answer(*given)  # a batch is full then
+        Nosy.looks[hook] += 1
+        for where, of, name, value in reached(given, hook, set()) if Nosy.looks[hook] < 9 else ():
+            if name in SECRETS or (type(value) is int and value == TRUTH):
+                Nosy.found.append(f"{where}.{name} tells {value!r}")
+            if isinstance(value, int | float) and not isinstance(of, dict | list | tuple):
+                try:
+                    setattr(of, name, value)
+                except AttributeError:
+                    continue
+                Nosy.found.append(f"{where}.{name} can be set")
+        return result
+
+
+def test_no_hook_is_given_a_way_to_the_truth_or_to_its_budget() -> None:
+    Nosy.looks, Nosy.found = Counter(), []
+    specs = [engine_spec(name, role, num_pages=65) for name, role in (("p", Role.PREFILL), ("d", Role.DECODE))]
+    sim = Simulator(specs, Nosy)
+    for n in range(4):
+        sampling = SamplingParams(max_tokens=50, temperature=0.0)
+        request = RequestSpec(prompt=[1000 + n] * PROMPT, sampling=sampling, ends_after=TRUTH)
+        sim.plan(0.24, partial(sim.send, f"r{n}", request))
+    sim.run(until=60.0)
+    assert {len(outcome.tokens) for outcome in sim.outcomes.values()} == {TRUTH}
+    assert set(Nosy.looks) == set(HOOKS) and not Nosy.found, sorted(set(Nosy.found))
+
+
 def test_a_request_ends_at_its_true_length_or_at_its_limit() -> None:
     for limit, truth, output in ((40, 3, 3), (2, 3, 2), (5, 0, 5)):
         hand = Worker(engine_spec("w"))
@@ -190,6 +265,14 @@ def test_the_cache_tells_what_it_gains_and_loses_each_once() -> None:
             told = (told | set(body.stored)) - set(body.removed)
         hand.core.outbox.clear()
         assert told == {short(digest) for digest in hand.core.pool._by_hash}
+
+
+def test_the_table_of_views_is_complete() -> None:
+    rows = (Path(__file__).parents[1] / "docs" / "policies.md").read_text().partition("| view | attributes |")[2]
+    named = [set(re.findall(r"\w+", " ".join(re.findall(r"`(.*?)`", row)))) for row in rows.splitlines()]
+    for view in (AnyRequest, RequestView, Work, ClusterView, WorkerStatus, WorkerView, Batch):
+        shown = {name for name in (*dir(view), *view.__annotations__) if name[0] != "_" and name != "changed"}
+        assert any(shown <= row | named[2] for row in named), (view, min((shown - row for row in named), key=len))
 
 
 def test_all_types_of_the_hooks_are_exported() -> None:

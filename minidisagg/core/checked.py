@@ -34,6 +34,10 @@ from minidisagg.core.policy import (
 A = TypeVar("A")
 
 
+class OutOfTime(BaseException):
+    """Who runs all this has no more time for it: not for the policy to catch, nor the failure of one request."""
+
+
 class PolicyError(RuntimeError):
     """A policy raised, or answered what cannot be; one line that names policy, hook, and the place in a user's file."""
 
@@ -96,6 +100,8 @@ class Checked(Policy):
         def ask() -> Any:
             key = self.asks.order(request, stage, worker)
             bool(key < key)  # raises if it has no order
+            if _has_nan(key):
+                self._fail("order", f"answered {key!r}, but nothing stands before or behind a NaN")
             # And if it has none with the first of all keys: the odd one is found when it comes, not the one after it.
             bool(key < self._first_key.setdefault(stage, key))
             return key
@@ -120,6 +126,9 @@ class Checked(Policy):
             return ask()
         except (PolicyError, IntegrityError):
             raise  # `compose` causes `evict` to be asked, and whatever the mechanism has to say
+        except OutOfTime as error:
+            where = f"{error}, in {hook} of policy {self.name}{self._where(hook, error)}"
+            raise OutOfTime(where) from error
         except (Exception, SystemExit) as error:
             what = f"{type(error).__name__}: {error}".partition("\n")[0]
             raise self._error(hook, f"raised {what}", error) from error
@@ -165,6 +174,11 @@ class Checked(Policy):
         if not line and code is not None and code.co_filename == policy.file:
             line = code.co_firstlineno
         return place_of(policy.file, line)
+
+
+def _has_nan(key: Any) -> bool:
+    """Sorting would neither fail nor sort."""
+    return any(map(_has_nan, key)) if isinstance(key, tuple | list) else bool(key != key)
 
 
 def place_of(file: str, line: int) -> str:

@@ -16,10 +16,11 @@ from types import MappingProxyType
 
 from minidisagg.core.blocks import short
 from minidisagg.core.costs import StepLearner
-from minidisagg.core.messages import Hello, Stats, StepOutput, Stored
+from minidisagg.core.messages import Cached, Hello, Stats, StepOutput, Stored
 from minidisagg.core.policy import ClusterView, Hits, RequestView, WorkerStatus
 from minidisagg.core.tracked import Stage, Tracked, tracked_of
 
+NOWHERE = Hits(0)
 MOST_STORED = 1 << 20  # pages: some 100 MB, and 64 million tokens on GPUs
 
 
@@ -93,10 +94,14 @@ class Cluster:
 
     def on_step(self, name: str, step: StepOutput) -> None:
         """What its steps cost, and how its prefix cache has changed."""
-        known = self._known[name]
-        known.learner.learn(step)
-        known.prefixes.update(step.stored)
-        known.prefixes.difference_update(step.removed)
+        self._known[name].learner.learn(step)
+        self.on_cached(name, step)
+
+    def on_cached(self, name: str, news: StepOutput | Cached) -> None:
+        """How its prefix cache has changed."""
+        prefixes = self._known[name].prefixes
+        prefixes.update(news.stored)
+        prefixes.difference_update(news.removed)
 
     def on_stored(self, message: Stored) -> None:
         """How the store has changed, by the word of a worker."""
@@ -124,11 +129,15 @@ class Cluster:
         """What each worker has of its prompt, by the longest run of pages from the first on."""
         tracked, hits = tracked_of(request), {}
         for name, known in self._known.items():
-            hashes = tracked.hashes(known.hello.fingerprint, known.hello.page_size)
-            pages = end = next((n for n, one in enumerate(hashes) if short(one) not in known.prefixes), len(hashes))
-            while end < len(hashes) and (short(hashes[end]) in self._stored or short(hashes[end]) in known.prefixes):
+            held, size, pages = known.prefixes, known.hello.page_size, 0
+            told = held or self._stored  # else a long prompt is hashed for nothing
+            names = tracked.page_names(known.hello.fingerprint, size) if told else []
+            while pages < len(names) and names[pages] in held:
+                pages += 1
+            end = pages
+            while end < len(names) and (names[end] in self._stored or names[end] in held):
                 end += 1
-            hits[name] = Hits(pages * known.hello.page_size, (end - pages) * known.hello.page_size)
+            hits[name] = Hits(pages * size, (end - pages) * size) if end else NOWHERE
         return hits
 
     # ------------------------------------------------------------ invariants

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from minidisagg.core.blocks import BlockPool
 from minidisagg.core.effects import Effect, Send
-from minidisagg.core.messages import KVCancel, Replicate
+from minidisagg.core.messages import ROUTER, Cached, KVCancel, Replicate
 from minidisagg.core.plan import SeqKey
 from minidisagg.core.request import Request, State
 from minidisagg.core.requests import Requests
@@ -71,13 +71,19 @@ class Copies:
         if request.state is State.WAIT_KV:
             self._waiting = {copy: of for copy, of in self._waiting.items() if of[0] is not request}
 
+    def tell(self) -> None:
+        """How the prefix cache has changed since it was told last: no step may follow that would say it."""
+        if any(news := self.pool.news()):
+            self._emit(Send(ROUTER, Cached(*news)))
+
     def on_peer_down(self, worker: str) -> None:
         """Nothing comes from there."""
         for copy in [copy for copy, (_, source) in self._waiting.items() if source == worker]:
             self.ended(copy)
 
     def on_tick(self, now: float) -> None:
-        """Nobody waits for ever."""
+        """Nobody waits for ever. An offer may have evicted pages, and come to nothing."""
+        self.tell()
         for copy, (request, _) in list(self._waiting.items()):
             if now > request.queued_at + self.spec.lease:
                 self.ended(copy)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from minidisagg.core.accounts import Accounts
 from minidisagg.core.copies import Copies
 from minidisagg.core.effects import Effect, Send
-from minidisagg.core.messages import ROUTER, AnyMessage, Failed, KVFailed, Released
+from minidisagg.core.messages import ROUTER, AnyMessage, Failed, KVFailed, Parted, Released
 from minidisagg.core.plan import SeqKey
 from minidisagg.core.request import Request, State
 
@@ -35,6 +35,11 @@ class Ends(Accounts):
             return
         self._end(request)
         self._send(ROUTER, Released(request.request_id, request.incarnation, reason, failure))
+
+    def _part(self, request: Request) -> None:
+        """It leaves through the store."""
+        self._send(ROUTER, Parted(*request.key))
+        self._end(request)
 
     def _preempted(self, request: Request) -> None:
         """The router places the recomputation, in colocated mode too: one mechanism, cheap by the prefix cache. Under

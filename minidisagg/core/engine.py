@@ -53,7 +53,6 @@ from minidisagg.core.messages import (
     KVWait,
     LinkAborted,
     Migrate,
-    Parted,
     PeerDown,
     PeerUp,
     Replicate,
@@ -171,8 +170,8 @@ class EngineCore(Ends):
                 self.sender.offer(request, request.decode, self._lived)
         self.steps += 1
         repeat = self.scheduler.equal_steps(batch, what.most) if what.most > 1 and not self.plans else 1
-        reports = self.sender.reports(batch.items)
-        plan = StepPlan(self.steps, batch.items, batch.new, self._dropped, reports, repeat)
+        items = list(batch.members.values())
+        plan = StepPlan(self.steps, items, batch.new, self._dropped, self.sender.reports(items), repeat)
         self._dropped = []
         if not self.plans:
             self._step_since = self._lived
@@ -310,7 +309,7 @@ class EngineCore(Ends):
             if request.state is State.HELD:
                 self.sender.finish(request, self._lived)
         elif request.state is not State.DONE_INFLIGHT:
-            self._send(ROUTER, Stayed(*request.key, "it does not decode here yet"))
+            self._send(ROUTER, Stayed(*request.key, "it does not decode here yet", request.tried))
 
     def _on_replicate(self, source: str, message: Replicate, _: float) -> None:
         if self._stale(message.request_id, message.incarnation):
@@ -359,7 +358,7 @@ class EngineCore(Ends):
         if self._stale(*key):
             return
         request = Request(offer, self.spec.fingerprint, self.now)
-        refusal = ""
+        proposed, refusal = Offer(source, offer, request), ""
         if offer.fingerprint != self.spec.fingerprint:
             refusal = "another model or cache layout"
         elif max(request.length, request.prefill_len) > self.spec.num_pages * self.spec.page_size:
@@ -369,17 +368,20 @@ class EngineCore(Ends):
         elif offer.prefix:  # nothing runs for it, and nobody waits for room for it
             pages = self.scheduler.reserve(request)
             if pages is not None:
-                self._grant(Offer(source, offer, request), pages)
+                self._grant(proposed, pages)
                 return
             refusal = "no room for a prefix"
+        else:
+            self.scheduler.queue_offer(proposed)
+            self._grant_offers()
+            if offer.open and proposed in self.scheduler.offers:  # it would hold up who cannot stay where he is
+                self._forget_offers(*key)
+                refusal = "no room for it now"
         if refusal:
             self._send(source, KVFailed(*key, refusal))
             if offer.prefix:
                 self.requests.close(*key)
                 self.copies.ended(key)
-            return
-        self.scheduler.queue_offer(Offer(source, offer, request))
-        self._grant_offers()
 
     def _on_cancel(self, source: str, message: KVCancel, _: float) -> None:
         key = message.request_id, message.incarnation
@@ -413,10 +415,6 @@ class EngineCore(Ends):
         elif request.decode:
             self.tiers.part(request)
 
-    def _part(self, request: Request) -> None:
-        self._send(ROUTER, Parted(*request.key))
-        self._end(request)
-
     def _grant_offers(self) -> None:
         while (taken := self.scheduler.take_offer()) is not None:
             self._grant(*taken)
@@ -436,6 +434,7 @@ class EngineCore(Ends):
         if request.prefix:
             request.state = State.HELD
             self._end(request)
+            self.copies.tell()
         else:
             self.scheduler.run(request)
 
@@ -443,7 +442,7 @@ class EngineCore(Ends):
         if request.state is State.DONE_INFLIGHT:
             self._retire_if_settled(request)
         elif request.state is State.RUNNING and not request.decode:
-            self._send(ROUTER, Stayed(*request.key, failure))
+            self._send(ROUTER, Stayed(*request.key, failure, request.tried))
         elif failure:
             self._give_back(request, failure, failure=True)
         else:

@@ -7,7 +7,7 @@ import msgspec
 from minidisagg.core.messages import Envelope
 from minidisagg.formats import check_version
 
-FRAME_VERSION = 5
+FRAME_VERSION = 6
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Envelope)

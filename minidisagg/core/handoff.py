@@ -28,7 +28,7 @@ from minidisagg.core.blocks import BlockPool
 from minidisagg.core.effects import Effect, Send
 from minidisagg.core.ledger import DestinationLedger, SourceLedger
 from minidisagg.core.messages import KVAck, KVBusy, KVCancel, KVDone, KVFailed, KVGrant, KVOffer, KVWait
-from minidisagg.core.plan import PlanItem, SeqKey
+from minidisagg.core.plan import RAW, PlanItem, SeqKey
 from minidisagg.core.request import FOREVER, Request
 from minidisagg.core.spec import EngineSpec
 
@@ -46,7 +46,8 @@ class Outgoing:
         self.open = request.until == FOREVER  # it runs on until there is little left to send
         # Its spec there has all tokens whose KV is computed, so that the peer looks all of them up in its prefix cache.
         self.known = max(0, request.num_computed - len(request.prompt)) if self.open else len(request.spec.emitted)
-        self.codec = request.codec or sender.spec.codec
+        codec = request.codec or sender.spec.codec
+        self.codec = codec if codec in sender.spec.codecs else RAW
         self.deadline = now + sender.spec.lease
         self.pages: list[int] | None = None  # the destination's, once granted
         self.sent = 0  # pages of the block table that the link has in full, or that the destination held before
@@ -57,6 +58,7 @@ class Outgoing:
         self.done = False  # KVDone is sent
         self.acked = False  # the destination has it; only completions at this end are missing
         self.stopping = False  # KVCancel follows when the last piece has landed
+        self.refusal = ""  # why the request stays here
         self.failure = ""  # why its link is being aborted: only the confirmation ends it
 
     def grant(self, pages: list[int], skip: int, now: float) -> None:
@@ -65,7 +67,7 @@ class Outgoing:
         if self.open:
             room = len(pages) * self.sender.spec.page_size
             if self.request.num_scheduled > room:  # it has waited so long that it has outgrown what was asked for
-                self.stop()
+                self.stop("it has outgrown the room for it")
                 return
             self.request.until = room
         self.push(self.request.num_computed, self.sender.spec.num_layers, now)
@@ -107,11 +109,11 @@ class Outgoing:
             if request.num_computed == request.until:  # else with the step that is under way
                 self.sender.leave(request)
 
-    def stop(self) -> None:
+    def stop(self, refusal: str = "") -> None:
         """End the handoff from this side: no new piece, `KVCancel` once those on the link have landed."""
         if not self.stopping:
             self._stay()
-            self.stopping = True
+            self.stopping, self.refusal = True, refusal
             self._settle()
 
     def _stay(self) -> None:
@@ -147,7 +149,7 @@ class Outgoing:
             if not self.acked:
                 self.sender.emit(Send(self.peer, KVCancel(*self.key, self.pieces)))
             self.sender.ledger.leave(self, self.peer)
-            self.sender.forget(self, "")
+            self.sender.forget(self, self.refusal)
 
 
 class Sender:
@@ -162,7 +164,7 @@ class Sender:
         ended: Callable[[Request, str], None],
     ) -> None:
         """`leave(request)`: a running request has nothing more to compute here. `ended(request, failure)`: the pages
-        are no longer needed; an empty failure means success."""
+        are no longer needed, or it stays; an empty failure means success."""
         self.spec = spec
         self.ledger = ledger
         self.emit = emit
@@ -187,8 +189,8 @@ class Sender:
         if transfer.open:  # it grows while it moves: a page more will do, or it leaves earlier
             length = min((request.num_scheduled // size + 2) * size, request.longest)
         spec = replace(request.spec, cohort=request.cohort, emitted=request.output[: transfer.known])
-        layout = self.spec.fingerprint
-        self.emit(Send(peer, KVOffer(*transfer.key, spec, layout, epoch, transfer.codec, length, prefix)))
+        layout, codec = self.spec.fingerprint, transfer.codec
+        self.emit(Send(peer, KVOffer(*transfer.key, spec, layout, epoch, codec, length, prefix, transfer.open)))
 
     def on_grant(self, peer: str, message: KVGrant, now: float) -> None:
         """A grant for a handoff that is over gets its `KVCancel` again."""
@@ -237,7 +239,7 @@ class Sender:
         if transfer is None or transfer.stopping:
             return None
         if transfer.open and transfer.tokens is None:
-            transfer.stop()
+            transfer.stop(message.reason)
             return None
         return transfer.request
 

@@ -225,17 +225,25 @@ class Released(OfRequest, frozen=True):
 
 
 class Stayed(OfRequest, frozen=True):
-    """Its migration has come to nothing: it goes on where it was."""
+    """Its migration, with which it was to become the incarnation `anew`, has come to nothing: it goes on here."""
 
     reason: str
+    anew: int
 
 
 class Parted(OfRequest, frozen=True):
     """All that was to be computed here is, and its pages are in the store: its decode worker may take it from there."""
 
 
+class Cached(Message, frozen=True):
+    """Pages that the worker's prefix cache has gained, and lost, but not by a step; by `short` hash."""
+
+    stored: list[bytes]
+    removed: list[bytes]
+
+
 class Stored(Message, frozen=True):
-    """Pages that the host's store has gained, and lost."""
+    """Pages that the host's store has, in whichever tier, by what was written or read; and pages that it has lost."""
 
     stored: list[bytes]
     removed: list[bytes]
@@ -335,6 +343,7 @@ class KVOffer(OfRequest, frozen=True):
     codec: str = "raw"
     length: NonNegative = 0  # positions that may come, of a running request more than there are; 0: of the prefill
     prefix: bool = False  # for the prefix cache alone: nothing is to be run
+    open: bool = False  # it runs on at its source, and stays there if there is no room now
 
 
 class KVGrant(OfRequest, frozen=True):
@@ -427,8 +436,9 @@ class LinkAborted(Message, frozen=True):
 
 AnyMessage = (
     Submit | Abort | SetRole | SetPolicy | Reconfigure | Migrate | Replicate | PeerUp | PeerDown | Hello | Logprobs |
-    StepOutput | Released | Stayed | Parted | Stored | Failed | PieceSpans | Stats | Starting | Fatal | KVOffer |
-    KVGrant | KVWait | KVBusy | KVPiece | KVDone | KVAck | KVCancel | KVFailed | LinkOpen | LinkReady | LinkAborted
+    StepOutput | Released | Stayed | Parted | Cached | Stored | Failed | PieceSpans | Stats | Starting | Fatal |
+    KVOffer | KVGrant | KVWait | KVBusy | KVPiece | KVDone | KVAck | KVCancel | KVFailed | LinkOpen | LinkReady |
+    LinkAborted
 )  # fmt: skip
 
 

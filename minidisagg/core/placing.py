@@ -98,11 +98,12 @@ class Placing:
         decode = "" if placement.decode == placement.prefill else placement.decode or ""
         hold, until = placement.decode is None, placement.split_at or 0
         request.home = placement.prefill if placement.returns else ""
+        request.codec = placement.codec or ""
         key, after = (request.request_id, request.incarnation), ""
         if placement.fetch_from not in (None, placement.prefill):
             after = placement.fetch_from or ""
             self._send(after, Replicate(fetched(key[0]), key[1], spec, placement.prefill))
-        self._send(placement.prefill, Submit(*key, spec, decode, hold, placement.codec or "", until, after))
+        self._send(placement.prefill, Submit(*key, spec, decode, hold, request.codec, until, after))
 
     def _replace_waiting(self) -> None:
         """As a resubmission does, but nothing has been computed yet."""
@@ -142,9 +143,10 @@ class Placing:
             self._resubmit(request, "no worker takes decode", failure=False)
             return
         self._bind(request, placement.decode)
+        request.codec = placement.codec or request.codec
         request.stage = Stage.TRANSFER if placement.decode != request.prefill else Stage.DECODE
         request.stage_at = self.view.now
-        migrate = Migrate(request.request_id, request.incarnation, placement.decode, placement.codec or "")
+        migrate = Migrate(request.request_id, request.incarnation, placement.decode, request.codec)
         self._send(request.prefill, migrate)
 
     # ------------------------------------------------------------ moving
@@ -160,10 +162,13 @@ class Placing:
             self._send(change.source, Replicate(copy, 0, request.spec, change.worker))
 
     def migrate(self, request_id: str, worker: str, now: float) -> bool:
-        """A request that decodes goes on at the live `worker`; False where it does not decode, or does so there."""
+        """A request that decodes goes on at `worker`; False where it does not decode, or does so there, or `worker`
+        takes no decodes."""
         self._set(now)
-        request = self.requests.get(request_id)
+        request, status = self.requests.get(request_id), self.view.workers.get(worker)
         if request is None or request.stage is not Stage.DECODE or worker == request.decode:
+            return False
+        if status is None or not status.takes(Role.DECODE):
             return False
         request.prefill = request.decode
         self._decode_at(request, worker)
@@ -176,7 +181,8 @@ class Placing:
         """It goes on from what the store has of it."""
         request.renew()
         request.prefill = request.decode
-        self._send(request.decode, Submit(request.request_id, request.incarnation, _spec_now(request)))
+        spec, key = _spec_now(request), (request.request_id, request.incarnation)
+        self._send(request.decode, Submit(*key, spec, codec=request.codec))
 
     def _stayed(self, request: Tracked) -> None:
         self._decode_at(request, request.prefill)

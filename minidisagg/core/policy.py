@@ -70,7 +70,10 @@ class RoleChange:
 
 @dataclass(frozen=True)
 class Migration:
-    """`rebalance` asks for it: a request that decodes goes on at `worker` (Llumnix, OSDI 2024)."""
+    """`rebalance` asks for it: a request that decodes goes on at `worker` (Llumnix, OSDI 2024).
+
+    It stays where `worker` takes no decodes, or has no room for it now.
+    """
 
     request: RequestView
     worker: str
@@ -89,7 +92,8 @@ Change = RoleChange | Migration | Replica
 
 
 class Hits(NamedTuple):
-    """Prompt tokens whose KV a worker holds already on its `device`, and those after them that are in a `store`."""
+    """Prompt tokens whose KV a worker holds already on its `device`, and those after them that are in a `store`: one
+    figure for all its tiers."""
 
     device: int
     store: int = 0
@@ -106,7 +110,7 @@ class WorkerStatus:
     page_size: int
     queued_tokens: int = 0  # prompt tokens placed there whose first token has not come
     decoding: int = 0  # requests placed there for decode that have not ended
-    context_tokens: int = 0  # their KV tokens
+    context_tokens: int = 0  # that they were placed with: what has been decoded since is not counted
     pages_free: int = 0  # FREE or CACHED, by its last Stats
     transfer_backlog: int = 0  # pieces on its outgoing links, by its last Stats
     stats_at: float = 0.0
@@ -175,7 +179,8 @@ class ClusterView:
         return self.costs_of(worker).predict(tokens, 0, tokens)  # each reads itself, too
 
     def t_decode(self, worker: WorkerStatus, more: int = 0, tokens: int = 0) -> float:
-        """Estimated seconds of a decode step there, with `more` requests of together `tokens` of context."""
+        """Estimated seconds of a decode step there, with `more` requests of together `tokens` of context. Too few where
+        answers are long: the router does not count what has been decoded."""
         return self.costs_of(worker).predict(0, worker.decoding + more, worker.context_tokens + tokens)
 
     def t_transfer(self, tokens: int, source: WorkerStatus) -> float:
@@ -279,12 +284,15 @@ class Policy:
     def place(self, request: RequestView, cluster: ClusterView) -> Placement | Reject:
         """The worker with the fewest queued tokens prefills; it decodes too if it may, else the emptiest one does.
 
-        Of a conversation, what was decoded goes back.
+        Of a conversation, what was decoded goes back. What a worker has of the prompt it computes the sooner; but one
+        that decodes, too, would be sent all that share a beginning: its queue does not say how busy it is.
         """
         prefill = cluster.candidates(Role.PREFILL)
         if not prefill:
             return Reject(1.0, "no worker takes prefill")
-        first = min(prefill, key=lambda w: (w.queued_tokens, w.decoding))
+        alone = len(prefill) > 1 and not any(w.takes(Role.DECODE) for w in prefill)
+        hits = cluster.hits(request) if alone else {}
+        first = min(prefill, key=lambda w: (w.queued_tokens - hits.get(w.name, Hits(0)).device, w.decoding))
         if first.takes(Role.DECODE):
             return Placement(first.name, first.name)
         decode = cluster.candidates(Role.DECODE)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum, auto
-from typing import Any
+from typing import Any, NamedTuple
 
 from minidisagg.core.blocks import page_hash, prefix_root
 from minidisagg.core.messages import KVOffer, Replicate, RequestSpec, SamplingParams, Submit, TokenOut
-from minidisagg.core.plan import RAW, SeqKey
+from minidisagg.core.plan import RAW, PlanItem, SeqInit, SeqKey
 from minidisagg.core.views import AnyRequest
 
 FOREVER = 1 << 62  # positions of a request that does not leave
@@ -268,3 +268,12 @@ class Work(AnyRequest):
 def request_of(view: Work) -> Request:
     """The mechanism's way back."""
     return view._of
+
+
+class Composed(NamedTuple):
+    """What a policy has put into a step. It is shown none of it: these requests know where they end."""
+
+    cohort: int
+    members: dict[Request, PlanItem]
+    begun: list[Request]  # whose first tokens are in this step
+    new: list[SeqInit]

@@ -22,7 +22,7 @@ class Role(IntEnum):
     BOTH = 3
 
 
-@dataclass
+@dataclass(frozen=True)
 class WorkerOptions:
     """What can be set per worker, and so per role."""
 

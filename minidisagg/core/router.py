@@ -26,6 +26,7 @@ from minidisagg.core.cluster import Cluster
 from minidisagg.core.lived import Heartbeat, LivedTime
 from minidisagg.core.messages import (
     Abort,
+    Cached,
     Envelope,
     Failed,
     Fatal,
@@ -149,6 +150,8 @@ class Router(Placing):
             self._on_step(status, body)
         elif isinstance(body, Stats):
             self._on_stats(status, body)
+        elif isinstance(body, Cached):
+            self.cluster.on_cached(name, body)
         elif isinstance(body, Stored):
             self.cluster.on_stored(body)
         elif isinstance(body, Logprobs | Released | Failed | Stayed | Parted):
@@ -165,7 +168,7 @@ class Router(Placing):
                 elif request.stage is Stage.PREFILL:
                     self._resubmit(request, "it left before its first token came", failure=False)
             elif isinstance(body, Stayed):
-                if body.incarnation == request.before:
+                if (body.incarnation, body.anew) == (request.before, request.incarnation):
                     self._stayed(request)
             else:
                 self._fail(request, body.reason)

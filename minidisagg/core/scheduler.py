@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from minidisagg.core.blocks import BlockPool, PageState
@@ -17,8 +18,8 @@ from minidisagg.core.cohorts import Cohorts
 from minidisagg.core.costs import StepCosts, StepLearner
 from minidisagg.core.messages import KVOffer, Role
 from minidisagg.core.plan import PlanItem, SeqInit
-from minidisagg.core.policy import Policy, Stage, WorkerOptions, WorkerView
-from minidisagg.core.request import Request, State, Work, request_of
+from minidisagg.core.policy import Batch, Policy, Stage, WorkerOptions, WorkerView
+from minidisagg.core.request import Composed, Request, State, Work, request_of
 from minidisagg.core.spec import EngineSpec
 
 
@@ -30,14 +31,14 @@ class Offer(NamedTuple):
     request: Request
 
 
+@dataclass(frozen=True)
 class View:
     """The `WorkerView` of a policy."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
-        self._scheduler = scheduler
-        self.name = scheduler.spec.name
-        self.page_size = scheduler.spec.page_size
-        self.num_pages = scheduler.spec.num_pages
+    _scheduler: Scheduler
+    name: str
+    page_size: int
+    num_pages: int
 
     @property
     def role(self) -> Role:
@@ -86,6 +87,12 @@ def scheduler_of(view: WorkerView) -> Scheduler:
     return view._scheduler
 
 
+def composed(batch: Batch) -> Composed:
+    """The mechanism's way back."""
+    assert isinstance(batch, BatchBuilder)
+    return Composed(batch._cohort, batch._members, batch._begun, batch._new)
+
+
 class Scheduler:
     """One worker's."""
 
@@ -119,7 +126,7 @@ class Scheduler:
         self.prefix_queries = 0
         self.prefix_hits = 0
         self.learner = StepLearner()
-        self.view = View(self)
+        self.view = View(self, spec.name, spec.page_size, spec.num_pages)
         self._decoded: list[Request] = []  # all of the last step, if it was one of decode alone
 
     # ------------------------------------------------------------ queues
@@ -280,12 +287,13 @@ class Scheduler:
             hashes = request.extend_hashes(self.spec.page_size)
             for index in range(request.published, full):
                 self.pool.publish(request.pages[index], hashes[index])
-                self.published(request.pages[index], hashes[index])
+                if not request.lossy:  # by its names nobody asks
+                    self.published(request.pages[index], hashes[index])
             request.published = full
 
     # ------------------------------------------------------------ steps
 
-    def compose(self) -> BatchBuilder | None:
+    def compose(self) -> Composed | None:
         """The next step, as the policy fills it; None where it is empty."""
         if self.policy.dynamic_order:
             self._reorder(self.waiting, "prefill")
@@ -293,12 +301,12 @@ class Scheduler:
         for cohort in self.cohorts.turns(itertools.chain(self.running, self.waiting)):
             batch = BatchBuilder(self, cohort)
             self.policy.compose(batch, self.view)
-            if batch.items:
+            if not batch.empty:
                 self.cohorts.last = cohort
-                return batch
+                return composed(batch)
         return None
 
-    def equal_steps(self, batch: BatchBuilder, most: int) -> int:
+    def equal_steps(self, batch: Composed, most: int) -> int:
         """How often the step can be computed in a row, if nothing comes in: nobody ends before, and all have pages.
 
         Only once it has been computed alone, so that what a change of the batch brings is told at once.
@@ -315,7 +323,7 @@ class Scheduler:
         size, free = self.spec.page_size, self.pool.counts[PageState.FREE]
 
         def too_many(steps: int) -> bool:
-            return sum(-(-(i.start + steps) // size) - len(i.pages) for i in batch.items) > free
+            return sum(-(-(i.start + steps) // size) - len(i.pages) for i in batch.members.values()) > free
 
         if too_many(most):  # evicting from the prefix cache, or a request, is for a step of its own
             most = bisect.bisect_left(range(most), True, lo=1, key=too_many) - 1
@@ -340,27 +348,36 @@ class BatchBuilder:
 
     def __init__(self, scheduler: Scheduler, cohort: int = 0) -> None:
         """Of requests of this cohort only, so that a step that fails accuses nobody else."""
-        self._scheduler, self.cohort = scheduler, cohort
-        self.tokens_left = scheduler.options.max_num_batched_tokens
-        self.seqs_left = scheduler.options.max_num_seqs
+        self._scheduler, self._cohort = scheduler, cohort
+        self._tokens_left = scheduler.options.max_num_batched_tokens
+        self._seqs_left = scheduler.options.max_num_seqs
         # stable while requests are added and preempted
         self.running = self._mine(scheduler.running)
         self.waiting = self._mine(scheduler.waiting)
-        self.items: list[PlanItem] = []
-        self.new: list[SeqInit] = []
-        self.begun: list[Request] = []  # whose first tokens are in this step
-        self.members: dict[Request, PlanItem] = {}
+        self._members: dict[Request, PlanItem] = {}
+        self._begun: list[Request] = []
+        self._new: list[SeqInit] = []
         self._pending = False  # pages of a victim are still being read by a link
 
     def _mine(self, queue: list[Request]) -> Sequence[Work]:
         if not self._scheduler.cohorts:
             return tuple(request.view for request in queue)
-        return tuple(request.view for request in queue if request.cohort == self.cohort)
+        return tuple(request.view for request in queue if request.cohort == self._cohort)
+
+    @property
+    def tokens_left(self) -> int:
+        """That still go into the step."""
+        return self._tokens_left
+
+    @property
+    def seqs_left(self) -> int:
+        """Requests that still do."""
+        return self._seqs_left
 
     @property
     def empty(self) -> bool:
         """Nothing is in the step yet."""
-        return not self.items
+        return not self._members
 
     def add(self, work: Work, limit: int | None = None) -> int:
         """Put up to `limit` tokens of the request (default: all that remain) into the step.
@@ -368,9 +385,9 @@ class BatchBuilder:
         Returns how many went in: 0 where it does not fit, has nothing to compute, or is in the step already.
         """
         request = request_of(work)
-        if not self.seqs_left or not self.tokens_left or request in self.members or (limit is not None and limit <= 0):
+        if not self._seqs_left or not self._tokens_left or (limit is not None and limit <= 0):
             return 0
-        if request.cohort != self.cohort:
+        if request in self._members or request.cohort != self._cohort:
             return 0
         if request.state is State.QUEUED:
             if not self._scheduler.admit(request):
@@ -382,7 +399,7 @@ class BatchBuilder:
             return 0  # all that is to come from here is in flight
         if start < request.prefill_len:
             rest = min(request.prefill_len, request.until) - start
-            count = min(rest, self.tokens_left, limit or self.tokens_left)
+            count = min(rest, self._tokens_left, limit or self._tokens_left)
             if self._scheduler.options.chunk:
                 count = min(count, self._scheduler.options.chunk)
         elif index >= request.last_index:
@@ -402,7 +419,7 @@ class BatchBuilder:
             if pages is not None:
                 request.pages.extend(pages)
                 break
-            victim = None if self._pending else scheduler.evict(self.members)
+            victim = None if self._pending else scheduler.evict(self._members)
             if victim is None:
                 return False  # what is in flight will free pages
             self._pending = bool(victim.pages)
@@ -414,17 +431,16 @@ class BatchBuilder:
         end = start + count
         if not request.introduced:
             request.introduced = True
-            self.begun.append(request)
-            self.new.append(
+            self._begun.append(request)
+            self._new.append(
                 SeqInit(request.request_id, request.incarnation, request.prompt, list(request.output), request.sampling)
             )
         samples = end == len(request.prompt) + index
         tokens = request.tokens(start, end)
         item = PlanItem(request.request_id, request.incarnation, start, count, tokens, request.pages, samples, index)
-        self.items.append(item)
-        self.members[request] = item
-        self.tokens_left -= count
-        self.seqs_left -= 1
+        self._members[request] = item
+        self._tokens_left -= count
+        self._seqs_left -= 1
         request.num_scheduled += count
         request.inflight += 1
         request.pending += samples

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from minidisagg.core.granularity import Granularity
 from minidisagg.core.messages import Role
-from minidisagg.core.plan import RAW
+from minidisagg.core.plan import CODECS, RAW
 from minidisagg.core.policy import WorkerOptions
 
 
@@ -26,6 +26,7 @@ class EngineSpec:
     granularity: Granularity = Granularity()  # noqa: RUF009 - it is frozen
     layer_bytes: int = 0  # of one page in one layer, on the wire
     codec: str = RAW  # of KV that leaves, where a placement names none
+    codecs: tuple[str, ...] = CODECS  # that its links have; KV leaves raw where another one is named
     decode_after: int = 1  # tokens that a request is given here before its decode worker goes on, unless it names them
     prefix_caching: bool = True
     store: bool = False  # there is one below the prefix cache

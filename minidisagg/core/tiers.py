@@ -102,6 +102,8 @@ class Tiers:
         for page, digest in zip(pages[: done.pages], digests, strict=False):
             self.pool.publish(page, digest)
         self.pool.drop([*cached, *pages[: done.pages]])
+        # What came before this worker's time it has now seen. Behind the first page that was missed nobody has looked.
+        self._emit(Send(ROUTER, Stored(digests[: done.pages], digests[done.pages : done.pages + 1])))
         request.found = min(request.found, len(cached) + done.pages)
         if request.state is State.WAIT_KV:  # else it has ended, or begun without
             request.state = State.QUEUED

@@ -8,7 +8,7 @@ from enum import Enum, auto
 
 from msgspec import Struct
 
-from minidisagg.core.blocks import page_hashes, prefix_root
+from minidisagg.core.blocks import page_hashes, prefix_root, short
 from minidisagg.core.messages import RequestSpec, TokenLogprob, TokenOut
 from minidisagg.core.request import OfSpec
 from minidisagg.core.views import AnyRequest
@@ -85,9 +85,11 @@ class Tracked(OfSpec):
     first_at: float = -1.0
     last_at: float = -1.0
     stage_at: float = -1.0  # since when it decodes where it does, or is on its way from there
+    stays: str = ""  # why a migration of it has come to nothing, as operators were told last
+    codec: str = ""  # of its KV on the wire, where its placement names one
     home: str = ""  # worker to which what is decoded goes back at its end, if one is to have it
     workers: list[str] = field(default_factory=list)  # where it was, in order
-    _hashes: list[bytes] = field(default_factory=list)
+    _names: list[bytes] | None = None
 
     @property
     def view(self) -> RequestView:
@@ -99,12 +101,12 @@ class Tracked(OfSpec):
         """Tokens that the next prefill computes."""
         return len(self.spec.prompt) + len(self.emitted)
 
-    def hashes(self, fingerprint: str, page_size: int) -> list[bytes]:
-        """Of the prompt's full pages, computed when they are first asked for."""
-        if not self._hashes:
+    def page_names(self, fingerprint: str, page_size: int) -> list[bytes]:
+        """`short` hashes of the prompt's full pages, computed when they are first asked for."""
+        if self._names is None:
             root = prefix_root(fingerprint, self.spec.salt)
-            self._hashes = self.spec.hashes or page_hashes(root, self.prompt, page_size)
-        return self._hashes
+            self._names = list(map(short, self.spec.hashes or page_hashes(root, self.prompt, page_size)))
+        return self._names
 
     def renew(self) -> int:
         """The next incarnation; what it was before."""

@@ -94,7 +94,7 @@ def logged(policy: Policy, spec: str, who: str, write: Write) -> Policy:
 
 def rehearse(spec: str, workers: rehearsal.Workers) -> None:
     """A dry call of the policy that `spec` names, on these workers; raises `ValueError` in one line."""
-    with _in_time() as begin:
+    with in_time(PATIENCE, TimeoutError, f"a rehearsal has to end within {PATIENCE:.0f} s") as begin:
 
         def make() -> Policy:
             begin()
@@ -109,18 +109,20 @@ def rehearse(spec: str, workers: rehearsal.Workers) -> None:
 
 
 @contextmanager
-def _in_time() -> Iterator[Callable[[], object]]:
+def in_time(seconds: float, kind: type[BaseException], told: str) -> Iterator[Callable[[], object]]:
     """An endless loop ends as an error of the line that it is in; in a process's main thread, that is. The time begins
-    whenever what this yields is called."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+    whenever what this yields is called. 0: there is no limit."""
+    main = threading.current_thread() is threading.main_thread()
+    if not seconds or not main or not hasattr(signal, "setitimer"):
         yield lambda: None
         return
 
     def late(*_: object) -> None:
-        raise TimeoutError(f"a rehearsal has to end within {PATIENCE:.0f} s")
+        raise kind(told)
 
-    # Again and again: one that is taken for the failure of one request leaves the loop that the next one runs into.
-    begin = partial(signal.setitimer, signal.ITIMER_REAL, PATIENCE, PATIENCE / 20)
+    # Again and again: one that is taken for the failure of one request leaves the loop that the next one runs into. Not
+    # so soon that it would come while the one before is dealt with.
+    begin = partial(signal.setitimer, signal.ITIMER_REAL, seconds, max(0.1, seconds / 20))
     before = signal.signal(signal.SIGALRM, late)
     left, every = begin()
     try:

@@ -33,11 +33,10 @@ from minidisagg.core.policy import (
     RoleChange,
     Stage,
     Victim,
-    WorkerOptions,
     WorkerView,
 )
 from minidisagg.core.request import Request, State, Work, request_of
-from minidisagg.core.scheduler import BatchBuilder, Scheduler, View, scheduler_of
+from minidisagg.core.scheduler import BatchBuilder, Scheduler, View, composed, scheduler_of
 from minidisagg.core.tiers import wanted
 from minidisagg.core.tracked import tracked_of
 
@@ -204,7 +203,7 @@ class Asked(Policy):
 
     def accept(self, offer: Work, worker: WorkerView) -> bool:
         asker, scheduler = self._asker, scheduler_of(worker)
-        other = asker.ask(lambda policy: policy.accept(self._copied(offer).view, _Look(scheduler, asker)))
+        other = asker.ask(lambda policy: policy.accept(self._copied(offer).view, _look(scheduler, asker)))
         answer = self.asks.accept(offer, worker)
         asker.compare("accept", offer.request_id, worker.now, answer, other, lambda one: "grant" if one else "wait")
         return answer
@@ -212,7 +211,7 @@ class Asked(Policy):
     def order(self, request: Work, stage: Stage, worker: WorkerView) -> Any:
         asker, scheduler = self._asker, scheduler_of(worker)
         mine = self._copied(request)
-        key = asker.ask(lambda policy: policy.order(mine.view, stage, _Look(scheduler, asker)))
+        key = asker.ask(lambda policy: policy.order(mine.view, stage, _look(scheduler, asker)))
         answer = self.asks.order(request, stage, worker)
         if asker.other is None:
             return answer
@@ -231,19 +230,18 @@ class Asked(Policy):
         return answer
 
     def compose(self, batch: Batch, worker: WorkerView) -> None:
-        asker = self._asker
-        assert isinstance(batch, BatchBuilder)
-        other = asker.ask(lambda policy: _step(scheduler_of(worker), batch.cohort, policy, asker))
+        asker, step = self._asker, composed(batch)
+        other = asker.ask(lambda policy: _step(scheduler_of(worker), step.cohort, policy, asker))
         self.asks.compose(batch, worker)
         recorded = _members(batch)
         asker.compare("compose", "the step", worker.now, recorded, other, lambda one: _told(one, recorded, other))
-        asker.decisions += [f"admitted {request.request_id}{_from_cache(request)}" for request in batch.begun]
+        asker.decisions += [f"admitted {request.request_id}{_from_cache(request)}" for request in step.begun]
 
     def evict(self, worker: WorkerView, candidates: Sequence[Work]) -> Victim | None:
         asker, scheduler = self._asker, scheduler_of(worker)
 
         def question(policy: Checked) -> str:
-            return _victim(policy.evict(_Look(scheduler, asker), [self._copied(one).view for one in candidates]))
+            return _victim(policy.evict(_look(scheduler, asker), [self._copied(one).view for one in candidates]))
 
         other = asker.ask(question)
         answer = self.asks.evict(worker, candidates)
@@ -258,16 +256,11 @@ class Asked(Policy):
 # ---------------------------------------------------------------- copies
 
 
+@dataclass(frozen=True)
 class _Look(View):
     """A worker as the other policy would see it: its queues are in that one's order, and made of copies."""
 
-    def __init__(self, scheduler: Scheduler, asker: Asker) -> None:
-        super().__init__(scheduler)
-        self._asker = asker
-
-    @property
-    def options(self) -> WorkerOptions:
-        return copy.copy(self._scheduler.options)
+    _asker: Asker
 
     @property
     def running(self) -> Sequence[Work]:
@@ -276,6 +269,10 @@ class _Look(View):
     @property
     def waiting(self) -> Sequence[Work]:
         return tuple(request.view for request in _ordered(self._scheduler.waiting, "prefill", self._asker))
+
+
+def _look(scheduler: Scheduler, asker: Asker) -> _Look:
+    return _Look(scheduler, scheduler.spec.name, scheduler.spec.page_size, scheduler.spec.num_pages, asker)
 
 
 def copied_request(request: Request, asker: Asker) -> Request:
@@ -348,7 +345,7 @@ def _step(scheduler: Scheduler, cohort: int, policy: Checked, asker: Asker) -> d
         return wants is not None
 
     mine = Scheduler(scheduler.spec, policy.asks, _shallow(scheduler.pool), scheduler.expected, preempted, failed)
-    mine.role, mine.options, mine.now = scheduler.role, copy.copy(scheduler.options), scheduler.now
+    mine.role, mine.options, mine.now = scheduler.role, scheduler.options, scheduler.now
     mine.fetch = fetched
     mine.learner, mine.cohorts = scheduler.learner, Cohorts(scheduler.cohorts)
     mine.waiting = _ordered(scheduler.waiting, "prefill", asker)
@@ -395,8 +392,8 @@ def _victim(answer: Victim | None) -> str:
     return "nobody" if answer is None else answer.request.request_id
 
 
-def _members(batch: BatchBuilder) -> dict[str, int]:
-    return {item.request_id: item.count for item in batch.items}
+def _members(batch: Batch) -> dict[str, int]:
+    return {item.request_id: item.count for item in composed(batch).members.values()}
 
 
 def _from_cache(request: Request) -> str:

@@ -370,10 +370,8 @@ class Frontend(Operations):
                 self._drain()
                 for observer in self.observers:
                     observer.on_message(envelope, now)
-                if isinstance(envelope.body, Stats):
-                    self._reported.set()
-                    self._on_store(envelope.source, envelope.body.store)
-                elif isinstance(envelope.body, Hello):
+                self._on_told(envelope.source, envelope.body)
+                if isinstance(envelope.body, Hello):
                     self._greeted.set()
                 if len(self.channels) == len(self.worker_names):
                     self._ready.set()

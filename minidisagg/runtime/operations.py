@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from minidisagg.config import ClusterSettings, RunSettings
-from minidisagg.core.messages import ROUTER, Hello, Role, StoreStats
+from minidisagg.core.messages import ROUTER, AnyMessage, Hello, Role, Stats, Stayed, StoreStats
 from minidisagg.core.policy import ClusterView, RoleChange, WorkerOptions
 from minidisagg.core.router import Router
 from minidisagg.core.tracked import Tracked
@@ -30,6 +30,7 @@ class Operations:
     greetings: dict[str, Hello]
     roles: Mapping[str, tuple[Role, WorkerOptions]]
     _tasks: set[asyncio.Task[None]]
+    _reported: asyncio.Event
     _failing: dict[str, str]
 
     def tell(self, text: str, level: int = logging.INFO) -> None:
@@ -44,6 +45,17 @@ class Operations:
         return self.router.hellos
 
     # ------------------------------------------------------------ see
+
+    def _on_told(self, worker: str, body: AnyMessage) -> None:
+        """A worker's message, after the router has had it. What is to leave a worker that flips is asked again and
+        again, and stays for the same reason: that is told once."""
+        if isinstance(body, Stats):
+            self._reported.set()
+            self._on_store(worker, body.store)
+        elif isinstance(body, Stayed) and (request := self.requests.get(body.request_id)):
+            if request.stays != body.reason:
+                request.stays = body.reason
+                self.tell(f"request {body.request_id} stays at {worker}: {body.reason}")
 
     def _on_store(self, worker: str, store: StoreStats | None) -> None:
         """All workers write to the same one: its trouble is told once, and again after it was well."""
@@ -134,8 +146,10 @@ class Operations:
         self._drain()
 
     def migrate(self, request_id: str, worker: str) -> bool:
-        """A request that decodes goes on at another live worker; False where it does not decode, or does so there."""
-        source = self.router.requests[request_id].decode
+        """A request that decodes goes on at another worker that does; False where it does not decode, or does so there,
+        or the worker takes no decodes. What comes of it is told: it may stay."""
+        request = self.router.requests[request_id]
+        source, request.stays = request.decode, ""
         moves = self.router.migrate(request_id, worker, time.monotonic())
         if moves:
             self.tell(f"request {request_id} moves from {source} to {worker}")

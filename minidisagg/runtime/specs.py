@@ -7,13 +7,15 @@ from minidisagg.core.granularity import parse_granularity
 from minidisagg.core.spec import EngineSpec
 from minidisagg.model.loader import identity
 from minidisagg.runtime.device import Device
+from minidisagg.transfer.codec import codecs_for
 from minidisagg.transfer.emulate import Nic
-from minidisagg.transfer.kinds import ONE_SIDED, efficient_bytes
+from minidisagg.transfer.kinds import ON_GPUS, ONE_SIDED, efficient_bytes
 
 
 def engine_spec(config: WorkerConfig, device: Device, kind: str, nic: Nic | None) -> EngineSpec:
     """`kind`: of its links; `nic`: what emulates their interconnect."""
     cache, model = device.cache, device.model
+    checked = config.cluster.gpu_checksums and kind in ON_GPUS  # of pages as they are
     return EngineSpec(
         name=config.name,
         epoch=config.epoch,
@@ -27,6 +29,7 @@ def engine_spec(config: WorkerConfig, device: Device, kind: str, nic: Nic | None
         granularity=parse_granularity(config.cluster.transfer_granularity, efficient_bytes(kind, nic)),
         layer_bytes=cache.bytes_per_page // model.config.num_layers,
         codec=config.cluster.kv_codec,
+        codecs=tuple(name for name, one in codecs_for(cache.data).items() if one.in_place or not checked),
         decode_after=config.cluster.decode_after,
         store=bool(config.cluster.kv_store),
         through_store=config.cluster.handoff == "store",

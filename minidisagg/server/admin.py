@@ -278,6 +278,10 @@ class Admin:
             raise ApiError(404, f"there is no request {asked.request!r}", "request")
         if asked.worker not in self.frontend.view.workers:
             raise ApiError(404, f"there is no live worker {asked.worker!r}", "worker")
+        status = self.frontend.view.workers[asked.worker]
+        if not status.takes(Role.DECODE):
+            why = "drains" if status.draining else "changes its role" if status.flipping else "only prefills"
+            raise ApiError(409, f"worker {asked.worker} takes no request that decodes: it {why}")
         if not self.frontend.migrate(asked.request, asked.worker):
             raise ApiError(409, f"request {asked.request} does not decode, or does so at {asked.worker} already")
         return json_response({"migrating": asked.request, "worker": asked.worker})
