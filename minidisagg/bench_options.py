@@ -43,6 +43,7 @@ bench_options = stack(
                      help="No load, but what --kv-codec does to the answers to English prompts.  [default --kv-codec: "
                           f"int8, --num-prompts: {QUALITY_PROMPTS}]"),
         click.option("--dry-run", is_flag=True, help="Say what would be done, and how long it would take."),
-    ]
+    ],
+    "What is measured",
 )
 # fmt: on

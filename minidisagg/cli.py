@@ -121,7 +121,7 @@ def pull(name: str, from_hub: bool) -> None:
     pull_model(name, from_hub, click.echo)
 
 
-@cli.command()
+@cli.command(cls=SpreadCommand)
 @model_argument
 @click.option("--prompt", "-p", "prompts", multiple=True, metavar="TEXT", help="Repeatable; without it: stdin.")
 @click.option(
@@ -157,7 +157,7 @@ def generate(
     run_generate(engine, texts, sampling, as_json)
 
 
-@cli.command()
+@cli.command(cls=SpreadCommand)
 @model_argument
 @click.option("--system", default="", metavar="TEXT", help="What the model is told before the conversation.")
 @sampling_options(temperature=0.2, max_tokens=512)
@@ -424,7 +424,7 @@ def rerun(directory: Path, out: Path | None, api_key: str) -> int:
     return run_again(directory, out, api_key)
 
 
-@cli.command()
+@cli.command(cls=SpreadCommand)
 @model_argument
 @click.option("--out", type=click.Path(dir_okay=False, writable=True, path_type=Path), default=Path("profile.json"),
               show_default=True, metavar="FILE")  # fmt: skip

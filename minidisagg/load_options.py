@@ -11,7 +11,7 @@ from click.core import ParameterSource
 
 from minidisagg.measure.goodput import parse_slo
 from minidisagg.measure.settings import ReportSettings, Trials, check_measurable
-from minidisagg.options import FiniteRange, positive, stack
+from minidisagg.options import SECTIONS, FiniteRange, positive, stack
 from minidisagg.workload.multiturn import MULTITURN, Multiturn
 from minidisagg.workload.settings import (
     DATASETS,
@@ -29,7 +29,21 @@ ARRIVALS, WORKLOAD, TRIALS, SESSIONS = Arrivals(), Workload(), Trials(), Multitu
 
 
 class SpreadCommand(click.Command):
-    """Takes `--goodput ttft:200 tpot:50` as vLLM does, where click wants one value per flag, and --demo-load alone."""
+    """Takes `--goodput ttft:200 tpot:50` as vLLM does, where click wants one value per flag, and --demo-load alone.
+
+    Its `--help` has a section for each stack of options that is named.
+    """
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """In the order in which they are declared."""
+        records: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx) if isinstance(param, click.Option) else None  # as click does
+            if record:
+                records.setdefault(SECTIONS.get(param, ""), []).append(record)
+        for section, options in records.items():
+            with formatter.section(section or "Options"):
+                formatter.write_dl(options)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         spread: list[str] = []
@@ -58,7 +72,7 @@ class DatasetName(click.types.StringParamType):
 
 
 # fmt: off
-load_options = stack(
+rate_options = stack(
     [
         click.option("--find-goodput", is_flag=True, help="Search the highest rate at which 90 % meet the SLOs."),
         click.option("--goodput", multiple=True, metavar="NAME:MS …",
@@ -79,6 +93,11 @@ load_options = stack(
         click.option("--num-warmups", type=click.IntRange(min=0), default=ARRIVALS.num_warmups, show_default=True,
                      help="So many of them, the first of each run, are not measured."),
         click.option("--repeats", type=positive, default=TRIALS.repeats, show_default=True),
+    ],
+    "Load",
+)
+data_options = stack(
+    [
         click.option("--dataset-name", type=DatasetName(), default=WORKLOAD.dataset_name, show_default=True,
                      help="A file that --dataset-path names, or synth:NAME with the statistics of one: "
                           f"{', '.join(name for name in DATASETS if name.startswith(SYNTHETIC))}. "
@@ -108,10 +127,18 @@ load_options = stack(
                      help="Divides the trace's times."),
         click.option("--trace-scale-len", type=float, default=WORKLOAD.trace_scale_len, show_default=True,
                      help="Multiplies the trace's lengths."),
+    ],
+    "Data set",
+)
+load_options = stack(
+    [
+        rate_options,
+        data_options,
         click.option("--result-dir", default="bench-results", show_default=True, metavar="DIR",
                      help="Each run gets a directory of its own in it."),
         click.option("--json", "as_json", is_flag=True, help="The result as JSON on stdout."),
-    ]
+    ],
+    "Results",
 )
 # fmt: on
 # What of them `bench --kv-quality` takes, too, and what it does not.
@@ -145,6 +172,9 @@ def _dataset(flags: dict[str, Any]) -> str:
     for flag, of in lengths.items():
         if of != name:
             raise ValueError(f"--{flag.replace('_', '-')} is of --dataset-name {of}, and {name} has lengths of its own")
+    for flag, other in ("trace_speedup", "--request-rate"), ("trace_scale_len", "the flags of its lengths"):
+        if flag in given and not name.startswith((*TRACES, SYNTHETIC)):
+            raise ValueError(f"--{flag.replace('_', '-')} is of traces and synth:NAME: for {name}, use {other}")
     return name
 
 
@@ -173,6 +203,11 @@ def read_load(flags: dict[str, Any], preset: str = "", fit: bool = False) -> Loa
     given = flags["request_rate"] not in (None, "trace")
     rate, relative = parse_rate(flags["request_rate"]) if given else default_rate
     concurrencies = parse_concurrencies(flags["max_concurrency"])
+    if "trace_speedup" in given_flags() and (rate or concurrencies):
+        raise ValueError(
+            "--trace-speedup divides a trace's own times, which a rate or a closed loop replaces: "
+            "use --request-rate, or --request-rate trace with it"
+        )
     if flags["find_goodput"] and (concurrencies or not 0 < rate < math.inf):
         raise ValueError(
             "--find-goodput searches for a rate: it starts at a finite --request-rate, which a trace must be given, "

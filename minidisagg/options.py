@@ -51,12 +51,17 @@ class Engine(NamedTuple):
     run: RunSettings
 
 
-def stack(options: Iterable[Callable[[Command], Command]]) -> Callable[[Command], Command]:
+SECTIONS: dict[click.Parameter, str] = {}  # where `--help` has an option; those of no section come under "Options"
+
+
+def stack(options: Iterable[Callable[[Command], Command]], section: str = "") -> Callable[[Command], Command]:
     """Several click options as one decorator; `--help` has them in this order."""
 
     def decorate(command: Command) -> Command:
         for option in reversed(list(options)):
             command = option(command)
+            made = command.params if isinstance(command, click.Command) else command.__click_params__  # type: ignore[attr-defined]
+            SECTIONS.setdefault(made[-1], section)  # an option may be a stack of them
         return command
 
     return decorate
@@ -151,7 +156,8 @@ engine_options = stack(
                      help=f"Make a stage of each request slower: {', '.join(STAGES)}. Repeatable."),
         decisions_option,
         record_option,
-    ]
+    ],
+    "Engine",
 )
 # fmt: on
 
@@ -183,6 +189,8 @@ def read_engine(
     parse_granularity(cluster.transfer_granularity, 1)
     if cluster.handoff == "store" and not cluster.kv_store:
         raise ValueError("--handoff store goes through --kv-store, and none is given")
+    if cluster.handoff == "store" and cluster.kv_codec != RAW:
+        raise ValueError(f"--handoff store hands over pages as they are, and --kv-codec is {cluster.kv_codec}")
     if cluster.kv_store:
         parse_store(cluster.kv_store)
         if flags["no_prefix_caching"]:
@@ -260,7 +268,8 @@ def sampling_options(temperature: float, max_tokens: int) -> Callable[[Command],
             click.option("--min-tokens", type=int, default=0, show_default=True),
             click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. Repeatable."),
             click.option("--ignore-eos", is_flag=True, help="Go on to --max-tokens."),
-        ]
+        ],
+        "Sampling",
     )
 
 

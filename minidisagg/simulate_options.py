@@ -47,7 +47,8 @@ cluster_options = stack(
         click.option("--seed", type=int, default=0, show_default=True),
         click.option("--time-limit", type=FiniteRange(min=0), default=0.0, metavar="S",
                      help="Give up when a run has taken so many seconds here."),
-    ]
+    ],
+    "Cluster",
 )
 
 simulate_options = stack(
@@ -60,7 +61,8 @@ simulate_options = stack(
         record_option,
         click.option("--jobs", "-j", type=positive, default=1, show_default=True, metavar="N",
                      help="Runs at a time, each in a process."),
-    ]
+    ],
+    "Sides",
 )
 
 league_options = stack(
@@ -85,6 +87,7 @@ league_options = stack(
         click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("league"),
                      show_default=True, metavar="DIR",
                      help="Where the tables go. Finished runs are kept there: the same command goes on."),
-    ]
+    ],
+    "League",
 )
 # fmt: on

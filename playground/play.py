@@ -291,7 +291,8 @@ def _run(given: dict[str, Any], tell: Tell) -> dict[str, Any]:
         items = with_arrivals(items, arrival_times(settings.requests, settings.rate, seed=settings.seed))
         sides = _sides(settings)
         load_policy("fcfs" if settings.baseline == MINE else settings.baseline)
-        slo = simulation.derived_slo(simulation.profiles_of(sides[0].cluster), items)
+        cluster = sides[0].cluster
+        slo = simulation.derived_slo(cluster, simulation.profiles_of(cluster), items)
     except (ValueError, msgspec.ValidationError) as error:
         raise PlayError(str(error)) from error
     how = simulation.Settings(slo=slo, seed=settings.seed)

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -97,6 +98,24 @@ def test_each_command_has_examples_and_a_default_model(name: str) -> None:
     assert found.help is not None
     assert f"\n    minidisagg {name}" in found.help or f"\nminidisagg {name}" in found.help
     assert name in ("monitor", "simulate", "league", "replay", "rerun") or found.params[0].default == DEFAULT_MODEL
+
+
+@pytest.mark.parametrize(
+    ("name", "sections"),
+    [
+        ("bench", ["What is measured", "Load", "Data set", "Results", "Engine", "Options"]),
+        ("simulate", ["Cluster", "Sides", "Load", "Data set", "Results", "Options"]),
+        ("serve", ["Options", "Engine"]),
+        ("generate", ["Options", "Sampling", "Engine"]),
+    ],
+)
+def test_help_has_each_option_in_a_section(name: str, sections: list[str]) -> None:
+    command = cli.commands[name]
+    told = command.get_help(click.Context(command, info_name=name))
+    assert re.findall(r"^(\S.*):$", told, re.M) == sections
+    for param in command.params:
+        hidden = not isinstance(param, click.Option) or param.hidden
+        assert hidden or len(re.findall(rf"^  (?:-\w, )?{param.opts[0]}\b(?!-)", told, re.M)) == 1, param
 
 
 ROOT = Path(__file__).parents[1]

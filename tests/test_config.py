@@ -200,6 +200,11 @@ def test_one_worker_unless_told_otherwise() -> None:
         (["--inject-delay", "lunch=5"], "a stage of queue"),
         (["--inject-delay", "decode=soon"], "STAGE=MS"),
         (["--kv-cache-memory", "lots"], "not a size"),
+        (["--handoff", "store"], "--handoff store goes through --kv-store, and none is given"),
+        (
+            ["--handoff", "store", "--kv-store", "local:DRAM=1M", "--kv-codec", "int8"],
+            "^--handoff store hands over pages as they are, and --kv-codec is int8$",
+        ),
         (["--emulate-link", "foo"], "no interconnect 'foo'; known: none, 10g-tcp, .* as in 25Gbps,20us"),
     ],
 )

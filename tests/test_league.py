@@ -226,3 +226,22 @@ def test_a_trace_can_be_its_file(tmp_path: Path) -> None:
     path.write_text("\n".join(map(json.dumps, lines)))
     workload = parse_workload(f"mooncake:{path}", 30)
     assert workload.dataset_name == "mooncake" and workload.dataset_path == str(path) and workload.num_prompts == 30
+
+
+def test_repetitions_of_a_trace_are_its_next_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "t.csv"
+    rows = [f"{n},{300 + n},{5 * (n > 0)}" for n in range(61)]
+    path.write_text("\n".join(["arrived_at,num_prefill_tokens,num_decode_tokens", *rows]))
+    only = ["--policies", "disagg", "--workload", f"azure:{path}"]
+    out = tmp_path / "out"
+    cli.main(["league", "--out", str(out), *only, "--num-prompts", "30", "--loads", "0.5", "--repeats", "3", "-j", "1"],
+             standalone_mode=False)  # fmt: skip
+    note = "azure trace t.csv: the trace has requests for 2 repetitions, and those after have the same ones again"
+    assert json.loads((out / "league.json").read_text())["notes"] == [note]
+    said = " ".join(capsys.readouterr().out.split())
+    assert note in said and "azure trace t.csv: 30 requests over 29.0 s, 1 skipped, 0 clamped" in said
+    options = LeagueOptions(
+        sides=line_up(DISAGG, "disagg", []), workloads=(parse_workload(f"azure:{path}", 30),), loads=(0.5,), repeats=3,
+        out=str(out),
+    )  # fmt: skip
+    assert [run.repetition for run in Games(options).runs.values()] == [0, 1, 2]

@@ -211,6 +211,8 @@ def test_goodput_search_survives_noise(md1_rate: float) -> None:
 def test_goodput_search_ends() -> None:
     never = searched(lambda rate: 0.0, 8.0, max_runs=4)
     assert (never.rate, never.converged, [t.rate for t in never.trials]) == (0.0, False, [8.0, 4.0, 2.0, 1.0])
+    refused = searched(lambda rate: 0.0, 128.0)  # at a rate of next to nothing a run takes for ever
+    assert (refused.rate, refused.converged, refused.upper) == (0.0, False, 1.0)
     always = searched(lambda rate: 1.0, 8.0, max_runs=3)
     assert (always.rate, always.upper, always.converged) == (32.0, math.inf, False)
     seen: list[float] = []

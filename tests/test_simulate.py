@@ -6,7 +6,9 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -20,16 +22,18 @@ from minidisagg.core.policy import ClusterView, Migration, Placement, Policy, Re
 from minidisagg.core.scheduler import Scheduler
 from minidisagg.core.spec import EngineSpec
 from minidisagg.interconnect import Interconnect
-from minidisagg.measure.comparison import Comparison
+from minidisagg.measure.comparison import DASH, Comparison
 from minidisagg.measure.contest import Contest
+from minidisagg.measure.goodput import SLO
+from minidisagg.measure.records import ORACLE
 from minidisagg.measure.run_directory import read_result
 from minidisagg.policies import load_policy
 from minidisagg.sim.devices import TimingOnly
 from minidisagg.sim.machines import ClusterSpec, Group, MachineCosts, find_profile, parse_cluster, parse_options
 from minidisagg.sim.profile import Profile, load_profile
 from minidisagg.sim.simulate import Result, simulate
-from minidisagg.sim.simulation import Settings, Simulation, page_names
-from minidisagg.sim.study import SimSide, colocated, parse_sides
+from minidisagg.sim.simulation import Settings, Simulation, derived_slo, page_names, profiles_of
+from minidisagg.sim.study import SimSide, calibrated, colocated, parse_sides
 from minidisagg.workload.lengths import WorkItem, random_items, with_arrivals
 from minidisagg.workload.synth import synth_items
 
@@ -201,7 +205,25 @@ def test_a_card_sends_and_receives_one_piece_after_the_other() -> None:
     assert costs.transfer(source["a"], "d", piece(10), 0.0) == (0.0, 1.5)
     assert costs.transfer(source["b"], "d", piece(10), 0.0) == (1.0, 2.5), "incast: the receiver's card is busy"
     assert costs.transfer(source["a"], "e", piece(10), 0.0) == (1.0, 2.5), "the sender's card is"
+    assert costs.transfer(source["b"], "e", piece(10), 0.0) == (0.0, 1.5), "while it waits for one, it sends to another"
+    assert costs.transfer(source["b"], "d", piece(2), 0.0) == (2.0, 2.7), "pieces of a link stay in order"
     assert costs.transfer(source["a"], "e", piece(10), 9.0) == (9.0, 10.5)
+
+
+def test_cards_do_one_thing_at_a_time_however_long_their_queues() -> None:
+    profile = load_profile("h100_sxm", "llama-8b")
+    costs = MachineCosts({name: profile for name in "abcdef"}, Interconnect(1000.0))
+    rng, moved, now = Random(0), dict[tuple[str, bool], list[tuple[float, float]]](), 0.0
+    for _ in range(3000):
+        now += rng.random() * 0.2
+        source, dest = rng.choice("abc"), rng.choice("def")
+        spec = EngineSpec(source, 1, Role.PREFILL, 9, 1, 2, "", layer_bytes=50)
+        span = costs.transfer(spec, dest, piece(rng.randint(1, 9)), now)
+        for card in (source, True), (dest, False):
+            moved.setdefault(card, []).append(span)
+    for spans in moved.values():
+        assert all(after[0] >= before[1] for before, after in pairwise(sorted(spans)))
+    assert sum(begins > now for begins, _ in moved["a", True]) > 3 * len(costs._sends["a"]), "spans, not pieces"
 
 
 def test_more_cards_have_more_wires() -> None:
@@ -240,6 +262,32 @@ def test_a_closed_loop_keeps_as_many_under_way() -> None:
     assert len(starts) == 30 and starts[3] < 0.001 < starts[4], "when the workers have said hello, and then"
     under_way = [sum(start <= at for start in starts) - sum(end <= at for end in ends) for at in starts]
     assert max(under_way) == 4
+
+
+def test_a_closed_loop_goes_on_though_its_first_requests_are_refused() -> None:
+    class AdmitsTwo(Policy):
+        def admit(self, request: RequestView, cluster: ClusterView) -> Reject | None:
+            return Reject(1.0, "two are enough") if cluster.waiting >= 2 else None
+
+    result = simulate(AdmitsTwo, random_items(100, 500, 4), "both=1@h100", Settings(max_concurrency=64))
+    assert len(result.run.requests) == 100
+    assert {request.finish_reason for request in result.run.requests} == {"length", "reject"}
+
+
+def test_an_slo_is_of_the_workers_that_do_such_work() -> None:
+    items = random_items(9, 2000, 100)
+
+    def derived(text: str) -> SLO:
+        cluster = spec(text)
+        return derived_slo(cluster, profiles_of(cluster), items)
+
+    fast, slow = derived("prefill=1@h100,decode=1@h100"), derived("both=2@a100")
+    assert fast.ttft and slow.ttft and fast.tpot and slow.tpot and fast.ttft < slow.ttft and fast.tpot < slow.tpot
+    assert derived("prefill=1@h100,decode=3@a100") == SLO(ttft=fast.ttft, tpot=slow.tpot)
+    assert derived("prefill=1@a100,decode=3@h100") == SLO(ttft=slow.ttft, tpot=fast.tpot)
+    assert derived("both=1@h100,both=1@a100") == derived("both=1@a100,both=1@h100") == slow
+    sides = parse_sides("colocated,disagg", spec("prefill=1@h100,decode=3@a100"))
+    assert calibrated(sides).mode == "disagg" and calibrated(sides[:1]).mode == "colocated"
 
 
 def test_policies_see_the_limit_and_the_prediction() -> None:
@@ -317,7 +365,7 @@ def test_clusters_and_sides_are_read() -> None:
     [
         ([], {}, "the workload has no requests"),
         ([WorkItem(index=0, prompt_len=10**7, output_len=1)], {}, "more than the KV cache of a worker"),
-        ([WorkItem(index=0, prompt_len=512, output_len=1, blocks=(1,), block_size=512)], {"page_size": 100}, "divide"),
+        ([WorkItem(index=0, prompt_len=51, output_len=1, blocks=(1,), block_size=51)], {}, "51: give --block-size 51"),
         ([WorkItem(index=0, prompt_len=5, output_len=1)], {"model": "gpt-9"}, "has no profile of gpt-9"),
         ([WorkItem(index=0, prompt_len=5, output_len=1)], {"model": "llama-70b"}, "has no profile of llama-70b"),
     ],
@@ -389,7 +437,7 @@ def test_a_trace_keeps_its_own_times(tmp_path: Path, capsys: pytest.CaptureFixtu
     command(tmp_path / "b", *where, "--find-goodput")
     command(tmp_path / "c", "--policy", "fcfs")
     assert "own times" not in capsys.readouterr().out
-    command(tmp_path / "d", "--policy", "fcfs", "--request-rate", "trace")
+    command(tmp_path / "d", "--policy", "fcfs", "--request-rate", "trace", "--trace-speedup", "4")
     assert "60 requests at the trace's own times" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--request-rate trace: random has no times of its own"):
         command(tmp_path / "e", "--dataset-name", "random", "--request-rate", "trace")
@@ -400,6 +448,46 @@ def test_a_sweep_and_a_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert isinstance(read_result(swept), dict)
     command(tmp_path / "b", "--find-goodput", "--policy", "fcfs")
     assert "fails from" in capsys.readouterr().out
+
+
+def test_a_sweep_shows_what_it_lacks_and_what_limits_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from minidisagg import Policy\n"
+        "from minidisagg.core.policy import Reject\n"
+        "class Mine(Policy):\n"
+        "    def admit(self, request, cluster):\n"
+        "        return Reject(1.0, 'closed')\n"
+    )
+    sweep = ["--max-concurrency", "2", "--random-output-len", "1"]  # no request has a time per further token
+    command(tmp_path / "a", *sweep, "--predict-lengths", "oracle")
+    said = capsys.readouterr().out
+    [row] = [line for line in said.splitlines() if "TPOT, ms" in line]
+    assert row.count(DASH) == 3 and f"note: {ORACLE}" in said
+    command(tmp_path / "b", *sweep, "--compare", f"fcfs,{tmp_path}/mine.py:Mine")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "60 of 60 requests were rejected" in said and "nan" not in said
+    assert "Mine is worse than fcfs: goodput" in said, "though it was through with all of them in no time"
+
+
+def test_repetitions_of_a_trace_are_its_next_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = tmp_path / "t.csv"
+    rows = [f"{n},{300 + n},20" for n in range(130)]
+    trace.write_text("\n".join(["arrived_at,num_prefill_tokens,num_decode_tokens", *rows]))
+    where = ["--dataset-name", "azure", "--dataset-path", str(trace), "--policy", "fcfs"]
+    result = read_result(command(tmp_path / "out", *where, "--repeats", "3"))
+    assert isinstance(result, Comparison)
+    lengths = [[request.prompt_len for request in run.requests] for run in result.a.runs]
+    assert lengths == [[*range(300, 360)], [*range(360, 420)], [*range(300, 360)]]
+    note = "the trace has requests for 2 repetitions, and those after have the same ones again"
+    assert note in result.marks and note in " ".join(capsys.readouterr().out.split())
+    result = read_result(command(tmp_path / "two", *where, "--repeats", "2"))
+    assert isinstance(result, Comparison) and note not in result.marks
+
+
+def test_no_noise_is_assumed_where_there_is_none(tmp_path: Path) -> None:
+    for sides in ("fcfs,sjf", "fcfs,sjf,sarathi"):
+        result = read_result(command(tmp_path / sides, "--compare", sides))
+        assert isinstance(result, Comparison | Contest) and "1 repetition (< 3)" in result.marks
 
 
 def test_a_slow_policy_is_noticed_in_its_own_words(tmp_path: Path) -> None:
@@ -451,6 +539,11 @@ def test_an_earlier_record_is_not_overwritten(tmp_path: Path) -> None:
         (["--dataset-path", __file__], "--dataset-path is of sharegpt, azure, mooncake, burstgpt, text: say which"),
         (["--cluster", "both=1"], "is not ROLE=COUNT"),
         (["--link", "none"], "a simulated wire needs a bandwidth"),
+        (["--link", "25Gbps,20us,5us"], "a simulated wire has no jitter, give BANDWIDTH,LATENCY"),
+        (["--trace-speedup", "4"], "--trace-speedup divides a trace's own times"),
+        (["--trace-speedup", "4", "--request-rate", "trace", "--max-concurrency", "2"], "a closed loop replaces"),
+        (["--random-input-len", "9", "--trace-speedup", "4"], "is of traces and synth:NAME: for random, use --request"),
+        (["--dataset-name", "multiturn", "--trace-scale-len", "2"], "for multiturn, use the flags of its lengths"),
         (["--policy", "fcfs", "--compare", "fcfs"], "--policy is of one side"),
         (["--compare", "fcfs,fcfs,fcfs", "--max-concurrency", "2"], "a sweep takes two"),
         (["--model", "nope"], "has no profile of nope"),
@@ -475,8 +568,8 @@ def test_a_policy_that_leaves_requests_waiting_for_ever_is_told_so() -> None:
         def accept(self, offer: Any, worker: Any) -> bool:
             return False
 
-    result = simulate(Refuses, load(3, 1.0), "prefill=1@h100,decode=1@h100")
-    assert all("accept refuses it though worker decode-0 is empty" in r.error for r in result.run.requests)
+    with pytest.raises(PolicyError, match=r"^3 requests .* Refuses: accept refuses it though worker decode-0 is empty"):
+        simulate(Refuses, load(3, 1.0), "prefill=1@h100,decode=1@h100")
 
     class Forgets(Policy):
         def place(self, request: RequestView, cluster: ClusterView) -> Placement | Reject:

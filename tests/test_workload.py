@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minidisagg.sim.simulation import page_names
 from minidisagg.workload.arrivals import arrival_times
 from minidisagg.workload.lengths import prompt_tokens, random_items, text_items, with_arrivals, with_prompts
 from minidisagg.workload.settings import Workload, build_items, describe_workload
@@ -156,10 +157,38 @@ def test_mooncake_equal_hash_ids_are_equal_blocks(tmp_path: Path) -> None:
     assert a[:1024] == b[:1024] and a[1024:] != b[1024:1100]
     assert c[:512] == a[512:1024] and c[512:] == a[:88]
     scaled, report = load_trace("mooncake", file, scale_len=0.1, max_model_len=100)
-    assert (scaled[0].prompt_len, scaled[0].block_size, scaled[0].blocks) == (99, 51, (7, 8))
+    assert (scaled[0].prompt_len, scaled[0].block_size, scaled[0].blocks) == (99, 51, (0, 1))
     assert report.clamped == 2
     x, y = (item.prompt or [] for item in with_prompts(scaled[:2], 5000))
     assert x[:98] == y[:98]
+
+
+def test_hash_ids_may_be_any_integers(tmp_path: Path) -> None:
+    rows = [
+        {"timestamp": n, "input_length": 1000, "output_length": 5, "hash_ids": ids}
+        for n, ids in enumerate([[(1 << 64) - 1, -3], [(1 << 64) - 1, 1 << 61], [-(1 << 63), -3]])
+    ]
+    file = tmp_path / "m.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    items, _ = load_trace("mooncake", file)
+    assert [item.blocks for item in items] == [(0, 1), (0, 2), (3, 1)]
+    assert page_names(items[0], 64)[:8] == page_names(items[1], 64)[:8]
+
+
+def test_windows_of_a_trace_follow_one_another(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text(VIDUR + "".join(f"{n},{n + 1},{n % 5}\n" for n in range(31)))  # every fifth is skipped
+    windows = [load_trace("azure", file, count=10, window=n, speedup=2.0) for n in range(5)]
+    lengths = [[item.prompt_len for item in items] for items, _ in windows]
+    usable = [n + 1 for n in range(31) if n % 5]
+    assert lengths == [usable[:10], usable[10:20], *[usable[:10], usable[10:20]], usable[:10]]
+    assert all(items[0].arrival_s == 0.0 and items[-1].arrival_s == 5.5 for items, _ in windows)
+    assert [report.windows for _, report in windows] == [0, 0, 2, 2, 2] and windows[1][1].skipped == 7
+    assert windows[2][1].marks == ["the trace has requests for 2 repetitions, and those after have the same ones again"]
+    items, report = load_trace("azure", file, count=99, window=1)
+    assert len(items) == 24 and report.windows == 1 and "1 repetition, and" in report.marks[0]
+    workload = Workload(dataset_name="azure", dataset_path=str(file))
+    assert [item.prompt_len for item in build_items(workload, 10, window=1)[0]] == usable[10:20]
 
 
 def test_burstgpt(tmp_path: Path) -> None:
@@ -169,7 +198,8 @@ def test_burstgpt(tmp_path: Path) -> None:
         "5,s1,1.0,ChatGPT,472,18,490,Conversation log\n45,s2,1.0,ChatGPT,1087,0,1087,Conversation log\n"
     )
     items, report = load_trace("burstgpt", file)
-    assert [(i.prompt_len, i.output_len, i.session) for i in items] == [(472, 18, "s1")]
+    assert [(i.prompt_len, i.output_len) for i in items] == [(472, 18)]
+    assert not items[0].session, "nothing tells what the prompts of its sessions share"
     assert report.skipped == 1
 
 

@@ -30,7 +30,7 @@ from minidisagg.measure.goodput import GoodputResult, find_goodput, least_reques
 from minidisagg.measure.html import write_html
 from minidisagg.measure.intervals import share_error
 from minidisagg.measure.records import RunRecord
-from minidisagg.measure.report import goodput_table, marks_text, render, sweep_table
+from minidisagg.measure.report import goodput_table, marks_text, render, render_sweep
 from minidisagg.measure.run_directory import (
     LETTERS,
     RECORD,
@@ -108,10 +108,8 @@ async def sweep(bench: Bench, directory: Path) -> dict[str, object]:
         one = await bench.interleaved(math.nan, n)
         assert isinstance(one, Comparison)  # `run` refuses a sweep of more than two sides
         steps.append((n, one))
-    marks = marks_text([mark for _, one in steps for mark in one.marks], [why for _, one in steps for why in one.void])
-    bench.console.print(sweep_table(steps), marks)
+    bench.console.print(render_sweep(steps))
     for n, one in steps:
-        bench.console.print(f"{n} at a time: {one.verdict}", style="bold", highlight=False)
         write_run_directory(directory / f"concurrency-{n}", one)
     return sweep_to_dict(dict(steps))
 

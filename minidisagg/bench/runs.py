@@ -37,6 +37,7 @@ from minidisagg.measure.timeline import Timeline
 from minidisagg.replay.alike import decided_alike
 from minidisagg.workload.lengths import WorkItem, at_rate, with_prompts
 from minidisagg.workload.settings import TEXTS, build_items, check_length, describe_workload
+from minidisagg.workload.traces import TraceReport
 
 CALIBRATION, QUICK_CALIBRATION, LOOK = 6, 4, 2  # requests one at a time; the last for a first look
 CALIBRATION_OUTPUT = 17  # most tokens of such a request
@@ -75,7 +76,7 @@ class Bench:
         self.slo = SLO()
         self.timelines: dict[int, Timeline] = {}  # of each side's first run
         self._runs = itertools.count()
-        self._trace_report = ""
+        self._trace_report: TraceReport | None = None
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

@@ -82,7 +82,7 @@ def compare_runs(
     side_a = _side(a, samples[: len(a)], slo, " A" if same else "")
     side_b = _side(b, samples[len(a) :], slo, " B" if same else "") if b else None
     verdict = verdict_of(side_a.label, side_b.label, ratios, void) if side_b else single_verdict(side_a, void)
-    return Comparison(side_a, side_b, ratios, [*marks_of(runs, len(a)), *alike_marks(alike)], void, verdict)
+    return Comparison(side_a, side_b, ratios, [*marks_of(runs, len(a), run_noise), *alike_marks(alike)], void, verdict)
 
 
 def alike_marks(pairs: Sequence[tuple[str, str]]) -> list[str]:
@@ -114,8 +114,9 @@ def values_of(samples: Sequence[Samples]) -> dict[str, float]:
     return values
 
 
-def marks_of(runs: Sequence[RunRecord], repeats: int) -> list[str]:
-    """What limits the use of these runs, one line each; `repeats` are those of each side."""
+def marks_of(runs: Sequence[RunRecord], repeats: int, run_noise: float = RUN_NOISE) -> list[str]:
+    """What limits the use of these runs, one line each; `repeats` are those of each side. `run_noise`: 0 for a
+    simulator."""
     marks = list(dict.fromkeys(mark for run in runs for mark in run.marks))
     marks += {run.label: mark for run in reversed(runs) if (mark := unsteady(run))}.values()  # the first of each side
     fewest = min(len(run.requests) for run in runs)
@@ -125,7 +126,8 @@ def marks_of(runs: Sequence[RunRecord], repeats: int) -> list[str]:
     if not alone and (measured := min(w.last - w.first for w in map(window_of, runs))) < LEAST_REQUESTS:
         marks.append(f"{measured} measured requests (< {LEAST_REQUESTS}) have no intervals, and no winner")
     if not alone and repeats < PUBLISHABLE_REPEATS:
-        marks.append(f"{repeats} repetition{'s' * (repeats > 1)} (< {PUBLISHABLE_REPEATS}): noise between runs assumed")
+        assumed = ": noise between runs assumed" if run_noise else ""
+        marks.append(f"{repeats} repetition{'s' * (repeats > 1)} (< {PUBLISHABLE_REPEATS}){assumed}")
     for label in dict.fromkeys(run.label for run in runs):
         every = [request for run in runs if run.label == label for request in run.requests]
         failed = [request for request in every if not request.ok and not request.rejected]

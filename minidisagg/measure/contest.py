@@ -80,7 +80,7 @@ def contest(
     first = max(range(len(sides)), key=lambda i: scores[i] if not math.isnan(scores[i]) else -1.0)
     best = [_against(samples[i], samples[first], seed, run_noise) for i in range(len(sides)) if i != first]
     verdict = _verdict(sides, first, best) if not void else f"Void, no verdict: {void[0]}."
-    return Contest(sides, ratios, best, [*marks_of(every, len(runs[0])), *alike_marks(alike)], void, verdict)
+    return Contest(sides, ratios, best, [*marks_of(every, len(runs[0]), run_noise), *alike_marks(alike)], void, verdict)
 
 
 def _against(a: Sequence[Samples], b: Sequence[Samples], seed: int, run_noise: float) -> Ratio:

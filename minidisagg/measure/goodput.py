@@ -87,6 +87,7 @@ def least_requests(slo: SLO, rate: float) -> int:
     return math.ceil(rate * LASTING * min(limits) / 1000) if limits and math.isfinite(rate) else 0
 
 
+HOPELESS = 100.0  # times less than the search began with: who fails there, refuses all or cannot be so fast at any rate
 DOUBT = 1.4  # standard errors: a ratio's two sides are both so far off, in opposite directions, in 5 % of cases
 
 
@@ -177,7 +178,8 @@ def search_goodput(
         reached = next((t.attainment for t in fit if t.rate == low), 0.0)
         result = GoodputResult(low, high, reached, target, narrow, trials)
         least, most = result.sure
-        if len(trials) >= max_runs or (narrow and not doubtful and 0.0 < least <= most < math.inf):
+        hopeless = low == 0.0 and high * HOPELESS <= start_rate
+        if hopeless or len(trials) >= max_runs or (narrow and not doubtful and 0.0 < least <= most < math.inf):
             return result
         if narrow and doubtful:
             rate = doubtful[0]

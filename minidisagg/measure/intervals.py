@@ -169,7 +169,9 @@ def _log_statistics(
     if not len(a.values) or not len(b.values):
         return []
     names = ["mean"] if a.seconds or metric == "attainment" else list(STATISTICS)
-    drawn_a, drawn_b = resampled(a, weights_a) + a.half, resampled(b, weights_b) + b.half
+    # Half a request a second is a lot of a short run: a closed loop of which all are refused takes no time at all.
+    half = min(a.half, b.half)
+    drawn_a, drawn_b = resampled(a, weights_a) + half, resampled(b, weights_b) + half
     count = min(len(drawn_a), len(drawn_b))  # both sides keep their first resamples, so pairs stay pairs
     with np.errstate(divide="ignore", invalid="ignore"):
         spread = np.log(drawn_b[:count] / drawn_a[:count])
@@ -178,8 +180,8 @@ def _log_statistics(
         known = spread[:, column][np.isfinite(spread[:, column])]
         variance = float(known.var()) if len(known) else math.nan
         one, other = value_of(a, name), value_of(b, name)
-        usable = one + a.half > 0 and other + b.half > 0
-        difference = math.log((other + b.half) / (one + a.half)) if usable else math.nan
+        usable = one + half > 0 and other + half > 0
+        difference = math.log((other + half) / (one + half)) if usable else math.nan
         rows.append((metric if len(names) == 1 else f"{name}_{metric}", _Row(one, other, difference, variance)))
     return rows
 

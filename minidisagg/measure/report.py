@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from minidisagg.measure.comparison import (
+    DASH,
     TIMES,
     Comparison,
     Side,
@@ -230,12 +231,19 @@ def sweep_table(comparisons: Sequence[tuple[int, Comparison]]) -> Table:
     for concurrency, comparison in comparisons:
         for row, (title, name, scale) in enumerate(metrics):
             cells = [str(concurrency) if row == 0 else "", title]
-            cells += [f"{side.values.get(name, math.nan) * scale:.1f}" for side in comparison.sides]
+            cells += [number(side.values.get(name, math.nan) * scale) for side in comparison.sides]
             if comparison.b is not None:
-                ratio = comparison.ratios[name]
-                cells.append(f"{ratio.ratio:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]")
+                ratio = comparison.ratios.get(name, UNKNOWN)
+                cells.append(DASH if math.isnan(ratio.ratio) else ratio_text(ratio))
             table.add_row(*cells, end_section=row == len(metrics) - 1)
     return table
+
+
+def render_sweep(steps: Sequence[tuple[int, Comparison]]) -> Group:
+    """A whole sweep, for a rich console."""
+    marks = marks_text([mark for _, one in steps for mark in one.marks], [why for _, one in steps for why in one.void])
+    verdicts = [Text(f"{users} at a time: {one.verdict}", style="bold") for users, one in steps]
+    return Group(sweep_table(steps), marks, *verdicts)
 
 
 def overhead_text(comparison: Comparison) -> Text | None:

@@ -16,7 +16,7 @@ import math
 import re
 import time
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ from minidisagg.measure.standings import (
     to_markdown,
     to_svg,
 )
-from minidisagg.measure.stats import by_schedule, void_reasons, window_of
+from minidisagg.measure.stats import by_schedule, window_of
 from minidisagg.policies import load_policy, names, rehearse
 from minidisagg.sides import SideName, numbered, parse_compare, short
 from minidisagg.sim.machines import ClusterSpec
@@ -52,9 +52,18 @@ from minidisagg.sim.processes import side_by_side
 from minidisagg.sim.profile import Profile
 from minidisagg.sim.simulate import simulate
 from minidisagg.sim.simulation import Settings, capacity_of, derived_slo, profiles_of
-from minidisagg.sim.study import REPEAT_SEED, SimSide, colocated, decisions_of, describe_cluster, read_cluster
+from minidisagg.sim.study import (
+    REPEAT_SEED,
+    SimSide,
+    calibrated,
+    colocated,
+    decisions_of,
+    describe_cluster,
+    read_cluster,
+)
 from minidisagg.workload.lengths import WorkItem, at_rate
 from minidisagg.workload.settings import DATASETS, TRACES, Workload, build_items, describe_workload
+from minidisagg.workload.traces import TraceReport
 
 WORKLOADS = "synth:mooncake-conversation", "synth:azure-code-2023", "synth:azure-conv-2023"
 # Settings in which a policy's own defaults are for other devices (`sarathi`) or for SLOs of its own.
@@ -92,6 +101,7 @@ class Run(Struct, frozen=True, kw_only=True):
     rate: float  # requests per second
     slo: SLO
     seed: int
+    repetition: int
     predictor: Predictor
     time_limit: float
 
@@ -177,17 +187,17 @@ def ideal_rate(cluster: ClusterSpec, items: Sequence[WorkItem], tpot: float | No
 
 
 @cache
-def _items(workload: Workload, seed: int, limit: int) -> list[WorkItem]:
-    return build_items(workload, workload.num_prompts, seed, None, limit)[0]
+def _items(workload: Workload, seed: int, limit: int, repetition: int = 0) -> tuple[list[WorkItem], TraceReport | None]:
+    return build_items(workload, workload.num_prompts, seed, None, limit, repetition)
 
 
 def _conditions(options: LeagueOptions, limit: int) -> list[tuple[Condition, Workload]]:
     """Of each workload its loads."""
-    cluster, found = options.sides[0].cluster, []
+    cluster, found = calibrated(options.sides), []
     for workload in options.workloads:
-        items = _items(workload, options.seed, limit)
+        items, _ = _items(workload, options.seed, limit)
         check_measurable(len(items), WARMUPS, False)
-        slo = options.slo or derived_slo(profiles_of(cluster), items)
+        slo = options.slo or derived_slo(cluster, profiles_of(cluster), items)
         ideal = ideal_rate(cluster, items, slo.tpot and slo.tpot / 1e3)
         name = describe_workload(workload)
         found += [(Condition(name, load, load * ideal, slo, len(items)), workload) for load in options.loads]
@@ -199,14 +209,12 @@ def _conditions(options: LeagueOptions, limit: int) -> list[tuple[Condition, Wor
 
 def play(run: Run) -> Played:
     """Carry it out, and keep what the tables need."""
-    began, items = time.process_time(), _items(run.workload, run.seed, run.limit)
+    began, (items, _) = time.process_time(), _items(run.workload, run.seed, run.limit, run.repetition)
     items = at_rate(items, run.rate, 1.0, run.seed)
     settings = Settings(
         slo=run.slo, seed=run.seed, num_warmups=WARMUPS, predictor=run.predictor, time_limit=run.time_limit
     )  # fmt: skip
     result = simulate(run.side.policy, items, run.side.cluster, settings)
-    if void := void_reasons(result.run):
-        raise ValueError(f"{run.side.label}: {void[0]}")
     window = window_of(result.run)
     kept = by_schedule(result.run)[window.first : window.last]
     met = "".join("01"[run.slo.met_by(request)] for request in kept)
@@ -248,7 +256,7 @@ class Games:
         """Raises `ValueError`."""
         self.options = options
         self.path = Path(options.out) / "runs.jsonl"
-        limit = min(capacity_of(side.cluster) for side in options.sides)
+        self.limit = limit = min(capacity_of(side.cluster) for side in options.sides)
         self.conditions = _conditions(options, limit)
         self.runs: dict[tuple[int, int, int], Run] = {}
         # All of one repetition first: whatever part of the list has been done, it tells how long the rest will take.
@@ -258,8 +266,8 @@ class Games:
             self.runs[repetition, place, number] = Run(
                 side=replace(side, policy=_filled(side.policy, condition.slo)),
                 workload=workload, limit=limit, rate=condition.rate, slo=condition.slo,
-                seed=options.seed + REPEAT_SEED * repetition, predictor=options.predictor,
-                time_limit=options.time_limit,
+                seed=options.seed + REPEAT_SEED * repetition, repetition=repetition,
+                predictor=options.predictor, time_limit=options.time_limit,
             )  # fmt: skip
         for side in {(run.side.label, run.side.policy): run.side for run in self.runs.values()}.values():
             roles = {name: (group.role, side.cluster.options(group.role)) for name, group in side.cluster.workers()}
@@ -298,10 +306,10 @@ class Games:
 
     def league(self) -> League:
         """What came of it."""
-        sides = self.options.sides
-        clusters = [side.cluster for side in sides]
-        own = next((cluster for cluster in clusters if cluster.mode == "disagg"), clusters[0])
-        both = ", colocated: the same devices, each doing both" * (own != clusters[0])
+        sides, own = self.options.sides, calibrated(self.options.sides)
+        both = ", colocated: the same devices, each doing both" * (own != sides[0].cluster)
+        last = self.reports(self.options.repeats - 1)
+        marks = [f"{workload}: {mark}" for workload, report in last for mark in report.marks]
         return League(
             labels=[side.label for side in sides],
             policies=[side.policy for side in sides],
@@ -311,8 +319,15 @@ class Games:
             repeats=self.options.repeats,
             seed=self.options.seed,
             about=f"{own.model} {own.dtype}, {describe_cluster(own)}, wire {own.wire}{both}",
-            marks=[ORACLE] if self.options.predictor == "oracle" else [],
+            marks=[*marks, ORACLE] if self.options.predictor == "oracle" else marks,
         )
+
+    def reports(self, repetition: int) -> Iterator[tuple[str, TraceReport]]:
+        """What became of the requests of each workload that is a trace, or imitates one."""
+        for workload in self.options.workloads:
+            _, report = _items(workload, self.options.seed, self.limit, repetition)
+            if report:
+                yield describe_workload(workload), report
 
 
 def run(options: LeagueOptions) -> int:
@@ -322,6 +337,7 @@ def run(options: LeagueOptions) -> int:
     left, every = len(games.left), len(games.keys)
     told = f"{len(options.sides)} sides, {len(games.conditions)} conditions, {options.repeats} repetitions: "
     told += f"{left} of {every} runs to do, {options.jobs} at a time"
+    told = "\n".join([*(f"{workload}: {report}" for workload, report in games.reports(0)), told])
     console.print(told, style="dim", highlight=False)
     directory.mkdir(parents=True, exist_ok=True)
     try:

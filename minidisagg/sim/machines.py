@@ -1,12 +1,15 @@
 """What steps and transfers take on a cluster of known devices: profiles for steps, a network card each for KV.
 
 A card sends and receives one piece after the other, each at the wire's speed: what goes to one worker from many waits
-for its turn (incast), and what leaves in layer groups overlaps with the step that computes the others.
+for its turn (incast) while its sender sends to others, and what leaves in layer groups overlaps with the step that
+computes the others.
 """
 
 from __future__ import annotations
 
 import random
+from bisect import bisect
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from msgspec import Struct
@@ -21,6 +24,7 @@ from minidisagg.sim.profile import Profile, devices, load_profile
 ROLES = {"prefill": Role.PREFILL, "decode": Role.DECODE, "both": Role.BOTH}
 MAX_SEQS, MAX_TOKENS = 256, 8192  # of a step, as engines for such devices have them
 SPREAD = 1021  # draws of a worker's steps, before they come again
+Spans = list[tuple[float, float]]  # of seconds, in order
 MESSAGE = 100e-6  # seconds of a message between two processes, their event loops included
 
 
@@ -84,8 +88,9 @@ class MachineCosts:
             if spread and profile.residuals:
                 decodes, prompts = rng.choices(profile.residuals, k=SPREAD), profile.prompt_residuals
                 self._ratios[name] = decodes, rng.choices(prompts, k=SPREAD) if prompts else decodes
-        self._sends: dict[str, float] = {}  # when a worker's card is free again
-        self._receives: dict[str, float] = {}
+        self._sends = defaultdict[str, Spans](list)  # when a worker's card is busy, from now on
+        self._receives = defaultdict[str, Spans](list)
+        self._links: dict[tuple[str, str], float] = {}  # when the last piece of each has moved
 
     def steps(self, spec: EngineSpec, plan: StepPlan) -> list[float]:
         """As `Costs` says. By number of the step, so that it takes as long alone as among equal ones."""
@@ -110,10 +115,29 @@ class MachineCosts:
     def transfer(self, source: EngineSpec, dest: str, piece: Piece, now: float) -> tuple[float, float]:
         """As `Costs` says."""
         lanes = min(self.profiles[source.name].tensor_parallel, self.profiles[dest].tensor_parallel)
-        begins = max(now, self._sends.get(source.name, 0.0), self._receives.get(dest, 0.0))
-        done = begins + wire_bytes(source, piece) / (self.wire.bandwidth * lanes)
-        self._sends[source.name] = self._receives[dest] = done
+        takes = wire_bytes(source, piece) / (self.wire.bandwidth * lanes)
+        link, cards = (source.name, dest), (self._sends[source.name], self._receives[dest])
+        begins = max(now, self._links.get(link, 0.0))  # behind the pieces before it
+        for busy in cards:
+            while busy and busy[0][1] <= now:
+                del busy[0]
+        for first, last in sorted([*cards[0], *cards[1]]):
+            if begins + takes <= first:
+                break
+            begins = max(begins, last)
+        self._links[link] = done = begins + takes
+        for busy in cards:
+            _book(busy, begins, done)
         return begins, done + self.wire.latency
+
+
+def _book(busy: Spans, begins: float, done: float) -> None:
+    """What follows at once makes a span longer: of a queue of any length there are few."""
+    place = bisect(busy, (begins, done))
+    if place and busy[place - 1][1] == begins:
+        busy[place - 1] = busy[place - 1][0], done
+    else:
+        busy.insert(place, (begins, done))
 
 
 class ClusterSpec(Struct, frozen=True, kw_only=True):

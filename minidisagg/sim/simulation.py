@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import msgspec
 from msgspec import Struct
@@ -37,7 +38,7 @@ from minidisagg.sim.world import Outcome, World
 from minidisagg.workload.lengths import WorkItem, prompt_tokens
 from minidisagg.workload.multiturn import first_turns, rests
 
-LOOK = 4096  # events between two looks at the clock
+LOOK = 4096  # events between two looks at how far it is
 PIECE_BYTES = 128 << 20  # that `auto` layer groups weigh at least: a millisecond of a fast wire
 TTFT_SLO, TPOT_SLO = 8.0, 2.0  # times the unloaded prefill and decode step, as `bench` derives them
 LEASE = 600.0  # seconds that a side of a handoff waits for the other: a policy may leave them waiting for ever
@@ -75,9 +76,12 @@ class Simulation:
         """`profiles`: by a group's device, those that are not to be looked up. `record`: where its inputs are kept."""
         if not workload:
             raise ValueError("the workload has no requests")
-        self.cluster, self.settings = cluster, settings
+        self.cluster = cluster
         self.items = {str(item.index): item for item in workload}
         self.profiles = profiles_of(cluster, profiles)
+        if settings.slo is None:  # what is judged by it says so to the policy
+            settings = msgspec.structs.replace(settings, slo=derived_slo(cluster, self.profiles, workload))
+        self.settings = settings
         specs = [self._spec(name, group.role) for name, group in cluster.workers()]
         options = {Role.PREFILL: cluster.prefill, Role.DECODE: cluster.decode, Role.BOTH: cluster.decode}
         router = RouterSpec(
@@ -110,7 +114,8 @@ class Simulation:
                 )
             if item.blocks and item.block_size % self.cluster.page_size:
                 raise ValueError(
-                    f"a page of {self.cluster.page_size} tokens does not divide the trace's blocks of {item.block_size}"
+                    f"a page of {self.cluster.page_size} tokens does not divide the trace's blocks of "
+                    f"{item.block_size}: give --block-size {item.block_size}"
                 )
 
     def _spec(self, name: str, role: Role) -> EngineSpec:
@@ -133,20 +138,24 @@ class Simulation:
                 self._plan(item, item.arrival_s)
             self._waiting.clear()
         else:
-            for _ in range(min(self.settings.max_concurrency, len(self._waiting))):
-                self._send(self._waiting.pop())
+            burst = [self._waiting.pop() for _ in range(min(self.settings.max_concurrency, len(self._waiting)))]
+            for item in burst:  # one that is rejected at once has the next of those that still wait sent
+                self._send(item)
         told, steps, since = self._left, 0, self.sim.now
         while self._left:
-            self.sim.run_events(LOOK, lambda: not self._left)
+            self.sim.run_events(LOOK, partial(self._over, deadline))
             if steps != (steps := sum(worker.core.steps for worker in self.sim.workers.values())) or self._coming:
                 since = self.sim.now
             elif self.sim.now > since + STANDSTILL:
                 raise PolicyError(f"policy {self.sim.router.policy.name}: {self._left} requests would wait for ever")
-            if deadline and time.monotonic() > deadline:
-                raise TimeoutError(f"the simulation took more than {self.settings.time_limit:g} s")
             if progress is not None:
                 progress(told - self._left)
                 told = self._left
+
+    def _over(self, deadline: float) -> bool:
+        if deadline and time.monotonic() > deadline:
+            raise TimeoutError(f"the simulation took more than {self.settings.time_limit:g} s")
+        return not self._left
 
     def _plan(self, item: WorkItem, time: float) -> None:
         self._coming += 1
@@ -242,12 +251,12 @@ def page_names(item: WorkItem, page_size: int) -> list[bytes]:
     return [(item.blocks[page // each] * each + page % each).to_bytes(8, "big") for page in range(pages)]
 
 
-def derived_slo(profiles: dict[str, Profile], workload: Sequence[WorkItem]) -> SLO:
-    """Of the mean prompt alone on the slowest worker, as `bench` calibrates it."""
+def derived_slo(cluster: ClusterSpec, profiles: Mapping[str, Profile], workload: Sequence[WorkItem]) -> SLO:
+    """Of the mean prompt alone on the slowest worker for prompts, and for decodes. `profiles`: of each worker."""
     prompt = sum(item.prompt_len for item in workload) // len(workload)
-    each = {str(profile): profile for profile in profiles.values()}.values()
-    prefill = max(profile.step_seconds([(0, prompt)], 0, 0) for profile in each)
-    step = max(profile.step_seconds((), 1, prompt) for profile in each)
+    roles = [(group.role, profiles[name]) for name, group in cluster.workers()]
+    prefill = max(profile.step_seconds([(0, prompt)], 0, 0) for role, profile in roles if role & Role.PREFILL)
+    step = max(profile.step_seconds((), 1, prompt) for role, profile in roles if role & Role.DECODE)
     return SLO(ttft=max(1, round(TTFT_SLO * prefill * 1e3)), tpot=max(1, round(TPOT_SLO * step * 1e3)))
 
 

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,13 @@ from minidisagg.core.messages import Role
 from minidisagg.core.predictor import Predictor
 from minidisagg.interconnect import parse_interconnect
 from minidisagg.measure import contest
-from minidisagg.measure.comparison import Comparison, compare_runs
+from minidisagg.measure.comparison import Comparison, compare_runs, marks_of
 from minidisagg.measure.files import Files
 from minidisagg.measure.goodput import GoodputResult, least_requests, search_goodput
 from minidisagg.measure.html import write_html
 from minidisagg.measure.intervals import share_error
 from minidisagg.measure.records import RunRecord
-from minidisagg.measure.report import goodput_table, marks_text, render, sweep_table
+from minidisagg.measure.report import goodput_table, marks_text, render, render_sweep
 from minidisagg.measure.run_directory import (
     LETTERS,
     RECORD,
@@ -48,7 +48,7 @@ from minidisagg.measure.run_directory import (
     write_run_directory,
 )
 from minidisagg.measure.settings import IN_RUN, ReportSettings, Trials
-from minidisagg.measure.stats import samples_of
+from minidisagg.measure.stats import samples_of, void_reasons
 from minidisagg.measure.timeline import Event, Timeline, write_events
 from minidisagg.policies import rehearse
 from minidisagg.sides import numbered, parse_compare, short
@@ -112,6 +112,12 @@ def colocated(cluster: ClusterSpec) -> ClusterSpec:
     return replace(cluster, groups=tuple(replace(group, role=Role.BOTH) for group in cluster.groups))
 
 
+def calibrated(sides: Sequence[SimSide]) -> ClusterSpec:
+    """Whose workers SLOs and relative rates are of: as in `bench`, a side's that disaggregates, if there is one."""
+    clusters = [side.cluster for side in sides]
+    return next((cluster for cluster in clusters if cluster.mode == "disagg"), clusters[0])
+
+
 def describe_cluster(cluster: ClusterSpec) -> str:
     """One line for a person."""
 
@@ -153,12 +159,13 @@ def run_once(task: Task, progress: Callable[[int], None] | None = None) -> Done:
     side, told = task.side, task.told
     timelines = [Timeline(side.label)] if len(task.items) <= DRAWN else []
     result = simulate(
-        side.policy, task.items, side.cluster, task.settings, timelines, progress, task.decisions, task.record
+        side.policy, task.items, side.cluster, task.settings, timelines, progress, task.decisions, task.record,
+        allow_void=True,
     )  # fmt: skip
     own, steps = result.run, [step for timeline in timelines for step in timeline.steps()]
     record = replace(
         told, label=side.label, mode=own.mode, policy=side.policy, model=own.model, requests=own.requests,
-        steps=steps, workers=own.workers, links=own.links, wall_s=own.wall_s, marks=own.marks,
+        steps=steps, workers=own.workers, links=own.links, wall_s=own.wall_s, marks=[*told.marks, *own.marks],
     )  # fmt: skip
     drawn = timelines if told.repetition == 0 else []
     events = [event for timeline in drawn for event in timeline.events(first_pid=1 + 1000 * task.number)]
@@ -183,9 +190,9 @@ class Study:
         self.options = options
         self.console = console
         self.limit = min(capacity_of(side.cluster) for side in options.sides)
-        self.items = self._items(0)
-        profiles = {str(p): p for side in options.sides for p in profiles_of(side.cluster).values()}
-        derived = derived_slo(profiles, self.items)
+        self.items, _ = self._items(0)
+        cluster = calibrated(options.sides)
+        derived = derived_slo(cluster, profiles_of(cluster), self.items)
         self.slo = options.trials.slo or derived
         assert derived.ttft is not None
         arrivals = options.arrivals
@@ -195,17 +202,18 @@ class Study:
         self.totals = [0, 0, 0.0]  # steps, events, seconds
         self.traces: dict[str, list[Event]] = {}
 
-    def _items(self, repetition: int) -> list[WorkItem]:
+    def _items(self, repetition: int) -> tuple[list[WorkItem], list[str]]:
+        """Of a repetition, and marks of it."""
         workload, seed = self.options.workload, self.options.seed + REPEAT_SEED * repetition
-        items, report = build_items(workload, workload.num_prompts, seed, None, self.limit)
+        items, report = build_items(workload, workload.num_prompts, seed, None, self.limit, repetition)
         if not repetition and report:
             self.console.print(f"{describe_workload(workload)}: {report}", style="dim", highlight=False)
-        return items
+        return items, report.marks if report else []
 
     def task(self, number: int, repetition: int, rate: float, concurrency: int | None) -> Task:
         """One run to be."""
         options = self.options
-        items = self._items(repetition) if repetition else self.items
+        items, marks = self._items(repetition) if repetition else (self.items, [])
         seed = options.seed + REPEAT_SEED * repetition
         if not math.isnan(rate) and concurrency is None:
             items = at_rate(items, rate, options.arrivals.burstiness, seed)
@@ -217,7 +225,7 @@ class Study:
             label="", workload=describe_workload(options.workload), burstiness=options.arrivals.burstiness,
             request_rate="trace" if math.isnan(rate) else "inf" if math.isinf(rate) else round(rate, 4),
             max_concurrency=concurrency, seed=options.seed, repetition=repetition,
-            num_warmups=options.arrivals.num_warmups,
+            num_warmups=options.arrivals.num_warmups, marks=marks,
         )  # fmt: skip
         letter, decisions, record = LETTERS[number] if len(options.sides) > 1 else "", "", ""
         if options.decision_dir:
@@ -292,9 +300,7 @@ class Study:
             assert isinstance(result, Comparison)
             write_run_directory(directory / f"concurrency-{users}", result)
             steps.append((users, result))
-        self.console.print(sweep_table(steps))
-        for users, one in steps:
-            self.console.print(f"{users} at a time: {one.verdict}", style="bold", highlight=False)
+        self.console.print(render_sweep(steps))
         return sweep_to_dict(dict(steps))
 
     def goodput(self) -> dict[str, object]:
@@ -309,17 +315,19 @@ class Study:
                 # The same requests and gaps at every rate, stretched: what differs is the rate alone.
                 [done] = self._carry_out([self.task(number, 0, rate, None)], 1, title)
                 met = samples_of(done.record, self.slo).metrics["attainment"].values
-                records.append(replace(done.record, requests=[], steps=[]))
+                short = [replace(r, token_times=r.token_times[:1] + r.token_times[-1:]) for r in done.record.requests]
+                records.append(replace(done.record, requests=short, steps=[]))
                 try:
                     rate = search.send((float(met.mean()), share_error(met)))
                 except StopIteration as stop:
                     found[side.label] = stop.value
-        marks = list(dict.fromkeys(mark for record in records for mark in record.marks))
+        voids = {record.label: reason for record in records for reason in void_reasons(record)}  # one of each side
+        void, marks = [f"{label}: {reason}" for label, reason in voids.items()], marks_of(records, len(records), 0.0)
         marks += [f"{label}: the search did not converge" for label, one in found.items() if not one.converged]
-        short = [label for label, one in found.items() if least_requests(self.slo, one.rate) > len(self.items)]
-        marks += [f"{label}: runs too short for a queue to outgrow the SLO, give more --num-prompts" for label in short]
-        self.console.print(goodput_table(found), marks_text(marks, []))
-        result = search_to_dict(found, self.slo, [], marks)
+        few = [label for label, one in found.items() if least_requests(self.slo, one.rate) > len(self.items)]
+        marks += [f"{label}: runs too short for a queue to outgrow the SLO, give more --num-prompts" for label in few]
+        self.console.print(goodput_table(found), marks_text(marks, void))
+        result = search_to_dict(found, self.slo, void, marks)
         if "verdict" in result:
             self.console.print(result["verdict"], style="bold", highlight=False)
         return result
@@ -385,6 +393,8 @@ def read_cluster(flags: Mapping[str, Any]) -> ClusterSpec:
     wire = parse_interconnect(flags["link"])
     if wire is None:
         raise ValueError(f"--link {flags['link']}: a simulated wire needs a bandwidth")
+    if wire.jitter:
+        raise ValueError(f"--link {flags['link']}: a simulated wire has no jitter, give BANDWIDTH,LATENCY")
     parse_granularity(flags["transfer_granularity"], 1)
     return ClusterSpec(
         groups=parse_cluster(flags["cluster"]), model=flags["model"], dtype=flags["dtype"],

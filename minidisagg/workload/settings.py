@@ -58,30 +58,38 @@ class Arrivals(Struct, frozen=True, kw_only=True):
 
 
 def build_items(
-    workload: Workload, count: int, seed: int = 0, encode: Encode | None = None, max_model_len: int | None = None
-) -> tuple[list[WorkItem], str]:
-    """The workload's requests, and what was left out of a trace; traces bring their own arrival times."""
+    workload: Workload,
+    count: int,
+    seed: int = 0,
+    encode: Encode | None = None,
+    max_model_len: int | None = None,
+    window: int = 0,
+) -> tuple[list[WorkItem], TraceReport | None]:
+    """The workload's requests, and what was left out of a trace; traces bring their own arrival times.
+
+    `window`: of a trace file, whose requests do not depend on a seed: as `load_trace` says.
+    """
     if workload.dataset_name == "random":
-        return random_items(count, workload.input_len, workload.output_len, workload.range_ratio, seed), ""
+        return random_items(count, workload.input_len, workload.output_len, workload.range_ratio, seed), None
     if workload.dataset_name == "text":
-        return text_items(count, workload.output_len, encode, seed, workload.dataset_path), ""
+        return text_items(count, workload.output_len, encode, seed, workload.dataset_path), None
     if workload.dataset_name == MULTITURN:
-        return multiturn_items(count, workload.multiturn, seed), ""
+        return multiturn_items(count, workload.multiturn, seed), None
     changes = workload.trace_speedup, workload.trace_scale_len
     if workload.dataset_name.startswith(SYNTHETIC):
         items = synth_items(workload.dataset_name.removeprefix(SYNTHETIC), count, seed)
         items, clamped = fitted(items, *changes, max_model_len)
-        return items, str(TraceReport(len(items), 0, clamped, items[-1].arrival_s if items else 0.0))
-    items, report = load_trace(
+        return items, TraceReport(len(items), 0, clamped, items[-1].arrival_s if items else 0.0)
+    return load_trace(
         workload.dataset_name,
         workload.dataset_path,
         count=count,
+        window=window,
         speedup=workload.trace_speedup,
         scale_len=workload.trace_scale_len,
         max_model_len=max_model_len,
         encode=encode,
     )
-    return items, str(report)
 
 
 def describe_workload(workload: Workload) -> str:

@@ -38,15 +38,25 @@ MAX_SECONDS = 1e10  # three centuries; up to here a float tells microseconds apa
 
 
 class TraceReport(Struct, frozen=True):
-    """What became of a file's requests: `used` of them are in the workload, `clamped` of these were shortened."""
+    """What became of a file's requests: `used` of them are in the workload, `clamped` of these were shortened.
+
+    `windows`: that the file has, where the one that was asked for lies beyond them and is one of them again; else 0.
+    """
 
     used: int
     skipped: int
     clamped: int
     duration_s: float
+    windows: int = 0
 
     def __str__(self) -> str:
         return f"{self.used} requests over {self.duration_s:.1f} s, {self.skipped} skipped, {self.clamped} clamped"
+
+    @property
+    def marks(self) -> list[str]:
+        """What limits the use of a repetition that has this window."""
+        of = f"{self.windows} repetition{'s' * (self.windows > 1)}"
+        return [f"the trace has requests for {of}, and those after have the same ones again"] if self.windows else []
 
 
 class _Row(Struct, frozen=True):
@@ -56,7 +66,6 @@ class _Row(Struct, frozen=True):
     prompt_len: int
     output_len: int
     blocks: tuple[int, ...] = ()
-    session: str = ""
     prompt: list[int] | None = None
     text: str | None = None
 
@@ -66,12 +75,14 @@ def load_trace(
     path: str | Path,
     *,
     count: int | None = None,
+    window: int = 0,
     speedup: float = 1.0,
     scale_len: float = 1.0,
     max_model_len: int | None = None,
     encode: Encode | None = None,
 ) -> tuple[list[WorkItem], TraceReport]:
-    """The first `count` usable requests of a trace, by arrival, the first of them at 0.
+    """The first `count` usable requests of a trace, by arrival, the first of them at 0; or after `window` times as many
+    the next ones. Where the file ends before them, windows begin anew.
 
     `speedup` divides all times, `scale_len` multiplies all lengths (shared blocks shrink with them, so the share of
     reused prompt tokens stays). Where prompt and output exceed `max_model_len`, the output is cut first, to no less
@@ -92,7 +103,10 @@ def load_trace(
                 skipped += 1
 
     # Of a file of millions of rows no more is kept than is wanted.
-    rows = sorted(usable(), key=_arrival) if count is None else heapq.nsmallest(count, usable(), key=_arrival)
+    most = None if count is None else count * (window + 1)
+    rows = sorted(usable(), key=_arrival) if most is None else heapq.nsmallest(most, usable(), key=_arrival)
+    windows = max(1, len(rows) // count) if count else 1  # of them, up to the one that is asked for
+    rows = rows[window % windows * (count or 0) :][:count]
     if not longest:
         raise ValueError(f"{path}: no requests with prompt and output tokens")
     if longest * scale_len > MAX_TOKENS:
@@ -103,13 +117,14 @@ def load_trace(
         WorkItem(
             index=index, arrival_s=row.arrival_s - rows[0].arrival_s, prompt_len=row.prompt_len,
             output_len=row.output_len, prompt=row.prompt, prompt_text=row.text, blocks=row.blocks,
-            block_size=MOONCAKE_BLOCK if row.blocks else 0, session=row.session,
+            block_size=MOONCAKE_BLOCK if row.blocks else 0,
         )
         for index, row in enumerate(rows)
     ]  # fmt: skip
     items, clamped = fitted(items, speedup, scale_len, max_model_len)
     duration = items[-1].arrival_s if items else 0.0
-    return items, TraceReport(used=len(items), skipped=skipped, clamped=clamped, duration_s=duration)
+    again = windows if window >= windows else 0
+    return items, TraceReport(used=len(items), skipped=skipped, clamped=clamped, duration_s=duration, windows=again)
 
 
 def fitted(
@@ -228,6 +243,7 @@ class _MooncakeLine(Struct):
 
 def _read_mooncake(path: Path, encode: Encode | None) -> Iterator[_Row]:
     decoder = msgspec.json.Decoder(_MooncakeLine)
+    numbers: dict[int, int] = {}  # of the ids, which may be hashes of 64 bits, or negative
     for number, line in _lines(path):
         if not line.strip():
             continue
@@ -237,7 +253,7 @@ def _read_mooncake(path: Path, encode: Encode | None) -> Iterator[_Row]:
             prompt_len, output_len = _tokens(row.input_length), _tokens(row.output_length)
         except (ValueError, RecursionError) as error:  # msgspec's are ValueErrors
             raise ValueError(f"{path}:{number}: not a Mooncake request: {error}") from None
-        blocks = row.hash_ids or ()
+        blocks = tuple(numbers.setdefault(one, len(numbers)) for one in row.hash_ids or ())
         if row.hash_ids is not None and len(blocks) != -(-prompt_len // MOONCAKE_BLOCK):
             raise ValueError(f"{path}:{number}: {len(blocks)} hash ids for {prompt_len} tokens")
         yield _Row(arrival, prompt_len, output_len, blocks)
@@ -250,7 +266,8 @@ def _read_azure(path: Path, encode: Encode | None) -> Iterator[_Row]:
 
 
 def _read_burstgpt(path: Path, encode: Encode | None) -> Iterator[_Row]:
-    return _read_csv(path, [("Timestamp", "Request tokens", "Response tokens")], session="Session ID")
+    # What a session's turns share is not told. Without a session, nobody keeps KV for a next turn that cannot hit it.
+    return _read_csv(path, [("Timestamp", "Request tokens", "Response tokens")])
 
 
 def _text_lines(path: Path) -> Iterator[str]:
@@ -263,7 +280,7 @@ def _text_lines(path: Path) -> Iterator[str]:
             raise ValueError(f"{path}:{number}: not UTF-8: {error.reason}") from None
 
 
-def _read_csv(path: Path, headers: list[tuple[str, str, str]], session: str = "") -> Iterator[_Row]:
+def _read_csv(path: Path, headers: list[tuple[str, str, str]]) -> Iterator[_Row]:
     """Rows of a CSV file that has the columns (time, prompt tokens, output tokens) under one of these names."""
     reader = csv.reader(_text_lines(path), strict=True)
     try:
@@ -286,7 +303,7 @@ def _read_csv(path: Path, headers: list[tuple[str, str, str]], session: str = ""
                 prompt_len, output_len = _tokens(row[columns[1]]), _tokens(row[columns[2]])
             except ValueError as error:
                 raise ValueError(f"{path}:{reader.line_num}: bad row: {error}") from None
-            yield _Row(arrival, prompt_len, output_len, session=row.get(session, ""))
+            yield _Row(arrival, prompt_len, output_len)
     except csv.Error as error:
         raise ValueError(f"{path}:{reader.line_num}: not a CSV file: {error}") from None
 

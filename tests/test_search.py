@@ -1,0 +1,190 @@
+"""What a search over policies from Python relies on: a score is a score, nothing leaks from one run into the next, and
+no policy keeps it waiting for ever."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minidisagg.cli import cli
+from minidisagg.core.checked import PolicyError
+from minidisagg.core.policy import Batch, ClusterView, Placement, Policy, Reject, RequestView, Work, WorkerView
+from minidisagg.sim.machines import ClusterSpec, parse_cluster
+from minidisagg.sim.simulate import Result, simulate
+from minidisagg.sim.simulation import Settings, derived_slo, profiles_of
+from minidisagg.workload.lengths import WorkItem, random_items, with_arrivals
+
+DISAGG = ClusterSpec(groups=parse_cluster("prefill=2@h100,decode=2@h100"))
+
+
+def load(count: int, rate: float) -> list[WorkItem]:
+    return with_arrivals(random_items(count, 900, 60, 0.9), [number / rate for number in range(count)])
+
+
+def file_of(directory: Path, *body: str) -> str:
+    path = directory / "mine.py"
+    path.write_text("\n".join(("from minidisagg import Policy", "class Mine(Policy):", *(f"    {b}" for b in body))))
+    return f"{path}:Mine"
+
+
+def decided(result: Result) -> list[object]:
+    return [(r.request_id, r.workers, r.token_times, r.rejected) for r in result.run.requests]
+
+
+# ---------------------------------------------------------------- what a policy may not write
+
+
+class Greedy(Policy):
+    def order(self, request: Work, stage: str, worker: WorkerView) -> Any:
+        worker.options.max_num_seqs = 9999  # type: ignore[misc]
+
+
+class Insatiable(Policy):
+    def compose(self, batch: Batch, worker: WorkerView) -> None:
+        batch.tokens_left = 10**9  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("policy", "hook"), [(Greedy, "order"), (Insatiable, "compose")])
+def test_a_policy_cannot_raise_its_budgets_nor_those_of_the_next_run(policy: type[Policy], hook: str) -> None:
+    before, options = decided(simulate("fcfs", load(20, 40.0), DISAGG)), str(ClusterSpec(groups=DISAGG.groups))
+    with pytest.raises(PolicyError, match=rf"policy {policy.__name__}: {hook} raised \w+Error: "):
+        simulate(policy, load(20, 40.0), DISAGG)
+    assert str(ClusterSpec(groups=DISAGG.groups)) == options
+    assert decided(simulate("fcfs", load(20, 40.0), DISAGG)) == before
+
+
+# ---------------------------------------------------------------- the SLO
+
+
+@pytest.mark.parametrize("policy", ["polyserve", "early_rejection"])
+def test_a_policy_goes_by_the_slo_that_it_is_judged_by(policy: str) -> None:
+    """Also by one that is derived; these would else go by defaults of their own."""
+    items = load(150, 300.0)
+    slo = derived_slo(DISAGG, profiles_of(DISAGG), items)
+    derived, given = (simulate(policy, items, DISAGG, settings) for settings in (Settings(), Settings(slo=slo)))
+    assert decided(derived) == decided(given) and derived.score == given.score
+
+
+def test_requests_say_what_they_are_judged_by() -> None:
+    seen = set[tuple[float | None, float | None]]()
+
+    class Looks(Policy):
+        def admit(self, request: RequestView, cluster: ClusterView) -> None:
+            seen.add((request.slo_ttft, request.slo_tpot))
+
+    items = load(10, 10.0)
+    simulate(Looks, items, DISAGG)
+    slo = derived_slo(DISAGG, profiles_of(DISAGG), items)
+    assert slo.ttft and slo.tpot and seen == {(slo.ttft / 1e3, slo.tpot / 1e3)}
+
+
+# ---------------------------------------------------------------- time
+
+# The alarm may come in a callback of the garbage collector's, where Python tells of an exception and drops it: it comes
+# again.
+alarmed = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+def refused(limit: float, policy: str | Callable[[], Policy]) -> str:
+    """Of a run that would take longer; what it says."""
+    began, before = time.monotonic(), signal.getsignal(signal.SIGALRM)
+    with pytest.raises(TimeoutError, match=f"^the simulation took more than {limit:g} s") as caught:
+        simulate(policy, load(3000, 2000.0), DISAGG, Settings(time_limit=limit))
+    assert time.monotonic() - began < limit + 1.0 and signal.getsignal(signal.SIGALRM) is before
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("hook", ["place", "compose", "evict", "__init__"])
+@alarmed
+def test_a_hook_that_never_returns_does_not_keep_anybody(hook: str, tmp_path: Path) -> None:
+    loop = "    try:", "        while True: pass", "    except Exception:", "        pass"
+    policy = file_of(tmp_path, f"def {hook}(self, *_):", *loop)
+    small = ClusterSpec(groups=DISAGG.groups, pages=30)
+    with pytest.raises(TimeoutError) as caught:
+        simulate(policy, load(60, 2000.0), small, Settings(time_limit=0.6))
+    where = rf", in {hook} of policy Mine \({tmp_path}/mine.py, line 5\)"
+    assert re.match(f"the simulation took more than 0.6 s{where if hook != '__init__' else ''}", str(caught.value))
+
+
+class Slow(Policy):
+    def place(self, request: RequestView, cluster: ClusterView) -> Placement | Reject:
+        time.sleep(0.005)
+        return super().place(request, cluster)
+
+
+@alarmed
+def test_a_slow_policy_is_stopped_in_any_thread() -> None:
+    refused(0.3, Slow)
+    said = list[str]()
+    thread = threading.Thread(target=lambda: said.append(refused(0.3, Slow)))
+    thread.start()
+    thread.join()
+    assert said == ["the simulation took more than 0.3 s"]
+
+
+def test_a_run_without_a_limit_leaves_alarms_alone() -> None:
+    left = []
+
+    class Looks(Policy):
+        def admit(self, request: RequestView, cluster: ClusterView) -> None:
+            left.append(signal.getitimer(signal.ITIMER_REAL)[0])
+
+    before, every = signal.setitimer(signal.ITIMER_REAL, 500.0)
+    try:
+        simulate(Looks, load(9, 10.0), DISAGG)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, before, every)
+    assert min(left) > 400
+
+
+# ---------------------------------------------------------------- hooks that fail
+
+
+@pytest.mark.parametrize("hook", ["admit", "place", "order", "accept"])
+def test_what_a_hook_lets_fall_is_no_score(hook: str, tmp_path: Path) -> None:
+    """Whoever lets the late ones fall has a low p99."""
+    policy = file_of(
+        tmp_path, f"def {hook}(self, request, *more):", "    if request.request_id.endswith('7'):",
+        "        raise KeyError(request.prompt_len)", f"    return super().{hook}(request, *more)",
+    )  # fmt: skip
+    said = rf"^2 requests failed, since policy Mine: {hook} raised KeyError: \d+ \({tmp_path}/mine.py, line 5\)$"
+    with pytest.raises(PolicyError, match=said):
+        simulate(policy, load(20, 40.0), DISAGG)
+    run = simulate(policy, load(20, 40.0), DISAGG, allow_void=True).run
+    assert sum(not request.ok for request in run.requests) == 2
+
+
+def test_who_rejects_has_a_score() -> None:
+    class Choosy(Policy):
+        def admit(self, request: RequestView, cluster: ClusterView) -> Reject | None:
+            return Reject(1.0, "no") if request.prompt_len > 900 else None
+
+    result = simulate(Choosy, load(60, 40.0), DISAGG)
+    assert result.score > 0 and sum(request.rejected for request in result.run.requests) > 10
+
+
+def test_a_search_for_goodput_tells_of_failures_and_rejections(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = file_of(
+        tmp_path, "def admit(self, request, cluster):", "    from minidisagg.core.policy import Reject",
+        "    if request.request_id == '33':", "        return Reject(1.0, 'no')",
+        "    if cluster.now > 0.1 and request.request_id == '47':", "        raise KeyError(1)",
+    )  # fmt: skip
+    args = ["--compare", f"fcfs,{policy}", "--find-goodput", "--num-prompts", "60", "--result-dir", str(tmp_path / "r")]
+    cli.main(["simulate", *args], standalone_mode=False)
+    (directory,) = (tmp_path / "r").iterdir()
+    result, out = json.loads((directory / "result.json").read_text()), " ".join(capsys.readouterr().out.split())
+    assert result["verdict"].startswith("Void, no verdict") and "void: Mine: " in out
+    (void,) = result["void"]
+    assert re.match(r"Mine: 1 requests failed, since policy Mine: admit raised KeyError: 1 ", void)
+    assert any(re.match(r"Mine: \d+ of \d+ requests were rejected", mark) for mark in result["marks"])
+    assert any(re.match(r"Mine: \d+ of \d+ requests failed, the first ", mark) for mark in result["marks"])
