@@ -5,8 +5,8 @@ quantile beside what two runs of the engine differ by: no simulator can be close
 
 1. One worker alone is measured (`minidisagg profile`).
 2. Loads are drawn from the seed: lengths, rate, policy. Each is run twice on the engine, colocated and disaggregated.
-   Before each, one of two fixed loads is run: a machine's speed changes within an hour.
-3. The steps of the fixed loads before and after it adjust the profile for a drawn load, in each mode: beside a
+   Before each, one of three fixed loads is run: a machine's speed changes within an hour.
+3. The steps of the five fixed loads about it adjust the profile for a drawn load, in each mode: beside a
    neighbour that computes, too, in mixed steps and with messages to answer, steps take longer than alone. The wire is
    what the links did. Then the drawn loads are simulated with nothing else fitted; a figure predicted is the mean of a
    few simulations' (their steps scatter).
@@ -56,7 +56,8 @@ MODES = ("colocated", "disagg")
 POLICIES = ("fcfs", "sarathi:chunk=64", "prefill_first")
 SEQS, BUDGET, PAGE = 16, 1024, 128
 SIMULATIONS = 5  # of each load
-FIT = (11, 0.6), (12, 0.3)  # seeds and rates of the fixed loads
+FIT = (11, 0.6, "fcfs"), (12, 0.3, "fcfs"), (13, 0.45, "sarathi:chunk=64")  # seeds, rates, policies of fixed loads
+NEAR = 5  # fixed loads by which a drawn one is scaled: each kind once at least, and all of the same few minutes
 LEAST = 8  # prompts of about one length whose median is believed
 QUANTILES = (("ttft", 50), ("ttft", 90), ("ttft", 99), ("tpot", 50), ("tpot", 90))
 BARS = {"p99 ttft": (0.15, 0.0), "attainment": (0.05, 0.0)}  # else 10 %, or 1.5 times what the engine differs by
@@ -231,8 +232,8 @@ async def validate(model: ModelSettings, seed: int, cases: int, requests: int, c
         engine = Engine(model, Workers(model, shape))
         stack.push_async_callback(engine.workers.stop)
         for number in range(cases):
-            fit_seed, rate = FIT[number % len(FIT)]
-            for case in (Case(fit_seed, 128, 32, 0.5, rate, "fcfs", requests), draw(seed, number, requests)):
+            fit_seed, rate, policy = FIT[number % len(FIT)]
+            for case in (Case(fit_seed, 128, 32, 0.5, rate, policy, requests), draw(seed, number, requests)):
                 # How loads are drawn and where their limits lie must not hang on the mode: from the worker alone.
                 items, slo, fitted = case.items(profile), case.slo(profile), case.seed == fit_seed
                 for mode in MODES:
@@ -245,9 +246,9 @@ async def validate(model: ModelSettings, seed: int, cases: int, requests: int, c
                             rates += [bandwidth] if bandwidth else []
                     (fits if fitted else drawn).append(Measured(case, mode, items, slo, seen))
             console.print(f"{time.monotonic() - began:4.0f} s  case {number + 1} of {cases}: {case}", style="dim")
-    # By the fixed loads before and after each: the machine's speed changes by a fifth within the hour.
-    near = [max(0, min(number, cases - 2)) for number in range(cases)]
-    loaded = {mode: [scaled(profile, watches[mode][n : n + 2]) for n in near] for mode in MODES}
+    # By the fixed loads about each: the machine's speed changes by a fifth within the hour.
+    near = [max(0, min(number - NEAR // 2, cases - NEAR)) for number in range(cases)]
+    loaded = {mode: [scaled(profile, watches[mode][n : n + NEAR]) for n in near] for mode in MODES}
     wire = Interconnect(statistics.median(rates), 200e-6)
 
     def rows(measured: list[Measured]) -> list[dict[str, object]]:
