@@ -222,10 +222,6 @@ async def validate(model: ModelSettings, seed: int, cases: int, requests: int, c
     console.print(error_table(profile, decodes, prompts))
     shape = ClusterSettings(mode="colocated", prefill=worker, decode=worker)
 
-    def limits(profile: Profile, case: Case) -> SLO:
-        prefill, step = profile.step_seconds([(0, case.prompt)], 0, 0), profile.step_seconds((), 1, case.prompt)
-        return SLO(ttft=8e3 * prefill, tpot=2e3 * step)
-
     watches: dict[str, list[Watch]] = {mode: [] for mode in MODES}
     rates, fits, drawn = list[float](), list[Measured](), list[Measured]()
     async with AsyncExitStack() as stack:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from test_gpu import Eager
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
@@ -65,18 +66,6 @@ class Anything:
     def __init__(self, *_: Any, **__: Any) -> None: ...
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *_: None
-
-
-class Eager:
-    """In place of a graph."""
-
-    def __init__(self, device: Any, size: int) -> None:
-        self.device, self.size = device, size
-
-    @torch.inference_mode()
-    def replay(self) -> None:
-        """Compute it."""
-        self.device._decode(self.size)
 
 
 @pytest.fixture

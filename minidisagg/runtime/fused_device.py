@@ -230,11 +230,7 @@ class FusedDevice(Device):
                 prompts.append(Prompt(first, last, 0))
                 starts += [last] if item.count < LONG else []
             first = last
-        columns[0, :rows], columns[1, :rows], columns[2, :rows] = (
-            tokens,
-            np.concatenate(positions),
-            np.concatenate(slots),
-        )
+        columns[:3, :rows] = tokens, np.concatenate(positions), np.concatenate(slots)
         on_card, short = to_device(columns, device)[:, :rows], to_device(np.asarray(starts, np.int32), device)
         step.prompt_batch = Prompts(on_card[0], on_card[1], on_card[2], on_card[3], prompts, len(starts) - 1, short)
 
