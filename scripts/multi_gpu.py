@@ -27,6 +27,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -275,14 +276,16 @@ def beside_part(asked: Asked) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------- the handoff
 
 
-def cluster(mode: str, link: str = "auto", granularity: str = "auto", workers: int = 1) -> ClusterSettings:
+def cluster(
+    mode: str, link: str = "auto", granularity: str = "auto", workers: int = 1, checked: bool = False
+) -> ClusterSettings:
     """Workers of one GPU each."""
     worker = WorkerSettings(
         device="cuda", dtype="bfloat16", kv_cache_memory=24 << 30, max_num_seqs=64, max_num_batched_tokens=8192
     )
     return ClusterSettings(
         mode=mode, prefill_workers=workers, decode_workers=workers if mode == "disagg" else 0, prefill=worker,  # type: ignore[arg-type]
-        decode=worker, link=link, transfer_granularity=granularity,
+        decode=worker, link=link, transfer_granularity=granularity, gpu_checksums=checked,
     )  # fmt: skip
 
 
@@ -322,22 +325,20 @@ def handoff_part(asked: Asked) -> list[dict[str, Any]]:
     rows = list[dict[str, Any]]()
     for tokens in asked.tokens:
         base = asyncio.run(unloaded(cluster("colocated"), tokens, 10))
-        rows.append({"tokens": tokens, "link": "colocated", "granularity": "", **base, "adds": 0.0})
+        rows.append({"tokens": tokens, "link": "colocated", "granularity": "", "checked": False, **base, "adds": 0.0})
         say(f"{rows[-1]}")
-        for link, granularity in (
-            ("cuda_ipc", "request"), ("cuda_ipc", "layers:8"), ("cuda_ipc", "auto"), ("nccl", "request"),
-            ("nccl", "layers:8"), ("nccl", "auto"),
-        ):  # fmt: skip
-            if link not in asked.links:
-                continue
-            found = asyncio.run(unloaded(cluster("disagg", link, granularity), tokens, 10))
+        units = ("request", False), ("layers:8", False), ("auto", False), ("auto", True)
+        for link, (granularity, checked) in product(asked.links, units):
+            found = asyncio.run(unloaded(cluster("disagg", link, granularity, checked=checked), tokens, 10))
             adds = found["second"] - base["second"]
-            rows.append({"tokens": tokens, "link": link, "granularity": granularity, **found, "adds": adds})
+            what = {"tokens": tokens, "link": link, "granularity": granularity, "checked": checked}
+            rows.append({**what, **found, "adds": adds})
             say(f"{rows[-1]}")
     table = Table("tokens", "link", "granularity", "TTFT, ms", "2nd token", "ITL", "handoff adds", "GB/s of a piece")
     for r in rows:
         cells = [f"{r[k]:.2f}" for k in ("ttft", "second", "itl", "adds")]
-        table.add_row(str(r["tokens"]), r["link"], r["granularity"], *cells, f"{r.get('GB/s', 0):.0f}")
+        unit = r["granularity"] + ", checksums" * r["checked"]
+        table.add_row(str(r["tokens"]), r["link"], unit, *cells, f"{r.get('GB/s', 0):.0f}")
     Console(width=120).print(table)
     return rows
 

@@ -77,8 +77,9 @@ class FusedTransformer(Transformer):
     @torch.inference_mode()
     def prefill(self, step: Prompts, on_layer: OnLayer = lambda layer: None) -> Tensor:
         """x_NE after the last layer; the step's KV is in the cache once the device gets there."""
-        last = step.items[-1]
-        room = padding(last.last - last.first) if last.pages is None and len(step.items) > step.short else 0
+        N = len(step.tokens_N)
+        long = (item for item in step.items[step.short :] if item.pages is None)
+        room = max([N, *(item.last + padding(item.last - item.first) for item in long)]) - N
 
         def attend(layer: int, qkv_MCD: Tensor) -> Tensor:
             return self._prompt_attention(layer, qkv_MCD, step)
@@ -142,17 +143,22 @@ class FusedTransformer(Transformer):
             longest = max(item.last - item.first for item in short)
             parts.append(_flash(q_NHD, k_NKD, v_NKD, step.starts, step.starts, longest, longest))
         for item in step.items[step.short :]:
-            rows, count = qkv_MCD[item.first : item.last], item.last - item.first
+            count = item.last - item.first
             if item.pages is None:
-                behind = padding(count)
-                last = item is step.items[-1]
-                rows = qkv_MCD[item.first : item.last + behind] if last else F.pad(rows, (0, 0, 0, 0, 0, behind))
+                rows = qkv_MCD[item.first : item.last + padding(count)]
+                behind = rows[count:, H:]  # a neighbour's keys and values, if this is not the last one
+                kept = None if item is step.items[-1] else behind.clone()
+                if kept is not None:
+                    behind.zero_()  # masked or not: 0 x NaN is NaN, and who is not finite is to be alone with it
                 parts.append(self._causal(rows)[:count])
+                if kept is not None:
+                    behind.copy_(kept)
             else:
                 assert item.ends is not None
                 k_CKD, v_CKD = self._gathered(layer, item.pages, item.start + count)
                 q_ends, k_ends = item.ends
-                parts.append(_flash(rows[:, :H], k_CKD, v_CKD, q_ends, k_ends, count, len(k_CKD)))
+                q_NHD = qkv_MCD[item.first : item.last, :H]
+                parts.append(_flash(q_NHD, k_CKD, v_CKD, q_ends, k_ends, count, len(k_CKD)))
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1)
 
     def _causal(self, qkv_NCD: Tensor) -> Tensor:
