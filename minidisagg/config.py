@@ -168,6 +168,16 @@ def check_worker(settings: WorkerSettings) -> WorkerSettings:
     return settings
 
 
+def check_codec(cluster: ClusterSettings) -> ClusterSettings:
+    """Raises ValueError where KV is to go as it is, and by a codec."""
+    codec = f"the codec is {cluster.kv_codec}"
+    if cluster.kv_codec != RAW and cluster.handoff == "store":
+        raise ValueError(f"--handoff store hands over pages as they are, and {codec}")
+    if cluster.kv_codec != RAW and cluster.gpu_checksums:
+        raise ValueError(f"--gpu-checksums are of pages as they are, and {codec}")
+    return cluster
+
+
 def built_alike(one: ClusterSettings, other: ClusterSettings) -> bool:
     """Whether the same worker processes can be either cluster: all that differs can change while they run.
 

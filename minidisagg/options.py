@@ -18,12 +18,13 @@ from minidisagg.config import (
     ModelSettings,
     RunSettings,
     WorkerSettings,
+    check_codec,
     check_worker,
     parse_worker,
 )
 from minidisagg.core.granularity import parse_granularity
 from minidisagg.core.messages import SamplingParams
-from minidisagg.core.plan import CODECS, RAW
+from minidisagg.core.plan import CODECS
 from minidisagg.core.predictor import PREDICTORS
 from minidisagg.interconnect import PRESETS, parse_interconnect
 from minidisagg.measure.settings import IN_RUN
@@ -187,16 +188,13 @@ def read_engine(
         **{key: number for key, number in numbers.items() if number is not None},
     )
     parse_granularity(cluster.transfer_granularity, 1)
+    check_codec(cluster)
     if cluster.handoff == "store" and not cluster.kv_store:
         raise ValueError("--handoff store goes through --kv-store, and none is given")
-    if cluster.handoff == "store" and cluster.kv_codec != RAW:
-        raise ValueError(f"--handoff store hands over pages as they are, and --kv-codec is {cluster.kv_codec}")
     if cluster.kv_store:
         parse_store(cluster.kv_store)
         if flags["no_prefix_caching"]:
             raise ValueError("--kv-store keeps what the prefix caches know, and --no-prefix-caching is given")
-    if cluster.gpu_checksums and cluster.kv_codec != RAW:
-        raise ValueError(f"--gpu-checksums are of pages as they are, and --kv-codec is {cluster.kv_codec}")
     if mode == "disagg" and not (cluster.prefill_workers and cluster.decode_workers):
         raise ValueError("disagg mode needs at least one prefill worker and one decode worker")
     if not cluster.roles():

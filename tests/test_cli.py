@@ -207,6 +207,10 @@ def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         (["serve", "--drain-timeout", "nan"], "nan is not finite. (see minidisagg serve --help)"),
         (["monitor", "--demo-load=inf"], "inf is not finite."),
         (["bench", "--burstiness", "0"], "burstiness must be positive, not 0.0"),
+        (
+            ["bench", "--mode", "both", "--handoff", "store", "--kv-store", "local:DRAM=1M", "--baseline", "kv_codec=int8"],
+            "--handoff store hands over pages as they are, and the codec is int8",
+        ),
         (["bench", "--random-range-ratio", "1.5"], "random range ratio must be in [0, 1)"),
         (["bench", "dummy:tiny", "--random-input-len", "2000"], "up to 2064 tokens, more than the limit of 2048"),
         (["bench", "--policy", "lifo", "--mode", "disagg", "--against", "colocated:fcfs"], "unknown policy 'lifo'"),

@@ -203,7 +203,7 @@ def test_one_worker_unless_told_otherwise() -> None:
         (["--handoff", "store"], "--handoff store goes through --kv-store, and none is given"),
         (
             ["--handoff", "store", "--kv-store", "local:DRAM=1M", "--kv-codec", "int8"],
-            "^--handoff store hands over pages as they are, and --kv-codec is int8$",
+            "^--handoff store hands over pages as they are, and the codec is int8$",
         ),
         (["--emulate-link", "foo"], "no interconnect 'foo'; known: none, 10g-tcp, .* as in 25Gbps,20us"),
     ],

@@ -124,11 +124,13 @@ def test_the_meter_finds_nothing_where_nothing_is_and_what_is_there() -> None:
     many = [[rng.randrange(512) for _ in range(rng.randint(20, 120))] for _ in range(10)]
     exact = measure(MODEL.model, torch.float32, RAW, many)
     (way, rounded) = exact.ways
-    assert (way.name, way.kl, way.same_texts, way.first_difference) == (RAW, 0.0, 1.0, TOKENS) and not any(way.layers)
+    assert (way.name, way.kl, way.same_tokens, way.same_texts) == (RAW, 0.0, 1.0, 1.0)
+    assert way.first_difference == TOKENS and not any(way.layers)
     assert exact.wire_share == 1.0
     lossy = measure(MODEL.model, torch.float32, "int8", many)
     int8, other = lossy.ways
     assert other == rounded
     assert 0 < other.kl < int8.kl < 0.1 and other.first_difference > int8.first_difference
     assert len(int8.layers) == 2 and min(int8.layers) > 0
+    assert int8.same_texts <= int8.same_tokens < 1
     assert lossy.wire_share == (16 + 2) / 64 and lossy.wire_share_bfloat16 == (16 + 2) / 32

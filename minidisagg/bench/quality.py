@@ -53,6 +53,7 @@ class Way(Struct):
     name: str
     kl: float  # of the next token's distribution, mean over tokens and prompts
     kl_p99: float
+    same_tokens: float  # the likeliest next token is the same
     same_texts: float  # continuations without a difference
     first_difference: float  # mean number of tokens before it
     layers: list[float]  # KL where only this layer is changed
@@ -152,7 +153,7 @@ def measure(
     ways: dict[str, Through] = {codec: through}
     if dtype.itemsize > 2:
         ways["bfloat16"] = rounded
-    found: dict[str, tuple[list[float], list[int], list[list[float]]]] = {name: ([], [], []) for name in ways}
+    found: dict[str, tuple[list[float], list[Tensor], list[list[float]]]] = {name: ([], [], []) for name in ways}
     batches = [list(prompts[i : i + BATCH]) for i in range(0, len(prompts), BATCH)]
     layered = min(LAYER_PROMPTS // BATCH, len(batches))
     steps = len(batches) * (1 + len(ways)) * (TOKENS - 1) + layered * len(ways) * len(rows)
@@ -163,7 +164,7 @@ def measure(
         exact = meter.follow(batch, outputs, TOKENS - 1)
         advance(TOKENS - 1)
         for name, change in ways.items():
-            divergences, firsts, layers = found[name]
+            divergences, alike, layers = found[name]
             rows.copy_(before)
             change(rows)
             same = torch.ones(len(batch), TOKENS - 1, dtype=torch.bool)
@@ -171,7 +172,7 @@ def measure(
                 divergences += divergence(right, other).tolist()
                 same[:, n] = right.argmax(-1) == other.argmax(-1)
             advance(TOKENS - 1)
-            firsts += [int(row.long().cumprod(0).sum()) for row in same]
+            alike.append(same)
             if by_layer:
                 layers.append([])
             for layer in range(len(rows)) if by_layer else ():
@@ -194,26 +195,36 @@ def measure(
     )  # fmt: skip
 
 
-def _way(name: str, divergences: list[float], firsts: list[int], layers: list[list[float]]) -> Way:
-    count = TOKENS - 1
-    alike = sum(first == count for first in firsts)
+def _way(name: str, divergences: list[float], alike: list[Tensor], layers: list[list[float]]) -> Way:
+    same = torch.cat(alike).double()  # [prompts, tokens after the first]
     return Way(
-        name, statistics.mean(divergences), statistics.quantiles(divergences, n=100)[-1], alike / len(firsts),
-        1 + statistics.mean(firsts), [statistics.mean(of) for of in zip(*layers, strict=True)],
+        name, statistics.mean(divergences), statistics.quantiles(divergences, n=100)[-1], float(same.mean()),
+        float(same.prod(1).mean()), 1 + float(same.cumprod(1).sum(1).mean()),
+        [statistics.mean(of) for of in zip(*layers, strict=True)],
     )  # fmt: skip
 
 
 def table(quality: Quality) -> Table:
     """For a person."""
     out = Table(box=box.SIMPLE_HEAD, title=f"KV of {quality.model} in {quality.dtype}, {quality.prompts} prompts")
-    for name in ("", "KL, nats", "p99", f"same {TOKENS} tokens", "tokens before the first other", "worst layer, KL"):
+    names = "", "KL, nats", "p99", "same token", f"same {TOKENS} tokens", "tokens before the first other"
+    for name in names:
         out.add_column(name, justify="right" if name else "left")
     for way in quality.ways:
-        worst = max(range(len(way.layers)), key=way.layers.__getitem__)
         out.add_row(
-            way.name, f"{way.kl:.2e}", f"{way.kl_p99:.2e}", f"{way.same_texts:.1%}", f"{way.first_difference:.1f}",
-            f"{worst}: {way.layers[worst]:.1e}",
+            way.name, f"{way.kl:.2e}", f"{way.kl_p99:.2e}", f"{way.same_tokens:.1%}", f"{way.same_texts:.1%}",
+            f"{way.first_difference:.1f}",
         )  # fmt: skip
+    return out
+
+
+def layer_table(quality: Quality) -> Table:
+    """KL of the first token where only one layer's KV is changed."""
+    out = Table(box=box.SIMPLE_HEAD, title="KL, nats, where only this layer is changed", title_justify="left")
+    for name in "layer", *(way.name for way in quality.ways):
+        out.add_column(name, justify="right")
+    for layer, values in enumerate(zip(*(way.layers for way in quality.ways), strict=True)):
+        out.add_row(str(layer), *(f"{value:.1e}" for value in values))
     return out
 
 
@@ -228,7 +239,7 @@ def run(
     prompts = [item.prompt for item in items if item.prompt]
     dtype = dtype_of(cluster.prefill, load_config(model.model))
     quality = measure(model.model, dtype, codec, prompts, cluster.prefill.device, console.is_terminal)
-    console.print(table(quality))
+    console.print(table(quality), layer_table(quality))
     console.print(
         f"{codec}: {quality.wire_share:.3f} of the bytes, {quality.wire_share_bfloat16:.3f} of bfloat16's; "
         f"encodes {quality.encode / 1e9:.2f} GB/s of KV here, decodes {quality.decode / 1e9:.2f}",

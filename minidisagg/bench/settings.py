@@ -6,7 +6,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from minidisagg.address import parse_server_url
-from minidisagg.config import MODES, ClusterSettings, ModelSettings, RunSettings, parse_worker
+from minidisagg.config import MODES, ClusterSettings, ModelSettings, RunSettings, check_codec, parse_worker
 from minidisagg.core.granularity import parse_granularity
 from minidisagg.core.plan import CODECS, RAW
 from minidisagg.measure.settings import ReportSettings, Trials
@@ -83,7 +83,7 @@ def make_sides(mode: str, against: str, cluster: ClusterSettings, baseline: str 
         decode=parse_worker(rest, cluster.decode),
         **links,
     )
-    return a, b
+    return check_codec(a), b
 
 
 def compared_sides(text: str, cluster: ClusterSettings) -> tuple[ClusterSettings, ...]:

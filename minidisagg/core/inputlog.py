@@ -20,7 +20,7 @@ from minidisagg.core.policy import Policy
 from minidisagg.core.spec import EngineSpec
 from minidisagg.formats import check_version
 
-INPUTLOG_VERSION = 7
+INPUTLOG_VERSION = 8
 HEAD = b"minidisagg inputs "  # and the version, and a line's end
 
 

@@ -75,7 +75,12 @@ class Drained(Struct, frozen=True, tag=True, array_like=True):
     worker: str
 
 
-RouterInput = Requested | Left | Heard | Died | Ticked | RoleSet | PolicySet | PauseSet | Drained
+class Moved(Struct, frozen=True, tag=True, array_like=True):
+    request_id: str
+    worker: str
+
+
+RouterInput = Requested | Left | Heard | Died | Ticked | RoleSet | PolicySet | PauseSet | Drained | Moved
 
 
 class RouterEntry(Struct, frozen=True, array_like=True):
@@ -151,6 +156,10 @@ class RecordingRouter(Router):
         with self._input(now, Drained(name)):
             super().drain(name, now)
 
+    def migrate(self, request_id: str, worker: str, now: float) -> bool:
+        with self._input(now, Moved(request_id, worker)):
+            return super().migrate(request_id, worker, now)
+
 
 def checksum(effects: list[RouterEffect]) -> int:
     """Of what goes to workers; 0 where nothing does."""
@@ -197,6 +206,8 @@ def feed(router: Router, entry: RouterEntry, load_policy: Callable[[str], Policy
         router.pause(what.paused, now)
     elif isinstance(what, Drained):
         router.drain(what.worker, now)
+    elif isinstance(what, Moved):
+        router.migrate(what.request_id, what.worker, now)
     else:
         router.on_tick(now)
     effects = router.outbox[:]

@@ -38,6 +38,7 @@ from minidisagg.core.routerlog import (
     Died,
     Drained,
     Heard,
+    Moved,
     PauseSet,
     PolicySet,
     RoleSet,
@@ -413,6 +414,8 @@ def _router_input(what: RouterInput) -> list[str]:
         return [f"policy {shown(what.spec)}"]
     if isinstance(what, PauseSet):
         return ["admission paused" if what.paused else "admission resumed"]
+    if isinstance(what, Moved):
+        return [f"{what.request_id} is to move to {what.worker}"]
     return [f"{what.worker} drains"] if isinstance(what, Drained) else []
 
 
