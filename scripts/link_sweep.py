@@ -13,7 +13,8 @@ goodput: requests per second whose second token came within the SLO, three times
 The hidden share is 1 - (gap - gap over the real link alone) / (bytes / bandwidth + latency), of the gap between first
 and second token: clusters are started one after another, and on a shared machine their prefills differ by more than a
 transfer takes. What a transfer does to the prefill beside it shows in TTFT. A granularity may have a codec behind a
-plus; bytes are of the cache as it is all the same.
+plus; bytes are of the cache as it is all the same. Beside the same without one it is printed what the codec does to the
+second token, and the bandwidth at which it stops paying.
 Arrivals and prompts are the same for all points of a length.
 
 Writes OUT.html (one figure, in SVG, that needs nothing to open) and OUT.json. Faded points are those that the real link
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import random
 import statistics
 import sys
@@ -211,6 +213,32 @@ async def pieces(frontend: Frontend) -> tuple[int, int]:
     return sum(link.transfers for link in links), sum(link.late for link in links)
 
 
+def codecs(points: Sequence[Point]) -> list[str]:
+    """What each codec does to the second token and to the gap before it, and where that gap is the same without it:
+    between two bandwidths their ratio is taken to follow the logarithm. The real link alone stands for no bandwidth."""
+    said = []
+    raw = {(p.interconnect, p.granularity, p.length): p for p in points}
+    for grain, length in dict.fromkeys((p.granularity, p.length) for p in points if "+" in p.granularity):
+        last: tuple[float, float] | None = None
+        own = [p for p in points if (p.granularity, p.length) == (grain, length)]
+        for point in sorted(own, key=lambda point: point.gbits or math.inf):
+            plain = raw.get((point.interconnect, grain.partition("+")[0], length))
+            if plain is None:
+                continue
+            ratio, x = point.gap / plain.gap, math.log(point.gbits) if point.gbits else math.inf
+            where = f"{point.gbits:g} Gbit/s" if point.gbits else "the real link alone"
+            said.append(
+                f"{grain}, {length} tokens, {where}: second token {point.second / plain.second:.2f} x, "
+                f"after the first {1e3 * plain.gap:.0f} → {1e3 * point.gap:.0f} ms, {ratio:.2f} x"
+            )
+            if last is not None and last[1] < 1 <= ratio:
+                level = last[0] + (1 - last[1]) / (ratio - last[1]) * (x - last[0])
+                at = f"at {math.exp(level):.2g}" if point.gbits else f"above {math.exp(last[0]):g}"
+                said.append(f"{grain}, {length} tokens: stops paying {at} Gbit/s")
+            last = x, ratio
+    return said
+
+
 # ---------------------------------------------------------------- the figure
 
 
@@ -312,6 +340,7 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     write(points, arguments, arguments.out)
+    sys.stdout.write("".join(line + "\n" for line in codecs(points)))
     sys.stdout.write(f"{arguments.out}.html\n{arguments.out}.json\n")
     return 0
 

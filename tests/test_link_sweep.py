@@ -59,6 +59,26 @@ def test_a_row_of_panels_per_length_and_a_curve_per_granularity(sweep: ModuleTyp
     assert all(svg(panel, figure.columns).startswith("<svg") for panel in figure.panels)
 
 
+def test_where_a_codec_stops_paying(sweep: ModuleType) -> None:
+    """Half the gap at 1 Gbit/s, 1.5 times of it at 100: level at 10."""
+    gaps = {"1Gbps,5us": (0.4, 0.2), "100Gbps,5us": (0.1, 0.15), "none": (0.1, 0.16)}
+    points = [
+        sweep.Point(wire, grain, 64, ttft=1.0, second=1.0 + gap, gap=gap)
+        for wire, both in gaps.items()
+        for grain, gap in zip(("request", "request+int8"), both, strict=True)
+    ]
+    said = sweep.codecs(points)
+    assert said == [
+        "request+int8, 64 tokens, 1 Gbit/s: second token 0.86 x, after the first 400 → 200 ms, 0.50 x",
+        "request+int8, 64 tokens, 100 Gbit/s: second token 1.05 x, after the first 100 → 150 ms, 1.50 x",
+        "request+int8, 64 tokens: stops paying at 10 Gbit/s",
+        "request+int8, 64 tokens, the real link alone: second token 1.05 x, after the first 100 → 160 ms, 1.60 x",
+    ]
+    del points[2:4]
+    assert "request+int8, 64 tokens: stops paying above 1 Gbit/s" in sweep.codecs(points)
+    assert sweep.codecs([p for p in points if "+" not in p.granularity]) == []
+
+
 def test_what_several_gpus_would_run_can_be_seen_without_one() -> None:
     """scripts/multi_gpu.py --dry-run: the commands that it would measure."""
     script = Path(__file__).parents[1] / "scripts" / "multi_gpu.py"
