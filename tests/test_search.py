@@ -3,9 +3,13 @@ no policy keeps it waiting for ever."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -188,3 +192,42 @@ def test_a_search_for_goodput_tells_of_failures_and_rejections(
     assert re.match(r"Mine: 1 requests failed, since policy Mine: admit raised KeyError: 1 ", void)
     assert any(re.match(r"Mine: \d+ of \d+ requests were rejected", mark) for mark in result["marks"])
     assert any(re.match(r"Mine: \d+ of \d+ requests failed, the first ", mark) for mark in result["marks"])
+
+
+# ---------------------------------------------------------------- runs side by side
+
+
+def workers_of(parent: int) -> set[int]:
+    """The processes that compute for it: those of its session which the fork server has started."""
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            name, _, rest = stat.read_text().rpartition(")")
+            state, above, _, session = rest.split()[:4]
+            if int(session) == parent != int(above) and state != "Z" and int(name.split()[0]) != parent:
+                found.add(int(name.split()[0]))
+    return found
+
+
+def wait_for(true: Callable[[], bool], seconds: float) -> bool:
+    until = time.monotonic() + seconds
+    while not (done := true()) and time.monotonic() < until:
+        time.sleep(0.05)
+    return done
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("command", [["simulate", "--repeats", "4"], ["league", "--policies", "fcfs"]])
+def test_a_signal_to_the_command_alone_ends_all_of_it(command: list[str], number: int, tmp_path: Path) -> None:
+    asked = [sys.executable, "-m", "minidisagg", *command, "--num-prompts", "20000", "-j", "2"]
+    with subprocess.Popen(asked, cwd=tmp_path, start_new_session=True, stdout=subprocess.DEVNULL) as main:
+        try:
+            assert wait_for(lambda: len(workers_of(main.pid)) == 2, 60.0)
+            time.sleep(1.0)  # they compute
+            main.send_signal(number)
+            assert main.wait(5.0) == (-signal.SIGKILL if number == signal.SIGKILL else 128 + signal.SIGINT)
+            assert wait_for(lambda: not workers_of(main.pid), 5.0)
+        finally:
+            for pid in workers_of(main.pid) | {main.pid}:
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
