@@ -4,7 +4,9 @@ no policy keeps it waiting for ever."""
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
+import math
 import os
 import re
 import signal
@@ -12,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import pytest
 from minidisagg.cli import cli
 from minidisagg.core.checked import PolicyError
 from minidisagg.core.policy import Batch, ClusterView, Placement, Policy, Reject, RequestView, Work, WorkerView
+from minidisagg.measure.goodput import SLO
 from minidisagg.sim.machines import ClusterSpec, parse_cluster
 from minidisagg.sim.simulate import Result, simulate
 from minidisagg.sim.simulation import Settings, derived_slo, profiles_of
@@ -149,7 +152,72 @@ def test_a_run_without_a_limit_leaves_alarms_alone() -> None:
     assert min(left) > 400
 
 
+def test_without_a_limit_a_hook_that_does_not_return_is_told_of_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("minidisagg.sim.simulate.SILENCE", 0.1)
+
+    class Late(Policy):
+        def place(self, request: RequestView, cluster: ClusterView) -> Placement | Reject:
+            until = time.monotonic() + 0.6 * (request.request_id in "57")
+            while time.monotonic() < until:
+                pass
+            return super().place(request, cluster)
+
+    simulate(Late, load(9, 10.0), DISAGG)
+    assert [record.message for record in caplog.records] == [
+        "place of policy Late has not returned for 0.1 s; a time limit (--time-limit) would end it"
+    ]
+    simulate("fcfs", load(200, 10.0), DISAGG)
+    assert len(caplog.records) == 1
+
+
 # ---------------------------------------------------------------- hooks that fail
+
+
+class Nothing(Policy):
+    def place(self, request: RequestView, cluster: ClusterView) -> Placement | Reject:
+        return None  # type: ignore[return-value]
+
+
+class Idle(Policy):
+    def evict(self, worker: WorkerView, candidates: Sequence[Work]) -> None:
+        return None
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+def test_a_class_is_told_with_its_line_and_a_standstill_as_any_failure(as_file: bool, tmp_path: Path) -> None:
+    where, policies = Path(__file__), [Nothing, Idle]
+    if as_file:
+        where = tmp_path / "mine.py"
+        where.write_text("\n".join(inspect.getsource(one) for one in policies))
+        where.write_text("from __future__ import annotations\nfrom minidisagg import *\n" + where.read_text())
+    place, evict = (f"{where}:{one.__name__}" if as_file else one for one in policies)
+    line = where.read_text().splitlines().index
+    at = line(
+        "    def place(self, request: RequestView, cluster: ClusterView) -> Placement | Reject:",
+        line("class Nothing(Policy):"),
+    )
+    with pytest.raises(PolicyError, match=rf"place answered None, not .* \({where}, line {at + 1}\)$"):
+        simulate(place, load(9, 10.0), DISAGG)
+    at = line("    def evict(self, worker: WorkerView, candidates: Sequence[Work]) -> None:")
+    with pytest.raises(PolicyError, match=rf"and policy Idle plans nothing \({where}, line {at + 1}\)$"):
+        simulate(evict, load(60, 2000.0), ClusterSpec(groups=DISAGG.groups, pages=30))
+
+
+def test_a_result_is_printed_in_a_line() -> None:
+    result = simulate("fcfs", load(20, 40.0), DISAGG, Settings(slo="ttft:400 tpot:30"))
+    assert 0 < len(repr(result)) < 300 and "20 requests" in repr(result.run)
+    for told in (f"score={result.score:.4g}", f"p99_ttft={result.values['p99_ttft']:.4g}", "attainment="):
+        assert told in repr(result)
+
+
+def test_an_slo_may_be_written_as_on_the_command_line() -> None:
+    texts = "ttft:30 tpot:9", SLO(ttft=30.0, tpot=9.0)
+    said, meant = (simulate("fcfs", load(60, 40.0), DISAGG, Settings(slo=slo)) for slo in texts)
+    assert said.values == meant.values and 0 < said.values["attainment"] < 1
+    with pytest.raises(ValueError, match="unknown SLO 'tft:90'"):
+        simulate("fcfs", load(9, 10.0), DISAGG, Settings(slo="tft:90"))
 
 
 @pytest.mark.parametrize("hook", ["admit", "place", "order", "accept"])
@@ -162,8 +230,9 @@ def test_what_a_hook_lets_fall_is_no_score(hook: str, tmp_path: Path) -> None:
     said = rf"^2 requests failed, since policy Mine: {hook} raised KeyError: \d+ \({tmp_path}/mine.py, line 5\)$"
     with pytest.raises(PolicyError, match=said):
         simulate(policy, load(20, 40.0), DISAGG)
-    run = simulate(policy, load(20, 40.0), DISAGG, allow_void=True).run
-    assert sum(not request.ok for request in run.requests) == 2
+    result = simulate(policy, load(20, 40.0), DISAGG, allow_void=True)
+    assert sum(not request.ok for request in result.run.requests) == 2
+    assert math.isnan(result.score), "no search takes it for a good one"
 
 
 def test_who_rejects_has_a_score() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from minidisagg.core.blocks import BlockPool, IntegrityError, PageState
+from minidisagg.core.checked import PolicyError
 from minidisagg.core.handoff import Receiver, Sender
 from minidisagg.core.messages import Stats
 from minidisagg.core.plan import StepPlan
@@ -13,7 +14,7 @@ from minidisagg.core.spec import EngineSpec
 from minidisagg.core.tiers import Tiers
 
 
-class StalledError(RuntimeError):
+class StalledError(PolicyError):
     """Work is queued, nothing is in flight, and the policy plans nothing: it would wait for ever."""
 
 
@@ -86,7 +87,9 @@ class Accounts:
         if self.plans or self.sender.busy or self.receiver.busy or self.held or self.tiers.busy:
             return
         if scheduler.waiting or scheduler.running:
+            policy = scheduler.policy
+            where = policy._where("compose", None) or policy._where("evict", None)  # of a user's file, what it has
             raise StalledError(
                 f"worker {self.spec.name}: {len(scheduler.waiting)} requests wait, {len(scheduler.running)} run, "
-                f"{self.pool.available} pages are free, and policy {scheduler.policy.name} plans nothing"
+                f"{self.pool.available} pages are free, and policy {policy.name} plans nothing{where}"
             )

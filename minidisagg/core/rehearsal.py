@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 
-from minidisagg.core.accounts import StalledError
 from minidisagg.core.checked import PolicyError, policy_name
 from minidisagg.core.effects import AbortLink, Effect, Send, StartPiece, drain
 from minidisagg.core.engine import EngineCore
@@ -33,8 +32,6 @@ def rehearse(make_policy: Callable[[], Policy], workers: Workers) -> None:
         stage.play()
     except PolicyError:
         raise
-    except StalledError as error:
-        raise PolicyError(str(error)) from error
     except Exception as error:  # whatever it did to what it was shown
         what = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise PolicyError(f"policy {policy_name(stage.router.policy)}: a rehearsal ends in {what}") from error

@@ -103,3 +103,7 @@ class RunRecord(Struct, kw_only=True):
     frontend_cpu_share: float = 0.0  # of one core
     wall_s: float = 0.0
     marks: list[str] = field(default_factory=list)  # remarks to print with the result, e.g. "quick preset"
+
+    def __repr__(self) -> str:
+        """In short: a run has a million times."""
+        return f"<run of {self.label or 'a side'} {self.policy}: {len(self.requests)} requests, {self.wall_s:.1f} s>"

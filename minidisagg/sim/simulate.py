@@ -9,15 +9,20 @@ The same arguments give the same result to the last bit, so that a search over p
 
 from __future__ import annotations
 
+import logging
+import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Event, Thread, get_ident
 
-from minidisagg.core.checked import OutOfTime, PolicyError
+from minidisagg.core.checked import Checked, OutOfTime, PolicyError
 from minidisagg.core.messages import ROUTER
+from minidisagg.core.policy import Policy
 from minidisagg.measure.comparison import values_of
 from minidisagg.measure.records import RunRecord
 from minidisagg.measure.stats import samples_of, void_reasons
@@ -29,10 +34,16 @@ from minidisagg.sim.simulator import Simulator
 from minidisagg.sim.world import Observer
 from minidisagg.workload.lengths import WorkItem
 
+SHOWN = "p50_ttft", "p99_ttft", "attainment"  # of a result, where it is printed
+SILENCE = 10.0  # seconds in one hook after which a run without a limit says so
+
+logger = logging.getLogger("minidisagg")
+
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a simulation. `score`: requests per second within the SLO, while the load was steady."""
+    """What came of a simulation. `score`: requests per second within the SLO, while the load was steady; NaN of a run
+    that is void."""
 
     score: float
     values: dict[str, float]  # statistics as in the tables, in seconds and per second
@@ -40,6 +51,11 @@ class Result:
     events: int
     steps: int
     took: float  # seconds of this process
+
+    def __repr__(self) -> str:
+        """Not the run, which is long."""
+        told = {"score": self.score} | {name: self.values.get(name, math.nan) for name in SHOWN}
+        return f"Result({', '.join(f'{name}={value:.4g}' for name, value in told.items())}, run={self.run!r})"
 
 
 def simulate(
@@ -60,16 +76,16 @@ def simulate(
     Raises `ValueError` for what cannot be, `TimeoutError`, and `PolicyError` in one line that names the hook and, where
     the policy comes from a file, the line in it: also where `admit`, `place`, `order` or `accept` failed for some
     requests only, since who drops the late ones looks fast. With `allow_void` such a run comes back all the same, and
-    its score is none. The time limit ends a hook that never returns, too; outside of a process's main thread, only
-    what comes after one that does.
+    its score is NaN. The time limit ends a hook that never returns, too; outside of a process's main thread, only what
+    comes after one that does.
     """
     if isinstance(cluster, str):
         cluster = ClusterSpec(groups=parse_cluster(cluster))
     if not isinstance(policy, str) and not callable(policy):
         raise ValueError("a policy is named or made here: give its class, as the router and each worker have their own")
-    make = partial(load_policy, policy) if isinstance(policy, str) else policy
+    make = partial(load_policy, policy) if isinstance(policy, str) else partial(_made, policy)
     began = time.monotonic()
-    with _within(settings.time_limit), ExitStack() as files:
+    with _within(settings.time_limit) if settings.time_limit else _watched(), ExitStack() as files:
         name = policy if isinstance(policy, str) else type(policy()).__name__
         recording = files.enter_context(Recording(Path(record), name)) if record else None
         simulation = Simulation(cluster, make, workload, settings, record=recording)
@@ -80,9 +96,17 @@ def simulate(
     run, sim = simulation.record(name), simulation.sim
     if (void := void_reasons(run)) and not allow_void:
         raise PolicyError(void[0])
-    values = values_of([samples_of(run, simulation.settings.slo)])
+    values = values_of([samples_of(run, simulation.slo)])
     steps = sum(worker.core.steps for worker in sim.workers.values())
-    return Result(values.get("request_goodput", 0.0), values, run, simulation.ended[1], steps, time.monotonic() - began)
+    score = math.nan if void else values.get("request_goodput", 0.0)
+    return Result(score, values, run, simulation.ended[1], steps, time.monotonic() - began)
+
+
+def _made(make: MakePolicy) -> Policy:
+    """What it does wrong is told with the line, as of one that is loaded from a file."""
+    policy = make()
+    policy.file = policy.file or getattr(sys.modules.get(type(policy).__module__), "__file__", None) or ""
+    return policy
 
 
 @contextmanager
@@ -94,6 +118,32 @@ def _within(seconds: float) -> Iterator[None]:
             yield
     except OutOfTime as error:
         raise TimeoutError(str(error)) from error
+
+
+@contextmanager
+def _watched() -> Iterator[None]:
+    """Without a limit, a hook that never returns is told of, once. It costs the hooks nothing: another thread looks."""
+    over, me = Event(), get_ident()
+
+    def look() -> None:
+        before = None
+        while not over.wait(SILENCE):
+            asked, frame = None, sys._current_frames().get(me)
+            while frame is not None:
+                asked = frame if frame.f_code is Checked._ask.__code__ else asked
+                frame = frame.f_back
+            if asked is not None and asked is before:
+                hook, name = asked.f_locals["hook"], asked.f_locals["self"].name
+                told = "%s of policy %s has not returned for %g s; a time limit (--time-limit) would end it"
+                logger.warning(told, hook, name, SILENCE)
+                return
+            before = asked
+
+    Thread(target=look, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 def _log_decisions(sim: Simulator, spec: str, directory: Path, files: ExitStack) -> None:

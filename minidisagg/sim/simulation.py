@@ -19,7 +19,7 @@ from minidisagg.core.policy import Policy
 from minidisagg.core.predictor import Predictor
 from minidisagg.core.router import RouterSpec
 from minidisagg.core.spec import EngineSpec
-from minidisagg.measure.goodput import SLO
+from minidisagg.measure.goodput import SLO, parse_slo
 from minidisagg.measure.records import (
     COMPLETED,
     NOT_SENT,
@@ -52,7 +52,7 @@ MakePolicy = Callable[[], Policy]
 class Settings(Struct, frozen=True, kw_only=True):
     """How a workload is offered, and how it is judged."""
 
-    slo: SLO | None = None  # None: 8 unloaded prefills of the mean prompt, 2 unloaded steps
+    slo: SLO | str | None = None  # "ttft:400 tpot:30"; None: 8 unloaded prefills of the mean prompt, 2 unloaded steps
     max_concurrency: int | None = None  # closed loop, of so many sessions where the workload has some
     seed: int = 0
     num_warmups: int = 0
@@ -79,9 +79,9 @@ class Simulation:
         self.cluster = cluster
         self.items = {str(item.index): item for item in workload}
         self.profiles = profiles_of(cluster, profiles)
-        if settings.slo is None:  # what is judged by it says so to the policy
-            settings = msgspec.structs.replace(settings, slo=derived_slo(cluster, self.profiles, workload))
         self.settings = settings
+        slo = parse_slo([settings.slo]) if isinstance(settings.slo, str) else settings.slo
+        self.slo = slo or derived_slo(cluster, self.profiles, workload)  # what is judged by it says so to the policy
         specs = [self._spec(name, group.role) for name, group in cluster.workers()]
         options = {Role.PREFILL: cluster.prefill, Role.DECODE: cluster.decode, Role.BOTH: cluster.decode}
         router = RouterSpec(
@@ -177,7 +177,7 @@ class Simulation:
         return [*before.spec.prompt, *before.tokens, *new]
 
     def _send(self, item: WorkItem) -> None:
-        slo, name = self.settings.slo, str(item.index)
+        slo, name = self.slo, str(item.index)
         # A user sets one limit for all outputs, and it is no hint: the longest of them, where the cache can hold it.
         limit = max(item.output_len, min(self._longest, self._capacity - item.prompt_len))
         sampling = SamplingParams(max_tokens=limit, temperature=0.0, ignore_eos=True)
@@ -185,8 +185,8 @@ class Simulation:
             prompt=self._prompt(item), sampling=sampling, arrival=self.sim.now, session=item.session,
             hashes=page_names(item, self.cluster.page_size) if self.cluster.prefix_caching and not item.new_len else [],
             ends_after=item.output_len,
-            slo_ttft=slo.ttft / 1e3 if slo and slo.ttft else None,
-            slo_tpot=slo.tpot / 1e3 if slo and slo.tpot else None,
+            slo_ttft=slo.ttft / 1e3 if slo.ttft else None,
+            slo_tpot=slo.tpot / 1e3 if slo.tpot else None,
         )  # fmt: skip
         self.sent[name] = self.sim.now
         self.sim.send(name, spec)
