@@ -61,6 +61,8 @@ class Tiers:
         self.spec, self.pool = spec, pool
         self.loading: dict[SeqKey, Loading] = {}
         self.saving: dict[bytes, int] = {}  # pages that are held for it
+        self.silent = False  # it has answered nothing for a lease: whatever else was asked of it would be lost, too
+        self._waited: float | None = None  # since when it has not answered
         self._parting: list[Request] = []  # that leave through the store
         self._emit, self._begin, self._leave = emit, begin, leave
 
@@ -76,13 +78,13 @@ class Tiers:
     # ------------------------------------------------------------ up
 
     def load(self, request: Request, now: float, spare: int) -> bool:
-        """Fetch what the store may have of it; False where nothing is `wanted`.
+        """Fetch what the store may have of it; False where nothing is `wanted`, or the store is silent.
 
         Called when the request comes, so that it waits for the store and its turn at once, and when it is admitted:
         what it had no room for, or what has left the cache in between, is read then. A request that is preempted is
         swapped out and in by this.
         """
-        wants = wanted(self.spec, self.pool, request, spare)
+        wants = None if self.silent else wanted(self.spec, self.pool, request, spare)
         if wants is None:
             return False
         cached, missing = wants
@@ -96,6 +98,7 @@ class Tiers:
 
     def on_loaded(self, done: Loaded) -> None:
         """So many are there, from the first on."""
+        self._answered()
         request, cached, digests, pages, _ = self.loading.pop((done.request_id, done.incarnation))
         self.pool.land(pages[: done.pages])
         self.pool.cancel(pages[done.pages :])
@@ -111,8 +114,11 @@ class Tiers:
 
     def on_tick(self, now: float) -> None:
         """A store that does not answer is waited for no longer; pages that it was to fill stay reserved."""
+        if not self.busy or self._waited is None:
+            self._waited = now
+        self.silent = now > self._waited + self.spec.lease
         for one in self.loading.values():
-            if one.request.state is State.WAIT_KV and now > one.since + self.spec.lease:
+            if one.request.state is State.WAIT_KV and (self.silent or now > one.since + self.spec.lease):
                 one.request.state, one.request.found = State.QUEUED, 0  # it asks no more
                 self._begin(one.request)
         self.let_go(now)
@@ -121,13 +127,14 @@ class Tiers:
 
     def save(self, page: int, digest: bytes) -> None:
         """It has been published."""
-        if self.spec.store and digest not in self.saving and self.pool.match([digest]) == [page]:
+        if self.spec.store and not self.silent and digest not in self.saving and self.pool.match([digest]) == [page]:
             self.pool.hold([page])
             self.saving[digest] = page
             self._emit(SavePage(digest, page))
 
     def on_saved(self, done: Saved) -> None:
         """Or not: a store that has no room takes nothing, and what it had may have left it."""
+        self._answered()
         self.pool.drop([self.saving.pop(done.digest)])
         self._emit(Send(ROUTER, Stored([done.digest] if done.kept else [], done.evicted)))
         self.let_go()
@@ -141,8 +148,12 @@ class Tiers:
         held = [request for request in self._parting if request.state is State.HELD]
         gone = [
             request for request in held
-            if now > request.ready_at + self.spec.lease or not any(digest in self.saving for digest in request.hashes)
+            if self.silent or now > request.ready_at + self.spec.lease
+            or not any(digest in self.saving for digest in request.hashes)
         ]  # fmt: skip
         self._parting = [request for request in held if request not in gone]
         for request in gone:
             self._leave(request)
+
+    def _answered(self) -> None:
+        self.silent, self._waited = False, None

@@ -1,0 +1,64 @@
+"""A worker's core and the store below it: what it asks, what it holds meanwhile, and a store that does not answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import simfuzz
+from cluster import greedy
+from stepwise import spec
+
+from minidisagg.core.blocks import PageState
+from minidisagg.core.effects import LoadPages, SavePage
+from minidisagg.core.inputs import Input
+from minidisagg.core.policy import Policy
+from minidisagg.sim import shelf
+from minidisagg.sim.devices import TimingOnly
+from minidisagg.sim.shelf import Shelf
+from minidisagg.sim.simulator import Simulator
+
+
+def prompt(number: int, tokens: int = 40) -> list[int]:
+    """Of its own."""
+    return list(range(1000 * number, 1000 * number + tokens))
+
+
+# ---------------------------------------------------------------- a store that does not answer
+
+
+def test_a_store_that_hangs_costs_one_lease_and_no_more_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    sim = Simulator([spec("w0", store=True, lease=2.0, num_pages=64)], Policy)
+    monkeypatch.setattr(shelf, "SECONDS", 200.0)  # of each page
+    for number in range(12):
+        sim.submit(f"r{number}", prompt(number), greedy(4), 5.0 * number)
+    sim.submit("meanwhile", prompt(12), greedy(4), 1.0)
+    sim.run(until=100.0)
+    waits = {name: one.token_times[0] - one.spec.arrival for name, one in sim.outcomes.items()}
+    assert len(waits) == 13 and {one.finish for one in sim.outcomes.values()} == {"length"}
+    assert all(waits.pop(name) < 3.0 for name in ("r0", "meanwhile")) and max(waits.values()) < 0.5
+    core = sim.workers["w0"].core
+    assert core.pool.counts[PageState.INFLIGHT] == 18 and core.pool.counts[PageState.LIVE] <= 20  # two prompts
+    monkeypatch.setattr(shelf, "SECONDS", 0.003)
+    sim.run(until=3000.0)  # it answers at last
+    assert not core.tiers.busy and not core.tiers.silent
+    before = len(sim.shelf.pages)
+    sim.submit("again", prompt(13), greedy(4), sim.now)  # and is asked again
+    sim.run()
+    assert not simfuzz.verdict(sim) and len(sim.shelf.pages) == before + 10 and sim.outcomes["again"].finish == "length"
+
+
+def test_saves_that_hang_hold_no_more_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    carry_out = Shelf.carry_out
+
+    def hang(self: Shelf, device: TimingOnly, effect: LoadPages | SavePage) -> tuple[float, Callable[[], Input]]:
+        seconds, what = carry_out(self, device, effect)
+        return (1000.0 if isinstance(effect, SavePage) else seconds), what
+
+    monkeypatch.setattr(Shelf, "carry_out", hang)
+    sim = Simulator([spec("w0", store=True, lease=2.0, num_pages=64)], Policy)
+    for number in range(12):
+        sim.submit(f"r{number}", prompt(number), greedy(4), 5.0 * number)
+    sim.run(until=100.0)
+    assert {one.finish for one in sim.outcomes.values()} == {"length"} and len(sim.outcomes) == 12
+    assert sim.workers["w0"].core.pool.counts[PageState.LIVE] == 10  # the first one's
