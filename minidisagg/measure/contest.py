@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 
 from msgspec import Struct
-from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -31,7 +30,7 @@ from minidisagg.measure.goodput import SLO
 from minidisagg.measure.intervals import RUN_NOISE, Ratio, compare
 from minidisagg.measure.plots import Axis, Figure, Panel, Series
 from minidisagg.measure.records import RunRecord
-from minidisagg.measure.report import marks_text
+from minidisagg.measure.report import marks_text, plain_table
 from minidisagg.measure.stats import Samples, samples_of, summarize, void_reasons
 
 COLUMNS = (  # title, statistic, how it is written
@@ -110,12 +109,8 @@ def _verdict(sides: Sequence[Side], first: int, best: Sequence[Ratio]) -> str:
 
 def table(of: Contest) -> Table:
     """A row per side, with what is clearly better or worse than the baseline."""
-    drawn = Table(
-        title="Latency (ms), tokens and requests per second",
-        caption=f"+, -: clearly better, worse than {of.sides[0].label}",
-        box=box.SIMPLE_HEAD, title_style="bold", title_justify="left", caption_justify="left", caption_style="dim",
-        pad_edge=False, show_edge=False, header_style="bold",
-    )  # fmt: skip
+    caption = f"+, -: clearly better, worse than {of.sides[0].label}"
+    drawn = plain_table("Latency (ms), tokens and requests per second", caption)
     drawn.add_column("", overflow="fold", min_width=12)
     shown = [c for c in COLUMNS if any(c[1] in side.values for side in of.sides)]
     for title, _, _ in shown:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from statistics import fmean
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -15,6 +18,7 @@ from minidisagg.measure.comparison import (
     TIMES,
     Comparison,
     Side,
+    Usage,
     better,
     milliseconds,
     number,
@@ -24,22 +28,31 @@ from minidisagg.measure.comparison import (
 )
 from minidisagg.measure.goodput import GoodputResult
 from minidisagg.measure.intervals import STATISTICS, Ratio
-from minidisagg.measure.records import STAGES
+from minidisagg.measure.records import STAGES, LinkRecord
 from minidisagg.measure.stats import LATENCIES, MAX_FRONTEND_SHARE, MAX_SEND_LAG, RATES, send_lag, ttft_of_turn
 
 LATENCY_TITLES = ("TTFT", "2nd token", "TPOT", "ITL, no handoffs", "handoff gap", "max ITL", "E2E")
 RATE_TITLES = ("requests/s", "output tok/s", "total tok/s", "goodput req/s")
+SIGNS = "=: no difference at 95 %; ?: one at 95 % but not at 98 %, no winner\n"
+TERMS = (
+    "2nd token: since the request was due; handoff gap: in which it changes workers; max ITL: its longest gap\n"
+    "requests/s: that ended while it was measured; goodput: that came then, so that it can be the higher one"
+)
 UNKNOWN = Ratio(math.nan, math.nan, math.nan, math.nan, math.nan)
+NAME = len("colocated")  # a longer name of a side has lines of its own, and its letter for what is better
+MOST_WORKERS, MOST_LINKS = 12, 6  # of a side, that a terminal shows one by one
+REST = "; report.html has all"
 
 
 # ---------------------------------------------------------------- tables
 
 
-def _table(title: str, caption: str = "") -> Table:
+def plain_table(title: str, caption: str = "") -> Table:
     return Table(
         title=title,
         caption=caption or None,
         box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
         title_style="bold",
         title_justify="left",
         caption_justify="left",
@@ -50,26 +63,34 @@ def _table(title: str, caption: str = "") -> Table:
     )
 
 
+def broken(label: str) -> str:
+    """A side's name over several lines: a word, a policy or a setting each."""
+    return re.sub(r" |(?<=[:,])(?=[^ ])", "\n", label)
+
+
 def main_table(comparison: Comparison) -> Table:
     """Latencies, throughput and goodput, with B / A and which of them is better; one side alone is drawn compactly."""
     a, b = comparison.a, comparison.b
     if b is None:
         return _single_table(a)
-    table = _table("Latency (ms) and throughput", "=: no difference at 95 %; ?: one at 95 % but not at 98 %, no winner")
+    table = plain_table("Latency (ms) and throughput", SIGNS + TERMS)
+    short = max(len(a.label), len(b.label)) <= NAME
+    names = (a.label, b.label) if short else ("A", "B")
     # At 80 columns a long name is what gives way, not a number.
     table.add_column("", no_wrap=True, min_width=max(map(len, LATENCY_TITLES)))
     table.add_column("", style="dim", no_wrap=True, min_width=max(map(len, STATISTICS)))
-    for side in (a, b):
-        table.add_column(side.label.replace(" ", "\n"), justify="right", overflow="fold", min_width=9)
+    for side, name in zip((a, b), names, strict=True):
+        head = name if short else broken(f"{name}: {side.label}")
+        table.add_column(head, justify="right", overflow="fold", min_width=9)
     table.add_column("B / A  [95 %]", justify="right", no_wrap=True, min_width=18)
-    table.add_column("better", overflow="fold", min_width=8)
+    table.add_column("better", no_wrap=True, min_width=6)
 
     def add(title: str, kind: str, statistic: str, write: Callable[[float | None], str], last: bool = False) -> None:
         ratio = comparison.ratios.get(statistic, UNKNOWN)
         known = not math.isnan(ratio.ratio)
         name, style = ("=", "dim") if known else ("", "")
         if ratio.differs:
-            name, style = (a.label, "cyan") if better(statistic, ratio) == "a" else (b.label, "green")
+            name, style = (names[0], "cyan") if better(statistic, ratio) == "a" else (names[1], "green")
             name, style = (name, style) if ratio.clear else (f"? {name}", "dim")
         values = [write(side.values.get(statistic)) for side in (a, b)]
         cells = [kind, *values, ratio_text(ratio) if known else ""]
@@ -88,7 +109,7 @@ def main_table(comparison: Comparison) -> Table:
 
 
 def _single_table(side: Side) -> Table:
-    table = _table(f"{side.label}: latency (ms) and throughput")
+    table = plain_table(f"{side.label}: latency (ms) and throughput", TERMS)
     for head in ("", *STATISTICS):
         table.add_column(head, justify="right" if head else "left", no_wrap=True)
     for title, metric in zip(LATENCY_TITLES, LATENCIES, strict=True):
@@ -105,7 +126,7 @@ def _single_table(side: Side) -> Table:
 
 def turn_table(comparison: Comparison) -> Table | None:
     """TTFT by the turn of a session, and how much of its prompt was in a prefix cache; None without sessions."""
-    table = _table("TTFT by turn (ms)", "cached: share of the prompts' tokens that were prefix hits")
+    table = plain_table("TTFT by turn (ms)", "cached: share of the prompts' tokens that were prefix hits")
     table.add_column("turn", justify="right")
     for side in comparison.sides:
         for head in (f"{side.label}\np50", "\np90", "\ncached"):
@@ -128,7 +149,7 @@ def turn_table(comparison: Comparison) -> Table | None:
 
 def stage_table(comparison: Comparison) -> Table | None:
     """Where the time of a request went; None if no run has stage times."""
-    table = _table("Stages of a request (ms)", "%: share of the mean end-to-end time")
+    table = plain_table("Stages of a request (ms)", "%: share of the mean end-to-end time")
     table.add_column("", no_wrap=True)
     for side in comparison.sides:
         name = side.label
@@ -150,12 +171,20 @@ def stage_table(comparison: Comparison) -> Table | None:
     return table if rows else None
 
 
-def worker_table(comparison: Comparison) -> Table | None:
-    """What each worker made of its device: a phase wastes whichever resource it is not using, in numbers."""
+def worker_table(comparison: Comparison, most: float = math.inf) -> Table | None:
+    """What each worker made of its device: a phase wastes whichever resource it is not using, in numbers.
+
+    Of a side of more than `most`, the least busy of each role, their mean and the busiest.
+    """
     usages = [worker_usage(side.runs) for side in comparison.sides]
     measured = any(not math.isnan(row.compute) for rows in usages for row in rows)  # else it was a simulation
-    caption = "compute, bandwidth: share of the measured ceilings, while busy; wastes: the less used of the two"
-    table = _table("Workers", caption if measured else "")
+    caption = "busy: share of the time in steps"
+    if max(map(len, usages)) > most:
+        usages = [rows if len(rows) <= most else _of_roles(rows) for rows in usages]
+        caption += REST
+    if measured:
+        caption += "; compute, bandwidth: of the measured ceilings, while busy; wastes: the less used of the two"
+    table = plain_table("Workers", caption)
     for head in ("", "role"):
         table.add_column(head, no_wrap=True, overflow="ellipsis")
     for head in ("busy", "CPU", "compute", "bandwidth") if measured else ("busy",):
@@ -176,30 +205,48 @@ def worker_table(comparison: Comparison) -> Table | None:
     return table if table.row_count else None
 
 
-def link_table(comparison: Comparison) -> Table | None:
-    """KV bytes and time on the wire per link, over all repetitions; None if nothing was transferred."""
-    table = _table("KV on the wire")
+def _of_roles(rows: Sequence[Usage]) -> list[Usage]:
+    shown: list[Usage] = []
+    for role in dict.fromkeys(row.role for row in rows):
+        own = sorted((row for row in rows if row.role == role), key=lambda row: row.busy)
+        means = (fmean(getattr(row, name) for row in own) for name in ("busy", "cpu", "compute", "bandwidth"))
+        shown += [own[0], Usage(f"mean of {len(own)}", role, *means), own[-1]]
+    return shown
+
+
+def link_table(comparison: Comparison, most: float = math.inf) -> Table | None:
+    """KV bytes and time on the wire per link, over all repetitions; None if nothing was transferred.
+
+    Of a side with more than `most` links, their sum and the busiest.
+    """
+    caption = "count: pieces that were sent; of wall: share of the time that a link was sending"
+    table = plain_table("KV on the wire", caption)
     table.add_column("", overflow="fold")  # a long name takes two lines where there is no room, and no number is cut
     table.add_column("kind", no_wrap=True)
     for head in ("count", "MB", "seconds", "GB/s", "of wall", "fails"):
         table.add_column(head, justify="right", no_wrap=True)
     for side in comparison.sides:
-        pairs = dict.fromkeys((link.source, link.dest, link.kind) for run in side.runs for link in run.links)
-        if pairs:
+        every, rows = [link for run in side.runs for link in run.links], dict[str, list[LinkRecord]]()
+        for link in every:
+            rows.setdefault(f"{link.source} → {link.dest}", []).append(link)
+        wall, count = sum(run.wall_s for run in side.runs), len(rows)
+        if rows:
             table.add_row(Text(side.label, style="bold"))
-        for source, dest, kind in pairs:
-            key = (source, dest, kind)
-            links = [k for run in side.runs for k in run.links if (k.source, k.dest, k.kind) == key]
+        if count > most:
+            busiest = max(rows, key=lambda name: sum(link.seconds for link in rows[name]))
+            rows = {f"{count} links; busiest:": every, busiest: rows[busiest]}
+            table.caption = caption + REST
+        for name, links in rows.items():
             moved, seconds = sum(link.bytes for link in links), sum(link.seconds for link in links)
-            wall = sum(run.wall_s for run in side.runs)
+            time = wall * (count if links is every else 1)
             table.add_row(
-                f"  {source} → {dest}",
-                kind,
+                f"  {name}",
+                "/".join(dict.fromkeys(link.kind for link in links)),
                 f"{sum(link.transfers for link in links):,}",
                 number(moved / 1e6),
                 number(seconds),
                 number(moved / seconds / 1e9 if seconds else None),
-                share(seconds / wall if wall else None),
+                share(seconds / time if time else None),
                 str(sum(link.failures for link in links)),
             )
     return table if table.row_count else None
@@ -207,7 +254,7 @@ def link_table(comparison: Comparison) -> Table | None:
 
 def goodput_table(found: Mapping[str, GoodputResult]) -> Table:
     """What the searches found, by side."""
-    table = _table("Goodput: the highest rate at which enough requests are within the SLO")
+    table = plain_table("Goodput: the highest rate at which enough requests are within the SLO")
     for head in ("", "requests/s", "fails from", "surely within", "attainment", "runs"):
         table.add_column(head, justify="right" if head else "left")
     for label, one in found.items():
@@ -284,7 +331,8 @@ def head_text(comparison: Comparison) -> Text:
 def render(comparison: Comparison) -> Group:
     """The whole report, for a rich console."""
     parts: list[RenderableType] = [head_text(comparison)]
-    for draw in (main_table, turn_table, stage_table, worker_table, link_table, overhead_text):
+    workers, links = partial(worker_table, most=MOST_WORKERS), partial(link_table, most=MOST_LINKS)
+    for draw in (main_table, turn_table, stage_table, workers, links, overhead_text):
         if (drawn := draw(comparison)) is not None:
             parts += [Text(""), drawn]
     if comparison.marks or comparison.void:
