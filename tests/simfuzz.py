@@ -94,8 +94,15 @@ class Mover(Policy):
             return Reject(1.0, "no worker takes it")
         split = rng.choice([None, rng.randint(1, request.prefill_len + 5)])
         fetch = rng.choice([None, rng.choice(list(cluster.workers))])
-        where = rng.choice(prefill).name, rng.choice(decode).name
-        return Placement(*where, rng.choice([None, *CODECS]), split, fetch, rng.random() < 0.5)
+        where, codec = (rng.choice(prefill).name, rng.choice(decode).name), rng.choice([None, *CODECS])
+        if rng.random() < 0.1:
+            return Placement(where[0], None, codec, None, fetch)
+        return Placement(*where, codec, split, fetch, rng.random() < 0.5)
+
+    def replace(self, request: RequestView, cluster: ClusterView) -> Placement | None:
+        """Now and then."""
+        answer = self.place(request, cluster) if cluster.rng.random() < 0.3 else None
+        return answer if isinstance(answer, Placement) else None
 
     def rebalance(self, cluster: ClusterView) -> list[Change]:
         """Of what there is."""

@@ -10,6 +10,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -37,11 +38,26 @@ from minidisagg.core.effects import Effect, LoadPages, SavePage
 from minidisagg.core.inputlog import read_entries
 from minidisagg.core.inputs import Loaded, Received
 from minidisagg.core.messages import KVDone, KVOffer, RequestSpec, Role, StoreStats, Submit
-from minidisagg.core.policy import ClusterView, Hits, Placement, Policy, Replica, RequestView, Work, WorkerView
+from minidisagg.core.plan import Piece
+from minidisagg.core.policy import (
+    ClusterView,
+    Hits,
+    Placement,
+    Policy,
+    Replica,
+    RequestView,
+    RoleChange,
+    Work,
+    WorkerOptions,
+    WorkerView,
+)
+from minidisagg.core.spec import EngineSpec
 from minidisagg.core.tracked import Stage, Tracked
 from minidisagg.server.history import History
 from minidisagg.server.metrics import Metrics
+from minidisagg.sim.cost_model import LinearCost
 from minidisagg.sim.simulator import Simulator
+from minidisagg.sim.world import World
 
 OUTPUT = 32
 LONG = list(range(100, 148))
@@ -328,7 +344,8 @@ def test_pages_through_a_lossy_codec_answer_for_nothing_in_the_store(disk: Path)
 SPOILER = """
 import gc
 from pathlib import Path
-from minidisagg.core.handoff import Incoming
+from minidisagg.core.handoff import Incoming, Receiver
+from minidisagg.core.scheduler import Scheduler
 from minidisagg.core.tiers import Tiers
 from minidisagg.runtime.kv_cache import KVCache
 
@@ -361,9 +378,24 @@ def on_loaded(self, done):
     loaded(self, done)
 
 
+def admit(self, request):
+    admitted_now = admitted(self, request)
+    if admitted_now and request.cached_tokens and KIND == "prefix":
+        spoil(request.pages[: request.cached_tokens // self.spec.page_size])
+    return admitted_now
+
+
+def grant(self, request, source, link_epoch, reserved, now):
+    if (held := len(request.pages) - len(reserved)) and KIND == "delta":
+        spoil(request.pages[:held])
+    granted(self, request, source, link_epoch, reserved, now)
+
+
 if Path("/proc/self/comm").read_text().startswith(("prefill-", "decode-", "worker-")):  # not the front end's
     settled, Incoming.settle = Incoming.settle, settle
     loaded, Tiers.on_loaded = Tiers.on_loaded, on_loaded
+    admitted, Scheduler.admit = Scheduler.admit, admit
+    granted, Receiver.grant = Receiver.grant, grant
 """
 ONWARD = f"""
 from minidisagg import Policy
@@ -402,9 +434,10 @@ def test_copies_that_serve_change_no_token(kind: str, expected: list[list[int]])
 @pytest.mark.parametrize(
     ("kind", "policy"),
     [
-        ("migrated", MOVER), ("fetched", ONWARD), *(
+        ("migrated", MOVER), ("fetched", ONWARD), ("delta", MOVER), *(
             pytest.param(*pair, marks=pytest.mark.slow) for pair in (
-                ("part", MOVER), ("prompt", MOVER), ("decoding", MOVER), ("returned", MOVER), ("replicated", ONWARD)
+                ("part", MOVER), ("prompt", MOVER), ("decoding", MOVER), ("returned", MOVER), ("replicated", ONWARD),
+                ("prefix", MOVER),
             )
         )
     ],
@@ -697,6 +730,44 @@ class Apart(Policy):
 
     def place(self, request: RequestView, cluster: ClusterView) -> Placement:
         return Placement("w0", "w2" if request.request_id == "moves" else "w1")
+
+
+class TenGigabits(LinearCost):
+    """One wire out of each worker, and 131 kB a token: an 8B model's in bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__(step=0.008, prefill_token=0.00005, decode_seq=0.0001, context_token=1e-8)
+        object.__setattr__(self, "free", {})
+
+    def transfer(self, source: EngineSpec, dest: EngineSpec, piece: Piece, now: float) -> tuple[float, float]:
+        begun = max(now, self.free.get(source.name, 0.0))  # type: ignore[attr-defined]
+        share = (piece.layers[1] - piece.layers[0]) / source.num_layers
+        ended = begun + piece.count * source.page_size * 131072 * share / 1.25e9
+        self.free[source.name] = ended  # type: ignore[attr-defined]
+        return begun, ended + 5e-5
+
+
+class There(Policy):
+    def place(self, request: RequestView, cluster: ClusterView) -> Placement:
+        return Placement("w0", "w1")
+
+
+@pytest.mark.parametrize(("requests", "size"), [(1, 64), (1, 16), (8, 64), (8, 16)])
+def test_a_request_that_moves_over_a_slow_wire_pauses_for_its_last_page(requests: int, size: int) -> None:
+    """The copy of 2,000 tokens takes 26 steps, and of eight such requests that leave a flipping worker eight times
+    that; each goes on decoding meanwhile, and stops for 2 steps at most."""
+    roles = {"w0": Role.PREFILL, "w1": Role.DECODE, "w2": Role.DECODE}
+    many = {"num_pages": 64000 // size, "page_size": size, "lease": 30.0, "link_timeout": 10.0}
+    specs = [spec(name, role, options=WorkerOptions(64, 8192, 0), **many) for name, role in roles.items()]
+    sim = Simulator(specs, There, World(cost=TenGigabits(), check=False))
+    for n in range(requests):
+        sim.submit(f"r{n}", [n * 10_000 + k for k in range(2000)], greedy(1200), 0.0)
+    sim.plan(6.0, lambda: sim.router.set_role(RoleChange("w1", Role.PREFILL), sim.now))
+    sim.run(until=200.0)
+    assert sim.router.migrations == requests
+    for outcome in sim.outcomes.values():
+        gaps = sorted(b - a for a, b in pairwise(outcome.token_times) if a > 5.0)
+        assert gaps[-1] / gaps[len(gaps) // 2] < 3
 
 
 def test_a_migration_to_a_full_worker_holds_up_no_handoff() -> None:

@@ -486,6 +486,20 @@ def test_what_cannot_be_is_refused_in_a_line(
 # ---------------------------------------------------------------- what moves
 
 
+@pytest.mark.parametrize("decode", [2, 4])
+def test_turns_decode_where_the_history_is(decode: int) -> None:
+    """Or all of it would move again with each turn."""
+    talk = Multiturn(turns=6, input_len=1000, turn_len=100, output_len=100, think_time=2.0)
+    items = at_rate(multiturn_items(240, talk, seed=4), 8.0)
+
+    def forward(workers: int) -> int:
+        run = simulate("fcfs", items, spec(f"prefill=1@h100,decode={workers}@h100")).run
+        assert len({one.workers[-1] for one in run.requests}) == workers
+        return sum(link.bytes for link in run.links if link.source.startswith("prefill"))
+
+    assert forward(decode) < 1.1 * forward(1)
+
+
 @needs_two_cores
 def test_a_turn_moves_what_is_new_and_not_the_history() -> None:
     turns, added, output = 6, 40, 24

@@ -22,6 +22,7 @@ from minidisagg.core.messages import (
     Migrate,
     Parted,
     Released,
+    Replicate,
     RequestSpec,
     Role,
     SamplingParams,
@@ -35,7 +36,17 @@ from minidisagg.core.messages import (
     TokenOut,
     WorkerOptions,
 )
-from minidisagg.core.policy import ClusterView, Placement, Policy, Reject, RequestView, RoleChange
+from minidisagg.core.policy import (
+    Change,
+    ClusterView,
+    Migration,
+    Placement,
+    Policy,
+    Reject,
+    Replica,
+    RequestView,
+    RoleChange,
+)
 from minidisagg.core.router import MAX_FAILURES, Kill, Router, RouterSpec
 from minidisagg.core.tracked import Emit
 
@@ -237,6 +248,52 @@ def test_a_request_moves_only_to_who_takes_decodes() -> None:
     assert not any(hand.router.migrate("a", name, hand.now) for name in ("p", "d2", "d3", "nobody")) and not hand.take()
     hand.router.set_role(RoleChange("d3", Role.DECODE), hand.now)
     assert hand.router.migrate("a", "d3", hand.now) and hand.take() == [("d1", Migrate("a", 0, "d3", anew=1))]
+
+
+class Elsewhere(Policy):
+    """Prompts go to `p`, and from there to `q` if they have not begun."""
+
+    def place(self, request: RequestView, cluster: ClusterView) -> Placement:
+        return Placement("p", "d")
+
+    def replace(self, request: RequestView, cluster: ClusterView) -> Placement:
+        return Placement("q", "d")
+
+
+def test_what_came_early_of_an_incarnation_that_is_no_more_is_not_taken_for_the_next() -> None:
+    hand = Hand({"p": Role.PREFILL, "q": Role.PREFILL, "d": Role.DECODE}, Elsewhere())
+    hand.request("a")
+    hand.token("d", "a", 1)  # before the first, of which no word has come
+    hand.router.on_tick(hand.now)
+    hand.token("q", "a", 0, incarnation=1)
+    request = hand.router.requests["a"]
+    assert (request.prefill, request.incarnation, request.emitted) == ("q", 1, [100])
+    assert not hand.router.migrate("a", "d", hand.now), "it does not decode yet"
+
+
+class Remembers(Policy):
+    """Its worker `w`, dead or alive."""
+
+    def place(self, request: RequestView, cluster: ClusterView) -> Placement:
+        return Placement("v", "v", fetch_from="w")
+
+    def rebalance(self, cluster: ClusterView) -> list[Change]:
+        every = cluster.requests()
+        return [*(Replica(r, "v", "w") for r in every), *(Migration(r, "w") for r in every), RoleChange("w", Role.BOTH)]
+
+
+def test_changes_that_name_a_dead_worker_come_to_nothing() -> None:
+    hand = Hand({"v": Role.BOTH, "w": Role.BOTH}, Remembers())
+    hand.router.on_worker_down("w", 1, hand.now)
+    hand.take()
+    hand.request("a")
+    hand.token("v", "a", 0)
+    hand.router.on_tick(hand.now)
+    assert [body for _, body in filter(lambda sent: isinstance(sent, tuple), hand.take())] == [submit(0)]  # type: ignore[misc]
+    hand.say("w", Hello(Role.BOTH, 64, 4, 256, "f", "", 0, 1), epoch=2)
+    hand.take()
+    hand.router.on_tick(hand.now)
+    assert {type(body) for _, body in hand.take()} == {Replicate, Migrate}  # type: ignore[misc]
 
 
 def test_a_late_copy_of_what_came_of_one_migration_is_none_of_the_next() -> None:
@@ -494,6 +551,7 @@ def test_nonsense_that_comes_later_ends_the_request_too(again: str) -> None:
         ([RoleChange("v", Role.BOTH)], "named the worker 'v'"),
         ([RoleChange("w", 2)], "not a RoleChange"),  # type: ignore[arg-type]
         (["w"], "not a RoleChange"),
+        ([Migration("a", "w")], "whose request is none of cluster.requests()"),  # type: ignore[arg-type]
     ],
 )
 def test_nonsense_about_all_is_the_end_of_the_router(answer: object, words: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import traceback
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn, TypeVar
 
 from minidisagg.core.blocks import IntegrityError
@@ -32,6 +33,7 @@ from minidisagg.core.policy import (
 )
 
 A = TypeVar("A")
+MOVES = Migration, Replica
 
 
 class OutOfTime(BaseException):
@@ -78,17 +80,19 @@ class Checked(Policy):
 
     def rebalance(self, cluster: ClusterView) -> list[Change]:
         changes: list[Change] = self._ask("rebalance", lambda: list(self.asks.rebalance(cluster)))
+        known, kept = [*cluster.workers, *cluster.down], list[Change]()
         for change in changes:
-            if isinstance(change, RoleChange):
-                right = isinstance(change.role, Role)
-            else:
-                right = isinstance(change, Migration | Replica) and isinstance(change.request, RequestView)
+            right = isinstance(change.role, Role) if isinstance(change, RoleChange) else isinstance(change, MOVES)
             if not right:
                 self._fail("rebalance", f"answered {change!r}, not a RoleChange, Migration or Replica")
-            self._known("rebalance", change.worker, cluster.workers)
-            if isinstance(change, Replica):
-                self._known("rebalance", change.source, cluster.workers)
-        return changes
+            if isinstance(change, MOVES) and not isinstance(change.request, RequestView):
+                self._fail("rebalance", f"answered {change!r}, whose request is none of cluster.requests()")
+            names = [change.worker, change.source] if isinstance(change, Replica) else [change.worker]
+            for name in names:
+                self._known("rebalance", name, known)
+            if isinstance(change, RoleChange) or not cluster.down.intersection(names):
+                kept.append(change)
+        return kept
 
     def accept(self, offer: Work, worker: WorkerView) -> bool:
         answer = self._ask("accept", lambda: self.asks.accept(offer, worker))
@@ -150,7 +154,9 @@ class Checked(Policy):
         if answer.codec is not None and answer.codec not in CODECS:
             self._fail(hook, f"named the codec {answer.codec!r}; there are {', '.join(CODECS)}")
         if answer.fetch_from is not None:
-            self._known(hook, answer.fetch_from, cluster.workers)
+            self._known(hook, answer.fetch_from, [*cluster.workers, *cluster.down])
+            if answer.fetch_from in cluster.down:  # it is computed instead
+                answer = replace(answer, fetch_from=None)
         split: Any = answer.split_at
         if split is not None and (not isinstance(split, int) or split < 1 or answer.decode is None):
             self._fail(hook, f"answered {answer!r}: split_at is a number of tokens before a worker that is named")

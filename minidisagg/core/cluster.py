@@ -45,6 +45,7 @@ class Cluster:
 
     def add(self, name: str, epoch: int, hello: Hello) -> None:
         """A worker is up."""
+        self.view.changed(down=self.view.down - {name})
         self._known[name] = Known(hello)
         self.workers[name] = WorkerStatus(
             name, epoch, hello.role, hello.num_pages, hello.page_size,
@@ -53,6 +54,7 @@ class Cluster:
 
     def remove(self, name: str) -> None:
         """Its process is gone."""
+        self.view.changed(down=self.view.down | {name})
         del self.workers[name], self._known[name]
 
     # ------------------------------------------------------------ requests

@@ -186,8 +186,9 @@ class Sender:
         self._named[transfer.key] = transfer
         epoch = self.ledger.join(transfer, peer)
         length, size = request.until, self.spec.page_size
-        if transfer.open:  # it grows while it moves: a page more will do, or it leaves earlier
-            length = min((request.num_scheduled // size + 2) * size, request.longest)
+        if transfer.open:  # it grows while it moves, until a wire that copies a token in a fifth of a step has all
+            pages = request.num_scheduled // size
+            length = min((pages + 2 + pages // 4) * size, request.longest)
         spec = replace(request.spec, cohort=request.cohort, emitted=request.output[: transfer.known])
         layout, codec = self.spec.fingerprint, transfer.codec
         self.emit(Send(peer, KVOffer(*transfer.key, spec, layout, epoch, codec, length, prefix, transfer.open)))

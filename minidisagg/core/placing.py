@@ -117,6 +117,7 @@ class Placing:
             if placement is not None and (placement.prefill, placement.decode) != there:
                 self._abandon(request)
                 request.renew()
+                request.early.clear()
                 self._send_to(request, placement)
 
     def _ask_place(self, request: Tracked) -> Placement | Reject | None:
@@ -190,12 +191,16 @@ class Placing:
         request.incarnation, request.before = request.before, -1
 
     def _clear(self, name: str) -> None:
-        """What decodes at a worker that flips goes on elsewhere: where there are the fewest."""
-        for request in [r for r in self.requests.values() if r.stage is Stage.DECODE and r.decode == name]:
-            others = [w for w in self.view.candidates(Role.DECODE) if w.name != name]
-            if not others:
-                return
-            self.migrate(request.request_id, min(others, key=lambda w: (w.decoding, w.name)).name, self.view.now)
+        """What decodes at a worker that flips goes on elsewhere, where there are the fewest: one after the other, since
+        the last page of one would wait behind all pages of another; the shortest first, for which there is room if
+        there is for any."""
+        if any(r.before >= 0 and r.prefill == name for r in self.requests.values()):
+            return
+        others = [w for w in self.view.candidates(Role.DECODE) if w.name != name]
+        decoding = [r for r in self.requests.values() if r.stage is Stage.DECODE and r.decode == name]
+        if others and decoding:
+            worker = min(others, key=lambda w: (w.decoding, w.name))
+            self.migrate(min(decoding, key=lambda r: r.prefill_len).request_id, worker.name, self.view.now)
 
     def _return(self, request: Tracked) -> None:
         """What its decode worker has computed goes back to where the next turn of its conversation begins."""

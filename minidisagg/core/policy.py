@@ -23,6 +23,7 @@ from minidisagg.core.tracked import RequestView as RequestView
 from minidisagg.core.views import AnyRequest as AnyRequest
 
 Stage = Literal["prefill", "transfer", "decode"]
+HISTORY = 4  # more sequences that a decode worker may have than another before a conversation's KV moves there instead
 HOOKS = "admit", "place", "replace", "rebalance", "accept", "order", "compose", "evict"  # what a policy is asked
 
 
@@ -134,7 +135,7 @@ class ClusterView:
     """What the router's hooks see."""
 
     now: float
-    workers: Mapping[str, WorkerStatus]
+    workers: Mapping[str, WorkerStatus]  # that live
     waiting: int = 0  # requests without a first token
     waiting_tokens: int = 0  # and their prompt tokens
     max_waiting: int = 1024
@@ -144,6 +145,7 @@ class ClusterView:
     hits: Callable[[RequestView], Mapping[str, Hits]] = lambda _: {}
     # All that have been taken in and have not ended.
     requests: Callable[[], list[RequestView]] = list
+    down: frozenset[str] = frozenset()  # workers that have died and are not back: a change that names one is dropped
 
     def changed(self, **values: Any) -> None:
         """For the router alone: policies look on."""
@@ -298,8 +300,13 @@ class Policy:
         decode = cluster.candidates(Role.DECODE)
         if not decode:
             return Reject(1.0, "no worker takes decode")
-        second = min(decode, key=lambda w: (w.decoding, w.context_tokens))
-        return Placement(first.name, second.name, returns=bool(request.session))
+        hits = cluster.hits(request) if request.session and len(decode) > 1 else {}
+
+        def load(worker: WorkerStatus) -> tuple[float, int]:
+            held = hits.get(worker.name, Hits(0)).device / request.prefill_len
+            return worker.decoding - HISTORY * held, worker.context_tokens
+
+        return Placement(first.name, min(decode, key=load).name, returns=bool(request.session))
 
     def replace(self, request: RequestView, cluster: ClusterView) -> Placement | None:
         """Another place for a request whose prefill has not begun, as far as the router knows; None: leave it.

@@ -357,7 +357,10 @@ class Router(Placing):
             self.cluster.computed(request)
         moving = request.before >= 0
         emit = request.news(out, request.take(source, out, self.view.now), ends)
-        self.migrations += moving and request.before < 0
+        if moving and request.before < 0:
+            self.migrations += 1
+            if (left := self.view.workers.get(request.prefill)) is not None and left.flipping is not None:
+                self._clear(left.name)
         if out.finish:
             self._finish(request, replace(emit, finish=out.finish))
             return
