@@ -267,7 +267,7 @@ def test_a_goodput_of_equals_names_no_winner_and_a_real_one_is_found() -> None:
         assert ratio.clear and verdict.startswith("y is better than x: goodput ")
         assert ratio.low > 1.0
     assert wins <= 1
-    assert goodput_verdict({"x": a, "y": better}, ["x: late"])[1] == "Void, no verdict: x: late."
+    assert goodput_verdict({"x": a, "y": better}, ["x: late"])[1] == "Void, no verdict."
     nothing = GoodputResult(0.0, 1.0, 0.0, 0.9, False, [Trial(1.0, 0.0)])
     assert goodput_verdict({"x": nothing, "y": nothing}, [])[1].startswith("No winner")
     assert goodput_verdict({"x": nothing, "y": better}, [])[1].startswith("y is better than x: goodput inf")

@@ -444,6 +444,31 @@ def test_what_is_asked_is_said_in_a_line_for_each_hook(recorded: Callable[..., P
     )
 
 
+def test_a_policy_that_does_not_answer_is_asked_no_more(
+    recorded: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minidisagg.replay.asking.PATIENCE", 0.2)
+    monkeypatch.setattr("minidisagg.replay.app.PATIENCE", 0.2)
+    path = tmp_path / "loop.py"
+    for body, told in (("        while True: pass", "--ask {0}:Loop does not answer: .* place of policy Loop"),
+                       ("        ...\n    while True: pass", "policy file {0}, line 5 fails: TimeoutError: ")):  # fmt: skip
+        path.write_text(f"from minidisagg import Policy\nclass Loop(Policy):\n    def place(self, *_):\n{body}\n")
+        said = command("replay", recorded("fcfs", "both=2@h100"), "--plain", "--ask", f"{path}:Loop", exits=1)
+        assert re.match(told.format(path), said) and "line " in said and "Fcfs" not in said, said
+
+
+def test_a_record_that_ends_early_says_so(recorded: Callable[..., Path], tmp_path: Path) -> None:
+    directory = shutil.copytree(recorded("sarathi:chunk=48"), tmp_path / "cut")
+    whole = command("replay", directory, "--plain")
+    assert "ends early" not in whole
+    log = directory / "decode-1.1.inputs"
+    log.write_bytes(log.read_bytes()[: log.stat().st_size // 2])
+    [line] = [one for one in command("replay", directory, "--plain").splitlines() if "ends early" in one]
+    at = r"^decode-1: the record ends early, in mid-record at (\d\.\d{3}) s; the others go on until (\d\.\d{3}) s$"
+    found = re.match(at, line)
+    assert found and 0 < float(found[1]) < float(found[2])
+
+
 def test_a_directory_without_a_record_says_how_to_make_one(tmp_path: Path) -> None:
     said = command("replay", tmp_path, exits=1)
     assert said.startswith(f"{tmp_path} has no recorded run: `bench --record`, ") and "\n" not in said

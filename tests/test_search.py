@@ -258,9 +258,9 @@ def test_a_search_for_goodput_tells_of_failures_and_rejections(
     result, out = json.loads((directory / "result.json").read_text()), " ".join(capsys.readouterr().out.split())
     assert result["verdict"].startswith("Void, no verdict") and "void: Mine: " in out
     (void,) = result["void"]
-    assert re.match(r"Mine: 1 requests failed, since policy Mine: admit raised KeyError: 1 ", void)
+    assert re.match(r"Mine: 1 request failed, since policy Mine: admit raised KeyError: 1 ", void)
     assert any(re.match(r"Mine: \d+ of \d+ requests were rejected", mark) for mark in result["marks"])
-    assert any(re.match(r"Mine: \d+ of \d+ requests failed, the first ", mark) for mark in result["marks"])
+    assert out.count("admit raised KeyError") == 1
 
 
 # ---------------------------------------------------------------- runs side by side

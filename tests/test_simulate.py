@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
@@ -501,7 +502,7 @@ def test_a_slow_policy_is_noticed_in_its_own_words(tmp_path: Path) -> None:
         command(tmp_path / "out", "--policy", f"{tmp_path}/mine.py:Mine")
 
 
-def test_a_policy_that_fails_for_some_wins_nothing(tmp_path: Path) -> None:
+def test_a_policy_that_fails_for_some_wins_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine.py").write_text(
         "from minidisagg import Policy\n"
         "class Mine(Policy):\n"
@@ -510,11 +511,14 @@ def test_a_policy_that_fails_for_some_wins_nothing(tmp_path: Path) -> None:
         "            raise KeyError(request.prompt_len)\n"
         "        return super().place(request, cluster)\n"
     )
-    result = read_result(command(tmp_path / "out", "--compare", f"fcfs,{tmp_path}/mine.py"))
-    assert isinstance(result, Comparison) and result.verdict.startswith("Void, no verdict: ")
-    [told] = [mark for mark in result.marks if "failed" in mark]
-    assert "requests failed, the first of them by: policy Mine: place raised KeyError: " in told
-    assert told.endswith(f"({tmp_path}/mine.py, line 5)") and not told.startswith("fcfs")
+    args = ["--compare", f"fcfs,{tmp_path}/mine.py:Mine", "--num-prompts", "60", "--result-dir", str(tmp_path / "out")]
+    assert cli.main(["simulate", *args], standalone_mode=False) == 1
+    result = read_result(next((tmp_path / "out").iterdir()))
+    assert isinstance(result, Comparison) and result.verdict == "Void, no verdict."
+    [why] = result.void
+    assert re.match(r"Mine: \d requests failed, since policy Mine: place raised KeyError: ", why)
+    assert why.endswith(f"({tmp_path}/mine.py, line 5)")
+    assert " ".join(capsys.readouterr().out.split()).count("place raised KeyError") == 1, "it is told once"
 
 
 def test_nothing_is_said_of_a_handful(tmp_path: Path) -> None:

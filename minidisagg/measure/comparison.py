@@ -14,6 +14,7 @@ from minidisagg.measure.goodput import SLO, GoodputResult
 from minidisagg.measure.intervals import LEAST_REQUESTS, RUN_NOISE, STATISTICS, Ratio, center, compare
 from minidisagg.measure.records import RunRecord
 from minidisagg.measure.stats import (
+    POLICY_FAILED,
     RATES,
     Samples,
     samples_of,
@@ -32,6 +33,7 @@ VERDICT = (
     ("throughput", "output_throughput"),
     ("goodput", "request_goodput"),
 )
+VOID = "Void, no verdict."  # its reasons stand beside it
 TIMES, DASH = "\u00d7", "\u2013"  # the typographic signs
 PUBLISHABLE_REQUESTS, PUBLISHABLE_REPEATS = 300, 3
 
@@ -130,7 +132,7 @@ def marks_of(runs: Sequence[RunRecord], repeats: int, run_noise: float = RUN_NOI
         marks.append(f"{repeats} repetition{'s' * (repeats > 1)} (< {PUBLISHABLE_REPEATS}){assumed}")
     for label in dict.fromkeys(run.label for run in runs):
         every = [request for run in runs if run.label == label for request in run.requests]
-        failed = [request for request in every if not request.ok and not request.rejected]
+        failed = [r for r in every if not r.ok and not r.rejected and not POLICY_FAILED.search(r.error)]  # it is void
         if failed:
             why = failed[0].error or "it has no token"
             marks.append(f"{label}: {len(failed)} of {len(every)} requests failed, the first of them by: {why}")
@@ -185,7 +187,7 @@ def better(statistic: str, ratio: Ratio) -> str:
 def verdict_of(a: str, b: str, ratios: dict[str, Ratio], void: Sequence[str] = ()) -> str:
     """One sentence on B against A."""
     if void:
-        return f"Void, no verdict: {void[0]}."
+        return VOID
     wins: dict[str, list[str]] = {"a": [], "b": [], "": []}
     for title, statistic in VERDICT:
         if (ratio := ratios.get(statistic)) is not None and not math.isnan(ratio.ratio):
@@ -220,7 +222,7 @@ def goodput_verdict(found: Mapping[str, GoodputResult], void: Sequence[str]) -> 
 def single_verdict(side: Side, void: Sequence[str]) -> str:
     """One sentence on a mode that ran alone."""
     if void:
-        return f"Void: {void[0]}."
+        return VOID
     values = side.values
     parts = [f"p90 TTFT {milliseconds(values.get('p90_ttft'))} ms", f"p99 ITL {milliseconds(values.get('p99_itl'))} ms"]
     parts.append(f"{number(values.get('output_throughput'))} output tok/s")

@@ -258,5 +258,6 @@ def void_reasons(run: RunRecord, slo: SLO | None = None) -> list[str]:
     if run.frontend_cpu_share > MAX_FRONTEND_SHARE:
         reasons.append(f"the front end took {run.frontend_cpu_share:.0%} of a core (limit {MAX_FRONTEND_SHARE:.0%})")
     if broken := [r.error for r in run.requests if not r.rejected and POLICY_FAILED.search(r.error)]:
-        reasons.append(f"{len(broken)} requests failed, since {broken[0]}")  # who drops the late ones looks fast
+        what = f"{len(broken)} request{'s' * (len(broken) > 1)} failed"
+        reasons.append(f"{what}, since {broken[0]}")  # who drops the late ones looks fast
     return reasons

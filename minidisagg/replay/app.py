@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.live import Live
 
 from minidisagg.monitor.reader import reading_keys
-from minidisagg.policies import load_policy, pinned, shown
+from minidisagg.policies import PATIENCE, in_time, load_policy, pinned, shown
+from minidisagg.replay.asking import GaveUp
 from minidisagg.replay.records import choose_record
 from minidisagg.replay.screen import Cursor, frame, plain
 from minidisagg.replay.steps import Run
@@ -36,12 +37,16 @@ class ReplayOptions(Struct, frozen=True, kw_only=True):
 def run_replay(options: ReplayOptions) -> None:
     """To the end of the lines, or until the user leaves. Raises `ValueError` and `OSError` in one line."""
     ask = pinned(options.ask)
-    if ask:
-        load_policy(ask)  # before minutes of reading
+    if ask:  # before minutes of reading
+        with in_time(PATIENCE, TimeoutError, f"it takes more than {PATIENCE:.0f} s to load"):
+            load_policy(ask)
     record, names = choose_record(options.directory, options.run)
     screen = not options.plain and sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     with Console(stderr=True).status(f"replaying {record.name}") if screen else contextlib.nullcontext():
-        run = Run(record, ask)
+        try:
+            run = Run(record, ask)
+        except GaveUp as error:
+            raise TimeoutError(f"--ask {shown(ask)} does not answer: {error}") from error
     lanes = [lane.name for lane in run.lanes]
     if options.worker and options.worker not in lanes:
         raise ValueError(f"run {run.name} has no worker {options.worker!r}: there are {', '.join(lanes)}")

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from msgspec.structs import replace as replace_struct
 
 from minidisagg.core.blocks import IntegrityError
-from minidisagg.core.checked import Checked, PolicyError
+from minidisagg.core.checked import Checked, OutOfTime, PolicyError
 from minidisagg.core.cohorts import Cohorts
 from minidisagg.core.handoff import Outgoing
 from minidisagg.core.plan import SeqKey
@@ -39,6 +39,7 @@ from minidisagg.core.request import Request, State, Work, request_of
 from minidisagg.core.scheduler import BatchBuilder, Scheduler, View, composed, scheduler_of
 from minidisagg.core.tiers import wanted
 from minidisagg.core.tracked import tracked_of
+from minidisagg.policies import PATIENCE, in_time
 
 SHOWN = 8  # requests that a difference between two steps names
 Hints = dict[str, str | int | float]
@@ -72,6 +73,10 @@ class Notes:
     hints: dict[SeqKey, Hints] = field(default_factory=dict)  # what the other's `place` would have told the workers
 
 
+class GaveUp(BaseException):
+    """The other policy does not answer: no failure of the recorded one, through whose hook this passes."""
+
+
 class Asker:
     """Beside one router or one worker. `decisions` and `differences`: since somebody took them."""
 
@@ -91,7 +96,10 @@ class Asker:
         if self.other is None:
             return None
         try:
-            return question(self.other)
+            with in_time(PATIENCE, OutOfTime, f"more than {PATIENCE:.0f} s"):
+                return question(self.other)
+        except OutOfTime as error:
+            raise GaveUp(str(error)) from error
         except (PolicyError, IntegrityError) as error:
             return error if isinstance(error, PolicyError) else PolicyError(str(error))
 

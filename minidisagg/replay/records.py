@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+from minidisagg.core.inputlog import read_log
 from minidisagg.core.messages import ROUTER
 
 SUFFIX = ".inputs"
@@ -44,6 +45,15 @@ def find_records(directory: Path) -> list[Record]:
     if not found:
         raise ValueError(f"{directory} has no recorded run: {HOW}")
     return [record for _, record in sorted(found, key=lambda one: (one[0], one[1].name))]
+
+
+def is_cut(path: Path) -> bool:
+    """The log ends within a record: its process was killed as it wrote, or the file is not all there."""
+    with path.open("rb") as log:
+        end = len(log.readline())
+        for _ in read_log(log):
+            end = log.tell()
+        return log.tell() > end
 
 
 def choose_record(directory: Path, name: str) -> tuple[Record, list[str]]:

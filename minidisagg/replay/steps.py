@@ -50,7 +50,7 @@ from minidisagg.core.routerlog import (
 from minidisagg.core.tracked import Emit
 from minidisagg.policies import load_policy, shown
 from minidisagg.replay.asking import Asked, Asker, Difference, Notes
-from minidisagg.replay.records import Record
+from minidisagg.replay.records import Record, is_cut
 
 PLACES = Role.PREFILL, Role.BOTH, Role.DECODE
 KEPT = 16  # names of requests that a step keeps of a queue
@@ -164,6 +164,7 @@ class Lane:
     plans: int = 0
     wrong: int = 0
     notes: list[str] = field(default_factory=list)
+    cut: float | None = None  # when its log ends, if that is within a record
 
     def at(self, time: float) -> int:
         """The step that is the last up to then, or the first."""
@@ -193,6 +194,10 @@ class Run:
         if not self.lanes:
             raise ValueError(f"run {record.name} has no step")
         self.end = max(lane.steps[-1].time for lane in self.lanes)
+        for lane in self.lanes:
+            if lane.cut is not None:
+                after = f"; the others go on until {self.end:.3f} s" if self.end > lane.cut else ""
+                lane.notes.append(f"{lane.name}: the record ends early, in mid-record at {lane.cut:.3f} s{after}")
         self.differing = sorted(
             (step.time, number, index)
             for number, lane in enumerate(self.lanes)
@@ -257,6 +262,8 @@ class Run:
                 differences = asker.take_differences()
                 if events or differences:
                     self._note_router(lane, router, entry.now, events, differences)
+        if is_cut(path):
+            lane.cut = router.view.now - self.began
         return heard
 
     def _note_router(
@@ -310,6 +317,8 @@ class Run:
                     events = []
             if events and lane.steps:
                 lane.steps[-1].events += events
+        if is_cut(path):
+            lane.cut = core.now - self.began
 
     def _end(self, lane: Lane, now: float, error: Exception, rest: Iterator[object]) -> None:
         """Of what ended the recorded run, too, if that is where its log ends."""

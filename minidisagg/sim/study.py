@@ -200,6 +200,7 @@ class Study:
         if arrivals.relative:
             self.rate *= 8e3 / derived.ttft
         self.totals = [0, 0, 0.0]  # steps, events, seconds
+        self.void = False  # a run of it
         self.traces: dict[str, list[Event]] = {}
 
     def _items(self, repetition: int) -> tuple[list[WorkItem], list[str]]:
@@ -266,6 +267,7 @@ class Study:
     def _note(self, done: Done) -> Done:
         for index, value in enumerate((done.steps, done.events, done.took)):
             self.totals[index] += value
+        self.void |= bool(void_reasons(done.record))
         if done.trace:
             self.traces.setdefault(done.record.label, done.trace)
         return done
@@ -338,7 +340,10 @@ def _run_encoded(data: bytes) -> bytes:
 
 
 def run(options: SimOptions) -> int:
-    """Carry the study out; returns the exit status. Raises `ValueError`, `TimeoutError`, `PolicyError` in one line."""
+    """Carry the study out; returns the exit status, 1 where a run is void.
+
+    Raises `ValueError`, `TimeoutError`, `PolicyError` in one line.
+    """
     console = Console(stderr=options.report.json)
     for side in options.sides:
         roles = {name: (group.role, side.cluster.options(group.role)) for name, group in side.cluster.workers()}
@@ -373,7 +378,7 @@ def run(options: SimOptions) -> int:
     console.print(f"report: {directory}", highlight=False)
     if options.report.json:
         sys.stdout.buffer.write(msgspec.json.encode(result) + b"\n")
-    return 0
+    return int(study.void)
 
 
 def _announce(study: Study) -> None:
