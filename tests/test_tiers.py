@@ -12,6 +12,7 @@ from stepwise import spec
 from minidisagg.core.blocks import PageState
 from minidisagg.core.effects import LoadPages, SavePage
 from minidisagg.core.inputs import Input
+from minidisagg.core.messages import Role
 from minidisagg.core.policy import Policy
 from minidisagg.sim import shelf
 from minidisagg.sim.devices import TimingOnly
@@ -62,3 +63,33 @@ def test_saves_that_hang_hold_no_more_pages(monkeypatch: pytest.MonkeyPatch) -> 
     sim.run(until=100.0)
     assert {one.finish for one in sim.outcomes.values()} == {"length"} and len(sim.outcomes) == 12
     assert sim.workers["w0"].core.pool.counts[PageState.LIVE] == 10  # the first one's
+
+
+# ---------------------------------------------------------------- more pages than are written at once
+
+
+@pytest.mark.parametrize("through", [False, True])
+def test_all_pages_of_a_long_prompt_reach_the_store_a_quarter_of_the_cache_at_once(
+    through: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sim = Simulator([spec("w0", Role.BOTH, store=True, through_store=through, num_pages=64)], Policy)
+    held, carry_out = list[int](), Shelf.carry_out
+
+    def see(self: Shelf, device: TimingOnly, effect: LoadPages | SavePage) -> tuple[float, Callable[[], Input]]:
+        held.append(len(sim.workers["w0"].core.tiers.saving))
+        return carry_out(self, device, effect)
+
+    monkeypatch.setattr(Shelf, "carry_out", see)
+    sim.submit("a", prompt(1, 200), greedy(4), 0.0)
+    sim.run()
+    assert not simfuzz.verdict(sim) and len(sim.shelf.pages) == 50 and max(held) == 16
+
+
+def test_a_page_that_is_evicted_before_its_turn_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shelf, "SECONDS", 0.5)
+    sim = Simulator([spec("w0", store=True, num_pages=16)], Policy)
+    for number in range(8):
+        sim.submit(f"r{number}", prompt(number, 44), greedy(4), 0.01 * number)
+    sim.run()
+    assert not simfuzz.verdict(sim) and 4 < len(sim.shelf.pages) < 88
+    assert {one.finish for one in sim.outcomes.values()} == {"length"}

@@ -4,7 +4,8 @@
     publish ──▶ page held ──SavePage──▶ Saved: the page is let go of
 
 What comes up is found in the prefix cache like anything else there, so that nothing else knows of the store. A page
-that is being written down is LIVE until it has been: neither eviction nor preemption takes it away before.
+that is being written down is LIVE until it has been: neither eviction nor preemption takes it away before. So a
+quarter of the cache is at most; what is published beyond that is written when there is room, if it is cached by then.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class Tiers:
         self.spec, self.pool = spec, pool
         self.loading: dict[SeqKey, Loading] = {}
         self.saving: dict[bytes, int] = {}  # pages that are held for it
+        self._unsaved: dict[int, bytes] = {}  # pages that have been published, and wait until fewer are
         self.silent = False  # it has answered nothing for a lease: whatever else was asked of it would be lost, too
         self._waited: float | None = None  # since when it has not answered
         self._parting: list[Request] = []  # that leave through the store
@@ -98,13 +100,13 @@ class Tiers:
 
     def on_loaded(self, done: Loaded) -> None:
         """So many are there, from the first on."""
-        self._answered()
         request, cached, digests, pages, _ = self.loading.pop((done.request_id, done.incarnation))
         self.pool.land(pages[: done.pages])
         self.pool.cancel(pages[done.pages :])
         for page, digest in zip(pages[: done.pages], digests, strict=False):
             self.pool.publish(page, digest)
         self.pool.drop([*cached, *pages[: done.pages]])
+        self._answered()
         # What came before this worker's time it has now seen. Behind the first page that was missed nobody has looked.
         self._emit(Send(ROUTER, Stored(digests[: done.pages], digests[done.pages : done.pages + 1])))
         request.found = min(request.found, len(cached) + done.pages)
@@ -127,15 +129,14 @@ class Tiers:
 
     def save(self, page: int, digest: bytes) -> None:
         """It has been published."""
-        if self.spec.store and not self.silent and digest not in self.saving and self.pool.match([digest]) == [page]:
-            self.pool.hold([page])
-            self.saving[digest] = page
-            self._emit(SavePage(digest, page))
+        if self.spec.store:
+            self._unsaved[page] = digest
+            self._save()
 
     def on_saved(self, done: Saved) -> None:
         """Or not: a store that has no room takes nothing, and what it had may have left it."""
-        self._answered()
         self.pool.drop([self.saving.pop(done.digest)])
+        self._answered()
         self._emit(Send(ROUTER, Stored([done.digest] if done.kept else [], done.evicted)))
         self.let_go()
 
@@ -146,10 +147,10 @@ class Tiers:
     def let_go(self, now: float = 0.0) -> None:
         """Those leave of which all pages are there, and who has waited for long enough."""
         held = [request for request in self._parting if request.state is State.HELD]
+        due = {*self.saving, *self._unsaved.values()} if held else set()
         gone = [
             request for request in held
-            if self.silent or now > request.ready_at + self.spec.lease
-            or not any(digest in self.saving for digest in request.hashes)
+            if self.silent or now > request.ready_at + self.spec.lease or due.isdisjoint(request.hashes)
         ]  # fmt: skip
         self._parting = [request for request in held if request not in gone]
         for request in gone:
@@ -157,3 +158,13 @@ class Tiers:
 
     def _answered(self) -> None:
         self.silent, self._waited = False, None
+        self._save()
+
+    def _save(self) -> None:
+        most = max(1, self.spec.num_pages // 4)
+        while self._unsaved and not self.silent and len(self.saving) < most:
+            digest = self._unsaved.pop(page := next(iter(self._unsaved)))
+            if digest not in self.saving and self.pool.match([digest]) == [page]:
+                self.pool.hold([page])
+                self.saving[digest] = page
+                self._emit(SavePage(digest, page))

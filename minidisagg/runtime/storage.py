@@ -24,15 +24,15 @@ class Storage:
     """`on_news` hears what has come of loads and saves, on the event loop."""
 
     def __init__(
-        self, spec: StoreSpec, kv: Tensor, fingerprint: str, max_saves: int, on_news: Callable[[Loaded | Saved], None]
+        self, spec: StoreSpec, kv: Tensor, fingerprint: str, on_news: Callable[[Loaded | Saved], None]
     ) -> None:
-        """At most `max_saves` pages wait to be written. Raises `ValueError` where there is no such store."""
+        """Raises `ValueError` where there is no such store."""
         layout = f"{fingerprint} {kv.shape[4]}"  # and the page size, which two caches may differ in
         store: Store = MooncakeStore(spec, layout) if spec.mooncake else Pool(spec.tiers(), layout)
         self._kv, self._on_news, self._loop = kv, on_news, asyncio.get_running_loop()
         self._bytes = kv.view(torch.uint8)
         self._page = self._bytes[:, :, 0].shape
-        self._background = Background(store, self._wake, self._bytes[:, :, 0].numel(), max_saves)
+        self._background = Background(store, self._wake, self._bytes[:, :, 0].numel())
         self._stream = torch.cuda.Stream(kv.device) if kv.is_cuda else None  # type: ignore[no-untyped-call]
 
     def load(self, effect: LoadPages) -> None:

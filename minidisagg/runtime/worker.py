@@ -76,7 +76,6 @@ from minidisagg.transfer.emulate import make_nic
 from minidisagg.transfer.links import LinkHost
 
 TICK = 0.25  # seconds between ticks and Stats
-MAX_SAVES = 64  # pages that wait for the store, and are held in the cache meanwhile; a handoff needs all of them there
 UNSENT = 10_000  # messages kept for a peer whose address has not come yet
 
 
@@ -194,8 +193,7 @@ class Worker:
         self.links = self.make_links(config.name, host, hooks)
         if config.cluster.kv_store:
             spec = store_of(config.cluster.kv_store, config.run_dir)
-            most = self.core.spec.num_pages if self.core.spec.through_store else MAX_SAVES
-            self.storage = Storage(spec, cache.data, self.core.spec.fingerprint, most, self._on_news)
+            self.storage = Storage(spec, cache.data, self.core.spec.fingerprint, self._on_news)
 
     async def _begin_epoch(self, config: WorkerConfig) -> None:
         """The next epoch, as after a start, on the same process, weights, memory and channels.

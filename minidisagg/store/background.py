@@ -75,15 +75,14 @@ Read = Callable[[], memoryview]  # a page as it is
 
 
 class Background:
-    """`wake` is called from the thread when `poll` has something; at most `max_saves` pages of `page_bytes` wait."""
+    """`wake` is called from the thread when `poll` has something; pages have `page_bytes`."""
 
-    def __init__(self, store: Store, wake: Callable[[], None], page_bytes: int, max_saves: int) -> None:
+    def __init__(self, store: Store, wake: Callable[[], None], page_bytes: int) -> None:
         self.counters = Counters()
-        self._store, self._wake, self._max_saves = store, wake, max_saves
+        self._store, self._wake = store, wake
         self._buffer = memoryview(bytearray(page_bytes))  # a page between file and cache
         self._loads: deque[tuple[Hashable, Sequence[bytes], Land]] = deque()
         self._saves: deque[tuple[bytes, Read]] = deque()
-        self._waiting = 0  # saves, the one under way too
         self._closing = False
         self._changed = threading.Condition()
         self._done: deque[Loaded | Saved] = deque()
@@ -98,12 +97,11 @@ class Background:
 
     def save(self, digest: bytes, read: Read) -> bool:
         """Write what `read` says on this thread, some time, unless it is there by then; the page stays as it is until
-        this has been polled. False, and nothing happens, where too much waits already."""
+        this has been polled. False, and nothing happens, after `close`."""
         with self._changed:
-            if self._closing or self._waiting >= self._max_saves:
+            if self._closing:
                 self.counters.dropped += 1
                 return False
-            self._waiting += 1
             self._saves.append((digest, read))
             self._changed.notify()
         return True
@@ -160,6 +158,4 @@ class Background:
         counters.bytes_written += len(self._buffer) if put.written else 0
         counters.evictions += len(put.evicted)
         counters.write_seconds += time.monotonic() - began
-        with self._changed:
-            self._waiting -= 1
         return Saved(digest, put, there or put.written)
