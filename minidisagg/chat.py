@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 
 import click
@@ -130,7 +131,7 @@ class Chat:
 
     def reset(self, system: str) -> None:
         """Begin again, with this system message (none where it is empty)."""
-        self.system = system
+        self.system, self.session = system, uuid.uuid4().hex
         self.messages = [{"role": "system", "content": system}] if system else []
 
     async def answer(self, text: str, interruptible: bool) -> None:
@@ -151,7 +152,7 @@ class Chat:
             pieces.append(piece)
             write(piece)
 
-        work = asyncio.ensure_future(complete(self.frontend, self.tokenizer, ids, sampling, on_text))
+        work = asyncio.ensure_future(complete(self.frontend, self.tokenizer, ids, sampling, on_text, self.session))
         with _ctrl_c_cancels(work) if interruptible else contextlib.nullcontext():
             await asyncio.wait([work])
         click.echo()

@@ -296,6 +296,22 @@ def test_changes_that_name_a_dead_worker_come_to_nothing() -> None:
     assert {type(body) for _, body in hand.take()} == {Replicate, Migrate}  # type: ignore[misc]
 
 
+@pytest.mark.parametrize("end", ["length", "abort", "error"])
+def test_what_was_decoded_goes_back_whoever_has_ended_it(end: str) -> None:
+    """Who stops an answer, or has a stop string for it, may go on with the conversation."""
+    hand = Hand({"p": Role.PREFILL, "d": Role.DECODE})
+    hand.router.on_request("a", RequestSpec(prompt=[1] * 4, sampling=SAMPLING, session="c"), hand.now)
+    hand.token("p", "a", 0)
+    hand.token("d", "a", 1)
+    hand.take()
+    if end == "length":
+        hand.token("d", "a", 2, finish="length")
+    else:
+        hand.router.on_abort("a", hand.now, "it is late" if end == "error" else "")
+    back = [sent for sent in hand.take() if isinstance(sent, tuple) and isinstance(sent[1], Replicate)]
+    assert [(dest, body.dest) for dest, body in back] == ([] if end == "error" else [("d", "p")])
+
+
 def test_a_late_copy_of_what_came_of_one_migration_is_none_of_the_next() -> None:
     hand = Hand({"p": Role.PREFILL, "d1": Role.DECODE, "d2": Role.DECODE})
     decoding(hand)

@@ -203,8 +203,10 @@ class Placing:
             self.migrate(min(decoding, key=lambda r: r.prefill_len).request_id, worker.name, self.view.now)
 
     def _return(self, request: Tracked) -> None:
-        """What its decode worker has computed goes back to where the next turn of its conversation begins."""
-        if request.decode in self.view.workers and request.home in self.view.workers:
+        """What its decode worker has computed goes back to where the next turn of its conversation begins, if it has
+        another home."""
+        ends = {request.decode, request.home}
+        if request.stage is Stage.DECODE and len(ends) == 2 and ends <= self.view.workers.keys():
             copy = returned(request.request_id), request.incarnation
             self._send(request.decode, Replicate(*copy, _spec_now(request), request.home))
 

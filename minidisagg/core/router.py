@@ -130,6 +130,8 @@ class Router(Placing):
         self._set(now)
         request = self.requests.get(request_id)
         if request is not None:
+            if not reason:  # a stop string has come, or somebody has read enough: the conversation may go on
+                self._return(request)
             self._abandon(request)
             self._finish(request, Emit(request_id, finish="error" if reason else "abort", error=reason))
 
@@ -379,7 +381,7 @@ class Router(Placing):
         if request.stage is Stage.TRANSFER and request.decode in self.view.workers:
             # The end came with the token that prefill sampled: the decode worker may still hold an offer or a grant.
             self._send(request.decode, Abort(request.request_id, request.incarnation))
-        elif last.finish in ("stop", "length") and request.home not in ("", request.decode):
+        elif last.finish in ("stop", "length"):
             self._return(request)
         self.cluster.release(request)
         del self.requests[request.request_id]

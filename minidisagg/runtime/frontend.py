@@ -250,10 +250,10 @@ class Frontend(Operations):
         self.router.on_abort(request_id, time.monotonic())
         self._drain()
 
-    async def generate(self, prompt: list[int], sampling: SamplingParams) -> AsyncIterator[Emit]:
-        """Tokens as they come, the end last. Leaving the iteration aborts the request."""
+    async def generate(self, prompt: list[int], sampling: SamplingParams, **more: Any) -> AsyncIterator[Emit]:
+        """Tokens as they come, the end last; `more` as of `submit`. Leaving the iteration aborts the request."""
         news: asyncio.Queue[Emit] = asyncio.Queue()  # bounded by max_tokens
-        request_id = self.submit(prompt, sampling, lambda emit, _: news.put_nowait(emit))
+        request_id = self.submit(prompt, sampling, lambda emit, _: news.put_nowait(emit), **more)
         try:
             while True:
                 emit = await news.get()

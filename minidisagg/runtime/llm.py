@@ -40,14 +40,15 @@ class GenerationError(RuntimeError):
 
 
 async def complete(
-    frontend: Frontend, tokenizer: Tokenizer, prompt: Prompt, sampling: SamplingParams, on_text: OnText | None = None
-) -> Output:
-    """One request to its end; `on_text` hears each part of text as soon as it is final."""
+    frontend: Frontend, tokenizer: Tokenizer, prompt: Prompt, sampling: SamplingParams, on_text: OnText | None = None,
+    session: str = "",
+) -> Output:  # fmt: skip
+    """One request to its end, a turn of `session`; `on_text` hears each part of text as soon as it is final."""
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
     processor = OutputProcessor(tokenizer, sampling)
     parts: list[TokenText] = []
     times = None
-    stream = frontend.generate(ids, with_stops(sampling, tokenizer))
+    stream = frontend.generate(ids, with_stops(sampling, tokenizer), session=session)
     try:
         async for emit in stream:
             for part in processor.push(emit):

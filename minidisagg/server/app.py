@@ -123,7 +123,7 @@ class Server:
         except ChannelError:  # to a worker, which will be started again
             failed = ApiError(503, "a worker cannot be reached", code="unavailable", headers={"Retry-After": "5"})
         except (ConnectionError, asyncio.CancelledError):  # the client is gone
-            logger.info("%s %s %s left after %.3f s", request_id, request.method, path, time.monotonic() - began)
+            logger.debug("%s %s %s left after %.3f s", request_id, request.method, path, time.monotonic() - began)
             raise
         except Exception as error:  # a bug: the client hears of it, the log says where, and neither says what was asked
             *_, (frame, line) = traceback.walk_tb(error.__traceback__)
@@ -172,15 +172,16 @@ class Server:
                 with Generation(
                     self.frontend, self.tokenizer, lambda: cut_off(request.transport), self.metrics, endpoint.param
                 ) as generation:
-                    salt, priority = self._salt(request, job), job.request.priority or 0
-                    generation.submit(job.prompts, job.n, job.sampling, salt, priority, job.echo)
+                    asked, salt = job.request, self._salt(request, job)
+                    session = asked.prompt_cache_key or ""
+                    generation.submit(job.prompts, job.n, job.sampling, salt, asked.priority or 0, job.echo, session)
                     answer = Answer(endpoint, job, generation, request_id, self.model)
                     if job.request.stream:
                         return await answer.stream(request)
                     return web.Response(body=await answer.whole(), content_type="application/json")
             finally:
                 if generation.choices:
-                    logger.info("%s ended: %s, %.3f s", request_id, generation, time.monotonic() - began)
+                    logger.debug("%s ended: %s, %.3f s", request_id, generation, time.monotonic() - began)
                 self.active -= 1
                 if not self.active:
                     self.idle.set()

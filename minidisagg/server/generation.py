@@ -71,10 +71,11 @@ class Generation:
         salt: str,
         priority: int,
         echo: bool = False,
+        session: str = "",
     ) -> None:
         """Hand `n` choices of each prompt to the engine. Raises `ApiError` 400, or 429 where there is no room.
 
-        `echo`: the output is read after the prompt.
+        `echo`: the output is read after the prompt. `session`: the conversation that they are of.
         """
         self.n, sampling = n, with_stops(sampling, self.tokenizer)
         view, size, tokens = self.frontend.view, n * len(prompts), n * sum(map(len, prompts))
@@ -111,7 +112,9 @@ class Generation:
                     if self._queue.qsize() > MAX_UNREAD * len(self.choices):
                         self.on_stall()
 
-                choice.request_id = self.frontend.submit(prompt, own, on_emit, salt=own_salt, priority=priority)
+                choice.request_id = self.frontend.submit(
+                    prompt, own, on_emit, salt=own_salt, priority=priority, session=session
+                )
                 if choice.end is not None and choice.end.finish == "error":
                     raise failure(choice.end)
                 if choice.end is not None:

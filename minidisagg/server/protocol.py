@@ -89,6 +89,7 @@ class GenerationRequest(Struct, frozen=True, kw_only=True):
     stream_options: StreamOptions | None = None
     user: Id | None = None
     cache_salt: Id | None = None  # requests share prefixes only with those of the same salt
+    prompt_cache_key: Id | None = None  # of a conversation: its KV is kept for the next turn where that begins
     priority: Annotated[int, Meta(ge=-1000, le=1000)] | None = None
 
     def sampling(self, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None) -> SamplingParams:
