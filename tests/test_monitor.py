@@ -321,6 +321,20 @@ def test_no_line_is_wider_than_the_terminal(recorded: list[bytes], size: tuple[i
             text_of(one, ui, *size)
 
 
+def test_the_header_drops_what_is_worth_least_and_keeps_its_gaps() -> None:
+    """At any width: whole fields, and a space before the load."""
+    ui, policy = Ui(load=1.0, live="live"), "prefill_first"
+    told = [
+        text_of(state_of(snapshot(mode="disagg", policy=policy, link="gloo")), ui, width, 4) for width in range(46, 90)
+    ]
+    heads = [text.splitlines()[0] for text in told]
+    assert all(head.endswith(" load 1/s  \u25cf live ") for head in heads), heads
+    fields = [head.partition(" load ")[0].split() for head in heads]
+    left = [line[line.index("disagg") :] if "disagg" in line else [] for line in fields]
+    assert {*map(tuple, left)} == {("disagg",), ("disagg", policy), ("disagg", policy, "gloo")}
+    assert [*map(len, left)] == sorted(map(len, left))
+
+
 def test_the_panels_show_the_numbers() -> None:
     ends = [
         an_end(

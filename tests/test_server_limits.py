@@ -561,6 +561,21 @@ def test_health_sees_requests_that_nobody_works_on(monkeypatch: pytest.MonkeyPat
 # ---------------------------------------------------------------- admin
 
 
+def test_admin_says_what_may_be_asked_and_what_a_kill_leaves() -> None:
+    async def work() -> None:
+        async with site() as at:
+            for path, field, choices in (
+                ("/admin/workers/worker-0/role", "role", "prefill, decode, both"),
+                ("/admin/mode", "mode", "colocated, disagg"),
+            ):
+                status, told = (await at.post(path, {field: "disag"}))[:2]
+                assert status == 400 and f"{field} must be one of {choices}" in str(told)
+            status, told = (await at.post("/admin/workers/worker-0/kill", {}))[:2]
+            assert status == 200 and "'down'" in str(told) and "pid" not in str(told)
+
+    run(work)
+
+
 @pytest.mark.parametrize("path", ["/admin/policy", "/admin/mode", "/admin/workers/worker-0/role"])
 def test_bodies_of_admin_are_read_like_others(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(app, "READ_TIMEOUT", 0.3)
@@ -718,7 +733,7 @@ def test_the_busy_share_is_that_of_the_latest_reports() -> None:
 
 
 def test_a_line_for_each_request(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.DEBUG)
     monkeypatch.setattr(app, "LOG_EVERY", 0.2)
 
     def line(name: str) -> str:
@@ -740,3 +755,5 @@ def test_a_line_for_each_request(caplog: pytest.LogCaptureFixture, monkeypatch: 
             await until(lambda: any("Avg prompt throughput: " in text for text in caplog.messages))
 
     run(work)
+    loud = [one.getMessage() for one in caplog.records if one.levelno > logging.DEBUG]  # what there is without -v
+    assert any("Avg prompt" in text for text in loud) and not any("mine" in text or "gone" in text for text in loud)

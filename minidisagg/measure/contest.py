@@ -30,7 +30,7 @@ from minidisagg.measure.goodput import SLO
 from minidisagg.measure.intervals import RUN_NOISE, Ratio, compare
 from minidisagg.measure.plots import Axis, Figure, Panel, Series
 from minidisagg.measure.records import RunRecord
-from minidisagg.measure.report import marks_text, plain_table
+from minidisagg.measure.report import head_text, marks_text, plain_table
 from minidisagg.measure.stats import Samples, samples_of, summarize, void_reasons
 
 COLUMNS = (  # title, statistic, how it is written
@@ -157,17 +157,7 @@ def ratio_figure(of: Contest) -> Figure:
     return Figure("Against the baseline", caption, panels, columns=2)
 
 
-def head(of: Contest) -> Text:
-    """What was compared, in a few lines."""
-    run, n = of.sides[0].runs[0], len(of.sides[0].runs)
-    told = [run.model, run.workload, f"rate {run.request_rate}/s", f"seed {run.seed}"]
-    lines = [f"{len(run.requests)} requests \u00d7 {n} repetition{'s' * (n > 1)}: {', '.join(filter(None, told))}"]
-    if "slo" in of.sides[0].results[0]:
-        lines.append(f"SLO (ms): {of.sides[0].results[0]['slo']}")
-    return Text("\n".join(lines))
-
-
 def render(of: Contest) -> Group:
     """The whole, for a rich console."""
     marks = [marks_text(of.marks, of.void)] if of.marks or of.void else []
-    return Group(head(of), Text(""), table(of), Text(""), *marks, Text(of.verdict, style="bold"))
+    return Group(head_text(of.sides), Text(""), table(of), Text(""), *marks, Text(of.verdict, style="bold"))

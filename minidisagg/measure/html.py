@@ -60,7 +60,7 @@ def _write(run_dir: Path, options: dict[str, Any]) -> Path:
     while len(text.encode()) > LIMIT and content.figures:
         content.figures.pop()  # the last ones are those of the trace, which grow with the workers
         left_out += 1
-        note = f"{left_out} figures are left out, as the file would be larger than {LIMIT / 1e6:g} MB with them."
+        note = f"Figures left out, as the file would be larger than {LIMIT / 1e6:g} MB with them: {left_out}."
         text = page(replace(content, tail=content.tail + paragraphs("note", [note])), options, "")
     path = run_dir / "report.html"
     path.write_text(text, encoding="utf-8")
@@ -89,7 +89,7 @@ def _of_comparison(comparison: Comparison) -> Content:
         figures.load_figure(comparison),
         figures.usage_figure(comparison),
     ]
-    head = paragraphs("what", [head_text(comparison).plain])
+    head = paragraphs("what", [head_text(comparison.sides).plain])
     head += paragraphs("verdict void" if comparison.void else "verdict", [comparison.verdict])
     head += _notes(comparison.void, comparison.marks) + html_table(main_table(comparison))
     tables = [draw(comparison) for draw in (stage_table, worker_table, link_table)]
@@ -99,7 +99,7 @@ def _of_comparison(comparison: Comparison) -> Content:
 
 
 def _of_contest(of: Contest) -> Content:
-    top = paragraphs("what", [contest.head(of).plain])
+    top = paragraphs("what", [head_text(of.sides).plain])
     top += paragraphs("verdict void" if of.void else "verdict", [of.verdict])
     top += _notes(of.void, of.marks) + html_table(contest.table(of))
     return Content(", ".join(side.label for side in of.sides), top, [contest.ratio_figure(of)])

@@ -209,7 +209,7 @@ def _of_roles(rows: Sequence[Usage]) -> list[Usage]:
     shown: list[Usage] = []
     for role in dict.fromkeys(row.role for row in rows):
         own = sorted((row for row in rows if row.role == role), key=lambda row: row.busy)
-        means = (fmean(getattr(row, name) for row in own) for name in ("busy", "cpu", "compute", "bandwidth"))
+        means = (fmean(getattr(row, name) for row in own) for name in Usage.__struct_fields__[2:])
         shown += [own[0], Usage(f"mean of {len(own)}", role, *means), own[-1]]
     return shown
 
@@ -312,25 +312,25 @@ def marks_text(marks: Iterable[str], void: Iterable[str]) -> Text:
     return Text("\n").join(lines)
 
 
-def head_text(comparison: Comparison) -> Text:
-    """What was compared, in a few lines."""
-    run, n = comparison.a.runs[0], len(comparison.a.runs)
+def head_text(sides: Sequence[Side]) -> Text:
+    """What was compared, in a few lines; of more than two sides a table has the names."""
+    run, n = sides[0].runs[0], len(sides[0].runs)
     what = ", ".join(
         part for part in (run.model, run.workload, f"rate {run.request_rate}/s", f"seed {run.seed}") if part
     )
     lines = [f"{len(run.requests)} requests {TIMES} {n} repetition{'s' * (n > 1)}: {what}"]
     lines += [
         f"{letter}: {side.label}{f' ({side.runs[0].policy})' if side.runs[0].policy else ''}"
-        for letter, side in zip("AB", comparison.sides, strict=False)
+        for letter, side in zip("AB", sides if len(sides) < 3 else (), strict=False)
     ]
-    if "slo" in comparison.a.results[0]:
-        lines.append(f"SLO (ms): {comparison.a.results[0]['slo']}")
+    if "slo" in sides[0].results[0]:
+        lines.append(f"SLO (ms): {sides[0].results[0]['slo']}")
     return Text("\n".join(lines))
 
 
 def render(comparison: Comparison) -> Group:
     """The whole report, for a rich console."""
-    parts: list[RenderableType] = [head_text(comparison)]
+    parts: list[RenderableType] = [head_text(comparison.sides)]
     workers, links = partial(worker_table, most=MOST_WORKERS), partial(link_table, most=MOST_LINKS)
     for draw in (main_table, turn_table, stage_table, workers, links, overhead_text):
         if (drawn := draw(comparison)) is not None:

@@ -96,15 +96,15 @@ def _panel(number: str, name: str, drawn: Drawn, width: int) -> list[Line]:
 
 def _header(state: State, ui: Ui, width: int) -> Line:
     now = state.now
-    left = [Segment(" minidisagg ", ACCENT)]
-    left += [Segment(f" {now.model} ", BOLD), Segment(f" {now.mode}  {now.policy}  {now.link} ")]
-    if now.paused:
-        left.append(Segment(" admission paused ", Style(color="yellow", reverse=True)))
     right = [Segment(f" {ui.lost} ", Style(color="red", reverse=True)) if ui.lost else Segment(f"● {ui.live} ", GOOD)]
     if ui.load is not None:
         right[:0] = [Segment(f"load {ui.load:g}/s ", Style(color="magenta")), Segment(f"{ui.trouble} ", BAD)]
-    space = width - Segment.get_line_length(right)
-    return [*fit(left, max(space, 0)), *right]
+    left = [Segment(" minidisagg ", ACCENT), Segment(f" {now.model} ", BOLD)]
+    paused = [Segment(" admission paused ", Style(color="yellow", reverse=True))] * now.paused
+    space, words = width - Segment.get_line_length(right), f"{now.mode}  {now.policy}  {now.link}"
+    if len(words) > (room := space - Segment.get_line_length(left + paused) - 2):  # the last are worth least
+        words = words[: max(room + 2, 0)].rpartition("  ")[0]
+    return [*fit([*left, Segment(f" {words} "), *paused], max(space, 0)), *right]
 
 
 def _footer(state: State, ui: Ui, width: int) -> Line:

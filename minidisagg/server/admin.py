@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args, get_type_hints
 
 import msgspec
 from aiohttp import web
@@ -34,7 +34,7 @@ from minidisagg.runtime.frontend import Frontend
 from minidisagg.runtime.launch import role_name
 from minidisagg.server.connections import json_response
 from minidisagg.server.metrics import Metrics
-from minidisagg.server.protocol import ApiError, decode_plain
+from minidisagg.server.protocol import ApiError, S, decode_plain
 
 MAX_REQUESTS = 256  # listed at a time, the oldest first
 FIRST_RECORDS, FIRST_ENDS = 512, 50  # what a new listener gets: of all kinds, and at least of ends and of events
@@ -164,9 +164,9 @@ class Admin:
             )
         return found[::-1]
 
-    def _worker(self, name: str) -> WorkerState:
+    def _worker(self, name: str, killed: bool = False) -> WorkerState:
         status, hello = self.frontend.view.workers.get(name), self.frontend.hellos.get(name)
-        if status is None or hello is None:
+        if killed or status is None or hello is None:  # of its death the front end hears a moment later
             return WorkerState(name=name, role="", state="down", epoch=self.frontend.epoch(name))
         stats = self.frontend.stats.get(name)
         return WorkerState(
@@ -224,12 +224,21 @@ class Admin:
 
     # ------------------------------------------------------------ doing
 
+    async def _read(self, request: web.Request, kind: type[S]) -> S:
+        """The body. Raises `ApiError`, which has all that a field may be."""
+        try:
+            return decode_plain(await self.body(request), kind)
+        except ApiError as error:
+            if choices := get_args(get_type_hints(kind).get(error.param or "")):
+                raise ApiError(400, f"{error.param} must be one of {', '.join(choices)}", error.param) from None
+            raise
+
     async def pause(self, request: web.Request) -> web.Response:
         self.frontend.pause(request.path.endswith("/pause"))
         return json_response({"paused": self.frontend.paused})
 
     async def policy(self, request: web.Request) -> web.Response:
-        spec = decode_plain(await self.body(request), PolicyBody).policy
+        spec = (await self._read(request, PolicyBody)).policy
         if ".py" in spec:  # it would run a file that a client names
             raise ApiError(400, "only policies that are installed can be set over HTTP", "policy")
         try:
@@ -239,7 +248,7 @@ class Admin:
         return json_response({"policy": spec})
 
     async def mode(self, request: web.Request) -> web.Response:
-        mode = decode_plain(await self.body(request), ModeBody).mode
+        mode = (await self._read(request, ModeBody)).mode
         try:
             self.frontend.set_mode(mode)
         except ValueError:
@@ -252,7 +261,7 @@ class Admin:
             known = name in self.frontend.worker_names
             raise ApiError(409, f"worker {name} is down") if known else ApiError(404, f"there is no worker {name!r}")
         if action == "role":
-            role = Role[decode_plain(await self.body(request), RoleBody).role.upper()]
+            role = Role[(await self._read(request, RoleBody)).role.upper()]
             self._refuse_without(name, role)
             self.frontend.set_role(name, role)
         elif action == "kill":
@@ -262,7 +271,7 @@ class Admin:
         else:
             self._refuse_without(name, 0)
             self.frontend.drain(name)
-        return json_response(self._worker(name))
+        return json_response(self._worker(name, killed=action == "kill"))
 
     def _refuse_without(self, name: str, role: int) -> None:
         """409 if with `role` for this worker some stage had none. Raises `ApiError`."""
@@ -273,7 +282,7 @@ class Admin:
                 raise ApiError(409, f"that would leave no worker for {role_name(stage)}")
 
     async def migrate(self, request: web.Request) -> web.Response:
-        asked = decode_plain(await self.body(request), MigrateBody)
+        asked = await self._read(request, MigrateBody)
         if asked.request not in self.frontend.requests:
             raise ApiError(404, f"there is no request {asked.request!r}", "request")
         if asked.worker not in self.frontend.view.workers:
