@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import itertools
 import json
+import logging
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -28,6 +31,8 @@ import msgspec
 import openai
 import pytest
 from cluster import assert_clean, needs_two_cores
+from rich.console import Console
+from rich.progress import Progress, TextColumn
 from serving import Serving, real_engine, serving
 
 from minidisagg import LLM, SamplingParams
@@ -40,6 +45,7 @@ from minidisagg.model.tokenizer import Tokenizer
 from minidisagg.runtime.frontend import Frontend
 from minidisagg.server import generation
 from minidisagg.server.app import Server, ServerSettings, listening
+from minidisagg.server.run import _Stderr
 
 pytestmark = needs_two_cores
 TEXTS = ["Once", "The quick brown fox jumps", "x" * 90, "a", "Prefill and decode"]
@@ -520,3 +526,18 @@ def test_eight_streams_lose_nothing_beside_a_client_that_sends_poison(seconds: f
         assert served.frontend.restarted == [] and not server_errors, server_errors[:3]
         assert statuses[200] > 10 and statuses[400] > 10, statuses
         served.call(assert_clean(served.frontend))
+
+
+def test_a_log_line_stands_above_the_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is drawn begins anew below it: rich does so for what is written to sys.stderr, as it is at the time."""
+    screen = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", screen)
+    logger = logging.Logger("bars")
+    logger.addHandler(logging.StreamHandler(_Stderr()))  # type: ignore[arg-type]
+    with Progress(TextColumn("{task.description}"), console=Console(file=screen, force_terminal=True)) as bars:
+        bars.add_task("decode-0: weights")
+        bars.refresh()
+        logger.warning("a line of the log")
+    logger.warning("after them")
+    rows = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", screen.getvalue()).replace("\r", "\n").splitlines()
+    assert "a line of the log" in rows and "after them" in rows

@@ -21,6 +21,14 @@ from minidisagg.server.watch import watch
 from minidisagg.starting import StartBars
 
 
+class _Stderr:
+    """What stands for it now: while bars are drawn, their console, so that a line of the log stands above them."""
+
+    def write(self, text: str) -> None:
+        """As a stream does."""
+        sys.stderr.write(text)
+
+
 def serve(
     engine: Engine, settings: ServerSettings, limits: tuple[int, int], verbose: bool, watched: bool = False
 ) -> None:
@@ -32,7 +40,7 @@ def serve(
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO,
         format="%(asctime)s %(levelname)s %(message)s",
-        stream=sys.stderr,
+        stream=_Stderr(),
     )
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(_serve(engine, settings, limits, watched))
