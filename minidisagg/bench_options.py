@@ -6,7 +6,7 @@ import click
 
 from minidisagg.bench.settings import PRESETS as BENCH_PRESETS
 from minidisagg.config import MODES
-from minidisagg.options import stack
+from minidisagg.options import once, stack
 
 QUALITY_PROMPTS = 200
 
@@ -23,7 +23,7 @@ bench_options = stack(
         click.option("--mode", type=click.Choice([*MODES, "both"]), default="both", show_default=True,
                      help="What to measure; both is disagg against colocated, on as many workers."),
         click.option("--against", default="", metavar="MODE[:POLICY]", help="Compare --mode with this baseline."),
-        click.option("--compare", default="", metavar="SIDE,SIDE,…",
+        click.option("--compare", metavar="SIDE,SIDE,…", multiple=True, callback=once,
                      help="Any number of sides, in place of --mode and --against: MODE, POLICY or MODE:POLICY each, "
                           "the baseline first."),
         click.option("--baseline", default="", metavar="KEY=VAL,…",

@@ -48,6 +48,8 @@ class SpreadCommand(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         spread: list[str] = []
         for arg, after in zip(args, [*args, ""][1:], strict=True):
+            if arg == "--goodput" and after.startswith("--"):
+                raise click.UsageError(f"--goodput needs NAME:MS, as in ttft:200 tpot:50, and not {after}", ctx)
             if SLO_PAIR.match(arg) and len(spread) >= 2 and spread[-2] == "--goodput":
                 spread.append("--goodput")
             spread.append("--demo-load=1" if arg == "--demo-load" and not NUMBER.fullmatch(after) else arg)
@@ -83,7 +85,8 @@ rate_options = stack(
                           "there is one). Of multiturn all turns count: 8 are 2 sessions of 4 turns per second.  "
                           "trace: at the times that it has, as without this flag but for synth in simulate.  "
                           f"[default: {ARRIVALS.request_rate}x, or the trace's own times]"),
-        click.option("--burstiness", type=float, default=ARRIVALS.burstiness, show_default=True,
+        click.option("--burstiness", type=FiniteRange(min=0, min_open=True), default=ARRIVALS.burstiness,
+                     show_default=True,
                      help="Shape of the gaps between arrivals: 1 is a Poisson process, less is burstier."),
         click.option("--max-concurrency", default="", metavar="N[,N…]",
                      help="Closed loop: as many requests at a time, or sessions of multiturn. A list is a sweep."),

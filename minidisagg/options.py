@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -79,6 +80,15 @@ def _unused(pattern: str, what: str) -> Callable[[click.Context, click.Parameter
     return check
 
 
+def once(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> str:
+    """Of an option that names policies: nothing of it is dropped in silence, and an empty one is not its default."""
+    if len(given) > 1:
+        raise click.BadParameter(f"it is given {len(given)} times")
+    if given and re.search(r":(,|$)|^$", given[0]):
+        raise click.BadParameter(f"{given[0]!r} lacks a name, or the settings after a colon")
+    return "".join(given)
+
+
 positive = click.IntRange(min=1)
 record_option = click.option(
     "--record",
@@ -124,8 +134,8 @@ engine_options = stack(
                      help="Requests in a step."),
         click.option("--max-num-batched-tokens", type=positive, default=WORKER.max_num_batched_tokens,
                      show_default=True, help="Tokens in a step."),
-        click.option("--policy", default=CLUSTER.policy, show_default=True, metavar="NAME[:KEY=VAL,…]",
-                     help="Scheduling policy: a name, or FILE.py:CLASS."),
+        click.option("--policy", default=[CLUSTER.policy], show_default=True, metavar="NAME[:KEY=VAL,…]",
+                     multiple=True, callback=once, help="Scheduling policy: a name, or FILE.py:CLASS."),
         click.option("--link", type=click.Choice(LINKS), default=CLUSTER.link, show_default=True,
                      help="How KV moves."),
         click.option("--transfer-granularity", default=CLUSTER.transfer_granularity, show_default=True,

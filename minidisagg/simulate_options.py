@@ -9,7 +9,7 @@ import click
 from minidisagg.core.plan import CODECS, RAW
 from minidisagg.core.predictor import PREDICTORS
 from minidisagg.interconnect import PRESETS
-from minidisagg.options import FiniteRange, decisions_option, positive, record_option, stack
+from minidisagg.options import FiniteRange, decisions_option, once, positive, record_option, stack
 
 # A load that means something on the default cluster; a simulation has no noise, so that one repetition says much.
 SIMULATED = {"dataset_name": "synth:azure-conv-2023", "num_prompts": 500, "repeats": 1}
@@ -53,8 +53,9 @@ cluster_options = stack(
 
 simulate_options = stack(
     [
-        click.option("--policy", default="", metavar="NAME[:KEY=VAL]", help="One side: the cluster with this policy."),
-        click.option("--compare", default="", metavar="SIDE,SIDE,…",
+        click.option("--policy", metavar="NAME[:KEY=VAL]", multiple=True, callback=once,
+                     help="One side: the cluster with this policy."),
+        click.option("--compare", metavar="SIDE,SIDE,…", multiple=True, callback=once,
                      help="MODE, POLICY or MODE:POLICY of each side; colocated is the same devices, each doing both. "
                           "The first is the baseline.  [default: colocated,disagg, or --policy alone]"),
         decisions_option,

@@ -206,9 +206,25 @@ def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         ),
         (["serve", "--drain-timeout", "nan"], "nan is not finite. (see minidisagg serve --help)"),
         (["monitor", "--demo-load=inf"], "inf is not finite."),
-        (["bench", "--burstiness", "0"], "burstiness must be positive, not 0.0"),
+        (["bench", "--burstiness", "0"], "0.0 is not in the range x>0"),
+        (["simulate", "--burstiness", "0"], "0.0 is not in the range x>0"),
         (
-            ["bench", "--mode", "both", "--handoff", "store", "--kv-store", "local:DRAM=1M", "--baseline", "kv_codec=int8"],
+            ["bench", "--goodput", "--num-prompts", "50"],
+            "--goodput needs NAME:MS, as in ttft:200 tpot:50, and not --num",
+        ),
+        (["simulate", "--policy", "fcfs", "--policy", "sjf"], "Invalid value for '--policy': it is given 2 times"),
+        (["bench", *TINY[:1], "--policy=fcfs", "--policy", "sjf"], "Invalid value for '--policy': it is given 2 times"),
+        (["bench", "--compare", ""], "Invalid value for '--compare': '' lacks a name"),
+        (["simulate", "--compare", ""], "Invalid value for '--compare': '' lacks a name"),
+        (["simulate", "--compare", "sarathi:,fcfs"], "'sarathi:,fcfs' lacks a name, or the settings after a colon"),
+        (["bench", "dummy:tiny", "--policy", "sarathi:"], "'sarathi:' lacks a name, or the settings after a colon"),
+        (["bench", "dummy:tiny", "--compare", "fcfs,./bad.py:NoOrder"], "policy NoOrder: order raised TypeError"),
+        (
+            ["bench", "dummy:tiny", "--compare", "fcfs,./bad.py:NoOrder", "--dry-run"],
+            "policy NoOrder: order raised TypeError",
+        ),
+        (
+            "bench --mode both --handoff store --kv-store local:DRAM=1M --baseline kv_codec=int8".split(),
             "--handoff store hands over pages as they are, and the codec is int8",
         ),
         (["bench", "--random-range-ratio", "1.5"], "random range ratio must be in [0, 1)"),
@@ -225,9 +241,13 @@ def test_bad_input_is_one_line(
     header = "arrived_at,num_prefill_tokens,num_decode_tokens\n"
     (tmp_path / "nan.csv").write_text(header + "nan,3,4\n" * 9)
     (tmp_path / "few.csv").write_text(header + "1,3,4\n" * 9)
+    (tmp_path / "bad.py").write_text(
+        "from minidisagg import Policy\nclass NoOrder(Policy):\n    def order(self, *_): return None\n"
+    )
     code, line = fails(*args)
     assert message in line
     assert code == 2
+    assert "bad.py" not in str(args) or not (tmp_path / "bench-results").exists()  # told before anything is started
 
 
 def test_an_unexpected_error_says_how_to_see_more(fails: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -484,13 +504,13 @@ def test_a_preset_sets_defaults_and_flags_win(asked: Any) -> None:
 @pytest.mark.parametrize(
     ("args", "told"),
     [
-        ([], "6 runs of 300 requests, each 300 / (0.5 \u00d7 capacity) s of arrivals, where calibration decides"),
+        ([], "6 runs of 300 requests, each as long as 600 prefills alone, which calibration measures: 60 s if one"),
         (["--request-rate", "2.5"], "6 runs of 300 requests, each 120 s of arrivals, 720 s in all"),
         (["--preset", "quick"], "6 runs of 14 to 60 requests, each 13 s of arrivals, 78 s in all"),
         (["--max-concurrency", "1,2,4", "--repeats", "2"], "12 runs of 300 requests, each until the last"),
         (["--mode", "disagg", "--request-rate", "inf"], "3 runs of 300 requests, each until the last"),
         (["--find-goodput", "--request-rate", "3"], "at most 32 runs of 300 requests, each 100 s of arrivals"),
-        (["--find-goodput", "--preset", "quick"], "at most 20 runs of 40 requests, each 40 / (0.5"),
+        (["--find-goodput", "--preset", "quick"], "at most 20 runs of 40 requests, each as long as 80 prefills"),
     ],
 )
 def test_a_dry_run_says_how_long(args: list[str], told: str, env: dict[str, str], tmp_path: Path) -> None:

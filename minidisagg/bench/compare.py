@@ -24,7 +24,7 @@ from minidisagg.bench.runs import QUICK_PROMPTS, QUICK_SECONDS, Bench, quick_pro
 from minidisagg.bench.settings import BenchOptions
 from minidisagg.bench.sides import describe, labels, make_workers
 from minidisagg.measure import contest
-from minidisagg.measure.comparison import TIMES, Comparison, marks_of
+from minidisagg.measure.comparison import Comparison, marks_of
 from minidisagg.measure.files import Files
 from minidisagg.measure.goodput import GoodputResult, find_goodput, least_requests
 from minidisagg.measure.html import write_html
@@ -32,7 +32,6 @@ from minidisagg.measure.intervals import share_error
 from minidisagg.measure.records import RunRecord
 from minidisagg.measure.report import goodput_table, marks_text, render, render_sweep
 from minidisagg.measure.run_directory import (
-    LETTERS,
     RECORD,
     contest_to_dict,
     new_directory,
@@ -49,6 +48,8 @@ from minidisagg.measure.stats import samples_of, void_reasons
 from minidisagg.measure.timeline import write_timeline
 from minidisagg.model.loader import load_config
 from minidisagg.model.pull import ensure
+from minidisagg.policies import rehearse
+from minidisagg.sides import numbered
 from minidisagg.workload.arrivals import arrival_times
 from minidisagg.workload.multiturn import MULTITURN
 from minidisagg.workload.settings import build_items, check_length, describe_workload
@@ -86,10 +87,7 @@ async def goodput(bench: Bench) -> dict[str, object]:
 
     searches = [search(side) for side in range(len(bench.targets))]
     results = [await one for one in searches] if bench.arrangement == "in turn" else await asyncio.gather(*searches)
-    labels = [target.label for target in bench.targets]
-    if len(set(labels)) < len(labels):
-        labels = [f"{label} {letter}" for label, letter in zip(labels, LETTERS, strict=False)]
-    found = dict(zip(labels, results, strict=True))
+    found = dict(zip(numbered([target.label for target in bench.targets]), results, strict=True))
     voids = {run.label: reason for run in runs for reason in void_reasons(run, bench.slo)}  # one per side will do
     void = [f"{label}: {reason}" for label, reason in voids.items()]
     early = [f"{label}: the search did not converge" for label, one in found.items() if not one.converged]
@@ -135,6 +133,8 @@ def run(options: BenchOptions, api_key: str = "") -> int:
     check_measurable(len(items), options.arrivals.num_warmups, at_once)  # a trace may hold fewer than were asked for
     if len(options.sides) > 2 and options.arrivals.max_concurrency:
         raise ValueError("--max-concurrency compares two sides at most")
+    for side in options.sides:
+        rehearse(side.policy, {name: (role, settings.options()) for name, role, settings in side.roles()})
     files = Files([side.policy for side in options.sides], options.workload.dataset_path)
     if options.report.dry_run:
         console.print(_dry_run(options, items[-1].arrival_s), highlight=False)
@@ -193,8 +193,11 @@ def _dry_run(options: BenchOptions, trace_s: float) -> str:
     if arrivals.max_concurrency or math.isinf(rate):
         each = "each until the last request has ended"
     elif known and arrivals.relative:
-        each = f"each {count} / ({rate:g} {TIMES} capacity) s of arrivals, where calibration decides on the capacity"
-        each += ": 1 / seconds of a prefill alone"
+        alone = count / rate
+        each = (
+            f"each as long as {alone:.0f} prefills alone, which calibration measures: {alone / 10:.0f} s if one takes "
+        )
+        each += f"0.1 s, {alone:.0f} s if 1 s"
     else:
         seconds = QUICK_SECONDS if not known else trace_s if math.isnan(rate) else count / rate
         each = f"each {seconds:.0f} s of arrivals, {runs * seconds:.0f} s in all"
