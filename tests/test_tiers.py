@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import simfuzz
 from cluster import greedy
+from msgspec import structs
 from stepwise import spec
 
 from minidisagg.core.blocks import PageState
@@ -93,3 +94,16 @@ def test_a_page_that_is_evicted_before_its_turn_is_not_written(monkeypatch: pyte
     sim.run()
     assert not simfuzz.verdict(sim) and 4 < len(sim.shelf.pages) < 88
     assert {one.finish for one in sim.outcomes.values()} == {"length"}
+
+
+# ---------------------------------------------------------------- what nobody asks for
+
+
+@pytest.mark.parametrize("through", [False, True])
+def test_a_prompt_whose_log_probabilities_are_told_is_saved_for_its_own_handoff_only(through: bool) -> None:
+    roles = ("w0", Role.PREFILL), ("w1", Role.DECODE)
+    sim = Simulator([spec(name, role, store=True, through_store=through) for name, role in roles], Policy)
+    sim.submit("a", prompt(1), structs.replace(greedy(4), prompt_logprobs=0), 0.0, salt="a/nobody else's")
+    sim.run()
+    assert not simfuzz.verdict(sim) and sim.outcomes["a"].finish == "length"
+    assert bool(sim.shelf.pages) is through

@@ -285,9 +285,11 @@ class Scheduler:
         full = request.num_computed // self.spec.page_size
         if full > request.published and self.spec.prefix_caching:
             hashes = request.extend_hashes(self.spec.page_size)
+            # Nobody else asks for what is lossy, or has its log-probabilities told: it has names of its own.
+            asked = not request.lossy and (self.spec.through_store or request.sampling.prompt_logprobs is None)
             for index in range(request.published, full):
                 self.pool.publish(request.pages[index], hashes[index])
-                if not request.lossy:  # by its names nobody asks
+                if asked:
                     self.published(request.pages[index], hashes[index])
             request.published = full
 
