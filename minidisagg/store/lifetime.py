@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 
 from msgspec.structs import replace
 
@@ -14,6 +14,7 @@ from minidisagg.store.pool import Pool
 from minidisagg.store.spec import StoreSpec, TierSpec, parse_store
 
 SINK = 10.0  # seconds at an engine's end for what is only in memory; what is not on the disk by then is computed again
+POLL = 0.02  # seconds between looks at whether that is done
 logger = logging.getLogger("minidisagg")
 
 
@@ -35,8 +36,11 @@ async def sink_store(tiers: Sequence[TierSpec]) -> None:
 
     if len(tiers) > 1:
         logger.info("store: what is only in memory goes to the disk, for %g s at most", SINK)
+        thread = threading.Thread(target=sink, daemon=True)  # the loop's own executor would be joined at its end
         try:
-            with suppress(TimeoutError):  # the disk may not answer at all
-                await asyncio.wait_for(asyncio.to_thread(sink), 1.1 * SINK)
+            thread.start()
         except RuntimeError:  # at the interpreter's exit there are no threads to be had
             sink()
+        for _ in range(round(1.1 * SINK / POLL)):  # the disk may not answer at all
+            if thread.is_alive():
+                await asyncio.sleep(POLL)
