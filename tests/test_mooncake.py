@@ -16,6 +16,7 @@ from typing import TypeVar
 import pytest
 from storepeer import LAYOUT, content, digest
 
+from minidisagg.store.background import Background
 from minidisagg.store.mooncake import MooncakeStore
 from minidisagg.store.page import seal
 from minidisagg.store.pool import Put
@@ -139,6 +140,9 @@ class Library:
     def remove(self, name: str, force: bool) -> int:
         return self._call("remove", 0)
 
+    def close(self) -> None:
+        self._call("close", None)
+
     def put_parts(self, name: str, *parts: bytes) -> int:
         if not self._call("put_parts", self.status):
             self.pages[name] = b"".join(parts)
@@ -174,22 +178,44 @@ def test_what_the_library_raises_is_a_miss_or_not_written(library: Library) -> N
     library.raises = RuntimeError("the master is gone")
     assert not store.get(name, into) and not store.touch(name)
     assert store.put(digest(4), [page]) == Put(False)
-    assert store.failing == "store: Mooncake takes no page for now: its error the master is gone"
+    assert store.failing == "store: Mooncake is not asked for now: its error the master is gone"
     library.raises = None
     assert store.put(digest(4), [page]) == Put(True) and not store.failing
 
 
 def test_a_write_that_fails_is_not_tried_again_with_each_page(library: Library) -> None:
     store, page = MooncakeStore(parse_store("mooncake:h:1"), LAYOUT), content(digest(1), 1000)
-    library.status, library.seconds = -1, 3.0
+    library.status, library.seconds = -1, 0.9
     assert store.put(digest(0), [page]) == Put(False)
     library.calls.clear()
     for number in range(1, 50):
         assert not store.touch(digest(number)) and store.put(digest(number), [page]) == Put(False)
-    assert not library.calls and store.failing == "store: Mooncake takes no page for now: its error -1"
+    assert not library.calls and store.failing == "store: Mooncake is not asked for now: its error -1"
     library.now += 61.0
     library.status = 0
     assert store.put(digest(1), [page]) == Put(True) and not store.failing
+
+
+def test_a_read_that_takes_seconds_is_followed_by_none(library: Library) -> None:
+    store, into, page = MooncakeStore(parse_store("mooncake:h:1"), LAYOUT), memoryview(bytearray(1000)), bytes(1000)
+    assert store.put(digest(0), [page]) == Put(True)
+    library.seconds = 3.0  # for a miss: with a dead master
+    assert not store.get(digest(1), into)
+    library.calls.clear()
+    for number in range(50):
+        assert not store.get(digest(number), into) and not store.touch(digest(number))
+        assert store.put(digest(number), [page]) == Put(False)
+    assert not library.calls and store.failing == "store: Mooncake is not asked for now: it took 3 s"
+    library.seconds, library.now = 0.0, library.now + 31.0
+    assert store.get(digest(0), into) and not store.get(digest(1), into) and store.put(digest(1), [page]) == Put(True)
+    assert not store.failing
+
+
+def test_the_thread_s_end_gives_back_what_was_lent(library: Library) -> None:
+    background = Background(MooncakeStore(parse_store("mooncake:h:1"), LAYOUT), lambda: None, 1000)
+    assert not library.calls
+    background.close()
+    assert library.calls == ["close"]
 
 
 def test_a_master_that_is_not_there_is_said_in_one_line() -> None:

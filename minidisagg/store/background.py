@@ -38,6 +38,10 @@ class Store(Protocol):
         """Do a piece of what follows from loads and nobody waits for; False where there is none."""
         ...
 
+    def close(self) -> None:
+        """Give back what this process has of it."""
+        ...
+
 
 class Loaded(NamedTuple):
     """Of the load `key`, so many pages are in place, from the first on: a prefix ends where a page is missing."""
@@ -111,7 +115,8 @@ class Background:
         return [self._done.popleft() for _ in range(len(self._done))]
 
     def close(self, drain: bool = False, timeout: float = 10.0) -> None:
-        """End the thread, after all that waits or after what is under way; waits at most `timeout` seconds for it."""
+        """End the thread, and the store with it, after all that waits or what is under way; waits at most `timeout`
+        seconds for it."""
         with self._changed:
             self._closing = True
             if not drain:
@@ -132,7 +137,7 @@ class Background:
             elif save is not None:
                 self._done.append(self._save(*save))
             else:
-                return
+                return self._store.close()
             self.counters.corrupt, self.counters.failing = self._store.corrupt, self._store.failing
             self._wake()
             while not self._loads and self._store.promote():

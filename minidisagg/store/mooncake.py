@@ -11,14 +11,14 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from typing import Any
 
 from minidisagg.store.page import HEAD_BYTES, Verdict, judge, seal
 from minidisagg.store.pool import Put
 from minidisagg.store.spec import StoreSpec
 
 LOCAL_BUFFER = 128 << 20  # bytes for what is on its way: some pages
-PAUSE = 10.0  # times as long as a write that fails took, none is tried: with a dead master each takes seconds
+SLOW, PAUSE = 1.0, 10.0  # a call of so many seconds is followed by none for so many times as long, as one that fails is
 PEER_TO_PEER = "P2PHANDSHAKE"  # what Mooncake calls a cluster without a metadata server
 
 
@@ -40,7 +40,7 @@ class MooncakeStore:
         except OSError as error:
             raise ValueError(f"Mooncake's master at {spec.mooncake} does not answer: {error}") from None
         self.layout, self.corrupt, self.failing = layout, 0, ""
-        self._resumes = 0.0  # nothing is written before (`time.monotonic()`)
+        self._resumes = 0.0  # nobody is asked before (`time.monotonic()`): with a dead master each call takes seconds
         self._store = MooncakeDistributedStore()
         metadata = spec.metadata or PEER_TO_PEER
         status = self._store.setup(own, metadata, spec.dram, LOCAL_BUFFER, "tcp", "", spec.mooncake)  # "": no RDMA
@@ -48,17 +48,13 @@ class MooncakeStore:
             raise ValueError(f"Mooncake at {spec.mooncake} cannot be set up: its error {status}")
 
     def touch(self, digest: bytes) -> bool:
-        """As `Pool.touch`; while nothing is written, nobody is asked."""
-        with suppress(Exception):
-            return time.monotonic() >= self._resumes and bool(self._store.is_exist(digest.hex()) == 1)
-        return False
+        """As `Pool.touch`."""
+        return bool(self._ask("is_exist", digest.hex()) == 1)
 
     def get(self, digest: bytes, into: memoryview) -> bool:
         """As `Pool.get`."""
-        found = None
-        with suppress(Exception):
-            found = self._store.get_buffer(digest.hex())
-        if found is None:
+        found = self._ask("get_buffer", digest.hex())
+        if found is None or isinstance(found, Exception):
             return False
         data, into = memoryview(found).cast("B"), into.cast("B")
         payload = data[HEAD_BYTES:]
@@ -68,25 +64,18 @@ class MooncakeStore:
             return True
         if verdict is Verdict.BAD:
             self.corrupt += 1
-            with suppress(Exception):
-                self._store.remove(digest.hex(), True)
+            self._ask("remove", digest.hex(), True)
         return False
 
     def put(self, digest: bytes, parts: Sequence[bytes | memoryview]) -> Put:
         """As `Pool.put`; what its master evicts is not told."""
-        began = time.monotonic()
-        if began < self._resumes or self.touch(digest):
+        if time.monotonic() < self._resumes or self.touch(digest):
             return Put(False)
         payload = parts[0] if len(parts) == 1 else b"".join(parts)
-        head = seal(self.layout, digest, payload)
-        try:
-            error = self._store.put_parts(digest.hex(), head, payload)
-        except Exception as raised:
-            error = raised
-        self.failing = f"store: Mooncake takes no page for now: its error {error}" if error else ""
-        if error:
-            self._resumes = time.monotonic() + PAUSE * (time.monotonic() - began)
-        return Put(not error)
+        error = self._ask("put_parts", digest.hex(), seal(self.layout, digest, payload), payload)
+        if error == 0:
+            self.failing = ""
+        return Put(error == 0)
 
     def promote(self) -> bool:
         """There is one tier."""
@@ -95,6 +84,23 @@ class MooncakeStore:
     def close(self) -> None:
         """Give back what this process has lent, with the pages in it."""
         self._store.close()
+
+    def _ask(self, what: str, *arguments: object) -> Any:
+        """Its answer, an error that it raised, or None where nobody is asked."""
+        began = time.monotonic()
+        if began < self._resumes:
+            return None
+        try:
+            answer = getattr(self._store, what)(*arguments)
+        except Exception as error:
+            answer = error
+        took = time.monotonic() - began
+        failed = isinstance(answer, Exception) or (what == "put_parts" and answer)
+        if failed or took > SLOW:
+            self._resumes = began + (1 + PAUSE) * took
+            why = f"its error {answer}" if failed else f"it took {took:.0f} s"
+            self.failing = f"store: Mooncake is not asked for now: {why}"
+        return answer
 
 
 def _own_address(host: str, port: int) -> str:

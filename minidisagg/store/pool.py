@@ -96,6 +96,9 @@ class Pool:
             self.tiers[0].add(name, [data])
         return True
 
+    def close(self) -> None:
+        """What is in files stays there."""
+
     def sink(self, until: float = math.inf) -> None:
         """At the engine's end, when no worker is left: what is in memory goes to the disk, if there is one, and as long
         as there is time (`time.monotonic()`)."""
