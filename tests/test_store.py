@@ -22,18 +22,20 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+import torch
 from lossy import LossyFiles, Stop
 from storepeer import BYTES, FILE, LAYOUT, Peer, content, digest, obey, raise_writers, right
 
 from minidisagg.core.messages import StoreStats
 from minidisagg.runtime.operations import Operations
+from minidisagg.runtime.storage import Storage
 from minidisagg.store import files as files_module
 from minidisagg.store import lifetime
 from minidisagg.store import spec as spec_module
 from minidisagg.store import tier as tier_module
 from minidisagg.store.background import Background, Loaded, Saved
 from minidisagg.store.files import Files
-from minidisagg.store.page import ROW, checksum
+from minidisagg.store.page import HEAD_BYTES, ROW, checksum
 from minidisagg.store.pool import Pool, Put
 from minidisagg.store.spec import StoreSpec, TierSpec, parse_store
 
@@ -557,6 +559,9 @@ class Slow:
         self.asked += ["promote"] if self.promotions >= 0 else []
         return self.promotions >= 0
 
+    def close(self) -> None:
+        self.asked.append("close")
+
 
 def collect(background: Background, woken: threading.Semaphore, count: int) -> list[Loaded | Saved]:
     done: list[Loaded | Saved] = []
@@ -610,7 +615,7 @@ def test_closing_drops_what_waits_or_does_it_first(drain: bool) -> None:
         time.sleep(0.001)
     threading.Timer(0.05, store.go.release, [3]).start()
     background.close(drain)
-    assert store.asked == (["put a", "put b", "put c"] if drain else ["put a"])
+    assert store.asked == (["put a", "put b", "put c", "close"] if drain else ["put a", "close"])
     assert background.counters.dropped == (0 if drain else 2)
     assert not background.save(b"d", read)
 
@@ -660,6 +665,19 @@ def test_specs() -> None:
     assert parse_store("mooncake:[::1]:1,DRAM=1M,METADATA=http://h:8080/metadata") == StoreSpec(
         mooncake="[::1]:1", dram=1 << 20, metadata="http://h:8080/metadata"
     )
+
+
+def test_a_tier_without_room_for_a_page_is_refused_in_one_line(tmp_path: Path) -> None:
+    kv = torch.zeros(2, 2, 8, 2, 16, 4)
+    page = kv[:, :, 0].nbytes
+
+    async def begin(limit: int) -> None:
+        made = StoreSpec(ssd=limit, ssd_path=str(tmp_path))
+        await Storage(made, kv, "layers=2", lambda _: None).close()
+
+    with pytest.raises(ValueError, match=rf"^store: {tmp_path} may take {page} bytes, less than a page: {page}$"):
+        asyncio.run(begin(page))
+    asyncio.run(begin(page + HEAD_BYTES))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from minidisagg.core.messages import StoreStats
 from minidisagg.store.background import Background, Store
 from minidisagg.store.background import Loaded as Filled
 from minidisagg.store.mooncake import MooncakeStore
+from minidisagg.store.page import HEAD_BYTES
 from minidisagg.store.pool import Pool
 from minidisagg.store.spec import StoreSpec
 
@@ -26,13 +27,17 @@ class Storage:
     def __init__(
         self, spec: StoreSpec, kv: Tensor, fingerprint: str, on_news: Callable[[Loaded | Saved], None]
     ) -> None:
-        """Raises `ValueError` where there is no such store."""
+        """Raises `ValueError` where there is no such store, or no room for a page."""
         layout = f"{fingerprint} {kv.shape[4]}"  # and the page size, which two caches may differ in
+        page_bytes = kv.nbytes // kv.shape[2]
+        for tier in spec.tiers():
+            if tier.limit < HEAD_BYTES + page_bytes:
+                raise ValueError(f"store: {tier.directory} may take {tier.limit} bytes, less than a page: {page_bytes}")
         store: Store = MooncakeStore(spec, layout) if spec.mooncake else Pool(spec.tiers(), layout)
         self._kv, self._on_news, self._loop = kv, on_news, asyncio.get_running_loop()
         self._bytes = kv.view(torch.uint8)
         self._page = self._bytes[:, :, 0].shape
-        self._background = Background(store, self._wake, self._bytes[:, :, 0].numel())
+        self._background = Background(store, self._wake, page_bytes)
         self._stream = torch.cuda.Stream(kv.device) if kv.is_cuda else None  # type: ignore[no-untyped-call]
 
     def load(self, effect: LoadPages) -> None:
