@@ -184,7 +184,13 @@ def test_a_hook_that_is_misspelt_is_told_once(tmp_path: Path, caplog: pytest.Log
         rehearse(f"{path}:Mine", ALONE)
     assert [record.message for record in caplog.records] == [
         f"policy Mine: {name} is no hook, and is never asked: is it to be order?" for name in ("ordr", "reorder")
-    ]
+    ] + ["policy Mine has no hook of its own: it decides as fcfs does"]
+
+
+def test_what_ships_has_no_name_that_is_nearly_a_hook(caplog: pytest.LogCaptureFixture) -> None:
+    for name in names():
+        rehearse(name, ALONE)
+    assert not caplog.records
 
 
 def test_settings_and_names() -> None:
@@ -200,7 +206,7 @@ def test_settings_and_names() -> None:
         ("sarathi:chunk=0", "chunk must be a number of tokens, at least 1, not 0"),
         ("sarathi:chunk=big", "chunk must be a number of tokens, at least 1, not big"),
         ("sarathi:chunk=1.5", "not 1.5"),
-        ("sarathi:size=4", "unexpected keyword argument 'size'"),
+        ("sarathi:size=4", "policy 'sarathi:size=4': it has no setting size; it has chunk"),
         ("sarathi:chunk", "expected KEY=VALUE, not 'chunk'"),
         ("fcfs:chunk=4", "policy Fcfs has no setting chunk"),
     ],

@@ -450,8 +450,10 @@ def test_a_policy_that_does_not_answer_is_asked_no_more(
     monkeypatch.setattr("minidisagg.replay.asking.PATIENCE", 0.2)
     monkeypatch.setattr("minidisagg.replay.app.PATIENCE", 0.2)
     path = tmp_path / "loop.py"
-    for body, told in (("        while True: pass", "--ask {0}:Loop does not answer: .* place of policy Loop"),
-                       ("        ...\n    while True: pass", "policy file {0}, line 5 fails: TimeoutError: ")):  # fmt: skip
+    for body, told in (
+        ("        while True: pass", "--ask {0}:Loop does not answer: .* place of policy Loop"),
+        ("        ...\n    while True: pass", "policy file {0}, line 5 fails: TimeoutError: "),
+    ):
         path.write_text(f"from minidisagg import Policy\nclass Loop(Policy):\n    def place(self, *_):\n{body}\n")
         said = command("replay", recorded("fcfs", "both=2@h100"), "--plain", "--ask", f"{path}:Loop", exits=1)
         assert re.match(told.format(path), said) and "line " in said and "Fcfs" not in said, said

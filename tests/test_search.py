@@ -191,7 +191,7 @@ def test_a_class_is_told_with_its_line_and_a_standstill_as_any_failure(as_file: 
     if as_file:
         where = tmp_path / "mine.py"
         where.write_text("\n".join(inspect.getsource(one) for one in policies))
-        where.write_text("from __future__ import annotations\nfrom minidisagg import *\n" + where.read_text())
+        where.write_text("from __future__ import annotations\nfrom minidisagg import Policy\n" + where.read_text())
     place, evict = (f"{where}:{one.__name__}" if as_file else one for one in policies)
     line = where.read_text().splitlines().index
     at = line(
@@ -203,6 +203,19 @@ def test_a_class_is_told_with_its_line_and_a_standstill_as_any_failure(as_file: 
     at = line("    def evict(self, worker: WorkerView, candidates: Sequence[Work]) -> None:")
     with pytest.raises(PolicyError, match=rf"and policy Idle plans nothing \({where}, line {at + 1}\)$"):
         simulate(evict, load(60, 2000.0), ClusterSpec(groups=DISAGG.groups, pages=30))
+
+
+def test_a_hook_that_is_misspelt_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    class Odd(Policy):
+        def oder(self, request: Work, stage: str, worker: WorkerView) -> int:
+            return request.prefill_len
+
+    for _ in range(2):
+        simulate(Odd, load(9, 10.0), DISAGG)
+    assert [record.message for record in caplog.records] == [
+        "policy Odd: oder is no hook, and is never asked: is it to be order?",
+        "policy Odd has no hook of its own: it decides as fcfs does",
+    ]
 
 
 def test_a_result_is_printed_in_a_line() -> None:

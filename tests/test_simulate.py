@@ -402,7 +402,7 @@ def test_two_sides_leave_what_a_benchmark_leaves(tmp_path: Path, capsys: pytest.
     assert result.b.runs[0].links[0].bytes > 0 and result.a.runs[0].workers[0].busy_s > 0
     out = capsys.readouterr().out
     assert "front end" not in out and "bandwidth" not in out, "what a simulation has not"
-    assert "2 both on h100" not in out and "1 prefill on h100 + 1 decode on h100" in out
+    assert "colocated: 2 both on h100," in out and "1 prefill on h100 + 1 decode on h100" in out
     assert result.verdict.split(":")[0] in " ".join(out.split())
     trace = json.loads((directory / "trace.json").read_text())["traceEvents"]
     assert {event["args"]["name"] for event in trace if event["name"] == "process_name"} >= {
@@ -434,8 +434,12 @@ def test_a_trace_keeps_its_own_times(tmp_path: Path, capsys: pytest.CaptureFixtu
     trace.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows]))
     where = ["--dataset-name", "azure", "--dataset-path", str(trace), "--policy", "fcfs"]
     command(tmp_path / "a", *where)
-    assert "60 requests at the trace's own times" in capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
+    assert "60 requests over 59.0 s, 0 skipped, 0 clamped" in out and "60 requests at the trace's own times" in out
     command(tmp_path / "b", *where, "--find-goodput")
+    assert "60 requests, 0 skipped, 0 clamped" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(ValueError, match="trace speedup and length scale must be positive"):
+        command(tmp_path / "b", *where, "--trace-speedup", "0")
     command(tmp_path / "c", "--policy", "fcfs")
     assert "own times" not in capsys.readouterr().out
     command(tmp_path / "d", "--policy", "fcfs", "--request-rate", "trace", "--trace-speedup", "4")

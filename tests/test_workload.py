@@ -131,7 +131,7 @@ def test_azure_both_headers(tmp_path: Path) -> None:
     file.write_text("arrived_at,num_prefill_tokens,num_decode_tokens\n1.5,100,40\n2.5,7,3\n")
     items, report = load_trace("azure", file, scale_len=0.5, max_model_len=60, count=1)
     assert [(i.arrival_s, i.prompt_len, i.output_len) for i in items] == [(0.0, 40, 20)]
-    assert str(report) == "1 requests over 0.0 s, 0 skipped, 1 clamped"
+    assert str(report) == "1 requests, 0 skipped, 1 clamped"
 
 
 def test_clamp_cuts_output_first_but_not_below_half(tmp_path: Path) -> None:
@@ -285,7 +285,8 @@ def test_mooncake_without_hash_ids_shares_nothing(tmp_path: Path) -> None:
     line = {"timestamp": 0, "input_length": 600, "output_length": 4}
     rows = [line, line | {"hash_ids": None}, line | {"hash_ids": [5, 6]}, line | {"hash_ids": [5, 6]}]
     file.write_text("\n".join(map(json.dumps, rows)))
-    items, _ = load_trace("mooncake", file)
+    items, report = load_trace("mooncake", file)
+    assert str(report).endswith(", 0 skipped, 0 clamped, 2 without hash_ids")
     a, b, c, d = (item.prompt or [] for item in with_prompts(items, 5000))
     assert [len(a), len(b), len(c)] == [600] * 3
     assert c == d and len({a[0], b[0], c[0]}) == 3

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import logging
 import os
 import pkgutil
@@ -60,7 +61,10 @@ def load_policy(spec: str) -> Policy:
     except ValueError:
         raise
     except TypeError as error:  # a setting that the class does not have, or of another type
-        raise ValueError(f"policy {spec!r}: {error}") from error
+        known = inspect.signature(found).parameters
+        wrong = ", ".join(key for key in settings if key not in known)
+        told = f"it has no setting {wrong}; it has {', '.join(known) or 'none'}" if wrong else error
+        raise ValueError(f"policy {spec!r}: {told}") from error
     except Exception as error:  # whatever the user's file raises is told in one line
         file, what = getattr(found, "file", ""), f"{type(error).__name__}: {error}"
         raise ValueError(f"policy {spec!r} cannot be made: {what}{place_of(file, line_of(error, file))}") from error
@@ -99,7 +103,7 @@ def rehearse(spec: str, workers: rehearsal.Workers) -> None:
         def make() -> Policy:
             begin()
             policy = load_policy(spec)
-            _warn_of_misspelt(type(policy))
+            check_hooks(policy)
             return policy
 
         try:
@@ -133,11 +137,14 @@ def in_time(seconds: float, kind: type[BaseException], told: str) -> Iterator[Ca
         signal.setitimer(signal.ITIMER_REAL, left, every)  # of whoever has one
 
 
-def _warn_of_misspelt(policy: type[Policy]) -> None:
-    """What nobody will ever call, and looks like a hook."""
-    for name in [name for one in policy.__mro__ if getattr(one, "file", "") for name in vars(one)]:
-        if name[0] != "_" and name not in vars(Policy) and (meant := difflib.get_close_matches(name, HOOKS, 1, 0.75)):
-            _warn(f"policy {policy.__name__}: {name} is no hook, and is never asked: is it to be {meant[0]}?")
+def check_hooks(policy: Policy) -> None:
+    """Tells of what nobody will ever call and looks like a hook, and of a user's policy that has none."""
+    kind = type(policy)
+    for name in dir(kind):
+        if name[0] != "_" and not hasattr(Policy, name) and (meant := difflib.get_close_matches(name, HOOKS, 1, 0.75)):
+            _warn(f"policy {kind.__name__}: {name} is no hook, and is never asked: is it to be {meant[0]}?")
+    if policy.file and all(getattr(kind, hook) is getattr(Policy, hook) for hook in HOOKS):
+        _warn(f"policy {kind.__name__} has no hook of its own: it decides as fcfs does")
 
 
 @cache

@@ -45,7 +45,7 @@ from minidisagg.measure.standings import (
     to_svg,
 )
 from minidisagg.measure.stats import by_schedule, window_of
-from minidisagg.policies import load_policy, names, rehearse
+from minidisagg.policies import load_policy, names
 from minidisagg.sides import SideName, numbered, parse_compare, short
 from minidisagg.sim.machines import ClusterSpec
 from minidisagg.sim.processes import side_by_side
@@ -60,6 +60,7 @@ from minidisagg.sim.study import (
     decisions_of,
     describe_cluster,
     read_cluster,
+    rehearsed,
 )
 from minidisagg.workload.lengths import WorkItem, at_rate
 from minidisagg.workload.settings import DATASETS, TRACES, Workload, build_items, describe_workload
@@ -269,9 +270,7 @@ class Games:
                 seed=options.seed + REPEAT_SEED * repetition, repetition=repetition,
                 predictor=options.predictor, time_limit=options.time_limit,
             )  # fmt: skip
-        for side in {(run.side.label, run.side.policy): run.side for run in self.runs.values()}.values():
-            roles = {name: (group.role, side.cluster.options(group.role)) for name, group in side.cluster.workers()}
-            rehearse(side.policy, roles)
+        rehearsed({(run.side.label, run.side.policy): run.side for run in self.runs.values()}.values())
         self.keys = {cell: key_of(run) for cell, run in self.runs.items()}
         self.played = self._read()
 
@@ -327,7 +326,7 @@ class Games:
         for workload in self.options.workloads:
             _, report = _items(workload, self.options.seed, self.limit, repetition)
             if report:
-                yield describe_workload(workload), report
+                yield describe_workload(workload), replace(report, duration_s=0.0)  # each load has times of its own
 
 
 def run(options: LeagueOptions) -> int:
@@ -335,7 +334,7 @@ def run(options: LeagueOptions) -> int:
     console, directory, began = Console(), Path(options.out), time.monotonic()
     games = Games(options)
     left, every = len(games.left), len(games.keys)
-    told = f"{len(options.sides)} sides, {len(games.conditions)} conditions, {options.repeats} repetitions: "
+    told = f"sides: {len(options.sides)}, conditions: {len(games.conditions)}, repetitions: {options.repeats}; "
     told += f"{left} of {every} runs to do, {options.jobs} at a time"
     told = "\n".join([*(f"{workload}: {report}" for workload, report in games.reports(0)), told])
     console.print(told, style="dim", highlight=False)

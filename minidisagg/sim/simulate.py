@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import parent_process
 from pathlib import Path
 from threading import Event, Thread, get_ident
 
@@ -26,7 +27,7 @@ from minidisagg.core.policy import Policy
 from minidisagg.measure.comparison import values_of
 from minidisagg.measure.records import RunRecord
 from minidisagg.measure.stats import samples_of, void_reasons
-from minidisagg.policies import in_time, load_policy, logged, used
+from minidisagg.policies import check_hooks, in_time, load_policy, logged, used
 from minidisagg.sim.machines import ClusterSpec, parse_cluster
 from minidisagg.sim.recording import Recording
 from minidisagg.sim.simulation import MakePolicy, Settings, Simulation
@@ -86,7 +87,9 @@ def simulate(
     make = partial(load_policy, policy) if isinstance(policy, str) else partial(_made, policy)
     began = time.monotonic()
     with _within(settings.time_limit) if settings.time_limit else _watched(), ExitStack() as files:
-        name = policy if isinstance(policy, str) else type(policy()).__name__
+        name = policy if isinstance(policy, str) else type(make()).__name__
+        if parent_process() is None:  # of several processes, the one that a user has started says it
+            check_hooks(make())
         recording = files.enter_context(Recording(Path(record), name)) if record else None
         simulation = Simulation(cluster, make, workload, settings, record=recording)
         simulation.sim.observers += observers

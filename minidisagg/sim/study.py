@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -121,10 +122,20 @@ def calibrated(sides: Sequence[SimSide]) -> ClusterSpec:
 def describe_cluster(cluster: ClusterSpec) -> str:
     """One line for a person."""
 
-    def one(group: Group) -> str:
-        return f"{group.count} {group.role.name.lower()} on {group.device}{f' x {group.devices}' * (group.devices > 1)}"
+    counts = Counter[Group]()
+    for group in cluster.groups:
+        counts[replace(group, count=0)] += group.count
+    return " + ".join(
+        f"{count} {group.role.name.lower()} on {group.device}{f' x {group.devices}' * (group.devices > 1)}"
+        for group, count in counts.items()
+    )
 
-    return " + ".join(map(one, cluster.groups))
+
+def rehearsed(sides: Iterable[SimSide]) -> None:
+    """Each policy on its cluster. Raises `ValueError`."""
+    for side in sides:
+        roles = {name: (group.role, side.cluster.options(group.role)) for name, group in side.cluster.workers()}
+        rehearse(side.policy, roles)
 
 
 # ---------------------------------------------------------------- one run
@@ -208,6 +219,7 @@ class Study:
         workload, seed = self.options.workload, self.options.seed + REPEAT_SEED * repetition
         items, report = build_items(workload, workload.num_prompts, seed, None, self.limit, repetition)
         if not repetition and report:
+            report = replace(report, duration_s=report.duration_s * (not self.options.arrivals.request_rate))
             self.console.print(f"{describe_workload(workload)}: {report}", style="dim", highlight=False)
         return items, report.marks if report else []
 
@@ -345,9 +357,7 @@ def run(options: SimOptions) -> int:
     Raises `ValueError`, `TimeoutError`, `PolicyError` in one line.
     """
     console = Console(stderr=options.report.json)
-    for side in options.sides:
-        roles = {name: (group.role, side.cluster.options(group.role)) for name, group in side.cluster.workers()}
-        rehearse(side.policy, roles)
+    rehearsed(options.sides)
     devices = {group.device for side in options.sides for group in side.cluster.groups}
     profiles = sorted(device for device in devices if device.endswith(SUFFIXES))
     files = Files([side.policy for side in options.sides], options.workload.dataset_path, profiles)

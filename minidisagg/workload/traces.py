@@ -40,7 +40,8 @@ MAX_SECONDS = 1e10  # three centuries; up to here a float tells microseconds apa
 class TraceReport(Struct, frozen=True):
     """What became of a file's requests: `used` of them are in the workload, `clamped` of these were shortened.
 
-    `windows`: that the file has, where the one that was asked for lies beyond them and is one of them again; else 0.
+    `duration_s`: by its own times; 0: they are not used. `windows`: that the file has, where the one that was asked for
+    lies beyond them and is one of them again; else 0. `unshared`: of a Mooncake trace, those that name no blocks.
     """
 
     used: int
@@ -48,9 +49,12 @@ class TraceReport(Struct, frozen=True):
     clamped: int
     duration_s: float
     windows: int = 0
+    unshared: int = 0
 
     def __str__(self) -> str:
-        return f"{self.used} requests over {self.duration_s:.1f} s, {self.skipped} skipped, {self.clamped} clamped"
+        over = f" over {self.duration_s:.1f} s" if self.duration_s else ""
+        lacking = f", {self.unshared} without hash_ids" if self.unshared else ""
+        return f"{self.used} requests{over}, {self.skipped} skipped, {self.clamped} clamped{lacking}"
 
     @property
     def marks(self) -> list[str]:
@@ -111,8 +115,6 @@ def load_trace(
         raise ValueError(f"{path}: no requests with prompt and output tokens")
     if longest * scale_len > MAX_TOKENS:
         raise ValueError(f"{path}: a length scale of {scale_len} makes requests of more than {MAX_TOKENS} tokens")
-    if rows and (rows[-1].arrival_s - rows[0].arrival_s) / speedup > MAX_SECONDS:
-        raise ValueError(f"{path}: at a speedup of {speedup} the trace takes more than {MAX_SECONDS:.0e} s")
     items = [
         WorkItem(
             index=index, arrival_s=row.arrival_s - rows[0].arrival_s, prompt_len=row.prompt_len,
@@ -123,8 +125,11 @@ def load_trace(
     ]  # fmt: skip
     items, clamped = fitted(items, speedup, scale_len, max_model_len)
     duration = items[-1].arrival_s if items else 0.0
+    if duration > MAX_SECONDS:
+        raise ValueError(f"{path}: at a speedup of {speedup} the trace takes more than {MAX_SECONDS:.0e} s")
     again = windows if window >= windows else 0
-    return items, TraceReport(used=len(items), skipped=skipped, clamped=clamped, duration_s=duration, windows=again)
+    unshared = sum(not item.blocks for item in items) if kind == "mooncake" else 0
+    return items, TraceReport(len(items), skipped, clamped, duration, again, unshared)
 
 
 def fitted(
