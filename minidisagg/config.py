@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Struct
 
 from minidisagg.core.messages import Role
-from minidisagg.core.plan import RAW
+from minidisagg.core.plan import CODECS, RAW
 from minidisagg.core.policy import WorkerOptions
 from minidisagg.core.predictor import Predictor
 from minidisagg.sizes import parse_size
@@ -168,9 +168,17 @@ def check_worker(settings: WorkerSettings) -> WorkerSettings:
     return settings
 
 
-def check_codec(cluster: ClusterSettings) -> ClusterSettings:
-    """Raises ValueError where KV is to go as it is, and by a codec."""
+def check_moves(cluster: ClusterSettings, prefix_caching: bool) -> ClusterSettings:
+    """Raises ValueError where KV cannot move as it is asked to."""
     codec = f"the codec is {cluster.kv_codec}"
+    if cluster.kv_codec not in CODECS:
+        raise ValueError(f"{codec}: expected one of {', '.join(CODECS)}")
+    if cluster.decode_after < 1:
+        raise ValueError(f"a decode worker goes on after a token at the earliest, not {cluster.decode_after}")
+    if cluster.handoff == "store" and not cluster.kv_store:
+        raise ValueError("--handoff store goes through --kv-store, and none is given")
+    if cluster.kv_store and not prefix_caching:
+        raise ValueError("--kv-store keeps what the prefix caches know, and there are none")
     if cluster.kv_codec != RAW and cluster.handoff == "store":
         raise ValueError(f"--handoff store hands over pages as they are, and {codec}")
     if cluster.kv_codec != RAW and cluster.gpu_checksums:

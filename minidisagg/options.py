@@ -19,7 +19,7 @@ from minidisagg.config import (
     ModelSettings,
     RunSettings,
     WorkerSettings,
-    check_codec,
+    check_moves,
     check_worker,
     parse_worker,
 )
@@ -198,13 +198,9 @@ def read_engine(
         **{key: number for key, number in numbers.items() if number is not None},
     )
     parse_granularity(cluster.transfer_granularity, 1)
-    check_codec(cluster)
-    if cluster.handoff == "store" and not cluster.kv_store:
-        raise ValueError("--handoff store goes through --kv-store, and none is given")
+    check_moves(cluster, not flags["no_prefix_caching"])
     if cluster.kv_store:
         parse_store(cluster.kv_store)
-        if flags["no_prefix_caching"]:
-            raise ValueError("--kv-store keeps what the prefix caches know, and --no-prefix-caching is given")
     if mode == "disagg" and not (cluster.prefill_workers and cluster.decode_workers):
         raise ValueError("disagg mode needs at least one prefill worker and one decode worker")
     if not cluster.roles():

@@ -6,9 +6,8 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from minidisagg.address import parse_server_url
-from minidisagg.config import MODES, ClusterSettings, ModelSettings, RunSettings, check_codec, parse_worker
+from minidisagg.config import MODES, ClusterSettings, ModelSettings, RunSettings, check_moves, parse_worker
 from minidisagg.core.granularity import parse_granularity
-from minidisagg.core.plan import CODECS, RAW
 from minidisagg.measure.settings import ReportSettings, Trials
 from minidisagg.sides import parse_compare
 from minidisagg.transfer.kinds import KINDS
@@ -72,8 +71,6 @@ def make_sides(mode: str, against: str, cluster: ClusterSettings, baseline: str 
     if "link" in links and links["link"] not in ("auto", *KINDS):
         raise ValueError(f"--baseline link={links['link']}: expected one of auto, {', '.join(KINDS)}")
     parse_granularity(links.get("transfer_granularity", "auto"), 1)
-    if links.get("kv_codec", RAW) not in CODECS:
-        raise ValueError(f"--baseline kv_codec={links['kv_codec']}: expected one of {', '.join(CODECS)}")
     rest = ",".join(part for part, (key, _, _) in zip(parts, pairs, strict=True) if key not in LINK_KEYS)
     a = replace(
         cluster,
@@ -83,7 +80,7 @@ def make_sides(mode: str, against: str, cluster: ClusterSettings, baseline: str 
         decode=parse_worker(rest, cluster.decode),
         **links,
     )
-    return check_codec(a), b
+    return check_moves(a, True), b
 
 
 def compared_sides(text: str, cluster: ClusterSettings) -> tuple[ClusterSettings, ...]:

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, Protocol
 
 import msgspec
 
-from minidisagg.config import ClusterSettings, ModelSettings, RunSettings, built_alike, mps_daemon
+from minidisagg.config import ClusterSettings, ModelSettings, RunSettings, built_alike, check_moves, mps_daemon
 from minidisagg.core.checked import PolicyError
 from minidisagg.core.effects import Send, drain
 from minidisagg.core.messages import (
@@ -133,7 +133,7 @@ class Frontend(Operations):
 
         `on_starting` is told what a worker is at before it is up, by its name, and None once it is.
         """
-        frontend = cls(model, cluster, run, router)
+        frontend = cls(model, check_moves(cluster, model.prefix_caching), run, router)
         frontend._on_starting = on_starting
         try:
             path = str(frontend.run_dir / "frontend.sock")
