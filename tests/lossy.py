@@ -1,7 +1,7 @@
 """A file layer in memory that forgets what was not synced, fills up, and stops at any operation.
 
 It is as unkind as POSIX allows: after a loss of power each name in a directory is, for itself, as it was synced or as
-it was last, and bytes that were not synced are missing, zero or anything.
+it was last, and bytes that were not synced are missing, zero or anything. With a directory goes all that is in it.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class LossyFiles(Files):
 
     def __init__(self, seed: int, volatile: Path) -> None:
         self.dice, self.volatile = random.Random(seed), volatile
+        self.directories: dict[Path, bool] = {}  # those that were made, and whether their names are on the disk
         self.names: dict[Path, Inode] = {}
         self.synced: dict[Path, Inode] = {}
         self.tallies: dict[Path, int] = {}
@@ -54,10 +55,12 @@ class LossyFiles(Files):
     def lose_power(self) -> None:
         """The system goes, too, and with it what is in memory or was not synced."""
         self.kill()
+        lost = {path for path, synced in self.directories.items() if not synced and self.dice.random() < 0.5}
+        self.directories = {path: True for path in self.directories if lost.isdisjoint((path, *path.parents))}
         names = {}
         for path in sorted(self.names.keys() | self.synced.keys()):
             inode = (self.names if self.dice.random() < 0.5 else self.synced).get(path)
-            if inode is not None and path.parent != self.volatile:
+            if inode is not None and path.parent in self.directories and path.parent != self.volatile:
                 names[path] = inode
         for inode in names.values():
             if inode.synced != bytes(inode.data):
@@ -85,7 +88,10 @@ class LossyFiles(Files):
         return pid == self.pid
 
     def make(self, directory: Path) -> None:
-        pass
+        for path in reversed((directory, *directory.parents[:-1])):
+            if path not in self.directories:
+                with self._step():
+                    self.directories[path] = False
 
     def list(self, directory: Path) -> list[Entry]:
         return [Entry(p.name, len(f.data), f.used) for p, f in self.names.items() if p.parent == directory]
@@ -115,6 +121,7 @@ class LossyFiles(Files):
             else:
                 self.synced = {p: f for p, f in self.synced.items() if p.parent != path}
                 self.synced |= {p: f for p, f in self.names.items() if p.parent == path}
+                self.directories |= {one: True for one in self.directories if one.parent == path}
 
     def rename(self, path: Path, to: Path) -> None:
         with self._step():

@@ -39,7 +39,7 @@ from minidisagg.store.page import HEAD_BYTES, ROW, checksum
 from minidisagg.store.pool import Pool, Put
 from minidisagg.store.spec import StoreSpec, TierSpec, parse_store
 
-DRAM, SSD = Path("/memory"), Path("/disk")  # of the file layer that is no real one
+DRAM, SSD = Path("/memory"), Path("/disk/of/pages")  # of the file layer that is no real one
 SMALL = 50  # bytes of its pages
 SMALL_FILE = FILE - BYTES + SMALL
 StartPeer = Callable[..., Peer]
@@ -274,7 +274,7 @@ def test_a_full_disk_ends_writing_and_says_why_and_reading_goes_on(code: int, mo
     files.capacity *= 9
     assert put(pool, 3) == Put(False)  # it does not try so soon
     files.capacity = 0
-    told = f"store: nothing is written to /disk for now, what is there is read: {os.strerror(code)}"
+    told = f"store: nothing is written to {SSD} for now, what is there is read: {os.strerror(code)}"
     assert pool.failing == told
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + tier_module.RETRY + 1)
@@ -303,11 +303,60 @@ def test_a_directory_that_becomes_a_file_is_a_miss(tmp_path: Path) -> None:
     assert pool.get(name, into)  # from the disk
     shutil.rmtree(tmp_path / "dram")
     (tmp_path / "dram").touch()
-    assert pool.promote() and pool.failing.endswith(os.strerror(errno.EEXIST))
+    assert pool.promote() and pool.failing.endswith(os.strerror(errno.ENOTDIR))
     assert right(pool, name) and not right(pool, digest(2))
     shutil.rmtree(tmp_path / "ssd")
     (tmp_path / "ssd").touch()
     assert not right(pool, name) and pool.tiers[1].load(name.hex()) is None
+
+
+def test_what_another_user_has_forbidden_is_no_reason_not_to_begin(tmp_path: Path) -> None:
+    """To read the directory above, or to remove a file: what is there counts, and the limit is kept."""
+
+    class Guarded(Files):
+        def fsync(self, path: Path) -> None:
+            if path in tmp_path.parents or path == tmp_path:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            super().fsync(path)
+
+        def unlink(self, path: Path) -> None:
+            if path.suffix == ".tmp":
+                raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+            super().unlink(path)
+
+    tiers = on_disk(tmp_path, 0, 3)
+    fill(Pool(tiers, LAYOUT))
+    (tmp_path / "ssd" / f"{'0' * 64}.{1 << 30}-0.tmp").touch()
+    pool = Pool(tiers, LAYOUT, Guarded())
+    assert not pool.failing and pool.put(digest(3), [content(digest(3))]) == Put(True, (digest(0),))
+
+
+def test_a_start_that_fails_is_made_up_for_before_the_first_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(Files):
+        broken = True
+
+        def list(self, directory: Path) -> list[files_module.Entry]:
+            if self.broken:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return super().list(directory)
+
+    tiers, files = on_disk(tmp_path, 0, 3), Broken()
+    fill(Pool(tiers, LAYOUT))
+    pool = Pool(tiers, LAYOUT, files)
+    (tmp_path / "ssd" / "lock").write_bytes(bytes(8))  # as after a loss of power
+    assert pool.failing.endswith(os.strerror(errno.EIO)) and right(pool, digest(0))
+    files.broken, now = False, time.monotonic()
+    assert put(pool, 3) == Put(False)
+    monkeypatch.setattr(time, "monotonic", lambda: now + tier_module.RETRY + 1)
+    assert pool.put(digest(3), [content(digest(3))]) == Put(True, (digest(1),)) and not pool.failing
+
+
+def fill(pool: Pool) -> None:
+    """With three pages."""
+    for number in range(3):
+        assert pool.put(digest(number), [content(digest(number))]).written
 
 
 def test_a_dead_writer_with_this_process_s_number_is_in_nobody_s_way(tmp_path: Path) -> None:

@@ -37,13 +37,9 @@ class Tier:
         self._oldest: deque[Entry] = deque()  # from the last look at the directory
         self.failing = ""  # why nothing is written here for now
         self._resumes = 0.0  # nothing is written before (`time.monotonic()`)
+        self._open = False  # else the count of bytes may be anything
         try:
-            files.make(self.directory)
-            if spec.durable:
-                files.fsync(self.directory.parent)
-            self._clean()
-            with files.lock(self._lock) as tally:
-                self._look(tally)
+            self._begin()
         except OSError as error:
             self._failed(error)
 
@@ -86,7 +82,7 @@ class Tier:
         path = self.directory / name
         temporary = self.directory / f"{name}.{self.files.pid}-{next(_serial)}.tmp"
         try:
-            self.files.make(self.directory)
+            self._begin()
             self.files.write(temporary, parts)
             if self.spec.durable:
                 self.files.fsync(temporary)  # before the rename: a name must never outlive its bytes
@@ -153,14 +149,30 @@ class Tier:
                 self._below.add(entry.name, [data])
             self._below.touch(entry.name, entry.used)
 
+    def _begin(self) -> None:
+        """At the start, and after whatever went wrong."""
+        if self._open:
+            return
+        self.files.make(self.directory)
+        self._clean()
+        with self.files.lock(self._lock) as tally:
+            self._look(tally)
+        # Who made the directory, and those above it, may have died before this; where a page is, somebody has done it.
+        for parent in self.directory.parents if self.spec.durable and not self._oldest else ():
+            with suppress(OSError):  # another user's, who has made what is in it, or of a system that cannot
+                self.files.fsync(parent)
+        self._open = True
+
     def _clean(self) -> None:
         """What writers have left that are dead."""
         for entry in self.files.list(self.directory):
             match = _TEMPORARY.fullmatch(entry.name)
             if match and (not self.files.alive(int(match[1])) or time.time() - entry.used / 1e9 > ABANDONED):
-                self.files.unlink(self.directory / entry.name)
+                with suppress(OSError):
+                    self.files.unlink(self.directory / entry.name)
 
     def _failed(self, error: OSError) -> None:
+        self._open = False
         why = error.strerror or error
         self.failing = f"store: nothing is written to {self.directory} for now, what is there is read: {why}"
         self._resumes = time.monotonic() + RETRY
