@@ -138,7 +138,7 @@ load_options = stack(
         rate_options,
         data_options,
         click.option("--result-dir", default="bench-results", show_default=True, metavar="DIR",
-                     help="Each run gets a directory of its own in it."),
+                     help="Each run gets a directory of its own in it, of some 10 MB."),
         click.option("--json", "as_json", is_flag=True, help="The result as JSON on stdout."),
     ],
     "Results",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import select
 import socket
 import time
@@ -13,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -559,6 +561,22 @@ def test_health_sees_requests_that_nobody_works_on(monkeypatch: pytest.MonkeyPat
 
 
 # ---------------------------------------------------------------- admin
+
+
+def test_the_names_of_metrics_are_as_written_down() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
+    listed = page.partition("## /metrics")[2].partition("A dashboard")[2].partition("The labels")[0]
+    own = page.partition("Names that vLLM does not have")[2].partition("## Glossary")[0]
+    names = re.findall(r"`(\w+)(?:\{\w+\})?`", listed + own)
+
+    async def work() -> None:
+        async with site() as at:
+            _, text, _ = await at.call("GET", "/metrics")
+            told = {*re.findall(r"^(?:# TYPE )?minidisagg:(\w+)", text, re.M)}
+            assert len(names) > 18 and {*names} <= told | {name.removesuffix("_bucket") for name in told}
+            assert all(line.startswith(("# ", "minidisagg:")) for line in text.splitlines())
+
+    run(work)
 
 
 def test_admin_says_what_may_be_asked_and_what_a_kill_leaves() -> None:

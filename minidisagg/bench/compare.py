@@ -50,7 +50,6 @@ from minidisagg.model.loader import load_config
 from minidisagg.model.pull import ensure
 from minidisagg.policies import rehearse
 from minidisagg.sides import numbered
-from minidisagg.workload.arrivals import arrival_times
 from minidisagg.workload.multiturn import MULTITURN
 from minidisagg.workload.settings import build_items, check_length, describe_workload
 
@@ -122,7 +121,6 @@ def run(options: BenchOptions, api_key: str = "") -> int:
     """
     console = Console(stderr=options.report.json)
     # What can be known to be wrong is told before anything is started.
-    arrival_times(1, 1.0, options.arrivals.burstiness)
     if options.server is not None and options.workload.dataset_name == MULTITURN:
         raise ValueError(
             f"--dataset-name {MULTITURN} goes on from the tokens that were sampled, and a server answers in text: "
@@ -207,5 +205,5 @@ def _dry_run(options: BenchOptions, trace_s: float) -> str:
         lines.append(f"  {' and '.join(labels(options.sides))}: {told}")
     lines += [f"  {options.server.base_url}"] if options.server is not None else []
     requests = str(count) if known else "{} to {}".format(*QUICK_PROMPTS)
-    lines.append(f"{most}{runs} runs of {requests} requests, {each}{at_first};")
+    lines.append(f"{most}{runs} run{'s' * (runs > 1)} of {requests} requests, {each}{at_first};")
     return "\n".join([*lines, "and the start, the calibration, and what the last requests of each run take"])

@@ -266,7 +266,7 @@ def goodput_table(found: Mapping[str, GoodputResult]) -> Table:
 
 def sweep_table(comparisons: Sequence[tuple[int, Comparison]]) -> Table:
     """Three lines per concurrency."""
-    table = Table(title="A handful of users (closed loop)", title_justify="left")
+    table = plain_table("A handful of users (closed loop)")
     first = comparisons[0][1]
     table.add_column("at a time", justify="right")
     table.add_column("")
