@@ -45,10 +45,10 @@ def python_files() -> dict[str, bytes]:
 
 
 def build(out: Path) -> None:
-    """Writes the folder. Raises `BuildError`."""
+    """Writes the folder. Raises `BuildError` and `OSError`."""
+    (out / "pyodide").mkdir(parents=True, exist_ok=True)  # before minutes of fetching
     archive, runtime = _pyodide()
     wheel = _wheel(json.loads(runtime["pyodide-lock.json"])["info"])
-    (out / "pyodide").mkdir(parents=True, exist_ok=True)
     for name, content in runtime.items():
         (out / "pyodide" / name).write_bytes(content)
     for name in PAGE:
@@ -104,5 +104,5 @@ if __name__ == "__main__":
     parser.add_argument("out", nargs="?", type=Path, default=ROOT / "build/playground")
     try:
         build(parser.parse_args().out)
-    except BuildError as error:
+    except (BuildError, OSError) as error:
         sys.exit(str(error))

@@ -342,3 +342,10 @@ def test_a_browser_shows_the_numbers_of_cpython(tmp_path: Path) -> None:
             assert not page.wrong and all(url.split("/")[2] == host for url in page.asked if url.startswith("http"))
 
     asyncio.run(visit())
+
+
+def test_a_folder_that_cannot_be_made_is_told_in_a_line() -> None:
+    done = subprocess.run(
+        [sys.executable, str(builder.__file__), "/proc/nope"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1 and re.fullmatch(r".*'/proc/nope'\n", done.stderr)

@@ -276,6 +276,14 @@ def test_a_search_for_goodput_tells_of_failures_and_rejections(
     assert out.count("admit raised KeyError") == 1
 
 
+def test_what_the_page_shows_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parent.parent / "docs/simulate.md").read_text()
+    seen: dict[str, Any] = {}
+    for block in re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
+        exec(compile(block, "docs/simulate.md", "exec"), seen)
+    assert repr(seen["result"]) in capsys.readouterr().out and 0 < seen["result"].values["attainment"] <= 1
+
+
 # ---------------------------------------------------------------- runs side by side
 
 

@@ -436,6 +436,10 @@ def test_a_trace_keeps_its_own_times(tmp_path: Path, capsys: pytest.CaptureFixtu
     command(tmp_path / "a", *where)
     out = " ".join(capsys.readouterr().out.split())
     assert "60 requests over 59.0 s, 0 skipped, 0 clamped" in out and "60 requests at the trace's own times" in out
+    loads = r"own times, ([\d.]+)x of one prefill worker's capacity"
+    command(tmp_path / "f", *where, "--trace-speedup", "400")
+    found = re.search(loads, out), re.search(loads, " ".join(capsys.readouterr().out.split()))
+    assert found[0] and found[1] and float(found[1][1]) == pytest.approx(400 * float(found[0][1]), rel=0.05)
     command(tmp_path / "b", *where, "--find-goodput")
     assert "60 requests, 0 skipped, 0 clamped" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(ValueError, match="trace speedup and length scale must be positive"):
@@ -523,6 +527,14 @@ def test_a_policy_that_fails_for_some_wins_nothing(tmp_path: Path, capsys: pytes
     assert re.match(r"Mine: \d requests failed, since policy Mine: place raised KeyError: ", why)
     assert why.endswith(f"({tmp_path}/mine.py, line 5)")
     assert " ".join(capsys.readouterr().out.split()).count("place raised KeyError") == 1, "it is told once"
+
+
+@pytest.mark.parametrize(("policy", "told"), [("sarathi", 1), ("sarathi:chunk=512", 0), ("fcfs", 0)])
+def test_a_chunk_that_is_for_other_devices_is_told_of(
+    policy: str, told: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(tmp_path, "--policy", policy)
+    assert " ".join(capsys.readouterr().out.split()).count("chunk=64 is for a CPU, on GPUs 512") == told
 
 
 def test_nothing_is_said_of_a_handful(tmp_path: Path) -> None:

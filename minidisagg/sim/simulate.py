@@ -20,6 +20,7 @@ from functools import partial
 from multiprocessing import parent_process
 from pathlib import Path
 from threading import Event, Thread, get_ident
+from traceback import walk_stack
 
 from minidisagg.core.checked import Checked, OutOfTime, PolicyError
 from minidisagg.core.messages import ROUTER
@@ -35,7 +36,6 @@ from minidisagg.sim.simulator import Simulator
 from minidisagg.sim.world import Observer
 from minidisagg.workload.lengths import WorkItem
 
-SHOWN = "p50_ttft", "p99_ttft", "attainment"  # of a result, where it is printed
 SILENCE = 10.0  # seconds in one hook after which a run without a limit says so
 
 logger = logging.getLogger("minidisagg")
@@ -55,8 +55,9 @@ class Result:
 
     def __repr__(self) -> str:
         """Not the run, which is long."""
-        told = {"score": self.score} | {name: self.values.get(name, math.nan) for name in SHOWN}
-        return f"Result({', '.join(f'{name}={value:.4g}' for name, value in told.items())}, run={self.run!r})"
+        p50, p99, met = (self.values.get(name, math.nan) for name in ("p50_ttft", "p99_ttft", "attainment"))
+        ttft = f"p50_ttft={p50:.4g}, p99_ttft={p99:.4g}"
+        return f"Result(score={self.score:.4g}, {ttft}, attainment={met:.4g}, run={self.run})"
 
 
 def simulate(
@@ -131,14 +132,11 @@ def _watched() -> Iterator[None]:
     def look() -> None:
         before = None
         while not over.wait(SILENCE):
-            asked, frame = None, sys._current_frames().get(me)
-            while frame is not None:
-                asked = frame if frame.f_code is Checked._ask.__code__ else asked
-                frame = frame.f_back
+            stack = walk_stack(sys._current_frames().get(me))
+            asked = next((frame for frame, _ in stack if frame.f_code is Checked._ask.__code__), None)
             if asked is not None and asked is before:
-                hook, name = asked.f_locals["hook"], asked.f_locals["self"].name
                 told = "%s of policy %s has not returned for %g s; a time limit (--time-limit) would end it"
-                logger.warning(told, hook, name, SILENCE)
+                logger.warning(told, asked.f_locals["hook"], asked.f_locals["self"].name, SILENCE)
                 return
             before = asked
 

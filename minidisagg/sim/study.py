@@ -206,10 +206,10 @@ class Study:
         derived = derived_slo(cluster, profiles_of(cluster), self.items)
         self.slo = options.trials.slo or derived
         assert derived.ttft is not None
-        arrivals = options.arrivals
+        arrivals, self.prefills = options.arrivals, 8e3 / derived.ttft  # per second, of a worker alone
         self.rate = arrivals.request_rate or math.nan
         if arrivals.relative:
-            self.rate *= 8e3 / derived.ttft
+            self.rate *= self.prefills
         self.totals = [0, 0, 0.0]  # steps, events, seconds
         self.void = False  # a run of it
         self.traces: dict[str, list[Event]] = {}
@@ -397,8 +397,13 @@ def _announce(study: Study) -> None:
         line = (
             f"{side.label}: {describe_cluster(side.cluster)}, {profile.model} {profile.dtype}, wire {side.cluster.wire}"
         )
+        if side.policy == "sarathi" and "cpu" not in profile.name:
+            line += "; its default chunk=64 is for a CPU, on GPUs 512 and more are usual"
         study.console.print(line, style="dim", highlight=False)
-    rate = "the trace's own times" if math.isnan(study.rate) else f"{study.rate:.3g} requests/s"
+    rate = f"{study.rate:.3g} requests/s"
+    if math.isnan(study.rate):
+        own = len(study.items) / (max(item.arrival_s for item in study.items) or math.inf)
+        rate = f"the trace's own times, {own / study.prefills:.2g}x of one prefill worker's capacity"
     given = "" if study.options.trials.slo else " (derived)"
     study.console.print(f"{len(study.items)} requests at {rate}; SLO {study.slo}{given}", style="dim", highlight=False)
 
