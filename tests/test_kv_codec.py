@@ -18,6 +18,7 @@ from minidisagg.config import ClusterSettings, RunSettings, WorkerConfig, Worker
 from minidisagg.core.messages import KVOffer, RequestSpec, Role
 from minidisagg.core.plan import CODECS, RAW
 from minidisagg.core.request import Request
+from minidisagg.core.spec import EngineSpec
 from minidisagg.model.loader import cached_path, load_config
 from minidisagg.model.tokenizer import Tokenizer
 from minidisagg.runtime.kv_cache import KVCache
@@ -87,16 +88,28 @@ def test_a_clusters_codec_is_half_of_the_wire(link: str) -> None:
     assert moved["int8"] * 4 * 16 == moved[RAW] * (16 + 2)  # heads of 16 values
 
 
-def test_a_checksum_between_gpus_leaves_no_lossy_codec(tmp_path: Path) -> None:
+def spec_of(kind: str, **cluster: Any) -> EngineSpec:
+    """Of a worker whose links are of this kind."""
     model = load_config("dummy:tiny")
     cache = KVCache(model, 4, 8, torch.float32, torch.device("cpu"))
+    config = WorkerConfig(
+        index=0, name="w", epoch=1, role=Role.BOTH, model=MODEL, settings=WorkerSettings(), run=RunSettings(),
+        cluster=ClusterSettings(**cluster), run_dir="/nowhere",
+    )  # fmt: skip
     device: Any = SimpleNamespace(cache=cache, model=SimpleNamespace(config=model))
+    return engine_spec(config, device, kind, None)
+
+
+def test_a_checksum_between_gpus_leaves_no_lossy_codec() -> None:
     for checked, kind, codecs in ((True, "nccl", (RAW,)), (False, "nccl", CODECS), (True, "gloo", CODECS)):
-        config = WorkerConfig(
-            index=0, name="w", epoch=1, role=Role.BOTH, model=MODEL, settings=WorkerSettings(), run=RunSettings(),
-            cluster=ClusterSettings(gpu_checksums=checked), run_dir=str(tmp_path),
-        )  # fmt: skip
-        assert engine_spec(config, device, kind, None).codecs == codecs
+        assert spec_of(kind, gpu_checksums=checked).codecs == codecs
+
+
+def test_pages_computed_in_two_dtypes_are_not_those_of_a_cluster_that_has_one() -> None:
+    """Though the caches are alike: a store would tell one of them what the other has computed."""
+    exact, low = (WorkerSettings(dtype=name) for name in ("float32", "bfloat16"))
+    shapes = [spec_of("shm", prefill=p, decode=d).fingerprint for p in (exact, low) for d in (exact, low)]
+    assert len(set(shapes)) == 3 and shapes[1] == shapes[2]
 
 
 def test_names_in_the_prefix_cache_are_its_own() -> None:

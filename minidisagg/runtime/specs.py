@@ -7,6 +7,7 @@ from minidisagg.core.granularity import parse_granularity
 from minidisagg.core.spec import EngineSpec
 from minidisagg.model.loader import identity
 from minidisagg.runtime.device import Device
+from minidisagg.runtime.load import dtype_of
 from minidisagg.transfer.codec import codecs_for
 from minidisagg.transfer.emulate import Nic
 from minidisagg.transfer.kinds import ON_GPUS, ONE_SIDED, efficient_bytes
@@ -15,6 +16,8 @@ from minidisagg.transfer.kinds import ON_GPUS, ONE_SIDED, efficient_bytes
 def engine_spec(config: WorkerConfig, device: Device, kind: str, nic: Nic | None) -> EngineSpec:
     """`kind`: of its links; `nic`: what emulates their interconnect."""
     cache, model = device.cache, device.model
+    # What the caches of a cluster hold is computed in any of its dtypes: a store may be another cluster's next.
+    computed = sorted({str(dtype_of(one, model.config)) for one in (config.cluster.prefill, config.cluster.decode)})
     checked = config.cluster.gpu_checksums and kind in ON_GPUS  # of pages as they are
     return EngineSpec(
         name=config.name,
@@ -23,7 +26,7 @@ def engine_spec(config: WorkerConfig, device: Device, kind: str, nic: Nic | None
         num_pages=cache.num_pages,
         page_size=cache.page_size,
         num_layers=model.config.num_layers,
-        fingerprint=cache.fingerprint(model.config, identity(model.config.name)),
+        fingerprint=cache.fingerprint(model.config, " ".join((identity(model.config.name), *computed))),
         policy=config.cluster.policy,
         one_sided_links=kind in ONE_SIDED,
         granularity=parse_granularity(config.cluster.transfer_granularity, efficient_bytes(kind, nic)),
