@@ -168,7 +168,7 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
         ("h300", b"", "no profiles of 'h300'; there are a100_sxm, "),
         ("h100_sxm", b"", "h100_sxm has no profile of m bfloat16 tp1; there are qwen3-0.6b (bfloat16 tp1, "),
         ("none.json", b"", "no profiles of "),
-        ("bad.json", b"{}", "bad.json: Expected `array`, got `object`"),
+        ("bad.json", b"{}", "bad.json: Expected `array`, got `object`; a profile is a file that `minidisagg profile`"),
         ("bad.json.gz", b"no gzip", "bad.json.gz: Not a gzipped file"),
         ("cut.json.gz", gzip.compress(b"[]" * 1000, mtime=0)[:-12], "cut.json.gz: "),
         ("new.json", msgspec.json.encode([SMALL]).replace(b'"version":1', b'"version":2'), r"Invalid enum value 2"),

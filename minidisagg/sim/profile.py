@@ -210,4 +210,4 @@ def _read(device: str, kind: type[T]) -> T:
             f"no profiles of {device!r}; there are {', '.join(devices())}, or name a {' or '.join(SUFFIXES)} file"
         ) from None
     except (OSError, EOFError, msgspec.MsgspecError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: {error}; a profile is a file that `minidisagg profile` writes") from error
