@@ -472,6 +472,73 @@ def test_what_was_used_last_reaches_the_disk_first_and_is_the_last_to_leave_it()
     assert gone == [digest(number) for number in (5, 6, 2)]
 
 
+def test_a_page_is_written_back_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Counting(LossyFiles):
+        def __init__(self) -> None:
+            super().__init__(1, DRAM)
+            self.written = list[str]()
+
+        def rename(self, path: Path, to: Path) -> None:
+            self.written += [to.name] if to.parent == SSD else []
+            super().rename(path, to)
+
+    files, everything = Counting(), range(5)
+    pool = small(files, 5, 20)
+    for number in everything:
+        put(pool, number)
+    assert not files.written
+    for count in 1, 2:
+        assert pool.write_back() and len(files.written) == count
+    pool = small(files, 5, 20)  # a restarted worker, which knows nothing of what it has written
+    while pool.write_back():
+        pass
+    assert held(pool, everything) == held(pool, everything, 1) == [*everything]
+    now = time.perf_counter()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    assert put(pool, 5).written
+    files.capacity = sum(len(inode.data) for inode in files.names.values())
+    assert pool.write_back() and not pool.write_back()  # a full disk is not tried again so soon
+    assert pool.failing
+    files.capacity, now = 1 << 40, now + tier_module.RETRY + 1
+    assert pool.write_back() and not pool.write_back() and not pool.failing
+    for number in range(6, 11):  # what they evict is there
+        put(pool, number)
+    pool.sink()
+    assert sorted(files.written) == sorted(digest(number).hex() for number in range(11))
+
+
+def test_what_was_saved_outlives_a_kill_soon_after(tmp_path: Path) -> None:
+    code = """
+import sys, threading, time
+from storepeer import BYTES, LAYOUT, content, digest
+from minidisagg.store.background import Background
+from minidisagg.store.pool import Pool
+from minidisagg.store.spec import TierSpec
+tiers = [TierSpec(f"{sys.argv[1]}/{name}", 1 << 20, name == "ssd") for name in ("dram", "ssd")]
+woken = threading.Semaphore(0)
+background = Background(Pool(tiers, LAYOUT), woken.release, BYTES)
+for number in range(20):
+    background.save(digest(number), memoryview(content(digest(number))).toreadonly)
+for _ in range(20):
+    woken.acquire()
+print("saved", flush=True)
+time.sleep(60)
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, env=environment
+    ) as writer:
+        assert writer.stdout is not None and writer.stdout.readline() == b"saved\n"
+        until = time.monotonic() + 10
+        while len(list((tmp_path / "ssd").glob("*[0-9a-f]"))) < 20 and time.monotonic() < until:
+            time.sleep(0.01)
+        writer.kill()
+    assert len(list((tmp_path / "dram").iterdir())) == 21  # and the lock
+    shutil.rmtree(tmp_path / "dram")
+    pool = Pool(on_disk(tmp_path, 20, 20), LAYOUT)
+    assert all(right(pool, digest(number)) for number in range(20)) and not pool.corrupt
+
+
 class SlowDisk(Files):
     """Each page takes a while."""
 
@@ -587,7 +654,7 @@ class Slow:
 
     def __init__(self) -> None:
         self.corrupt, self.failing, self.asked = 0, "", list[str]()
-        self.go, self.promotions = threading.Semaphore(0), 0
+        self.go, self.promotions, self.fresh = threading.Semaphore(0), 0, 0
 
     def touch(self, digest: bytes) -> bool:
         return False
@@ -607,6 +674,11 @@ class Slow:
         self.promotions -= 1
         self.asked += ["promote"] if self.promotions >= 0 else []
         return self.promotions >= 0
+
+    def write_back(self) -> bool:
+        self.fresh -= 1
+        self.asked += ["write back"] if self.fresh >= 0 else []
+        return self.fresh >= 0
 
     def close(self) -> None:
         self.asked.append("close")
@@ -651,6 +723,24 @@ def test_loads_go_before_saves() -> None:
     store.go.release()
     collect(background, woken, 1)
     background.close()
+
+
+def test_pages_are_written_back_when_nobody_asks_for_anything() -> None:
+    store, woken = Slow(), threading.Semaphore(0)
+    store.fresh = 3
+    background = Background(store, woken.release, page_bytes=1)
+    for name in b"a", b"b":
+        background.save(name, memoryview(b"1").toreadonly)
+    background.load("k", [b"p"], lambda *_: None)
+    store.promotions = 1
+    store.go.release(3)
+    collect(background, woken, 3)
+    until = time.monotonic() + 10
+    while store.fresh >= 0 and time.monotonic() < until:
+        time.sleep(0.001)
+    background.close()
+    first = store.asked.index("write back")
+    assert store.asked[first:] == ["write back"] * 3 + ["close"] and first == 4
 
 
 @pytest.mark.parametrize("drain", [False, True])

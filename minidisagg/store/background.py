@@ -11,6 +11,8 @@ from typing import NamedTuple, Protocol
 
 from minidisagg.store.pool import Put
 
+IDLE = 0.02  # seconds without a load or save after which what is in memory only begins to go to the disk
+
 
 class Store(Protocol):
     """Where pages are; `corrupt` counts those that were found damaged."""
@@ -36,6 +38,10 @@ class Store(Protocol):
 
     def promote(self) -> bool:
         """Do a piece of what follows from loads and nobody waits for; False where there is none."""
+        ...
+
+    def write_back(self) -> bool:
+        """Do a piece of what makes a later start find more; False where there is none."""
         ...
 
     def close(self) -> None:
@@ -127,19 +133,26 @@ class Background:
         self._thread.join(timeout)
 
     def _run(self) -> None:
+        pause: float | None = IDLE
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._loads or self._saves or self._closing)
+                asked = self._changed.wait_for(lambda: bool(self._loads or self._saves or self._closing), pause)
                 load = self._loads.popleft() if self._loads else None
                 save = self._saves.popleft() if self._saves and load is None else None
             if load is not None:
                 self._done.append(self._load(*load))
             elif save is not None:
                 self._done.append(self._save(*save))
-            else:
+            elif asked:
                 return self._store.close()
+            else:  # for at most half of the time, since the disk is others', too
+                began = time.monotonic()
+                more = self._store.write_back()
+                pause = time.monotonic() - began if more else None
             self.counters.corrupt, self.counters.failing = self._store.corrupt, self._store.failing
-            self._wake()
+            if asked:
+                pause = IDLE
+                self._wake()
             while not self._loads and self._store.promote():
                 pass
 

@@ -81,6 +81,10 @@ class MooncakeStore:
         """There is one tier."""
         return False
 
+    def write_back(self) -> bool:
+        """So that no page waits for another."""
+        return False
+
     def close(self) -> None:
         """Give back what this process has lent, with the pages in it."""
         self._store.close()

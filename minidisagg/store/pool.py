@@ -17,6 +17,8 @@ from minidisagg.store.page import HEAD_BYTES, Verdict, judge, seal
 from minidisagg.store.spec import TierSpec
 from minidisagg.store.tier import Tier
 
+MOST = 1 << 20  # pages that wait to be written back, of one that is never idle: the oldest have been evicted by then
+
 
 class Put(NamedTuple):
     """What came of a page: whether it was written now, and which pages have left the pool since the `put` before."""
@@ -39,6 +41,7 @@ class Pool:
         self._gone: list[str] = []  # from one of the tiers at least
         for spec in reversed(tiers):
             self.tiers.insert(0, Tier(spec, self._files, self.tiers[0] if self.tiers else None, self._gone))
+        self._fresh = deque(self.tiers[0].names if self.tiers[1:] else (), MOST)  # perhaps in the first tier only
 
     @property
     def failing(self) -> str:
@@ -96,6 +99,16 @@ class Pool:
             self.tiers[0].add(name, [data])
         return True
 
+    def write_back(self) -> bool:
+        """Copy a page that is in the first tier only to the next one; False where there is none, or none is taken."""
+        if not self._fresh or not self.tiers[1].ready:
+            return False
+        name = self._fresh.popleft()
+        self.tiers[0].lower(name)
+        if not self.tiers[1].ready:  # it was not written
+            self._fresh.append(name)
+        return True
+
     def close(self) -> None:
         """What is in files stays there."""
 
@@ -108,6 +121,8 @@ class Pool:
         """To the first tier that takes it."""
         for tier in self.tiers:
             if tier.add(name, parts):
+                if tier is not self.tiers[-1]:
+                    self._fresh.append(name)
                 return True
             if tier.has(name):  # another worker's was faster
                 return False

@@ -77,7 +77,7 @@ class Tier:
     def add(self, name: str, parts: Sequence[bytes | bytearray | memoryview]) -> bool:
         """Whether it was written: it is not where it is here already, is too large, or writing fails."""
         size = sum(len(part) for part in parts)
-        if size > self.spec.limit or time.monotonic() < self._resumes:
+        if size > self.spec.limit or not self.ready:
             return False
         path = self.directory / name
         temporary = self.directory / f"{name}.{self.files.pid}-{next(_serial)}.tmp"
@@ -103,6 +103,21 @@ class Tier:
             return False
         self.failing = ""
         return written
+
+    @property
+    def names(self) -> list[str]:
+        """Of the pages that were here at the last look at the directory, what was used last at the end."""
+        return [entry.name for entry in self._oldest]
+
+    @property
+    def ready(self) -> bool:
+        """It may be tried whether it takes a page."""
+        return time.monotonic() >= self._resumes
+
+    def lower(self, name: str) -> None:
+        """A page that stays here goes to the tier below as well, if there is one, unless it is there."""
+        if entry := self.files.stat(self.directory / name):
+            self._lower(entry)
 
     def sink(self, until: float) -> None:
         """What is only here goes to the tier below, what was used last first, as long as there is room, and time
