@@ -235,6 +235,29 @@ def test_a_policy_that_breaks_for_all_ends_every_request_and_takes_no_new_one(
     asyncio.run(run())
 
 
+def test_a_policy_that_stalls_on_a_request_fails_that_request(tmp_path: Path) -> None:
+    """Here with the longest prompt: it is tried again on another process, and the engine lives."""
+    (tmp_path / "mine.py").write_text(
+        "from minidisagg import Policy\n"
+        "class Mine(Policy):\n"
+        "    def compose(self, batch, worker):\n"
+        "        if all(one.prompt_len < 70 for one in batch.waiting):\n"
+        "            super().compose(batch, worker)\n"
+    )
+
+    async def run() -> None:
+        async with cluster(settings("colocated", policy=f"{tmp_path / 'mine.py'}:Mine")) as frontend:
+            load = Load(frontend)
+            (long,) = load.submit_all([[1] * 90], greedy(4))
+            await load.finished()
+            assert long.finish == "error" and "failed 3 times" in long.error, long
+            (short,) = load.submit_all([[1] * 20], greedy(4))
+            await load.finished()
+            assert short.finish == "length" and frontend.restarted
+
+    asyncio.run(run())
+
+
 # ---------------------------------------------------------------- time in which somebody did not run
 
 

@@ -28,6 +28,7 @@ from typing import Any, BinaryIO
 import msgspec
 
 from minidisagg.config import WorkerConfig
+from minidisagg.core.accounts import StalledError
 from minidisagg.core.checked import PolicyError
 from minidisagg.core.effects import AbortLink, LoadPages, OpenLink, Send, StartPiece, drain
 from minidisagg.core.engine import EngineCore
@@ -434,7 +435,9 @@ class Worker:
         self._on_failure(error or RuntimeError(context["message"]))
 
     def _on_failure(self, error: BaseException) -> None:
-        if isinstance(error, PolicyError) and not self.failure:  # the next process would have the same policy
+        # The next process would have the same policy; but what stalled may be these requests, which it tries thrice.
+        hopeless = isinstance(error, PolicyError) and not isinstance(error, StalledError)
+        if hopeless and not self.failure:
             self._send(ROUTER, Fatal(str(error), self.config.name, self.config.epoch, hopeless=True))
         self._stop(f"{type(error).__name__}: {error}", error)
 
