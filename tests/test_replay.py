@@ -469,6 +469,9 @@ def test_a_record_that_ends_early_says_so(recorded: Callable[..., Path], tmp_pat
     at = r"^decode-1: the record ends early, in mid-record at (\d\.\d{3}) s; the others go on until (\d\.\d{3}) s$"
     found = re.match(at, line)
     assert found and 0 < float(found[1]) < float(found[2])
+    log.write_bytes(log.read_bytes()[:30])
+    said = command("replay", directory, "--plain", exits=1)
+    assert said == "run 1: one of its logs is cut before its first input"
 
 
 def test_a_directory_without_a_record_says_how_to_make_one(tmp_path: Path) -> None:

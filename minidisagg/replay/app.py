@@ -45,6 +45,8 @@ def run_replay(options: ReplayOptions) -> None:
     with Console(stderr=True).status(f"replaying {record.name}") if screen else contextlib.nullcontext():
         try:
             run = Run(record, ask)
+        except StopIteration as error:
+            raise ValueError(f"run {record.name}: one of its logs is cut before its first input") from error
         except GaveUp as error:
             raise TimeoutError(f"--ask {shown(ask)} does not answer: {error}") from error
     lanes = [lane.name for lane in run.lanes]
