@@ -47,8 +47,7 @@ class Storage:
 
     def save(self, effect: SavePage) -> None:
         """Its page is held until the core has heard of it."""
-        if not self._background.save(effect.digest, partial(self._get, effect.page)):
-            self._loop.call_soon(self._on_news, Saved(effect.digest, False))
+        self._background.save(effect.digest, partial(self._get, effect.page))
 
     def stats(self) -> StoreStats:
         """Since the start."""

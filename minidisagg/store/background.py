@@ -74,7 +74,6 @@ class Counters:
     bytes_written: int = 0
     read_seconds: float = 0.0
     write_seconds: float = 0.0
-    evictions: int = 0
     dropped: int = 0  # saves
     corrupt: int = 0
     failing: str = ""
@@ -105,30 +104,24 @@ class Background:
             self._loads.append((key, digests, land))
             self._changed.notify()
 
-    def save(self, digest: bytes, read: Read) -> bool:
+    def save(self, digest: bytes, read: Read) -> None:
         """Write what `read` says on this thread, some time, unless it is there by then; the page stays as it is until
-        this has been polled. False, and nothing happens, after `close`."""
+        this has been polled."""
         with self._changed:
-            if self._closing:
-                self.counters.dropped += 1
-                return False
             self._saves.append((digest, read))
             self._changed.notify()
-        return True
 
     def poll(self) -> list[Loaded | Saved]:
         """What was done since the last call, in order."""
         return [self._done.popleft() for _ in range(len(self._done))]
 
-    def close(self, drain: bool = False, timeout: float = 10.0) -> None:
-        """End the thread, and the store with it, after all that waits or what is under way; waits at most `timeout`
-        seconds for it."""
+    def close(self, timeout: float = 10.0) -> None:
+        """End the thread, and the store with it, after what is under way; waits at most `timeout` seconds for it."""
         with self._changed:
             self._closing = True
-            if not drain:
-                self.counters.dropped += len(self._saves)
-                self._loads.clear()
-                self._saves.clear()
+            self.counters.dropped += len(self._saves)
+            self._loads.clear()
+            self._saves.clear()
             self._changed.notify()
         self._thread.join(timeout)
 
@@ -174,6 +167,5 @@ class Background:
         there = self._store.touch(digest)
         put = Put(False) if there else self._store.put(digest, [read()])
         counters.bytes_written += len(self._buffer) if put.written else 0
-        counters.evictions += len(put.evicted)
         counters.write_seconds += time.monotonic() - began
         return Saved(digest, put, there or put.written)

@@ -115,9 +115,11 @@ class Tier:
         return time.monotonic() >= self._resumes
 
     def lower(self, name: str) -> None:
-        """A page that stays here goes to the tier below as well, if there is one, unless it is there."""
-        if entry := self.files.stat(self.directory / name):
-            self._lower(entry)
+        """A copy goes to the tier below, if there is one, unless it is there: used there when it was used here."""
+        if self._below is not None and (entry := self.files.stat(self.directory / name)):
+            if not self._below.has(name) and (data := self.load(name)):
+                self._below.add(name, [data])
+            self._below.touch(name, entry.used)
 
     def sink(self, until: float) -> None:
         """What is only here goes to the tier below, what was used last first, as long as there is room, and time
@@ -128,7 +130,7 @@ class Tier:
                 room -= entry.size
                 if room < 0 or time.monotonic() > until:
                     return
-                self._lower(entry)
+                self.lower(entry.name)
 
     def _make_room(self, tally: Tally, size: int) -> None:
         """Evict, the least recently used first, until `size` more bytes are within the limit.
@@ -153,16 +155,9 @@ class Tier:
         return [entry for entry in self.files.list(self.directory) if _PAGE.fullmatch(entry.name)]
 
     def _evict(self, entry: Entry) -> None:
-        self._lower(entry)
+        self.lower(entry.name)
         self.files.unlink(self.directory / entry.name)
         self._gone.append(entry.name)
-
-    def _lower(self, entry: Entry) -> None:
-        """To the tier below, unless it is there; it was used there when it was used here."""
-        if self._below is not None:
-            if not self._below.has(entry.name) and (data := self.load(entry.name)):
-                self._below.add(entry.name, [data])
-            self._below.touch(entry.name, entry.used)
 
     def _begin(self) -> None:
         """At the start, and after whatever went wrong."""
