@@ -61,7 +61,7 @@ def rerun(directory: Path, out: Path | None = None, api_key: str = "") -> int:
     click.echo(f"again: {made.command}")
     for line in differences(made):
         click.echo(line)
-    if status := run_again():
+    if (status := run_again()) and not (new / "result.json").exists():  # a void run has one, and is one again
         return status
     if made.program == "bench":
         Console().print(then_and_now(before, read_result(new)))

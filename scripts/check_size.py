@@ -12,9 +12,9 @@ PACKAGE = Path(__file__).parent.parent / "minidisagg"
 MAX_LINES = 450  # of one file: it reads from top to bottom
 # Tokens of code: a limit on all lines would reward packing them.
 LIMITS = {
-    ("core", "runtime", "transfer", "store"): 84_000,
+    ("core", "runtime", "transfer", "store"): 85_000,
     ("server", "measure", "monitor"): 62_000,
-    (): 245_000,  # the package
+    (): 248_000,  # the package
 }
 UNSAFE_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "shelve", "marshal"}
 

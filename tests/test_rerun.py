@@ -87,6 +87,22 @@ def test_a_simulation_is_the_same_from_elsewhere_and_without_the_policy_file(
         command("rerun", str(again), "--out", str(out))
 
 
+def test_a_void_run_comes_again_and_a_file_that_is_cut_is_named(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = "    def admit(self, request, cluster):\n        1 // (request.request_id != '7')\n"
+    Path("mine.py").write_text(f"from minidisagg import Policy\nclass Mine(Policy):\n{lines}")
+    assert command("simulate", "--num-prompts", "25", "--result-dir", "out", "--policy", "./mine.py:Mine") == 1
+    [directory] = Path("out").iterdir()
+    assert command("rerun", str(directory)) == 1
+    told = capsys.readouterr().out  # the error names the policy's file, of which this is the copy
+    assert f"not as in {directory}: requests.jsonl differs from line 8 on (side A, repetition 0, request_id 7)" in told
+    path = directory / "options.json"
+    path.write_bytes(path.read_bytes()[:99])
+    with pytest.raises(msgspec.MsgspecError, match=f"{path}: "):
+        command("rerun", str(directory))
+
+
 def test_what_differs_is_said(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = simulated("--policy", "./mine.py:Mine", "--dataset-name", "azure", "--dataset-path", "trace.csv")
     path = first / "options.json"

@@ -88,7 +88,7 @@ class Accounts:
             return
         if scheduler.waiting or scheduler.running:
             policy = scheduler.policy
-            where = policy._where("compose", None) or policy._where("evict", None)  # of a user's file, what it has
+            where = policy.where("compose", None) or policy.where("evict", None)  # of a user's file, what it has
             raise StalledError(
                 f"worker {self.spec.name}: {len(scheduler.waiting)} requests wait, {len(scheduler.running)} run, "
                 f"{self.pool.available} pages are free, and policy {policy.name} plans nothing{where}"

@@ -131,7 +131,7 @@ class Checked(Policy):
         except (PolicyError, IntegrityError):
             raise  # `compose` causes `evict` to be asked, and whatever the mechanism has to say
         except OutOfTime as error:
-            where = f"{error}, in {hook} of policy {self.name}{self._where(hook, error)}"
+            where = f"{error}, in {hook} of policy {self.name}{self.where(hook, error)}"
             raise OutOfTime(where) from error
         except (Exception, SystemExit) as error:
             what = f"{type(error).__name__}: {error}".partition("\n")[0]
@@ -170,9 +170,9 @@ class Checked(Policy):
         raise self._error(hook, what)
 
     def _error(self, hook: str, what: str, cause: BaseException | None = None) -> PolicyError:
-        return PolicyError(f"policy {self.name}: {hook} {what}{self._where(hook, cause)}")
+        return PolicyError(f"policy {self.name}: {hook} {what}{self.where(hook, cause)}")
 
-    def _where(self, hook: str, cause: BaseException | None) -> str:
+    def where(self, hook: str, cause: BaseException | None) -> str:
         """In the user's file, if it has one: what raised, or where the hook begins."""
         policy = innermost(self)
         code = getattr(getattr(policy, hook), "__code__", None)

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from minidisagg.measure.comparison import (
+    VOID,
     Side,
     alike_marks,
     better,
@@ -78,7 +79,7 @@ def contest(
     scores = [side.values.get(DECIDES, math.nan) for side in sides]
     first = max(range(len(sides)), key=lambda i: scores[i] if not math.isnan(scores[i]) else -1.0)
     best = [_against(samples[i], samples[first], seed, run_noise) for i in range(len(sides)) if i != first]
-    verdict = _verdict(sides, first, best) if not void else f"Void, no verdict: {void[0]}."
+    verdict = VOID if void else _verdict(sides, first, best)
     return Contest(sides, ratios, best, [*marks_of(every, len(runs[0]), run_noise), *alike_marks(alike)], void, verdict)
 
 
@@ -97,10 +98,11 @@ def _verdict(sides: Sequence[Side], first: int, best: Sequence[Ratio]) -> str:
     level = [side.label for side, ratio in zip(others, best, strict=True) if not (ratio.clear and ratio.ratio > 1.0)]
     name = sides[first].label
     if len(level) == len(others):
-        return f"No difference in goodput that is clear: {listing([name, *level])} are level."
+        return f"No difference in goodput that is clear: {listing([name, *level])} cannot be told apart."
     closest = min((ratio for ratio in best if ratio.clear and ratio.ratio > 1.0), key=lambda ratio: ratio.ratio)
     if level:
-        return f"{listing([name, *level])} are level in goodput, and better than the others by {ratio_text(closest)}."
+        names = listing([name, *level])
+        return f"{names} cannot be told apart in goodput, and are better than the others by {ratio_text(closest)}."
     return f"{name} has the best goodput, {ratio_text(closest)} of the next."
 
 

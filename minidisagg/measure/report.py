@@ -315,9 +315,8 @@ def marks_text(marks: Iterable[str], void: Iterable[str]) -> Text:
 def head_text(sides: Sequence[Side]) -> Text:
     """What was compared, in a few lines; of more than two sides a table has the names."""
     run, n = sides[0].runs[0], len(sides[0].runs)
-    what = ", ".join(
-        part for part in (run.model, run.workload, f"rate {run.request_rate}/s", f"seed {run.seed}") if part
-    )
+    rate = "at the trace's own times" if run.request_rate == "trace" else f"rate {run.request_rate}/s"
+    what = ", ".join(part for part in (run.model, run.workload, rate, f"seed {run.seed}") if part)
     lines = [f"{len(run.requests)} requests {TIMES} {n} repetition{'s' * (n > 1)}: {what}"]
     lines += [
         f"{letter}: {side.label}{f' ({side.runs[0].policy})' if side.runs[0].policy else ''}"

@@ -203,7 +203,10 @@ def _write_lines(path: Path, result: Comparison | Contest, records: Callable[[Ru
 
 def read_json(path: Path) -> dict[str, Any]:
     """options.json or result.json. Raises `OSError`, `VersionError`, and `MsgspecError` where it is neither."""
-    found = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except msgspec.MsgspecError as error:
+        raise msgspec.ValidationError(f"{path}: {error}") from error
     check_version(path, found.get("version"), VERSION)
     return found
 
