@@ -196,6 +196,16 @@ def test_a_scored_prompt_has_a_salt_of_its_own(served: Serving) -> None:
     assert len(set(every)) == len(every) == 2 + 12 + 2
 
 
+def test_a_conversation_has_a_name(served: Serving) -> None:
+    """OpenAI's prompt_cache_key: a policy sees the request's session, and what is decoded goes to the next turn."""
+    (worker,) = served.frontend.workers.values()
+    turn = {"max_tokens": 1, "messages": [{"role": "user", "content": "a"}]}
+    for path, body in ("chat/completions", turn), ("completions", {"max_tokens": 1, "prompt": "a"}):
+        for more in {"prompt_cache_key": "c1"}, {"user": "u"}:
+            assert post(served, f"/v1/{path}", body | more)[0] == 200
+    assert [submit.spec.session for submit in worker.submitted[-4:]] == ["c1", "", "c1", ""]
+
+
 def test_echo_and_logprobs_as_lm_eval_reads_them(client: openai.OpenAI) -> None:
     made = client.completions.create(
         model=MODEL, prompt=[[72, 105, 33], [65]], echo=True, logprobs=1, max_tokens=1, temperature=0, seed=1234
