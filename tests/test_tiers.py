@@ -66,6 +66,30 @@ def test_saves_that_hang_hold_no_more_pages(monkeypatch: pytest.MonkeyPatch) -> 
     assert sim.workers["w0"].core.pool.counts[PageState.LIVE] == 10  # the first one's
 
 
+def test_who_comes_within_the_lease_of_a_store_that_hangs_begins_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shelf, "SECONDS", 1e6)  # of each page
+    sim = Simulator([spec("w0", store=True, lease=2.0, num_pages=64)], Policy)
+    for number in range(30):
+        sim.submit(f"r{number}", prompt(number), greedy(4), 0.05 * number)
+    sim.run(until=100.0)
+    assert {one.finish for one in sim.outcomes.values()} == {"length"} and len(sim.outcomes) == 30
+    assert max(one.token_times[-1] for one in sim.outcomes.values()) < 5.0
+    assert sim.workers["w0"].core.pool.counts[PageState.INFLIGHT] <= 32  # half of the cache
+
+
+def test_who_comes_at_once_is_read_all_the_same() -> None:
+    sim = Simulator([spec("w0", store=True, num_pages=64)], Policy)
+    for again in "", "'":
+        for number in range(6):
+            sim.submit(f"r{number}{again}", prompt(number), greedy(4), sim.now)
+        sim.run()
+        for number in range(6, 12):  # push them out
+            sim.submit(f"r{number}{again}", prompt(number), greedy(4), sim.now)
+        sim.run()
+    assert not simfuzz.verdict(sim)
+    assert [sim.outcomes[f"r{number}'"].cached_tokens for number in range(6)] == [36] * 6
+
+
 # ---------------------------------------------------------------- more pages than are written at once
 
 

@@ -62,6 +62,7 @@ class Tiers:
         self.spec, self.pool = spec, pool
         self.loading: dict[SeqKey, Loading] = {}
         self.saving: dict[bytes, int] = {}  # pages that are held for it
+        self._later: list[Request] = []  # that are to be loaded, too, once others have been
         self._unsaved: dict[int, bytes] = {}  # pages that have been published, and wait until fewer are
         self.silent = False  # it has answered nothing for a lease: whatever else was asked of it would be lost, too
         self._waited: float | None = None  # since when it has not answered
@@ -90,10 +91,17 @@ class Tiers:
         if wants is None:
             return False
         cached, missing = wants
+        request.state = State.WAIT_KV
+        coming = self.pool.counts[PageState.INFLIGHT] + len(missing)
+        if self.loading and (self._later or coming > self.spec.num_pages // 2):
+            self._later.append(
+                request
+            )  # else nobody could begin without a store that hangs; nobody is overtaken for ever
+            return True
         self.pool.hold(cached)
         pages = self.pool.reserve(len(missing))
         assert pages is not None  # there was room for more
-        request.state, request.reads = State.WAIT_KV, request.reads + 1
+        request.reads += 1
         self.loading[request.key] = Loading(request, cached, missing, pages, now)
         self._emit(LoadPages(*request.key, missing, pages))
         return True
@@ -110,9 +118,7 @@ class Tiers:
         # What came before this worker's time it has now seen. Behind the first page that was missed nobody has looked.
         self._emit(Send(ROUTER, Stored(digests[: done.pages], digests[done.pages : done.pages + 1])))
         request.found = min(request.found, len(cached) + done.pages)
-        if request.state is State.WAIT_KV:  # else it has ended, or begun without
-            request.state = State.QUEUED
-            self._begin(request)
+        self._go_on(request)
 
     def on_tick(self, now: float) -> None:
         """A store that does not answer is waited for no longer; pages that it was to fill stay reserved."""
@@ -121,9 +127,19 @@ class Tiers:
         self.silent = now > self._waited + self.spec.lease
         for one in self.loading.values():
             if one.request.state is State.WAIT_KV and (self.silent or now > one.since + self.spec.lease):
-                one.request.state, one.request.found = State.QUEUED, 0  # it asks no more
-                self._begin(one.request)
+                one.request.found = 0  # it asks no more
+                self._go_on(one.request)
+        if self.silent:
+            self._go_on()
         self.let_go(now)
+
+    def _go_on(self, *requests: Request) -> None:
+        """And who waits for a load of its own asks again."""
+        later, self._later = self._later, []
+        for request in *requests, *later:
+            if request.state is State.WAIT_KV:  # else it has ended, or begun without
+                request.state = State.QUEUED
+                self._begin(request)
 
     # ------------------------------------------------------------ down
 
