@@ -94,9 +94,7 @@ class Tiers:
         request.state = State.WAIT_KV
         coming = self.pool.counts[PageState.INFLIGHT] + len(missing)
         if self.loading and (self._later or coming > self.spec.num_pages // 2):
-            self._later.append(
-                request
-            )  # else nobody could begin without a store that hangs; nobody is overtaken for ever
+            self._later.append(request)  # else nobody could begin without a store that hangs; and nobody is overtaken
             return True
         self.pool.hold(cached)
         pages = self.pool.reserve(len(missing))
