@@ -74,7 +74,7 @@ class StoreState(Struct, frozen=True, kw_only=True):
     bytes_written: int
     read_seconds: float  # in which its thread was at work
     write_seconds: float
-    dropped: int  # not saved: too many waited
+    dropped: int  # not saved: the worker was ending
     corrupt: int  # not what had been written, and removed
     failing: str  # why nothing is written for now; empty where it is
 

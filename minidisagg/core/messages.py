@@ -278,7 +278,7 @@ class StoreStats(Struct, frozen=True, array_like=True):
     bytes_written: int = 0
     read_seconds: float = 0.0  # in which its thread was at work
     write_seconds: float = 0.0
-    dropped: int = 0  # pages that were not saved: too many waited
+    dropped: int = 0  # pages that were not saved: the worker was ending
     corrupt: int = 0  # pages that were not what had been written, and are gone
     failing: str = ""  # why nothing is written for now
 

@@ -175,7 +175,7 @@ STORE: dict[str, tuple[str, Callable[[StoreStats], float]]] = {
     "kv_store_bytes_written": ("KV bytes written to it.", lambda store: store.bytes_written),
     "kv_store_read_seconds": ("Time in which the store was read.", lambda store: store.read_seconds),
     "kv_store_write_seconds": ("Time in which it was written.", lambda store: store.write_seconds),
-    "kv_store_dropped": ("KV pages not saved there, since too many waited.", lambda store: store.dropped),
+    "kv_store_dropped": ("KV pages not saved there, since their worker was ending.", lambda store: store.dropped),
     "kv_store_corrupt": ("KV pages there that were not what had been written.", lambda store: store.corrupt),
 }
 LINKS: dict[str, tuple[str, Callable[[LinkStats], float]]] = {
