@@ -185,12 +185,14 @@ def test_what_the_library_raises_is_a_miss_or_not_written(library: Library) -> N
 
 def test_a_write_that_fails_is_not_tried_again_with_each_page(library: Library) -> None:
     store, page = MooncakeStore(parse_store("mooncake:h:1"), LAYOUT), content(digest(1), 1000)
+    assert store.put(digest(100), [page]) == Put(True)
     library.status, library.seconds = -1, 0.9
     assert store.put(digest(0), [page]) == Put(False)
     library.calls.clear()
     for number in range(1, 50):
         assert not store.touch(digest(number)) and store.put(digest(number), [page]) == Put(False)
-    assert not library.calls and store.failing == "store: Mooncake is not asked for now: its error -1"
+    assert not library.calls and store.failing == "store: Mooncake takes no page for now: its error -1"
+    assert store.get(digest(100), memoryview(bytearray(1000))), "it may be full, and is read"
     library.now += 61.0
     library.status = 0
     assert store.put(digest(1), [page]) == Put(True) and not store.failing

@@ -301,12 +301,9 @@ class Policy:
         if not decode:
             return Reject(1.0, "no worker takes decode")
         hits = cluster.hits(request) if request.session and len(decode) > 1 else {}
-
-        def load(worker: WorkerStatus) -> tuple[float, int]:
-            held = hits.get(worker.name, Hits(0)).device / request.prefill_len
-            return worker.decoding - HISTORY * held, worker.context_tokens
-
-        return Placement(first.name, min(decode, key=load).name, returns=bool(request.session))
+        pull = HISTORY / request.prefill_len
+        second = min(decode, key=lambda w: (w.decoding - pull * hits.get(w.name, Hits(0)).device, w.context_tokens))
+        return Placement(first.name, second.name, returns=bool(request.session))
 
     def replace(self, request: RequestView, cluster: ClusterView) -> Placement | None:
         """Another place for a request whose prefill has not begun, as far as the router knows; None: leave it.

@@ -41,6 +41,7 @@ class MooncakeStore:
             raise ValueError(f"Mooncake's master at {spec.mooncake} does not answer: {error}") from None
         self.layout, self.corrupt, self.failing = layout, 0, ""
         self._resumes = 0.0  # nobody is asked before (`time.monotonic()`): with a dead master each call takes seconds
+        self._writes = 0.0  # nothing is written before: one that is full is read all the same
         self._store = MooncakeDistributedStore()
         metadata = spec.metadata or PEER_TO_PEER
         status = self._store.setup(own, metadata, spec.dram, LOCAL_BUFFER, "tcp", "", spec.mooncake)  # "": no RDMA
@@ -48,8 +49,8 @@ class MooncakeStore:
             raise ValueError(f"Mooncake at {spec.mooncake} cannot be set up: its error {status}")
 
     def touch(self, digest: bytes) -> bool:
-        """As `Pool.touch`."""
-        return bool(self._ask("is_exist", digest.hex()) == 1)
+        """As `Pool.touch`; while nothing is written, nobody is asked."""
+        return time.monotonic() >= self._writes and bool(self._ask("is_exist", digest.hex()) == 1)
 
     def get(self, digest: bytes, into: memoryview) -> bool:
         """As `Pool.get`."""
@@ -69,12 +70,17 @@ class MooncakeStore:
 
     def put(self, digest: bytes, parts: Sequence[bytes | memoryview]) -> Put:
         """As `Pool.put`; what its master evicts is not told."""
-        if time.monotonic() < self._resumes or self.touch(digest):
+        began = time.monotonic()
+        if began < self._writes or self.touch(digest):
             return Put(False)
         payload = parts[0] if len(parts) == 1 else b"".join(parts)
         error = self._ask("put_parts", digest.hex(), seal(self.layout, digest, payload), payload)
         if error == 0:
             self.failing = ""
+        elif isinstance(error, int):
+            now = time.monotonic()
+            self._writes = now + PAUSE * (now - began)
+            self.failing = f"store: Mooncake takes no page for now: its error {error}"
         return Put(error == 0)
 
     def promote(self) -> bool:
@@ -99,10 +105,10 @@ class MooncakeStore:
         except Exception as error:
             answer = error
         took = time.monotonic() - began
-        failed = isinstance(answer, Exception) or (what == "put_parts" and answer)
-        if failed or took > SLOW:
+        raised = isinstance(answer, Exception)
+        if raised or took > SLOW:
             self._resumes = began + (1 + PAUSE) * took
-            why = f"its error {answer}" if failed else f"it took {took:.0f} s"
+            why = f"its error {answer}" if raised else f"it took {took:.0f} s"
             self.failing = f"store: Mooncake is not asked for now: {why}"
         return answer
 
