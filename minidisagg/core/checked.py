@@ -87,10 +87,10 @@ class Checked(Policy):
                 self._fail("rebalance", f"answered {change!r}, not a RoleChange, Migration or Replica")
             if isinstance(change, MOVES) and not isinstance(change.request, RequestView):
                 self._fail("rebalance", f"answered {change!r}, whose request is none of cluster.requests()")
-            names = [change.worker, change.source] if isinstance(change, Replica) else [change.worker]
+            names = change.worker, getattr(change, "source", change.worker)
             for name in names:
                 self._known("rebalance", name, known)
-            if isinstance(change, RoleChange) or not cluster.down.intersection(names):
+            if isinstance(change, RoleChange) or cluster.down.isdisjoint(names):
                 kept.append(change)
         return kept
 

@@ -26,7 +26,7 @@ def engine_spec(config: WorkerConfig, device: Device, kind: str, nic: Nic | None
         num_pages=cache.num_pages,
         page_size=cache.page_size,
         num_layers=model.config.num_layers,
-        fingerprint=cache.fingerprint(model.config, " ".join((identity(model.config.name), *computed))),
+        fingerprint=cache.fingerprint(model.config, f"{identity(model.config.name)} {computed}"),
         policy=config.cluster.policy,
         one_sided_links=kind in ONE_SIDED,
         granularity=parse_granularity(config.cluster.transfer_granularity, efficient_bytes(kind, nic)),

@@ -40,8 +40,9 @@ class MooncakeStore:
         except OSError as error:
             raise ValueError(f"Mooncake's master at {spec.mooncake} does not answer: {error}") from None
         self.layout, self.corrupt, self.failing = layout, 0, ""
-        self._resumes = 0.0  # nobody is asked before (`time.monotonic()`): with a dead master each call takes seconds
-        self._writes = 0.0  # nothing is written before: one that is full is read all the same
+        # Nobody is asked before (`time.monotonic()`), as with a dead master each call takes seconds; and nothing is
+        # written before, though one that is full is read.
+        self._resumes = self._writes = 0.0
         self._store = MooncakeDistributedStore()
         metadata = spec.metadata or PEER_TO_PEER
         status = self._store.setup(own, metadata, spec.dram, LOCAL_BUFFER, "tcp", "", spec.mooncake)  # "": no RDMA
