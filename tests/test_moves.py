@@ -202,7 +202,7 @@ def test_random_moves_with_faults() -> None:
 
 @pytest.mark.slow
 def test_ten_thousand_migrations_with_faults() -> None:
-    failures, ends = simfuzz.run_seeds(1000, 6400, moving=True)
+    failures, ends = simfuzz.run_seeds(1000, 6600, moving=True)
     assert not failures
     assert ends["migrated"] > 10_000, ends
 
