@@ -77,6 +77,31 @@ def test_who_comes_within_the_lease_of_a_store_that_hangs_begins_without_it(monk
     assert sim.workers["w0"].core.pool.counts[PageState.INFLIGHT] <= 32  # half of the cache
 
 
+def test_who_waits_for_others_loads_asks_again_when_one_is_waited_for_no_longer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a store that answers all else, with room that a handoff has left meanwhile."""
+    carry_out = Shelf.carry_out
+
+    def hang(self: Shelf, device: TimingOnly, effect: LoadPages | SavePage) -> tuple[float, Callable[[], Input]]:
+        seconds, what = carry_out(self, device, effect)
+        return (30.0 if isinstance(effect, LoadPages) and effect.request_id == "r0" else seconds), what
+
+    monkeypatch.setattr(Shelf, "carry_out", hang)
+    sim = Simulator([spec("w0", store=True, lease=2.0, num_pages=256)], Policy)
+    core = sim.workers["w0"].core
+    coming = core.pool.reserve(115) or []
+    sim.submit("runs", prompt(9, 8), greedy(400), 0.0)  # and saves a page now and then
+    sim.submit("r0", prompt(0), greedy(4), 0.5)
+    sim.submit("r1", prompt(1), greedy(4), 0.6)
+    sim.plan(1.0, lambda: core.pool.cancel(coming))
+    sim.run(until=1.5)
+    assert [one.request.request_id for one in core.tiers.loading.values()] == ["r0"] and not core.tiers.silent
+    sim.run(until=100.0)
+    assert not simfuzz.verdict(sim) and {one.finish for one in sim.outcomes.values()} == {"length"}
+    assert sim.outcomes["r1"].token_times[0] < 4.0
+
+
 def test_who_comes_at_once_is_read_all_the_same() -> None:
     sim = Simulator([spec("w0", store=True, num_pages=64)], Policy)
     for again in "", "'":

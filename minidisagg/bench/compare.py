@@ -192,10 +192,8 @@ def _dry_run(options: BenchOptions, trace_s: float) -> str:
         each = "each until the last request has ended"
     elif known and arrivals.relative:
         alone = count / rate
-        each = (
-            f"each as long as {alone:.0f} prefills alone, which calibration measures: {alone / 10:.0f} s if one takes "
-        )
-        each += f"0.1 s, {alone:.0f} s if 1 s"
+        each = f"each as long as {alone:.0f} prefills alone, which calibration measures: "
+        each += f"{alone / 10:.0f} s if one takes 0.1 s, {alone:.0f} s if 1 s"
     else:
         seconds = QUICK_SECONDS if not known else trace_s if math.isnan(rate) else count / rate
         each = f"each {seconds:.0f} s of arrivals, {runs * seconds:.0f} s in all"

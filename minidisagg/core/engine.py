@@ -142,7 +142,7 @@ class EngineCore(Ends):
     def on(self, what: Input, now: float) -> StepPlan | None:
         """The one door. Answers `Schedule` with the next step, if there is one.
 
-        Raises `PolicyError` and `StalledError`, after which the core is of no use.
+        Raises `PolicyError`, of which `StalledError` is one; after it the core is of no use.
         """
         self.now = self.scheduler.now = now
         self._lived = self._clock.at(now)

@@ -88,9 +88,10 @@ def simulate(
     make = partial(load_policy, policy) if isinstance(policy, str) else partial(_made, policy)
     began = time.monotonic()
     with _within(settings.time_limit) if settings.time_limit else _watched(), ExitStack() as files:
-        name = policy if isinstance(policy, str) else type(make()).__name__
+        first = make()
+        name = policy if isinstance(policy, str) else type(first).__name__
         if parent_process() is None:  # of several processes, the one that a user has started says it
-            check_hooks(make())
+            check_hooks(first)
         recording = files.enter_context(Recording(Path(record), name)) if record else None
         simulation = Simulation(cluster, make, workload, settings, record=recording)
         simulation.sim.observers += observers
