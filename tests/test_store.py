@@ -325,7 +325,9 @@ def test_what_another_user_has_forbidden_is_no_reason_not_to_begin(tmp_path: Pat
             super().unlink(path)
 
     tiers = on_disk(tmp_path, 0, 3)
-    fill(Pool(tiers, LAYOUT))
+    empty = Pool(tiers, LAYOUT, Guarded())  # where all directories above are to be synced
+    assert not empty.failing
+    fill(empty)
     (tmp_path / "ssd" / f"{'0' * 64}.{1 << 30}-0.tmp").touch()
     pool = Pool(tiers, LAYOUT, Guarded())
     assert not pool.failing and pool.put(digest(3), [content(digest(3))]) == Put(True, (digest(0),))
